@@ -1,0 +1,60 @@
+/* Which ISA runs: a list, best first, and one pointer. Chosen at load time by CPUID and XGETBV
+ * (__builtin_cpu_supports covers both); FORGE_C_ISA is read by the Python border, not here. */
+#include <string.h>
+
+#include "kernels.h"
+
+extern const struct fc_kernels fc_kernels_base;
+#ifdef __x86_64__
+extern const struct fc_kernels fc_kernels_avx2, fc_kernels_avx512, fc_kernels_avx512_vnni_bf16;
+
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+static int has_avx512_vnni_bf16(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+static int always(void) { return 1; }
+
+static const struct {
+    const struct fc_kernels *table;
+    int (*runs_here)(void);
+} isas[] = {
+#ifdef __x86_64__
+    {&fc_kernels_avx512_vnni_bf16, has_avx512_vnni_bf16},
+    {&fc_kernels_avx512, has_avx512},
+    {&fc_kernels_avx2, has_avx2},
+#endif
+    {&fc_kernels_base, always},
+};
+enum { NUM_ISAS = sizeof isas / sizeof isas[0] };
+
+const struct fc_kernels *fc_k = &fc_kernels_base;
+
+int fc_num_isas(void) { return NUM_ISAS; }
+
+const char *fc_isa_name(int i) { return isas[i].runs_here() ? isas[i].table->isa : NULL; }
+
+const char *fc_isa(void) { return fc_k->isa; }
+
+int fc_use_isa(const char *name) {
+    for (int i = 0; i < NUM_ISAS; i++)
+        if (isas[i].runs_here() && !strcmp(isas[i].table->isa, name)) {
+            __atomic_store_n(&fc_k, isas[i].table, __ATOMIC_RELEASE);
+            return 0;
+        }
+    return -1;
+}
+
+__attribute__((constructor)) static void choose_best(void) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+#endif
+    for (int i = NUM_ISAS - 1; i >= 0; i--)
+        if (isas[i].runs_here()) fc_k = isas[i].table;
+}

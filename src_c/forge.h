@@ -1,0 +1,136 @@
+/* forge_c: the C API. One fc_* prototype per op; shapes stand beside the pointers.
+ *
+ * Letters:  B batch   S query length   T key length   H query heads   G key/value heads
+ *           D head_dim   E v_dim   M rows   K in_features   N out_features   R = H / G
+ *
+ * The caller owns and checks every array: nothing here validates, allocates outputs or keeps state,
+ * apart from the thread count and the ISA. Any pointer may be unaligned. ld* and strides count bytes.
+ * An fc_dtype argument is an index into a row of kernels, never a branch.
+ * Results are the same bits for any thread count, and for a row alone or in a batch. */
+#ifndef FC_FORGE_H
+#define FC_FORGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { FC_F32, FC_F16, FC_BF16, FC_DTYPES } fc_dtype;
+typedef enum { FC_OK, FC_NO_MEMORY, FC_INTERRUPTED } fc_status;
+
+/* The shared outer axes of up to FC_MAX_ARRAYS arrays whose last axis is contiguous. ndim = 0 is one row. */
+enum { FC_MAX_AXES = 32, FC_MAX_ARRAYS = 4 };
+typedef struct {
+    int ndim;
+    ptrdiff_t shape[FC_MAX_AXES];
+    ptrdiff_t stride[FC_MAX_ARRAYS][FC_MAX_AXES];
+} fc_rows;
+
+/* ---- runtime ---- */
+const char *fc_isa(void);
+int fc_num_isas(void);
+const char *fc_isa_name(int i); /* best first; NULL where this CPU cannot run it */
+int fc_use_isa(const char *name); /* 0, or -1: not a name that this CPU can run */
+const char *fc_openmp(void);      /* "libgomp", "libomp", "none" */
+int fc_get_num_threads(void);
+void fc_set_num_threads(int n);
+void fc_set_poll(int (*poll)(void)); /* called on the calling thread now and then; nonzero stops the op */
+
+/* ---- rows: y[n] from x[n]; the rows' arrays in the order of the arguments ---- */
+
+/* h = x + residual (h, residual may be NULL: h = x);  out = h / sqrt(mean(h^2) + eps) * (offset + weight[n]) */
+fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
+                      const fc_rows *rows, ptrdiff_t n, float eps, float offset);
+/* out = (h - mean(h)) / sqrt(var(h) + eps) * weight[n] + bias[n];  weight, bias may be NULL */
+fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
+                        const float *bias, const fc_rows *rows, ptrdiff_t n, float eps);
+fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n);
+
+typedef enum { FC_RELU, FC_SILU, FC_GELU, FC_GELU_TANH, FC_ACTIVATIONS } fc_activation;
+fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n);
+/* out = f(gated) * linear */
+fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
+                 ptrdiff_t n);
+fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n);
+
+/* ---- rope: pair (a, b) at position p turns by the angle of (p, pair) ----
+ * x, out (B, S, H, D), strides of axes 0..2; position (B or 1, S), already checked against the table;
+ * cos, sin (max_seq_len, half): the first 2*half channels turn, the rest are copied. */
+typedef struct {
+    fc_dtype type;
+    void *out;
+    const void *x;
+    const float *cos, *sin;
+    const int64_t *positions; /* NULL: start_pos + s */
+    ptrdiff_t positions_stride; /* elements from batch to batch; 0: shared */
+    int64_t start_pos;
+    ptrdiff_t batch, seq, heads, head_dim, half;
+    ptrdiff_t x_stride[3], out_stride[3];
+    int interleaved;
+} fc_rope_args;
+fc_status fc_rope(const fc_rope_args *args);
+
+/* out (count, n) = table[ids] * scale, table row i at table + i*ldtable; ids already checked */
+fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
+                       ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale);
+
+/* ---- linear: out (M, N) = x (M, K) @ W (K, N) + bias (N) + residual (M, N) ---- */
+
+/* How W lies in memory. FC_PACKED_*: pack.py defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
+ * FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
+typedef enum { FC_PACKED_F32, FC_PACKED_BF16, FC_ROWS, FC_COLS } fc_layout;
+typedef struct {
+    fc_dtype type; /* of x, residual and out */
+    void *out;
+    const void *x, *residual; /* residual may be NULL */
+    const fc_rows *rows;      /* of out, x, residual: M rows */
+    ptrdiff_t m, k, n;
+    fc_layout layout;
+    fc_dtype weight_type; /* of FC_ROWS and FC_COLS */
+    const void *weight;
+    ptrdiff_t ldw;
+    const float *bias; /* (N) or NULL; gated: (2, N) */
+    int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
+    fc_activation activation;
+} fc_linear_args;
+fc_status fc_linear(const fc_linear_args *args);
+
+/* ---- attention: out (B, S, H, E) = softmax(mask(cap(scale q k^T))) v ---- */
+
+enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention.c */
+typedef struct {
+    fc_dtype q_type, kv_type; /* out has q_type */
+    void *out;
+    float *lse; /* (B, S, H) contiguous, or NULL */
+    const void *q, *k, *v;
+    ptrdiff_t batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim;
+    ptrdiff_t q_stride[3], k_stride[3], v_stride[3], out_stride[3]; /* batch, position, head */
+    const int64_t *kv_lens; /* (B) or NULL: kv_len */
+    ptrdiff_t ring;         /* 0, or: key at position p lies in slot p % ring, a multiple of FC_KV_CHUNK */
+    int causal;
+    ptrdiff_t window; /* 0: none */
+    float scale, softcap; /* softcap 0: none */
+    const void *mask;     /* NULL, bool bytes, or floats of mask_type added to the scores */
+    int mask_is_bool;
+    fc_dtype mask_type;
+    ptrdiff_t mask_stride[4]; /* batch, head, query, key; 0 broadcasts; key: 0 or contiguous */
+    const float *sinks;       /* (H) or NULL */
+} fc_attention_args;
+fc_status fc_attention(const fc_attention_args *args);
+
+/* Exact union of two attentions over disjoint keys: rows of E values and one lse each; empty parts have lse -inf. */
+fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
+                             const float *lse_b, ptrdiff_t rows, ptrdiff_t n);
+
+/* ---- roofline: work of a known size for the clock, on fc_get_num_threads() threads ---- */
+typedef enum { FC_PEAK_F32, FC_PEAK_BF16, FC_PEAK_I8 } fc_peak;
+double fc_peak_ops(fc_peak what, ptrdiff_t iterations); /* operations done (multiply and add count 2); 0: no unit */
+fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum);
+fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

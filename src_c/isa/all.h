@@ -1,0 +1,31 @@
+/* One ISA: the vocabulary, every leaf, and the table that is this file's only symbol.
+ * The including file has set FC_ISA, FC_TABLE, FC_BYTES and the target region. */
+#include "../simd.h"
+
+#include "../kernels.h"
+
+#include "../kernels/activations.h"
+#include "../kernels/attention.h"
+#include "../kernels/convert.h"
+#include "../kernels/gemm.h"
+#include "../kernels/layer_norm.h"
+#include "../kernels/linear.h"
+#include "../kernels/rms_norm.h"
+#include "../kernels/roofline.h"
+#include "../kernels/rope.h"
+#include "../kernels/softmax.h"
+
+#define FC_DEFINE(name, params, ...)                                                                                   \
+    static void name##_f32 params { name##_any(FC_F32, __VA_ARGS__); }                                                 \
+    static void name##_f16 params { name##_any(FC_F16, __VA_ARGS__); }                                                 \
+    static void name##_bf16 params { name##_any(FC_BF16, __VA_ARGS__); }
+FC_TYPED_KERNELS(FC_DEFINE)
+
+#define FC_TYPED_ENTRY(name, params, ...) .name = {name##_f32, name##_f16, name##_bf16},
+#define FC_ENTRY(name, params) .name = name,
+const struct fc_kernels FC_TABLE = {
+    .isa = FC_ISA,
+    .ops_f32 = FC_OPS_F32,
+    .ops_bf16 = FC_OPS_BF16,
+    .ops_i8 = FC_OPS_I8,
+    FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY)};

@@ -1,0 +1,16 @@
+/* AVX-512 F, BW, DQ, VL: Skylake-X and later. */
+#ifdef __x86_64__
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define FC_ISA "avx512"
+#define FC_TABLE fc_kernels_avx512
+#define FC_BYTES 64
+#include "all.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,18 @@
+/* AVX-512 with VNNI and BF16 dot products: Cooper Lake, Sapphire Rapids, Zen 4 and later. */
+#ifdef __x86_64__
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+#endif
+#define FC_ISA "avx512_vnni_bf16"
+#define FC_TABLE fc_kernels_avx512_vnni_bf16
+#define FC_BYTES 64
+#define FC_HAS_BF16_DOT 1
+#define FC_HAS_I8_DOT 1
+#include "all.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,77 @@
+/* Every leaf once: its name and signature. all.h makes the leaves and one table per ISA from this list;
+ * dispatch.c chooses a table; drivers call fc_k->name(...).
+ *
+ * A typed leaf exists for each fc_dtype: kernels/<op>.h writes `name_any(type, ...)` once, inlined with a constant. */
+#ifndef FC_KERNELS_H
+#define FC_KERNELS_H
+
+#include "forge.h"
+
+#define FC_TYPED_KERNELS(X)                                                                                            \
+    X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
+                 float offset), out, h, x, residual, weight, n, eps, offset)                                           \
+    X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
+                   ptrdiff_t n, float eps), out, h, x, residual, weight, bias, n, eps)                                 \
+    X(softmax, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                     \
+    X(relu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
+    X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
+    X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
+    X(gelu_tanh, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                   \
+    X(reglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
+    X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                  \
+    X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
+    X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)              \
+    X(rope_half, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim),        \
+      out, x, cos, sin, half, dim)                                                                                     \
+    X(rope_interleaved, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim), \
+      out, x, cos, sin, half, dim)                                                                                     \
+    X(to_f32, (float *out, const void *x, ptrdiff_t n, float scale), out, x, n, scale)                                 \
+    X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
+    X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
+    X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
+    X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
+    X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
+      n)                                                                                                               \
+    X(linear_store, (void *out, const float *acc, const float *bias, const void *residual, ptrdiff_t n), out, acc,     \
+      bias, residual, n)                                                                                               \
+    X(gated_store_relu, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n), out,  \
+      acc, bias, bias_linear, n)                                                                                       \
+    X(gated_store_silu, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n), out,  \
+      acc, bias, bias_linear, n)                                                                                       \
+    X(gated_store_gelu, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n), out,  \
+      acc, bias, bias_linear, n)                                                                                       \
+    X(gated_store_gelu_tanh, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n),  \
+      out, acc, bias, bias_linear, n)                                                                                  \
+    X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
+      weight_a, weight_b, n)
+
+#define FC_KERNELS(X)                                                                                                  \
+    X(gemm_f32, (float *c, ptrdiff_t ldc, const float *x, ptrdiff_t ldx, const float *w, ptrdiff_t panel_stride,       \
+                 ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k, int accumulate))                      \
+    X(gemm_bf16, (float *c, ptrdiff_t ldc, const uint16_t *x, ptrdiff_t ldx, const uint16_t *w,                        \
+                  ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k,              \
+                  int accumulate))                                                                                     \
+    X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
+    X(attention_row, (float *s, const float *bias, ptrdiff_t n, float softcap, float *max, float *sum))                \
+    X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
+                       ptrdiff_t n))                                                                                   \
+    X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
+    X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
+    X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \
+    X(read_sum, (float *sum, const float *data, ptrdiff_t n))
+
+struct fc_kernels {
+    const char *isa;
+    /* operations per iteration of the peak_* leaves; 0: the ISA has no such unit */
+    double ops_f32, ops_bf16, ops_i8;
+#define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;
+#define FC_MEMBER(name, params) void(*name) params;
+    FC_TYPED_KERNELS(FC_TYPED_MEMBER)
+    FC_KERNELS(FC_MEMBER)
+#undef FC_TYPED_MEMBER
+#undef FC_MEMBER
+};
+
+extern const struct fc_kernels *fc_k; /* the table in use; set by dispatch.c */
+
+#endif

@@ -1,0 +1,43 @@
+/* relu(x) = max(x, 0)                      silu(x) = x / (1 + e^-x)                arXiv 1702.03118
+ * gelu(x) = x Phi(x)                       gelu_tanh(x) = x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
+ *         (which is 0.5 x (1 + tanh(..)) without its cancellation)                 arXiv 1606.08415
+ * and the gated forms f(gated) * linear: reglu, swiglu, geglu, geglu_tanh          arXiv 2002.05202 */
+
+FC_INLINE vf vf_activate(fc_activation f, vf x) {
+    if (f == FC_RELU) return vf_max(vf_zero(), x);
+    if (f == FC_SILU) return x * vf_sigmoid(x);
+    if (f == FC_GELU) return x * vf_normal_cdf(x);
+    vf u = x * vf_fma(x * x, vf_set1(0.0713548163f), vf_set1(1.59576912f));
+    return x * vf_sigmoid(u);
+}
+
+FC_INLINE void activate_row(fc_activation f, fc_dtype t, void *out, const void *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += FC_N) vf_put_upto(t, out, i, vf_activate(f, vf_get_upto(t, x, i, n)), n);
+}
+
+FC_INLINE void glu_row(fc_activation f, fc_dtype t, void *out, const void *gated, const void *linear, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += FC_N) {
+        vf a = vf_activate(f, vf_get_upto(t, gated, i, n));
+        vf_put_upto(t, out, i, a * vf_get_upto(t, linear, i, n), n);
+    }
+}
+
+FC_INLINE void relu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) { activate_row(FC_RELU, t, out, x, n); }
+FC_INLINE void silu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) { activate_row(FC_SILU, t, out, x, n); }
+FC_INLINE void gelu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) { activate_row(FC_GELU, t, out, x, n); }
+FC_INLINE void gelu_tanh_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) {
+    activate_row(FC_GELU_TANH, t, out, x, n);
+}
+
+FC_INLINE void reglu_any(fc_dtype t, void *out, const void *gated, const void *linear, ptrdiff_t n) {
+    glu_row(FC_RELU, t, out, gated, linear, n);
+}
+FC_INLINE void swiglu_any(fc_dtype t, void *out, const void *gated, const void *linear, ptrdiff_t n) {
+    glu_row(FC_SILU, t, out, gated, linear, n);
+}
+FC_INLINE void geglu_any(fc_dtype t, void *out, const void *gated, const void *linear, ptrdiff_t n) {
+    glu_row(FC_GELU, t, out, gated, linear, n);
+}
+FC_INLINE void geglu_tanh_any(fc_dtype t, void *out, const void *gated, const void *linear, ptrdiff_t n) {
+    glu_row(FC_GELU_TANH, t, out, gated, linear, n);
+}

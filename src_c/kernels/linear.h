@@ -1,0 +1,43 @@
+/* Epilogues: a row of float32 accumulators to a row of the result.
+ *   linear:  out = acc + bias + residual
+ *   gated:   acc and biases hold panels [gated16][linear16]...;  out = f(gated + bias) * (linear + bias_linear) */
+
+FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, const float *bias, const void *residual,
+                                ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += FC_N) {
+        vf v = vf_get_upto(FC_F32, acc, i, n);
+        if (bias) v += vf_get_upto(FC_F32, bias, i, n);
+        if (residual) v += vf_get_upto(t, residual, i, n);
+        vf_put_upto(t, out, i, v, n);
+    }
+}
+
+FC_INLINE void gated_store(fc_activation f, fc_dtype t, void *out, const float *acc, const float *bias,
+                           const float *bias_linear, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += FC_N) {
+        const float *pair = acc + i / 16 * 32 + i % 16;
+        vf gated = vf_load(pair), linear = vf_load(pair + 16);
+        if (bias) {
+            gated += vf_get_upto(FC_F32, bias, i, n);
+            linear += vf_get_upto(FC_F32, bias_linear, i, n);
+        }
+        vf_put_upto(t, out, i, vf_activate(f, gated) * linear, n);
+    }
+}
+
+FC_INLINE void gated_store_relu_any(fc_dtype t, void *out, const float *acc, const float *bias,
+                                    const float *bias_linear, ptrdiff_t n) {
+    gated_store(FC_RELU, t, out, acc, bias, bias_linear, n);
+}
+FC_INLINE void gated_store_silu_any(fc_dtype t, void *out, const float *acc, const float *bias,
+                                    const float *bias_linear, ptrdiff_t n) {
+    gated_store(FC_SILU, t, out, acc, bias, bias_linear, n);
+}
+FC_INLINE void gated_store_gelu_any(fc_dtype t, void *out, const float *acc, const float *bias,
+                                    const float *bias_linear, ptrdiff_t n) {
+    gated_store(FC_GELU, t, out, acc, bias, bias_linear, n);
+}
+FC_INLINE void gated_store_gelu_tanh_any(fc_dtype t, void *out, const float *acc, const float *bias,
+                                         const float *bias_linear, ptrdiff_t n) {
+    gated_store(FC_GELU_TANH, t, out, acc, bias, bias_linear, n);
+}

@@ -1,0 +1,61 @@
+/* h = x + residual;  out = h / sqrt(mean(h^2) + eps) * (offset + weight)     arXiv 1910.07467
+ * h is rounded to its dtype before it is normalised, so the fused form equals the two calls. */
+
+/* Sum of (s h)^2 over a row, writing h on the way. Eight chains hide the latency; the tree depends on n alone. */
+FC_INLINE float rms_sum_squares(fc_dtype t, void *h, const void *x, const void *residual, ptrdiff_t n) {
+    vf acc[8] = {0};
+    ptrdiff_t i = 0;
+    for (; i + 8 * FC_N <= n; i += 8 * FC_N)
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            vf v = vf_get(t, x, i + j * FC_N);
+            if (residual) {
+                vf_put(t, h, i + j * FC_N, v + vf_get(t, residual, i + j * FC_N));
+                v = vf_get(t, h, i + j * FC_N);
+            }
+            acc[j] = vf_fma(v, v, acc[j]);
+        }
+    for (; i < n; i += FC_N) {
+        vf v = vf_get_upto(t, x, i, n);
+        if (residual) {
+            vf_put_upto(t, h, i, v + vf_get_upto(t, residual, i, n), n);
+            v = vf_get_upto(t, h, i, n);
+        }
+        acc[0] = vf_fma(v, v, acc[0]);
+    }
+    return vf_sum(((acc[0] + acc[1]) + (acc[2] + acc[3])) + ((acc[4] + acc[5]) + (acc[6] + acc[7])));
+}
+
+/* The rare row whose squares leave float32's range: 1/sqrt(mean + eps) as pre * inv, both normal floats. */
+static __attribute__((noinline, unused)) float rms_wide_inverse(fc_dtype t, const void *h, ptrdiff_t n, float eps,
+                                                                float *pre) {
+    double sum = 0;
+    for (ptrdiff_t i = 0; i < n; i += FC_N) {
+        float lane[FC_N];
+        vf_store(lane, t == FC_F32   ? vf_get_upto(FC_F32, h, i, n)
+                       : t == FC_F16 ? vf_get_upto(FC_F16, h, i, n)
+                                     : vf_get_upto(FC_BF16, h, i, n));
+        for (int j = 0; j < FC_N; j++) sum += (double)lane[j] * lane[j];
+    }
+    double inv = 1.0 / sqrt(sum / (double)n + eps);
+    *pre = inv < 1e-30 ? 0x1p-64f : inv > 1e30 ? 0x1p64f : 1.0f;
+    return (float)(inv / *pre);
+}
+
+FC_INLINE void rms_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
+                            ptrdiff_t n, float eps, float offset) {
+    float sum = rms_sum_squares(t, h, x, residual, n), pre = 1.0f, inv;
+    if (residual) x = h;
+    if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
+    else inv = rms_wide_inverse(t, x, n, eps, &pre);
+    vf scale = vf_set1(inv), first = vf_set1(pre), plus = vf_set1(offset);
+    ptrdiff_t i = 0;
+    for (; i + FC_N <= n; i += FC_N) {
+        vf v = vf_get(t, x, i) * first * scale;
+        vf_put(t, out, i, weight ? v * (plus + vf_load(weight + i)) : v);
+    }
+    if (i < n) {
+        vf v = vf_get_n(t, x, i, n - i) * first * scale;
+        vf_put_n(t, out, i, weight ? v * (plus + vf_load_n(weight + i, n - i)) : v, n - i);
+    }
+}

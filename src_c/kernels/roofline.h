@@ -1,0 +1,75 @@
+/* Work of a known size, for measuring what the machine can do.
+ * peak_*: chains of dependent multiply-adds in registers, enough of them to hide the latency. The operands come
+ * from memory and every chain starts elsewhere, so nothing can be folded or shared; *sink takes the results. */
+
+enum { PEAK_CHAINS = FC_BYTES == 64 ? 16 : 12 };
+
+#define FC_OPS_F32 (2.0 * FC_N * PEAK_CHAINS)
+#ifdef FC_HAS_BF16_DOT
+#define FC_OPS_BF16 (4.0 * FC_N * PEAK_CHAINS)
+#else
+#define FC_OPS_BF16 0.0
+#endif
+#ifdef FC_HAS_I8_DOT
+#define FC_OPS_I8 (8.0 * FC_N * PEAK_CHAINS)
+#else
+#define FC_OPS_I8 0.0
+#endif
+
+/* sink[0..2] in: factor, addend, start; sink[3] out */
+static void peak_f32(float *sink, ptrdiff_t iterations) {
+    vf acc[PEAK_CHAINS], factor = vf_set1(sink[0]), addend = vf_set1(sink[1]), total = vf_zero();
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vf_set1(sink[2] * (float)(j + 1));
+    for (; iterations > 0; iterations--)
+#pragma GCC unroll 16
+        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vf_fma(acc[j], factor, addend);
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) total += acc[j];
+    sink[3] = vf_sum(total);
+}
+
+static void peak_bf16(float *sink, ptrdiff_t iterations) {
+#ifdef FC_HAS_BF16_DOT
+    vf acc[PEAK_CHAINS], total = vf_zero();
+    vu factor = (vu)vf_set1(sink[0]);
+    uint32_t x;
+    memcpy(&x, sink + 1, 4);
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vf_set1(sink[2] * (float)(j + 1));
+    for (; iterations > 0; iterations--)
+#pragma GCC unroll 16
+        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = gemm_dot2(acc[j], factor, x);
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) total += acc[j];
+    sink[3] = vf_sum(total);
+#else
+    sink[3] = (float)iterations;
+#endif
+}
+
+static void peak_i8(float *sink, ptrdiff_t iterations) {
+#ifdef FC_HAS_I8_DOT
+    vi acc[PEAK_CHAINS], factor = (vi)vf_set1(sink[0]), x = (vi)vf_set1(sink[1]), total = {0};
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = (vi)vf_set1(sink[2] * (float)(j + 1));
+    for (; iterations > 0; iterations--)
+#pragma GCC unroll 16
+        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vi_dot_i8(acc[j], factor, x);
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) total += acc[j];
+    sink[3] = (float)total[0];
+#else
+    sink[3] = (float)iterations;
+#endif
+}
+
+static void read_sum(float *sum, const float *data, ptrdiff_t n) {
+    vf acc[8] = {0};
+    ptrdiff_t i = 0;
+    for (; i + 8 * FC_N <= n; i += 8 * FC_N)
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) acc[j] += vf_load(data + i + j * FC_N);
+    for (; i < n; i += FC_N) acc[0] += vf_get_upto(FC_F32, data, i, n);
+    *sum = vf_sum(((acc[0] + acc[1]) + (acc[2] + acc[3])) + ((acc[4] + acc[5]) + (acc[6] + acc[7])));
+}

@@ -1,0 +1,30 @@
+/* RMSNorm and its fused residual form over rows. */
+#include "rows.h"
+
+struct rms_norm {
+    fc_dtype type;
+    char *out, *h;
+    const char *x, *residual;
+    const float *weight;
+    const fc_rows *rows;
+    ptrdiff_t n;
+    float eps, offset;
+};
+
+static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct rms_norm *a = ctx;
+    fc_cursor c;
+    (void)rank;
+    fc_cursor_at(&c, a->rows, begin);
+    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c))
+        fc_k->rms_norm[a->type](a->out + c.at[0], a->h ? a->h + c.at[1] : NULL, a->x + c.at[2],
+                                a->residual ? a->residual + c.at[3] : NULL, a->weight, a->n, a->eps, a->offset);
+}
+
+fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
+                      const fc_rows *rows, ptrdiff_t n, float eps, float offset) {
+    struct rms_norm a = {type, out, h, x, residual, weight, rows, n, eps, offset};
+    ptrdiff_t count = fc_rows_count(rows);
+    double ns = (double)n * (residual ? 0.3 : 0.15) + 20;
+    return fc_static(fc_threads_for(count, ns), count, ns, body, &a);
+}

@@ -1,0 +1,70 @@
+/* Known amounts of work on every thread, for fc.roofline() to put a clock on. */
+#include <string.h>
+
+#include "rows.h"
+
+enum { LONG_NS = 1000000, PIECE = 1 << 20 };
+
+struct peak {
+    void (*leaf)(float *, ptrdiff_t);
+    ptrdiff_t iterations;
+};
+
+static void run_peak(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct peak *p = ctx;
+    (void)rank;
+    for (; begin < end; begin++) {
+        float sink[4] = {0.999f, 0.001f, 0.5f, 0.0f};
+        p->leaf(sink, p->iterations);
+    }
+}
+
+double fc_peak_ops(fc_peak what, ptrdiff_t iterations) {
+    void (*const leaf[])(float *, ptrdiff_t) = {fc_k->peak_f32, fc_k->peak_bf16, fc_k->peak_i8};
+    const double ops[] = {fc_k->ops_f32, fc_k->ops_bf16, fc_k->ops_i8};
+    struct peak p = {leaf[what], iterations};
+    int threads = fc_get_num_threads();
+    if (ops[what] > 0) fc_static(threads, threads, LONG_NS, run_peak, &p);
+    return ops[what] * (double)iterations * threads;
+}
+
+struct stream {
+    char *out;
+    const char *in;
+    ptrdiff_t bytes;
+    float *sums;
+};
+
+static void read_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct stream *s = ctx;
+    for (float part; begin < end; begin++) {
+        ptrdiff_t at = begin * PIECE, n = s->bytes - at < PIECE ? s->bytes - at : PIECE;
+        fc_k->read_sum(&part, (const float *)(const void *)(s->in + at), n / 4);
+        s->sums[rank * 16] += part;
+    }
+}
+
+fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum) {
+    int threads = fc_get_num_threads();
+    fc_scratch scratch;
+    if (fc_scratch_alloc(&scratch, 1, (size_t)threads * 64)) return FC_NO_MEMORY;
+    struct stream s = {.in = data, .bytes = bytes, .sums = (float *)scratch.base};
+    memset(s.sums, 0, (size_t)threads * 64);
+    fc_status status = fc_static(threads, (bytes + PIECE - 1) / PIECE, LONG_NS / 10, read_piece, &s);
+    *sum = 0;
+    for (int i = 0; i < threads; i++) *sum += s.sums[i * 16];
+    fc_scratch_free(&scratch);
+    return status;
+}
+
+static void copy_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct stream *s = ctx;
+    ptrdiff_t from = begin * PIECE, to = end * PIECE < s->bytes ? end * PIECE : s->bytes;
+    (void)rank;
+    memcpy(s->out + from, s->in + from, (size_t)(to - from));
+}
+
+fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes) {
+    struct stream s = {.out = out, .in = data, .bytes = bytes};
+    return fc_static(fc_get_num_threads(), (bytes + PIECE - 1) / PIECE, LONG_NS / 10, copy_piece, &s);
+}

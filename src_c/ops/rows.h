@@ -1,0 +1,39 @@
+/* Walking the rows of arrays that share outer axes but not strides. */
+#ifndef FC_ROWS_H
+#define FC_ROWS_H
+
+#include "../kernels.h"
+#include "../threads.h"
+
+typedef struct {
+    const fc_rows *rows;
+    ptrdiff_t index[FC_MAX_AXES];
+    ptrdiff_t at[FC_MAX_ARRAYS]; /* byte offset of the row in each array */
+} fc_cursor;
+
+static inline ptrdiff_t fc_rows_count(const fc_rows *rows) {
+    ptrdiff_t count = 1;
+    for (int d = 0; d < rows->ndim; d++) count *= rows->shape[d];
+    return count;
+}
+
+static inline void fc_cursor_at(fc_cursor *c, const fc_rows *rows, ptrdiff_t row) {
+    c->rows = rows;
+    for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] = 0;
+    for (int d = rows->ndim - 1; d >= 0; d--) {
+        c->index[d] = row % rows->shape[d];
+        row /= rows->shape[d];
+        for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] += c->index[d] * rows->stride[a][d];
+    }
+}
+
+static inline void fc_cursor_next(fc_cursor *c) {
+    for (int d = c->rows->ndim - 1; d >= 0; d--) {
+        for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] += c->rows->stride[a][d];
+        if (++c->index[d] < c->rows->shape[d]) return;
+        for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] -= c->rows->shape[d] * c->rows->stride[a][d];
+        c->index[d] = 0;
+    }
+}
+
+#endif

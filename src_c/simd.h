@@ -1,0 +1,178 @@
+/* The vector vocabulary: every kernel is written in these words, once, for every ISA.
+ *
+ * An isa/<name>.c file sets FC_BYTES (16, 32 or 64) and its target pragma, then includes this.
+ * Arithmetic is the compiler's vector extension (+ - * / and compares); what the language lacks
+ * comes from simd/<backend>.h. A backend is keyed on FC_BYTES and the architecture alone.
+ * Loads and stores have no alignment requirement. The *_n words touch exactly n elements,
+ * 0 <= n <= FC_N, and read zeros beyond them: no kernel ever reads past an array.
+ * Nothing here allocates, branches on data outside a select, or knows a thread. */
+#ifndef FC_SIMD_H
+#define FC_SIMD_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "forge.h"
+
+#define FC_N (FC_BYTES / 4)
+#define FC_INLINE static inline __attribute__((always_inline, unused))
+
+typedef float vf __attribute__((vector_size(FC_BYTES)));
+typedef int32_t vi __attribute__((vector_size(FC_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(FC_BYTES)));
+typedef float vf_any __attribute__((vector_size(FC_BYTES), aligned(1), may_alias));
+
+FC_INLINE vf vf_set1(float a) { return a - (vf){0}; }
+FC_INLINE vf vf_zero(void) { return (vf){0}; }
+FC_INLINE vf vf_load(const void *p) { return *(const vf_any *)p; }
+FC_INLINE void vf_store(void *p, vf a) { *(vf_any *)p = a; }
+FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+/* Backend words:
+ *   vf_fma(a, b, c)         a*b + c, fused where the ISA can
+ *   vf_max(a, b), vf_min    b where either is NaN
+ *   vf_if_lt(a, b, x, y)    a < b ? x : y
+ *   vf_load_n, vf_store_n   the first n floats
+ *   vf_from_f16, vf_from_bf16, vf_to_f16, vf_to_bf16     FC_N 16-bit values at p
+ *   vf_scale2(a, n)         a * 2^n, n integral in [-160, 130], one rounding
+ *   vf_transpose(r)         r[FC_N] as a square matrix, in place
+ *   vf_dup(p)               p[0] p[0] p[1] p[1] ...  from FC_N/2 floats
+ *   vf_swap(a)              a[1] a[0] a[3] a[2] ... */
+#if FC_BYTES == 64
+#include "simd/avx512.h"
+#elif FC_BYTES == 32
+#include "simd/avx2.h"
+#elif defined(__x86_64__)
+#include "simd/sse2.h"
+#else
+#include "simd/neon.h"
+#endif
+
+/* ---- storage types: decoded at the load, encoded at the store, float32 in between ---- */
+
+FC_INLINE vf vf_get(fc_dtype t, const void *p, ptrdiff_t i) {
+    if (t == FC_F32) return vf_load((const float *)p + i);
+    if (t == FC_F16) return vf_from_f16((const uint16_t *)p + i);
+    return vf_from_bf16((const uint16_t *)p + i);
+}
+
+FC_INLINE void vf_put(fc_dtype t, void *p, ptrdiff_t i, vf a) {
+    if (t == FC_F32) vf_store((float *)p + i, a);
+    else if (t == FC_F16) vf_to_f16((uint16_t *)p + i, a);
+    else vf_to_bf16((uint16_t *)p + i, a);
+}
+
+FC_INLINE vf vf_get_n(fc_dtype t, const void *p, ptrdiff_t i, ptrdiff_t n) {
+    if (t == FC_F32) return vf_load_n((const float *)p + i, n);
+    uint16_t part[FC_N] = {0};
+    memcpy(part, (const uint16_t *)p + i, (size_t)n * 2);
+    return vf_get(t, part, 0);
+}
+
+FC_INLINE void vf_put_n(fc_dtype t, void *p, ptrdiff_t i, vf a, ptrdiff_t n) {
+    if (t == FC_F32) {
+        vf_store_n((float *)p + i, a, n);
+        return;
+    }
+    uint16_t part[FC_N];
+    vf_put(t, part, 0, a);
+    memcpy((uint16_t *)p + i, part, (size_t)n * 2);
+}
+
+/* A full vector where one fits at i, else the last n - i elements and zeros. */
+FC_INLINE vf vf_get_upto(fc_dtype t, const void *p, ptrdiff_t i, ptrdiff_t n) {
+    return i + FC_N <= n ? vf_get(t, p, i) : vf_get_n(t, p, i, n - i);
+}
+
+FC_INLINE void vf_put_upto(fc_dtype t, void *p, ptrdiff_t i, vf a, ptrdiff_t n) {
+    if (i + FC_N <= n) vf_put(t, p, i, a);
+    else vf_put_n(t, p, i, a, n - i);
+}
+
+/* ---- reductions: a fixed tree, halves folded together ---- */
+
+FC_INLINE float vf_sum(vf a) {
+    float s[FC_N];
+    vf_store(s, a);
+#pragma GCC unroll 16
+    for (int w = FC_N / 2; w; w /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < w; i++) s[i] += s[i + w];
+    return s[0];
+}
+
+FC_INLINE float vf_hmax(vf a) {
+    float s[FC_N];
+    vf_store(s, a);
+#pragma GCC unroll 16
+    for (int w = FC_N / 2; w; w /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
+    return s[0];
+}
+
+/* The first n lanes of a, `fill` in the others. */
+FC_INLINE vf vf_fill_from(vf a, ptrdiff_t n, float fill) {
+    float s[FC_N];
+    vf_store(s, a);
+    for (ptrdiff_t i = n; i < FC_N; i++) s[i] = fill;
+    return vf_load(s);
+}
+
+/* ---- elementary functions; errors over all floats are in docs/accuracy.md ---- */
+
+/* e^x = 2^n e^r, n = round(x log2 e), |r| <= ln2/2;  e^r = 1 + r + r^2 q(r), minimax q of degree 4 */
+FC_INLINE vf vf_exp(vf x) {
+    x = vf_min(vf_set1(89.0f), vf_max(vf_set1(-104.0f), x));
+    const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
+    vf n = vf_fma(x, vf_set1(1.44269504f), magic) - magic;
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf q = vf_fma(r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
+    q = vf_fma(r, q, vf_set1(4.16683890e-2f));
+    q = vf_fma(r, q, vf_set1(1.66665211e-1f));
+    q = vf_fma(r, q, vf_set1(4.99999940e-1f));
+    return vf_scale2(vf_fma(r * r, q, r) + vf_set1(1.0f), n);
+}
+
+/* 1 / (1 + e^-x), from e^-|x| so that neither end overflows */
+FC_INLINE vf vf_sigmoid(vf x) {
+    vf e = vf_exp(-vf_abs(x));
+    return vf_if_lt(x, vf_zero(), e, vf_set1(1.0f)) / (vf_set1(1.0f) + e);
+}
+
+/* |x| < 0.625: x + x^3 p(x^2);  else sign(x) (1 - 2 / (e^(2|x|) + 1)) */
+FC_INLINE vf vf_tanh(vf x) {
+    vf a = vf_abs(x), z = x * x;
+    vf p = vf_fma(z, vf_set1(-5.71703678e-3f), vf_set1(2.06505787e-2f));
+    p = vf_fma(z, p, vf_set1(-5.37434965e-2f));
+    p = vf_fma(z, p, vf_set1(1.33314908e-1f));
+    p = vf_fma(z, p, vf_set1(-3.33332837e-1f));
+    vf small = vf_fma(x * z, p, x);
+    vf large = vf_set1(1.0f) - vf_set1(2.0f) / (vf_exp(a + a) + vf_set1(1.0f));
+    large = (vf)((vi)large | ((vi)x & INT32_MIN));
+    return vf_if_lt(a, vf_set1(0.625f), small, large);
+}
+
+/* Normal distribution function: Phi(-a) = e^(-a^2/2) t P(t), t = 1 / (1 + 0.38 a), a >= 0.
+ * a^2 is carried in two floats, or its rounding would grow by a^2/2 in the exponential. */
+FC_INLINE vf vf_normal_cdf(vf x) {
+    vf a = vf_min(vf_set1(40.0f), vf_abs(x));
+    vf t = vf_set1(1.0f) / vf_fma(a, vf_set1(0.38f), vf_set1(1.0f));
+    vf p = vf_fma(t, vf_set1(2.39779539e-2f), vf_set1(-1.47612453e-1f));
+    p = vf_fma(t, p, vf_set1(3.64978909e-1f));
+    p = vf_fma(t, p, vf_set1(-4.29948390e-1f));
+    p = vf_fma(t, p, vf_set1(2.06660971e-1f));
+    p = vf_fma(t, p, vf_set1(-5.41453771e-2f));
+    p = vf_fma(t, p, vf_set1(1.05907381e-1f));
+    p = vf_fma(t, p, vf_set1(1.26746133e-1f));
+    p = vf_fma(t, p, vf_set1(1.51845664e-1f));
+    p = vf_fma(t, p, vf_set1(1.51589170e-1f));
+    vf a2 = a * a, low = vf_fma(a, a, -a2);
+    vf tail = vf_exp(a2 * -0.5f) * vf_fma(low, vf_set1(-0.5f), vf_set1(1.0f)) * (t * p);
+    return vf_if_lt(x, vf_zero(), tail, vf_set1(1.0f) - tail);
+}
+
+#endif

@@ -1,0 +1,67 @@
+/* simd.h's backend words for 32-byte vectors: AVX2, FMA, F16C. */
+#include <immintrin.h>
+
+FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+FC_INLINE vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+FC_INLINE vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+FC_INLINE vf vf_if_lt(vf a, vf b, vf x, vf y) {
+    return (vf)_mm256_blendv_ps((__m256)y, (__m256)x, _mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ));
+}
+FC_INLINE __m256i vf_lanes(ptrdiff_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FC_INLINE vf vf_load_n(const float *p, ptrdiff_t n) { return (vf)_mm256_maskload_ps(p, vf_lanes(n)); }
+FC_INLINE void vf_store_n(float *p, vf a, ptrdiff_t n) { _mm256_maskstore_ps(p, vf_lanes(n), (__m256)a); }
+
+FC_INLINE vf vf_from_f16(const uint16_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
+FC_INLINE void vf_to_f16(uint16_t *p, vf a) {
+    _mm_storeu_si128((void *)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FC_INLINE vf vf_from_bf16(const uint16_t *p) {
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16);
+}
+FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
+    __m256i u = (__m256i)a, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    __m256 nan = _mm256_cmp_ps((__m256)a, (__m256)a, _CMP_UNORD_Q);
+    r = (__m256i)_mm256_blendv_ps((__m256)r, (__m256)quiet, nan);
+    _mm_storeu_si128((void *)p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+}
+
+/* In two steps, so that 2^n1 and 2^n2 are normal floats for every n that vf_exp makes. */
+FC_INLINE vf vf_scale2(vf a, vf n) {
+    __m256i i = _mm256_cvtps_epi32((__m256)n), half = _mm256_srai_epi32(i, 1);
+    __m256i bias = _mm256_set1_epi32(127);
+    __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23);
+    return a * (vf)first * (vf)second;
+}
+
+FC_INLINE vf vf_swap(vf a) { return (vf)_mm256_permute_ps((__m256)a, 0xB1); }
+FC_INLINE vf vf_dup(const float *p) {
+    const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    return (vf)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), twice);
+}
+
+FC_INLINE void vf_transpose(vf r[8]) {
+    __m256 t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps((__m256)r[i], (__m256)r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps((__m256)r[i], (__m256)r[i + 1]);
+    }
+    __m256 s[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        s[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        s[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+        s[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        s[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = (vf)_mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
+        r[i + 4] = (vf)_mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
+    }
+}

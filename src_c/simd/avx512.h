@@ -1,0 +1,82 @@
+/* simd.h's backend words for 64-byte vectors: AVX-512 F, BW, DQ, VL. */
+#include <immintrin.h>
+
+#define FC_MASK(n) ((__mmask16)((1u << (n)) - 1u))
+
+FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+FC_INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+FC_INLINE vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+FC_INLINE vf vf_if_lt(vf a, vf b, vf x, vf y) {
+    return (vf)_mm512_mask_blend_ps(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512)y, (__m512)x);
+}
+FC_INLINE vf vf_load_n(const float *p, ptrdiff_t n) { return (vf)_mm512_maskz_loadu_ps(FC_MASK(n), p); }
+FC_INLINE void vf_store_n(float *p, vf a, ptrdiff_t n) { _mm512_mask_storeu_ps(p, FC_MASK(n), (__m512)a); }
+
+FC_INLINE vf vf_from_f16(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+FC_INLINE void vf_to_f16(uint16_t *p, vf a) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FC_INLINE vf vf_from_bf16(const uint16_t *p) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+}
+/* Round to nearest even in integers: vcvtneps2bf16 would flush denormals, and other ISAs would not. */
+FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
+    __m512i u = (__m512i)a, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(r));
+}
+
+FC_INLINE vf vf_scale2(vf a, vf n) { return (vf)_mm512_scalef_ps((__m512)a, (__m512)n); }
+
+FC_INLINE vf vf_swap(vf a) { return (vf)_mm512_permute_ps((__m512)a, 0xB1); }
+FC_INLINE vf vf_dup(const float *p) {
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return (vf)_mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
+
+/* Pairs of rows, then pairs of pairs inside 128-bit lanes, then the lanes themselves. */
+FC_INLINE void vf_transpose(vf r[16]) {
+    __m512 t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps((__m512)r[i], (__m512)r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps((__m512)r[i], (__m512)r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = (vf)_mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = (vf)_mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+        r[i + 2] = (vf)_mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = (vf)_mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4((__m512)r[i], (__m512)r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4((__m512)r[i], (__m512)r[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_f32x4((__m512)r[i + 8], (__m512)r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4((__m512)r[i + 8], (__m512)r[i + 12], 0xDD);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = (vf)_mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = (vf)_mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+        r[i + 4] = (vf)_mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = (vf)_mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+}
+
+#ifdef FC_HAS_BF16_DOT
+/* acc + w[2i] x[2i] + w[2i+1] x[2i+1]. Never a masked form: gcc up to 16 drops half of its mask. */
+FC_INLINE vf vf_dot_bf16(vf acc, vu w, vu x) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+}
+#endif
+#ifdef FC_HAS_I8_DOT
+/* acc + sum of four u8 * s8. In assembly: gcc 12 wraps the destructive instruction in register moves. */
+FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+    return acc;
+}
+#endif

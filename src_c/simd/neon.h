@@ -1,0 +1,29 @@
+/* simd.h's backend words for aarch64 NEON. */
+#include <arm_neon.h>
+
+#include "narrow.h"
+
+FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+/* vmaxq would return NaN for either operand; the vocabulary promises b, as on x86. */
+FC_INLINE vf vf_max(vf a, vf b) { return vf_if_lt(b, a, a, b); }
+FC_INLINE vf vf_min(vf a, vf b) { return vf_if_lt(a, b, a, b); }
+
+FC_INLINE vf vf_from_bf16(const uint16_t *p) { return (vf)vshll_n_u16(vld1_u16(p), 16); }
+FC_INLINE void vf_to_bf16(uint16_t *p, vf a) { vst1_u16(p, vmovn_u32((uint32x4_t)vf_bf16_bits(a))); }
+FC_INLINE vf vf_from_f16(const uint16_t *p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+FC_INLINE void vf_to_f16(uint16_t *p, vf a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)a))); }
+
+FC_INLINE vf vf_swap(vf a) { return (vf)vrev64q_f32((float32x4_t)a); }
+FC_INLINE vf vf_dup(const float *p) {
+    float32x2_t pair = vld1_f32(p);
+    return (vf)vcombine_f32(vdup_lane_f32(pair, 0), vdup_lane_f32(pair, 1));
+}
+
+FC_INLINE void vf_transpose(vf r[4]) {
+    float32x4x2_t a = vtrnq_f32((float32x4_t)r[0], (float32x4_t)r[1]);
+    float32x4x2_t b = vtrnq_f32((float32x4_t)r[2], (float32x4_t)r[3]);
+    r[0] = (vf)vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    r[1] = (vf)vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    r[2] = (vf)vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    r[3] = (vf)vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}

@@ -1,0 +1,32 @@
+/* How many threads this much work deserves, and the only parallel region. Nothing else knows OpenMP.
+ * One level, never nested; work is split over outputs only, so the split never changes a bit. */
+#ifndef FC_THREADS_H
+#define FC_THREADS_H
+
+#include <stddef.h>
+
+#include "forge.h"
+
+typedef void fc_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank);
+
+/* Threads for `items` items of `ns` nanoseconds each on one thread; 1 when splitting would not pay. */
+int fc_threads_for(ptrdiff_t items, double ns);
+
+/* body(ctx, begin, end, rank) over [0, items) on `threads` threads, rank < threads.
+ * fc_static: one run of neighbours a thread. fc_dynamic: one item at a time, for uneven items.
+ * The calling thread polls between pieces when the whole is long; FC_INTERRUPTED then leaves items undone. */
+fc_status fc_static(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
+fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
+
+/* Scratch: `bytes` for each of `threads` threads, 64-byte aligned, each slice on its own cache lines.
+ * NULL when there is no memory. Release with fc_scratch_free. */
+typedef struct {
+    char *base;
+    size_t stride;
+    void *block;
+} fc_scratch;
+int fc_scratch_alloc(fc_scratch *s, int threads, size_t bytes);
+void fc_scratch_free(fc_scratch *s);
+static inline void *fc_scratch_of(const fc_scratch *s, int rank) { return s->base + (size_t)rank * s->stride; }
+
+#endif
