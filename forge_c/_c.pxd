@@ -1,0 +1,119 @@
+# Mirror of src_c/forge.h, and nothing else. `from forge_c cimport _c` reaches the kernels from other Cython code.
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport int64_t
+
+cdef extern from "forge.h" nogil:
+    ctypedef enum fc_dtype:
+        FC_F32
+        FC_F16
+        FC_BF16
+    ctypedef enum fc_status:
+        FC_OK
+        FC_NO_MEMORY
+        FC_INTERRUPTED
+    enum:
+        FC_MAX_AXES
+        FC_MAX_ARRAYS
+        FC_KV_CHUNK
+    ctypedef struct fc_rows:
+        int ndim
+        ptrdiff_t shape[32]
+        ptrdiff_t stride[4][32]
+
+    const char *fc_isa()
+    int fc_num_isas()
+    const char *fc_isa_name(int i)
+    int fc_use_isa(const char *name)
+    const char *fc_openmp()
+    int fc_get_num_threads()
+    void fc_set_num_threads(int n)
+    void fc_set_poll(int (*poll)() noexcept nogil)
+
+    fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
+                          const fc_rows *rows, ptrdiff_t n, float eps, float offset)
+    fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual,
+                            const float *weight, const float *bias, const fc_rows *rows, ptrdiff_t n, float eps)
+    fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n)
+
+    ctypedef enum fc_activation:
+        FC_RELU
+        FC_SILU
+        FC_GELU
+        FC_GELU_TANH
+    fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n)
+    fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear,
+                     const fc_rows *rows, ptrdiff_t n)
+    fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n)
+
+    ctypedef struct fc_rope_args:
+        fc_dtype type
+        void *out
+        const void *x
+        const float *cos
+        const float *sin
+        const int64_t *positions
+        ptrdiff_t positions_stride
+        int64_t start_pos
+        ptrdiff_t batch, seq, heads, head_dim, half
+        ptrdiff_t x_stride[3]
+        ptrdiff_t out_stride[3]
+        int interleaved
+    fc_status fc_rope(const fc_rope_args *args)
+
+    fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
+                           ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale)
+
+    ctypedef enum fc_layout:
+        FC_PACKED_F32
+        FC_PACKED_BF16
+        FC_ROWS
+        FC_COLS
+    ctypedef struct fc_linear_args:
+        fc_dtype type
+        void *out
+        const void *x
+        const void *residual
+        const fc_rows *rows
+        ptrdiff_t m, k, n
+        fc_layout layout
+        fc_dtype weight_type
+        const void *weight
+        ptrdiff_t ldw
+        const float *bias
+        int gated
+        fc_activation activation
+    fc_status fc_linear(const fc_linear_args *args)
+
+    ctypedef struct fc_attention_args:
+        fc_dtype q_type, kv_type
+        void *out
+        float *lse
+        const void *q
+        const void *k
+        const void *v
+        ptrdiff_t batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim
+        ptrdiff_t q_stride[3]
+        ptrdiff_t k_stride[3]
+        ptrdiff_t v_stride[3]
+        ptrdiff_t out_stride[3]
+        const int64_t *kv_lens
+        ptrdiff_t ring
+        int causal
+        ptrdiff_t window
+        float scale, softcap
+        const void *mask
+        int mask_is_bool
+        fc_dtype mask_type
+        ptrdiff_t mask_stride[4]
+        const float *sinks
+    fc_status fc_attention(const fc_attention_args *args)
+    fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
+                                 const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
+
+    ctypedef enum fc_peak:
+        FC_PEAK_F32
+        FC_PEAK_BF16
+        FC_PEAK_I8
+    double fc_peak_ops(fc_peak what, ptrdiff_t iterations)
+    fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum)
+    fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes)

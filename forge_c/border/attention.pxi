@@ -1,0 +1,213 @@
+# attention, merge_attention
+
+
+cdef cnp.ndarray attention_input(str arg, object x):
+    cdef cnp.ndarray a = viewed("attention", arg, x)
+    float_type("attention", arg, a)
+    if cnp.PyArray_NDIM(a) != 4:
+        raise ValueError(f"attention: {arg} has shape {shape_of(a)}, expected 4 axes (batch, seq, heads, dim)")
+    contiguous_last("attention", arg, a)
+    return a
+
+
+cdef cnp.ndarray attention_kv_lens(object kv_lens, ptrdiff_t batch, ptrdiff_t kv_len):
+    cdef cnp.ndarray a = viewed("attention", "kv_lens", kv_lens)
+    cdef ptrdiff_t b
+    cdef int64_t *p
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"attention: kv_lens has dtype {a.dtype}, expected integers")
+    if shape_of(a) != (batch,):
+        raise ValueError(f"attention: kv_lens has shape {shape_of(a)}, expected ({batch},)")
+    a = np.ascontiguousarray(a, dtype=np.int64)
+    p = <int64_t *>cnp.PyArray_DATA(a)
+    for b in range(batch):
+        if p[b] < 0 or p[b] > kv_len:
+            raise ValueError(f"attention: kv_lens[{b}] is {p[b]}, expected 0 to {kv_len}")
+    return a
+
+
+cdef cnp.ndarray attention_mask(object mask, fc_attention_args *a):
+    """The mask broadcast to (batch, heads, q_len, kv_len), its last axis contiguous or of stride 0."""
+    cdef cnp.ndarray m = viewed("attention", "mask", mask)
+    cdef int i
+    shape = (a.batch, a.heads, a.q_len, a.kv_len)
+    a.mask_is_bool = cnp.PyArray_TYPE(m) == cnp.NPY_BOOL
+    if not a.mask_is_bool:
+        if dtype_index(m) < 0:
+            raise TypeError(f"attention: mask has dtype {m.dtype}, expected bool, float32, float16 or bfloat16")
+        a.mask_type = <fc_dtype>dtype_index(m)
+    if m.ndim and m.shape[m.ndim - 1] > 1 and m.strides[m.ndim - 1] not in (0, m.itemsize):
+        m = np.ascontiguousarray(m)
+    try:
+        m = np.broadcast_to(m, shape)
+    except ValueError:
+        raise ValueError(f"attention: mask has shape {shape_of(viewed('attention', 'mask', mask))}, expected one that "
+                         f"broadcasts to (batch, heads, q_len, kv_len) = {shape}") from None
+    for i in range(4):
+        a.mask_stride[i] = cnp.PyArray_STRIDE(m, i)
+    a.mask = cnp.PyArray_DATA(m)
+    return m
+
+
+cdef int attention_shapes(fc_attention_args *a, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, int seq_axis,
+                          int head_axis) except -1:
+    """Sizes and strides of q (batch, seq, heads, dim) and of k, v with their sequence and heads on these axes."""
+    cdef ptrdiff_t batch = cnp.PyArray_DIM(q, 0)
+    a.batch, a.q_len, a.heads, a.head_dim = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
+    a.kv_len, a.kv_heads, a.v_dim = k.shape[seq_axis], k.shape[head_axis], v.shape[3]
+    if k.shape[0] != batch or k.shape[3] != a.head_dim:
+        raise ValueError(f"attention: k has shape {shape_of(k)}, expected ({batch}, kv_len, kv_heads, {a.head_dim})")
+    if v.shape[0] != batch or v.shape[seq_axis] != a.kv_len or v.shape[head_axis] != a.kv_heads:
+        raise ValueError(f"attention: v has shape {shape_of(v)}, expected ({batch}, {a.kv_len}, {a.kv_heads}, v_dim)")
+    if a.kv_heads == 0 or a.heads % a.kv_heads:
+        raise ValueError(f"attention: q has {a.heads} heads, expected a multiple of k's {a.kv_heads} heads")
+    a.q_type, a.kv_type = <fc_dtype>dtype_index(q), <fc_dtype>dtype_index(k)
+    a.q_stride[0], a.q_stride[1], a.q_stride[2] = q.strides[0], q.strides[1], q.strides[2]
+    a.k_stride[0], a.k_stride[1], a.k_stride[2] = k.strides[0], k.strides[seq_axis], k.strides[head_axis]
+    a.v_stride[0], a.v_stride[1], a.v_stride[2] = v.strides[0], v.strides[seq_axis], v.strides[head_axis]
+    a.q, a.k, a.v = cnp.PyArray_DATA(q), cnp.PyArray_DATA(k), cnp.PyArray_DATA(v)
+    return 0
+
+
+cdef tuple attention_cache(object cache, fc_attention_args *a, cnp.ndarray q, object kv_lens, object window):
+    """(k, v, lengths) of a KVCache, which holds its keys as (batch, heads, slot, dim)."""
+    cdef cnp.ndarray k
+    cdef cnp.ndarray v
+    cdef cnp.ndarray lengths
+    try:
+        k, v, lengths, held, capacity = cache._k, cache._v, cache._lengths, cache.window, cache.capacity
+    except AttributeError:
+        raise TypeError(f"attention: v is None and k is a {type(cache).__name__}, expected arrays k and v, "
+                        "or a KVCache as k") from None
+    if kv_lens is not None:
+        raise ValueError("attention: kv_lens is given with a KVCache, which knows its own lengths")
+    attention_shapes(a, q, k, v, 2, 1)
+    a.kv_len = lengths.max() if a.batch else 0
+    if held is not None:
+        if window is not None and window > held:
+            raise ValueError(f"attention: window is {window}, expected at most the cache's {held}")
+        a.ring, a.window = capacity, held
+    return k, v, lengths.copy()
+
+
+def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None, softcap=None, sinks=None, kv_lens=None,
+              bint return_lse=False, out=None):
+    """softmax(softcap(scale * q @ k.T) + mask) @ v with online softmax; no (q_len, kv_len) matrix is ever in memory.
+
+    q (batch, q_len, heads, head_dim); k (batch, kv_len, kv_heads, head_dim); v (batch, kv_len, kv_heads, v_dim), where
+    query head h reads key/value head h // (heads // kv_heads); or k a KVCache and v None. Outer axes may have any
+    strides. float32, float16 or bfloat16; k and v share a dtype; arithmetic is float32; the result
+    (batch, q_len, heads, v_dim) has q's dtype.
+
+    scale: head_dim**-0.5 by default. The q_len queries are the last positions of kv_len (or of kv_lens[b]).
+    causal: query i sees keys j <= i + kv_len - q_len. window=W: only keys j > i + kv_len - q_len - W (W keys with
+    itself). mask: bool (True = attend) or float added after the softcap, broadcastable to (batch, heads, q_len, kv_len).
+    softcap c: c * tanh(s / c). sinks (heads,): one more logit in each row's denominator. kv_lens (batch,): valid keys.
+    A row that sees no key gives 0. With return_lse the result is (out, lse): lse (batch, q_len, heads) float32 is the
+    log of the softmax's denominator, sinks included, -inf for an empty row.
+
+    >>> q = np.zeros((1, 1, 2, 4), np.float32)
+    >>> kv = np.arange(8, dtype=np.float32).reshape(1, 2, 1, 4)
+    >>> attention(q, kv, kv)
+    array([[[[2., 3., 4., 5.],
+             [2., 3., 4., 5.]]]], dtype=float32)
+    """
+    cdef fc_attention_args a
+    cdef fc_status status
+    cdef cnp.ndarray qa = attention_input("q", q)
+    cdef cnp.ndarray ka
+    cdef cnp.ndarray va
+    cdef cnp.ndarray lens = None
+    cdef cnp.ndarray ma = None
+    cdef cnp.ndarray sa = None
+    cdef cnp.ndarray y
+    cdef cnp.ndarray lse = None
+    cdef cnp.npy_intp dims[4]
+    memset(&a, 0, sizeof(a))
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}, expected at least 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap is {softcap}, expected a number > 0")
+    if v is None:
+        ka, va, lens = attention_cache(k, &a, qa, kv_lens, window)
+    else:
+        ka, va = attention_input("k", k), attention_input("v", v)
+        same_type("attention", "v", va, dtype_index(ka))
+        attention_shapes(&a, qa, ka, va, 1, 2)
+        if kv_lens is not None:
+            lens = attention_kv_lens(kv_lens, a.batch, a.kv_len)
+    if mask is not None:
+        ma = attention_mask(mask, &a)
+    sa = parameter("attention", "sinks", sinks, a.heads)
+    dims[0], dims[1], dims[2], dims[3] = a.batch, a.q_len, a.heads, a.v_dim
+    y = result("attention", out, 4, dims, a.q_type)
+    if out is not None:
+        no_overlap("attention", "out", y, "q", qa, False)
+        no_overlap("attention", "out", y, "k", ka, False)
+        no_overlap("attention", "out", y, "v", va, False)
+        if ma is not None:
+            no_overlap("attention", "out", y, "mask", ma, False)
+    if return_lse:
+        lse = cnp.PyArray_EMPTY(3, dims, cnp.NPY_FLOAT32, 0)
+        a.lse = <float *>cnp.PyArray_DATA(lse)
+    a.scale = <float>(scale if scale is not None else a.head_dim ** -0.5 if a.head_dim else 1.0)
+    a.causal = 1 if causal else 0
+    if window is not None:
+        a.window = window
+    a.softcap = <float>(0.0 if softcap is None else softcap)
+    a.sinks = floats(sa)
+    a.kv_lens = NULL if lens is None else <const int64_t *>cnp.PyArray_DATA(lens)
+    a.out = cnp.PyArray_DATA(y)
+    a.out_stride[0], a.out_stride[1], a.out_stride[2] = y.strides[0], y.strides[1], y.strides[2]
+    if a.batch and a.q_len and a.heads:
+        with nogil:
+            status = fc_attention(&a)
+        check("attention", status)
+    return (y, lse) if return_lse else y
+
+
+cdef cnp.ndarray merge_part(str arg, object x, cnp.ndarray like):
+    cdef cnp.ndarray a = viewed("merge_attention", arg, x)
+    same_type("merge_attention", arg, a, float_type("merge_attention", "out_a", like))
+    same_shape("merge_attention", arg, a, like)
+    return np.ascontiguousarray(a)
+
+
+cdef cnp.ndarray merge_lse(str arg, object x, cnp.ndarray like):
+    cdef cnp.ndarray a = viewed("merge_attention", arg, x)
+    same_type("merge_attention", arg, a, FC_F32)
+    expected = shape_of(like)[:like.ndim - 1]
+    if shape_of(a) != expected:
+        raise ValueError(f"merge_attention: {arg} has shape {shape_of(a)}, expected {expected}")
+    return np.ascontiguousarray(a)
+
+
+def merge_attention(out_a, lse_a, out_b, lse_b):
+    """The attention over two disjoint sets of keys, from the attention and lse over each; exact.
+
+    out_a, out_b (..., v_dim) of one shape and dtype; lse_a, lse_b (...) float32, -inf where a part saw no key.
+    Returns (out, lse). Sinks, which are no keys, must be in at most one of the parts.
+
+    >>> a = np.ones((1, 1, 1, 2), np.float32); lse = np.zeros((1, 1, 1), np.float32)
+    >>> merge_attention(a, lse, 3 * a, lse)
+    (array([[[[2., 2.]]]], dtype=float32), array([[[0.6931472]]], dtype=float32))
+    """
+    cdef cnp.ndarray like = viewed("merge_attention", "out_a", out_a)
+    cdef cnp.ndarray a, b, la, lb, y, lse
+    cdef int nd = cnp.PyArray_NDIM(like)
+    cdef ptrdiff_t n, rows
+    cdef fc_status status
+    cdef int t = float_type("merge_attention", "out_a", like)
+    if nd == 0:
+        raise ValueError("merge_attention: out_a has shape (), expected at least one axis")
+    a, b = merge_part("out_a", out_a, like), merge_part("out_b", out_b, like)
+    la, lb = merge_lse("lse_a", lse_a, like), merge_lse("lse_b", lse_b, like)
+    y = new_array(nd, cnp.PyArray_DIMS(like), t)
+    lse = new_array(nd - 1, cnp.PyArray_DIMS(like), FC_F32)
+    n, rows = cnp.PyArray_DIM(like, nd - 1), cnp.PyArray_SIZE(lse)
+    with nogil:
+        status = fc_merge_attention(<fc_dtype>t, cnp.PyArray_DATA(y), <float *>cnp.PyArray_DATA(lse),
+                                    cnp.PyArray_DATA(a), <const float *>cnp.PyArray_DATA(la), cnp.PyArray_DATA(b),
+                                    <const float *>cnp.PyArray_DATA(lb), rows, n)
+    check("merge_attention", status)
+    return y, lse

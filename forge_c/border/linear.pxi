@@ -1,0 +1,227 @@
+# PackedWeight, linear, gated_linear, embedding
+
+cdef dict LAYOUTS = {"float32": FC_PACKED_F32, "bfloat16": FC_PACKED_BF16}
+
+
+cdef class PackedWeight:
+    """A weight matrix in the layout that the kernels stream; made by `pack` and `pack_gated`, opaque to everyone else.
+
+    .shape (in_features, out_features), .dtype the format's name, .gated, .nbytes, .unpack() -> float32 (in, out).
+    """
+    cdef readonly tuple shape
+    cdef readonly str dtype
+    cdef readonly bint gated
+    cdef readonly cnp.ndarray data
+    cdef fc_layout layout
+    cdef ptrdiff_t k, n
+
+    def __init__(self, data, shape, dtype, gated=False):
+        self.layout = LAYOUTS[dtype]
+        self.k, self.n = shape
+        self.shape = (self.k, self.n)
+        self.dtype = dtype
+        self.gated = gated
+        self.data = data
+        self.data.flags.writeable = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def unpack(self):
+        """What the kernel multiplies by, as a float32 array of .shape."""
+        from forge_c.pack import unpack
+        return unpack(self)
+
+    def __reduce__(self):
+        return PackedWeight, (np.array(self.data), self.shape, self.dtype, self.gated)
+
+    def __repr__(self):
+        return f"PackedWeight(shape={self.shape}, dtype='{self.dtype}'{', gated=True' if self.gated else ''})"
+
+
+cdef cnp.ndarray linear_weight(str fn, object weight, fc_linear_args *a):
+    """Fill in the layout of `weight`; the array that must outlive the call."""
+    cdef cnp.ndarray w
+    cdef PackedWeight packed
+    cdef ptrdiff_t size
+    if isinstance(weight, PackedWeight):
+        packed = weight
+        a.layout, a.k, a.n = packed.layout, packed.k, packed.n
+        a.weight = cnp.PyArray_DATA(packed.data)
+        return packed.data
+    w = viewed(fn, "weight", weight)
+    a.weight_type = <fc_dtype>float_type(fn, "weight", w)
+    if cnp.PyArray_NDIM(w) != 2:
+        raise ValueError(f"{fn}: weight has shape {shape_of(w)}, expected (in_features, out_features)")
+    a.k, a.n = cnp.PyArray_DIM(w, 0), cnp.PyArray_DIM(w, 1)
+    a.weight = cnp.PyArray_DATA(w)
+    size = cnp.PyArray_ITEMSIZE(w)
+    if a.n <= 1 or cnp.PyArray_STRIDE(w, 1) == size:
+        a.layout, a.ldw = FC_ROWS, cnp.PyArray_STRIDE(w, 0)
+    elif a.k <= 1 or cnp.PyArray_STRIDE(w, 0) == size:
+        a.layout, a.ldw = FC_COLS, cnp.PyArray_STRIDE(w, 1)
+    else:
+        raise ValueError(f"{fn}: weight has strides {w.strides[0], w.strides[1]} bytes, expected {size} on one axis; "
+                         "pass np.ascontiguousarray(weight)")
+    return w
+
+
+cdef cnp.ndarray run_linear(str fn, object x, object weight, object bias, object residual, object out, bint gated,
+                            fc_activation activation):
+    cdef fc_linear_args a
+    cdef fc_rows rows
+    cdef fc_status status
+    cdef cnp.ndarray xa = viewed(fn, "x", x)
+    cdef cnp.ndarray w
+    cdef cnp.ndarray b = None
+    cdef cnp.ndarray res = None
+    cdef cnp.ndarray y
+    cdef int t = float_type(fn, "x", xa)
+    cdef int nd = cnp.PyArray_NDIM(xa)
+    cdef cnp.npy_intp dims[64]
+    cdef int i
+    memset(&a, 0, sizeof(a))
+    a.type, a.gated, a.activation, a.rows = <fc_dtype>t, gated, activation, &rows
+    w = linear_weight(fn, weight, &a)
+    if gated:
+        a.n //= 2
+    if nd == 0 or cnp.PyArray_DIM(xa, nd - 1) != a.k:
+        raise ValueError(f"{fn}: x has shape {shape_of(xa)}, expected (..., {a.k}) for a weight of shape "
+                         f"{(a.k, 2 * a.n if gated else a.n)}")
+    contiguous_last(fn, "x", xa)
+    for i in range(nd - 1):
+        dims[i] = cnp.PyArray_DIM(xa, i)
+    dims[nd - 1] = a.n
+    if gated and bias is not None:
+        b = gated_bias(fn, bias, a.n)
+    else:
+        b = parameter(fn, "bias", bias, a.n)
+    y = result(fn, out, nd, dims, t)
+    if residual is not None:
+        res = viewed(fn, "residual", residual)
+        same_type(fn, "residual", res, t)
+        same_shape(fn, "residual", res, y)
+        contiguous_last(fn, "residual", res)
+    if out is not None:
+        no_overlap(fn, "out", y, "x", xa, False)
+        no_overlap(fn, "out", y, "weight", w, False)
+        if b is not None:
+            no_overlap(fn, "out", y, "bias", b, False)
+        if res is not None:
+            no_overlap(fn, "out", y, "residual", res, True)
+    if cnp.PyArray_SIZE(y) == 0:
+        return y
+    collapse(fn, &rows, nd - 1, 3, y, xa, res)
+    a.m = cnp.PyArray_SIZE(y) // a.n
+    a.out, a.x = cnp.PyArray_DATA(y), cnp.PyArray_DATA(xa)
+    a.residual = NULL if res is None else cnp.PyArray_DATA(res)
+    a.bias = floats(b)
+    with nogil:
+        status = fc_linear(&a)
+    check(fn, status)
+    return y
+
+
+def linear(x, weight, bias=None, *, residual=None, out=None):
+    """x @ weight + bias + residual.
+
+    x (..., in_features) float32, float16 or bfloat16; weight (in_features, out_features): a PackedWeight, or an
+    ndarray of any of these dtypes with one contiguous axis (so `w.T` of a torch weight works as it is); bias
+    (out_features,) or None; residual and the result (..., out_features) in x's dtype. Accumulation is float32, each
+    output one chain over in_features, so a row's bits do not depend on the other rows. With a bfloat16 PackedWeight,
+    x is rounded to bfloat16. `out` may be the residual itself, and shares no memory with anything else.
+
+    >>> linear(np.ones((2, 3), np.float32), np.eye(3, 2, dtype=np.float32), np.array([1, 2], np.float32))
+    array([[2., 3.],
+           [2., 3.]], dtype=float32)
+    """
+    if isinstance(weight, PackedWeight) and (<PackedWeight>weight).gated:
+        raise TypeError("linear: weight is a pair from pack_gated, expected one matrix; use gated_linear")
+    return run_linear("linear", x, weight, bias, residual, out, False, FC_RELU)
+
+
+cdef dict GATES = {"relu": FC_RELU, "silu": FC_SILU, "gelu": FC_GELU, "gelu_tanh": FC_GELU_TANH}
+
+
+cdef cnp.ndarray gated_bias(str fn, object bias, ptrdiff_t n):
+    cdef cnp.ndarray b = viewed(fn, "bias", bias)
+    float_type(fn, "bias", b)
+    if shape_of(b) != (2, n):
+        raise ValueError(f"{fn}: bias has shape {shape_of(b)}, expected (2, {n})")
+    return np.ascontiguousarray(b, dtype=np.float32)
+
+
+def gated_linear(x, weight, bias=None, *, activation="silu", out=None):
+    """f(x @ swished + bias[0]) * (x @ linear + bias[1]) in one pass: the hidden layer of a gated MLP (arXiv 2002.05202).
+
+    x (..., in_features); weight from pack_gated(swished, linear), both (in_features, hidden); bias (2, hidden) or
+    None; activation "silu", "gelu", "gelu_tanh" or "relu". The result is (..., hidden) in x's dtype; the two products
+    are never in memory. dtypes and `out` as in linear.
+
+    >>> from forge_c import pack_gated
+    >>> w = np.eye(2, dtype=np.float32)
+    >>> gated_linear(np.ones((1, 2), np.float32), pack_gated(w, w))
+    array([[0.7310586, 0.7310586]], dtype=float32)
+    """
+    if not isinstance(weight, PackedWeight) or not (<PackedWeight>weight).gated:
+        raise TypeError(f"gated_linear: weight is a {type(weight).__name__}, expected a pair from pack_gated")
+    if activation not in GATES:
+        raise ValueError(f"gated_linear: activation is {activation!r}, expected one of {', '.join(GATES)}")
+    return run_linear("gated_linear", x, weight, bias, None, out, True, GATES[activation])
+
+
+cdef int ids_inside(const int64_t *ids, ptrdiff_t count, ptrdiff_t limit, tuple shape) except -1:
+    cdef ptrdiff_t i
+    for i in range(count):
+        if ids[i] < 0 or ids[i] >= limit:
+            where = tuple([int(v) for v in np.unravel_index(i, shape)]) if shape else ()
+            raise IndexError(f"embedding: id {ids[i]} at {where} is outside the table of {limit} rows")
+    return 0
+
+
+def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
+    """table[ids] * scale, checked: an id outside 0 .. num - 1 is an IndexError, never a wrap.
+
+    ids: integers of any shape; table (num, dim) float32, float16 or bfloat16; the result is ids.shape + (dim,) in
+    `dtype`, by default the table's.
+
+    >>> embedding([1, 0], np.array([[1, 2], [3, 4]], np.float32))
+    array([[3., 4.],
+           [1., 2.]], dtype=float32)
+    """
+    cdef cnp.ndarray ia = np.asarray(ids)
+    cdef cnp.ndarray ta = viewed("embedding", "table", table)
+    cdef int t = float_type("embedding", "table", ta)
+    cdef int out_t = t
+    cdef cnp.ndarray y
+    cdef fc_status status
+    cdef cnp.npy_intp dims[64]
+    cdef int i, nd
+    cdef ptrdiff_t count, n, ld
+    if ia.dtype.kind not in "iu" and ia.size:
+        raise TypeError(f"embedding: ids has dtype {ia.dtype}, expected integers")
+    if cnp.PyArray_NDIM(ta) != 2:
+        raise ValueError(f"embedding: table has shape {shape_of(ta)}, expected (num, dim)")
+    contiguous_last("embedding", "table", ta)
+    if dtype is not None:
+        if np.dtype(dtype) not in DTYPES:
+            raise TypeError(f"embedding: dtype is {np.dtype(dtype)}, expected float32, float16 or bfloat16")
+        out_t = DTYPES.index(np.dtype(dtype))
+    ia = np.ascontiguousarray(ia, dtype=np.int64).reshape(shape_of(ia))
+    nd = cnp.PyArray_NDIM(ia)
+    for i in range(nd):
+        dims[i] = cnp.PyArray_DIM(ia, i)
+    n = dims[nd] = cnp.PyArray_DIM(ta, 1)
+    count, ld = cnp.PyArray_SIZE(ia), cnp.PyArray_STRIDE(ta, 0)
+    y = result("embedding", out, nd + 1, dims, out_t)
+    if not cnp.PyArray_IS_C_CONTIGUOUS(y):
+        raise ValueError("embedding: out is not C-contiguous")
+    no_overlap("embedding", "out", y, "table", ta, False)
+    ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, cnp.PyArray_DIM(ta, 0), shape_of(ia))
+    if cnp.PyArray_SIZE(y):
+        with nogil:
+            status = fc_embedding(<fc_dtype>t, <fc_dtype>out_t, cnp.PyArray_DATA(y), cnp.PyArray_DATA(ta),
+                                  <const int64_t *>cnp.PyArray_DATA(ia), count, n, ld, <float>scale)
+        check("embedding", status)
+    return y

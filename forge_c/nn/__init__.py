@@ -1,0 +1,15 @@
+"""Layers: weights and one functional call each."""
+from forge_c.nn.activation import GELU, ReLU
+from forge_c.nn.attention import MultiHeadAttention
+from forge_c.nn.linear import Embedding, Linear
+from forge_c.nn.modern_activations import GeGLU, SwiGLU, Swish
+from forge_c.nn.modern_attention import GroupedQueryAttention, MultiQueryAttention
+from forge_c.nn.normalization import LayerNorm, RMSNorm
+from forge_c.nn.positional import RotaryPositionalEmbedding, SinusoidalPositionalEncoding
+from forge_c.nn.transformer import ModernTransformerBlock
+
+__all__ = [
+    "GELU", "Embedding", "GeGLU", "GroupedQueryAttention", "LayerNorm", "Linear", "ModernTransformerBlock",
+    "MultiHeadAttention", "MultiQueryAttention", "RMSNorm", "ReLU", "RotaryPositionalEmbedding",
+    "SinusoidalPositionalEncoding", "SwiGLU", "Swish",
+]

@@ -1,0 +1,337 @@
+"""Rotary position tables: which angle each pair of channels turns through at each position.
+
+Angles are computed in float64 and only their cosines and sines are rounded to float32, so that they stay
+right to the last bit at positions in the millions. The rotation itself is `forge_c.functional.rope`.
+
+Glossary: d = rotary dimension, i = pair of channels (0 .. d/2 - 1), p = position, inv_i = base**(-2i/d);
+pair i turns through the angle p * inv_i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from operator import index
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["RopeTable", "rope_table"]
+
+_BLOCK_ROWS = 256
+_ANY_TYPE = frozenset(
+    "rope_type type rope_theta max_position_embeddings original_max_position_embeddings".split()
+)
+
+
+class RopeTable:
+    """The cosines and sines that `rope` reads; immutable.
+
+    Args:
+        cos: (max_seq_len, dim / 2) float32; used as it is when C-contiguous, otherwise copied.
+        sin: the same shape and dtype.
+
+    Attributes:
+        cos, sin: read-only C-contiguous float32 arrays (max_seq_len, dim / 2).
+        dim: how many channels of a head are rotated.
+        max_seq_len: positions 0 .. max_seq_len - 1 are covered.
+
+    Raises:
+        TypeError: a table that is not float32.
+        ValueError: a table that is not two-dimensional, or two shapes that differ.
+    """
+
+    __slots__ = ("cos", "dim", "max_seq_len", "sin")
+
+    cos: NDArray[np.float32]
+    sin: NDArray[np.float32]
+    dim: int
+    max_seq_len: int
+
+    def __init__(self, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
+        cos, sin = _checked_table("cos", cos), _checked_table("sin", sin)
+        if cos.shape != sin.shape:
+            raise ValueError(f"RopeTable: sin has shape {sin.shape}, expected {cos.shape} as cos")
+        for name, value in (("cos", cos), ("sin", sin), ("dim", 2 * cos.shape[1]), ("max_seq_len", len(cos))):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"RopeTable: {name} cannot be assigned, make a new table")
+
+    def __reduce__(self) -> tuple[type[RopeTable], tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        return RopeTable, (self.cos, self.sin)
+
+    def __repr__(self) -> str:
+        return f"RopeTable(dim={self.dim}, max_seq_len={self.max_seq_len})"
+
+
+def rope_table(
+    dim: int, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None
+) -> RopeTable:
+    """Build the table for positions 0 .. max_seq_len - 1.
+
+    Args:
+        dim: channels that are rotated, even; less than head_dim for partial rotation.
+        max_seq_len: number of positions.
+        base: the frequency base, "rope_theta" in Hugging Face configs.
+        scaling: a Hugging Face `rope_scaling` or `rope_parameters` dict. "rope_type" (formerly "type") is one
+            of default, linear, dynamic, yarn, longrope, llama3, proportional; "rope_theta" in it replaces the
+            default base; keys whose value is None count as absent. The config's `max_position_embeddings`
+            and `original_max_position_embeddings` may be added to the dict: dynamic needs the first, llama3,
+            yarn and longrope the second (the first stands in for it), and yarn and longrope without a
+            "factor" take it from their ratio.
+
+    dynamic and longrope depend on how long the sequence will be. The table's max_seq_len is taken as that
+    length, so that keys already in a cache never change their angles.
+
+    Raises:
+        ValueError: a size or number out of range, an unknown rope_type, or a key that the type does not know
+            and that could therefore change the result.
+
+    >>> rope_table(128, 4096)
+    RopeTable(dim=128, max_seq_len=4096)
+    >>> print(rope_table(4, 3, base=100.0).sin.round(4))
+    [[0.     0.    ]
+     [0.8415 0.0998]
+     [0.9093 0.1987]]
+    """
+    dim, rows = _checked_size("dim", dim), _checked_size("max_seq_len", max_seq_len)
+    if dim % 2:
+        raise ValueError(f"rope_table: dim is {dim}, expected an even number")
+    params = _Scaling(scaling or {})
+    base = params.number("rope_theta", params.checked_base(base))
+    if base <= 1.0:
+        raise ValueError(f"rope_table: base is {base}, expected more than 1")
+    inv_freq, attention_factor = params.rule(params, dim, rows, base)
+    return RopeTable(*cos_sin(inv_freq, rows, attention_factor))
+
+
+class _Scaling:
+    """A Hugging Face scaling dict whose type is known and whose every key is understood by that type."""
+
+    def __init__(self, scaling: Mapping[str, Any]) -> None:
+        if not isinstance(scaling, Mapping):
+            raise TypeError(f"rope_table: scaling is {type(scaling).__name__}, expected a dict or None")
+        self._given = {key: value for key, value in scaling.items() if value is not None}
+        self.type = self._given.get("rope_type", self._given.get("type", "default"))
+        if self._given.get("type", self.type) != self.type:
+            raise ValueError(f"rope_table: rope_type {self.type!r} but type {self._given['type']!r}")
+        if self.type not in _RULES:
+            known_types = ", ".join(_RULES)
+            raise ValueError(f"rope_table: unknown rope_type {self.type!r}, expected one of {known_types}")
+        self.rule, own_keys = _RULES[self.type]
+        known = _ANY_TYPE | own_keys
+        if "partial_rotary_factor" not in known and self._given.get("partial_rotary_factor") == 1.0:
+            known |= {"partial_rotary_factor"}
+        unknown = sorted(set(self._given) - known)
+        if unknown:
+            partial = (
+                "; for partial rotation pass the smaller dim" if "partial_rotary_factor" in unknown else ""
+            )
+            raise ValueError(
+                f"rope_table: scaling has {', '.join(unknown)}, which rope_type {self.type} does not know: "
+                f"expected only {', '.join(sorted(known))}{partial}"
+            )
+
+    def checked_base(self, base: float) -> float:
+        """The caller's base, which must not contradict the dict's unless it is the default."""
+        value = _checked_number("base", base)
+        theta = self._given.get("rope_theta", value)
+        if value not in (theta, 10000.0):
+            raise ValueError(f"rope_table: base is {value}, but scaling has rope_theta {theta}")
+        return value
+
+    def has(self, key: str) -> bool:
+        return key in self._given
+
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """scaling[key], finite and positive (or zero where allowed)."""
+        value = self._given.get(key, default)
+        if value is None:
+            raise ValueError(f"rope_table: rope_type {self.type} needs {key} in scaling")
+        return _checked_number(f"scaling[{key!r}]", value, zero=zero)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._given.get(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"rope_table: scaling[{key!r}] is {value!r}, expected True or False")
+        return value
+
+    def vector(self, key: str, length: int) -> NDArray[np.float64]:
+        """scaling[key] as (length,) float64, all finite and positive."""
+        given = self._given.get(key)
+        if not isinstance(given, (list, tuple, np.ndarray)) or len(given) != length:
+            raise ValueError(
+                f"rope_table: scaling[{key!r}] is {given!r}, expected dim / 2 = {length} numbers"
+            )
+        return np.array([_checked_number(f"scaling[{key!r}]", value) for value in given])
+
+    def original_length(self) -> float:
+        """The length the model was first trained on."""
+        longest = self._given.get("max_position_embeddings")
+        length = self.number("original_max_position_embeddings", longest)
+        if length <= 1.0:
+            raise ValueError(
+                f"rope_table: original_max_position_embeddings is {length}, expected more than 1"
+            )
+        return length
+
+    def factor_or_ratio(self) -> float:
+        """The explicit factor, else how much longer the model's context is than its original one."""
+        if self.has("max_position_embeddings") and not self.has("factor"):
+            return self.number("max_position_embeddings") / self.original_length()
+        return self.number("factor")
+
+
+# A rule returns (inv_freq, attention_factor): (d / 2,) float64, and what cos and sin are multiplied by.
+_Rule = Callable[[_Scaling, int, int, float], tuple[NDArray[np.float64], float]]
+
+
+def _inv_freq(dim: int, base: float) -> NDArray[np.float64]:
+    return 1.0 / base ** (np.arange(0, dim, 2) / dim)
+
+
+def _default(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    return _inv_freq(dim, base), 1.0
+
+
+def _linear(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    return _inv_freq(dim, base) / params.number("factor"), 1.0
+
+
+def _proportional(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    """The first int(fraction * d / 2) pairs turn, with exponents over the whole d; the others stand still."""
+    fraction = params.number("partial_rotary_factor", 1.0, zero=True)
+    if fraction > 1.0:
+        raise ValueError(f"rope_table: scaling['partial_rotary_factor'] is {fraction}, expected at most 1")
+    turning = int(fraction * dim // 2)
+    inv_freq = _inv_freq(dim, base) / params.number("factor", 1.0)
+    inv_freq[turning:] = 0.0
+    return inv_freq, 1.0
+
+
+def _dynamic(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    """NTK-aware: base' = base * (f * L / max - (f - 1)) ** (d / (d - 2)) for a sequence of L > max tokens."""
+    if dim == 2:
+        raise ValueError("rope_table: dim is 2, expected at least 4 for rope_type dynamic")
+    factor, longest = params.number("factor"), params.number("max_position_embeddings")
+    stretch = factor * max(rows, longest) / longest - (factor - 1.0)
+    return _inv_freq(dim, base * stretch ** (dim / (dim - 2))), 1.0
+
+
+def _yarn(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    """Fast pairs keep inv, slow pairs get inv / f, with a linear ramp over the pairs between.
+
+    Pair c(r) = d * ln(original / (2 pi r)) / (2 ln base) makes r turns over the original length; the ramp
+    runs from c(beta_fast) to c(beta_slow).
+    """
+    original, factor = params.original_length(), params.factor_or_ratio()
+
+    def pair_turning(turns: float) -> float:
+        return dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    low = pair_turning(params.number("beta_fast", 32.0))
+    high = pair_turning(params.number("beta_slow", 1.0))
+    if params.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0.0, 1.0)
+    inv_freq = _inv_freq(dim, base)
+    return inv_freq / factor * ramp + inv_freq * (1.0 - ramp), _yarn_attention_factor(params, factor)
+
+
+def _yarn_attention_factor(params: _Scaling, factor: float) -> float:
+    def gain(mscale: float) -> float:
+        return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if params.has("attention_factor"):
+        return params.number("attention_factor")
+    mscale = params.number("mscale", 0.0, zero=True)
+    mscale_all_dim = params.number("mscale_all_dim", 0.0, zero=True)
+    return gain(mscale) / gain(mscale_all_dim) if mscale and mscale_all_dim else gain(1.0)
+
+
+def _longrope(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    """Each pair has its own divisor: one list up to the original length, another for longer sequences."""
+    original = params.original_length()
+    short, long = params.vector("short_factor", dim // 2), params.vector("long_factor", dim // 2)
+    inv_freq = _inv_freq(dim, base) / (long if rows > original else short)
+    if params.has("attention_factor"):
+        return inv_freq, params.number("attention_factor")
+    factor = params.factor_or_ratio()
+    return inv_freq, 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+
+
+def _llama3(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    """Pairs that turn more than `high` times over the original length stay, below `low` they get inv / f."""
+    original, factor = params.original_length(), params.number("factor")
+    low, high = params.number("low_freq_factor"), params.number("high_freq_factor")
+    if high <= low:
+        raise ValueError(f"rope_table: high_freq_factor is {high}, expected more than low_freq_factor {low}")
+    inv_freq = _inv_freq(dim, base)
+    turns = original * inv_freq / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 - keep) * inv_freq / factor + keep * inv_freq, 1.0
+
+
+_RULES: dict[str, tuple[_Rule, frozenset[str]]] = {
+    "default": (_default, frozenset()),
+    "linear": (_linear, frozenset({"factor"})),
+    "dynamic": (_dynamic, frozenset({"factor"})),
+    "yarn": (
+        _yarn,
+        frozenset("factor attention_factor mscale mscale_all_dim beta_fast beta_slow truncate".split()),
+    ),
+    "longrope": (_longrope, frozenset("factor attention_factor short_factor long_factor".split())),
+    "llama3": (_llama3, frozenset("factor low_freq_factor high_freq_factor".split())),
+    "proportional": (_proportional, frozenset({"factor", "partial_rotary_factor"})),
+}
+
+
+def cos_sin(
+    inv_freq: NDArray[np.float64], rows: int, attention_factor: float = 1.0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """attention_factor * cos and sin of p * inv_freq, (rows, d / 2) float32.
+
+    exp(j * (start + r) * inv) = exp(j * start * inv) * exp(j * r * inv): one complex product for a pair and a
+    position in place of two slow calls, in float64, with a temporary of one block.
+    """
+    cos = np.empty((rows, len(inv_freq)), np.float32)
+    sin = np.empty_like(cos)
+    within = attention_factor * np.exp(1j * np.outer(np.arange(min(rows, _BLOCK_ROWS)), inv_freq))
+    for start in range(0, rows, _BLOCK_ROWS):
+        turn = within[: rows - start] * np.exp(1j * (start * inv_freq))
+        cos[start : start + _BLOCK_ROWS] = turn.real
+        sin[start : start + _BLOCK_ROWS] = turn.imag
+    return cos, sin
+
+
+def _checked_table(name: str, table: NDArray[np.float32]) -> NDArray[np.float32]:
+    array = np.asarray(table)
+    if array.dtype != np.float32:
+        raise TypeError(f"RopeTable: {name} has dtype {array.dtype}: pass {name}.astype(np.float32)")
+    if array.ndim != 2:
+        raise ValueError(f"RopeTable: {name} has shape {array.shape}, expected (max_seq_len, dim / 2)")
+    array = np.ascontiguousarray(array).view()
+    array.flags.writeable = False
+    return array
+
+
+def _checked_size(name: str, value: int) -> int:
+    try:
+        size = index(value)
+    except TypeError:
+        raise TypeError(f"rope_table: {name} is {value!r}, expected an integer") from None
+    if size < 1:
+        raise ValueError(f"rope_table: {name} is {size}, expected at least 1")
+    return size
+
+
+def _checked_number(name: str, value: float, *, zero: bool = False) -> float:
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)):
+        raise ValueError(f"rope_table: {name} is {value!r}, expected a number")
+    number = float(value)
+    if not math.isfinite(number) or number < 0.0 or (number == 0.0 and not zero):
+        raise ValueError(f"rope_table: {name} is {value!r}, expected a finite number above 0")
+    return number

@@ -1,0 +1,47 @@
+"""Builds the one extension module: Cython over every C file of src_c. Options live in pyproject.toml."""
+import os
+import subprocess
+import sys
+import tempfile
+from glob import glob
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=gnu11", "-O2", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+class BuildExt(build_ext):
+    """Adds OpenMP where the compiler has it, and records the flags for show_config()."""
+
+    def compiles(self, flags: list[str]) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() == 0; }\n")
+            command = [*self.compiler.compiler_so, *flags, str(source), "-o", str(Path(folder, "probe"))]
+            return subprocess.run([c for c in command if c != "-c"], capture_output=True).returncode == 0
+
+    def build_extensions(self) -> None:
+        openmp = ["-fopenmp"] if not os.environ.get("FORGE_C_NO_OPENMP") and self.compiles(["-fopenmp"]) else []
+        for extension in self.extensions:
+            extension.extra_compile_args = FLAGS + openmp
+            extension.extra_link_args = openmp
+        super().build_extensions()
+        folder = Path(self.get_ext_fullpath("forge_c.functional")).parent
+        compiler = " ".join(self.compiler.compiler_so[:1])
+        (folder / "_build.py").write_text(f'"""Written by setup.py."""\nFLAGS = "{compiler} {" ".join(FLAGS + openmp)}"\n')
+
+
+extension = Extension(
+    "forge_c.functional",
+    ["forge_c/functional.pyx", *sorted(glob("src_c/**/*.c", recursive=True))],
+    depends=[*glob("src_c/**/*.h", recursive=True), *glob("forge_c/border/*.pxi"), "forge_c/_c.pxd"],
+    include_dirs=["src_c", numpy.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
+    libraries=[] if sys.platform == "win32" else ["m"],
+)
+
+setup(ext_modules=cythonize([extension], include_path=["."]), cmdclass={"build_ext": BuildExt})
