@@ -1,0 +1,29 @@
+# make demo: build, then run the embedded model.   make test: build, then the tests.   Everything lands in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench lint clean
+
+$(VENV)/built: pyproject.toml setup.py $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '.[test]'
+	touch $@
+
+demo: $(VENV)/built
+	cd $(VENV) && bin/forge-c generate --prompt 'def fibonacci(n):' --max-new-tokens 200
+
+test: $(VENV)/built
+	cd tests && ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider .
+
+bench: $(VENV)/built
+	$(BIN)/pip install --quiet '.[bench]'
+	$(BIN)/python bench/run.py
+
+lint: $(VENV)/built
+	$(BIN)/pip install --quiet '.[dev]'
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info forge_c/*.so forge_c/functional.c

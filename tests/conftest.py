@@ -1,0 +1,153 @@
+"""What the whole suite shares: every ISA, every dtype, thread counts, and the one table of tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import forge_c
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
+          "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+THREAD_COUNTS = (1, 2, 3, 8)
+
+# Half the distance between neighbours, relative to the value (normal numbers) and absolute (subnormals).
+HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+HALF_SUBNORMAL = {"float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-134}
+LARGEST = {"float32": 2.0**128, "float16": 65520.0, "bfloat16": 2.0**128}
+
+SMALLEST_NORMAL = 2.0**-126
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|got - expected| <= work + one rounding to the result's dtype, work = roundings 2^-24 magnitude + floor.
+
+    roundings(n, d, s) counts the float32 roundings on the longest path through the operation: n is the
+    length of the reduction, d and s are attention's head_dim and largest sum of |q||k| scale.
+    magnitude, |expected| unless the test passes it, is the size of what those roundings act on.
+    """
+
+    roundings: Callable[[float, float, float], float]
+    floor: float = 0.0
+    half_ulp: float = 2.0**-24
+    half_subnormal: float = 2.0**-150
+    largest: float = 2.0**128
+
+
+OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float]] = {
+    # One conversion, no arithmetic.
+    "relu": (lambda n, d, s: 0, 0.0),
+    "embedding": (lambda n, d, s: 1, 0.0),
+    # x + residual: one addition.
+    "residual": (lambda n, d, s: 1, 0.0),
+    # The sum of squares has no cancellation: n additions and n products at most, halved by the root; then
+    # division by n, eps, root, reciprocal, offset + weight, two products.
+    "rms_norm": (lambda n, d, s: n + 7, 0.0),
+    # The mean carries n roundings of mean|x| into every difference, the variance n more, halved by the root.
+    # magnitude: |weight| (|x - mean| + mean|x|) / sigma + |bias|.
+    "layer_norm": (lambda n, d, s: 1.5 * n + 10, 0.0),
+    # Two products and an addition. magnitude: the length of the pair, sqrt(a^2 + b^2).
+    "rope": (lambda n, d, s: 3, 0.0),
+    # exp to 2 ulp = 4 half ulps, 1 + e, the division to 1 ulp, the product. exp(-x) overflows float32
+    # from x = -88.72 on, where |silu| has fallen to 2.6e-37.
+    "silu": (lambda n, d, s: 8, 2.6e-37),
+    # Phi(x) to 4 ulp of 1, then a product. magnitude: |x|. The tanh form is a sigmoid(2t) whose argument
+    # carries 4 roundings; sigmoid'(2t) 2t never exceeds 0.45.
+    "gelu": (lambda n, d, s: 9, 2.6e-37),
+    # As above and one more product; the floor scales with |linear|, so it belongs to magnitude.
+    "swiglu": (lambda n, d, s: 9, SMALLEST_NORMAL),
+    "geglu": (lambda n, d, s: 10, SMALLEST_NORMAL),
+    # exp to 2 ulp above and below, n additions, the division. magnitude: p (1 + |x - max|), since the rounding
+    # of x - max is relative to it. exp may flush to zero below the normal numbers.
+    "softmax": (lambda n, d, s: n + 10, SMALLEST_NORMAL),
+    # gamma_n of a dot product in any order, bias, residual. magnitude: |x| @ |weight| + |bias| + |residual|.
+    # vdpbf16ps flushes subnormal products and sums: at most n of them.
+    "linear": (lambda n, d, s: n + 2, 128 * SMALLEST_NORMAL),
+    # The two products' bounds carry through act' <= 1.13 and the other factor. magnitude: see test_linear.
+    "gated_linear": (lambda n, d, s: 1.13 * (n + 2) + 10, 128 * SMALLEST_NORMAL),
+    # Every score is a dot product of length d, scaled (and capped: 4 more); an error e in the scores is 2e in
+    # the weights; exp 4, twice; n additions above and below; one rescale a key at most. magnitude: p @ |v|.
+    "attention": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16, SMALLEST_NORMAL),
+    # The log of a sum of n terms, absolute. magnitude: 1 + |lse|.
+    "lse": (lambda n, d, s: (d + 8) * (1 + s) + n + 8, 0.0),
+    # Two weights from exp of a rounded difference (p |log p| < 0.37), two products, a sum, a division.
+    # magnitude: the larger |out| of the two parts.
+    "merge_attention": (lambda n, d, s: 16, 0.0),
+}
+
+TOLERANCES = {
+    (op, dtype): Tolerance(roundings, floor, HALF_ULP[dtype], HALF_SUBNORMAL[dtype], LARGEST[dtype])
+    for op, (roundings, floor) in OPERATIONS.items() for dtype in DTYPES
+}
+
+
+def check_close(op: str, got: Any, expected: Any, *, magnitude: Any = None, n: float = 0, d: float = 0,
+                s: float = 0, roundings: float = 0) -> None:
+    """Fail unless `got` is `expected` within TOLERANCES[op, its dtype], NaN and Inf at the same places.
+
+    roundings: inputs that were themselves rounded to the result's dtype on the way, in half ulps.
+    """
+    t, expected = TOLERANCES[op, got.dtype.name], np.asarray(expected)
+    assert got.shape == expected.shape, f"{op}: shape {got.shape}, expected {expected.shape}"
+    value = got.astype(np.float64)
+    np.testing.assert_array_equal(np.isnan(value), np.isnan(expected), f"{op}: NaN at other places")
+    with np.errstate(invalid="ignore"):
+        work = 2.0**-24 * t.roundings(n, d, s) * (np.abs(expected) if magnitude is None else magnitude) + t.floor
+        bound = work + (1 + roundings) * t.half_ulp * (np.abs(expected) + work) + t.half_subnormal
+        overflows = np.isfinite(expected) & (np.abs(expected) + bound >= t.largest)
+        right = (value == expected) | (np.abs(value - expected) <= bound) | np.isnan(expected)
+        right |= overflows & (value == np.copysign(np.inf, expected))
+    if not right.all():
+        at = tuple(int(i) for i in np.argwhere(~right)[0])
+        allowed = np.broadcast_to(bound, expected.shape)[at]
+        pytest.fail(f"{op}: {np.count_nonzero(~right)} of {right.size} values off, first at {at}: "
+                    f"{value[at]!r}, expected {expected[at]!r} within {allowed:.3g}")
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    """check_close(op, got, expected, *, magnitude, n, d, s)."""
+    return check_close
+
+
+@pytest.fixture(params=forge_c.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on every ISA this CPU has."""
+    before = forge_c.isa()
+    forge_c.use_isa(request.param)
+    assert forge_c.isa() == request.param
+    yield request.param
+    forge_c.use_isa(before)
+
+
+@pytest.fixture(params=list(DTYPES))
+def dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
+    """float32, float16 and bfloat16 in turn."""
+    return DTYPES[request.param]
+
+
+@pytest.fixture
+def each_thread_count() -> Iterator[Callable[[], Iterator[int]]]:
+    """A loop over THREAD_COUNTS that sets each of them; the count is restored after the test."""
+    before = forge_c.get_num_threads()
+
+    def counts() -> Iterator[int]:
+        for count in THREAD_COUNTS:
+            forge_c.set_num_threads(count)
+            assert forge_c.get_num_threads() == count
+            yield count
+
+    yield counts
+    forge_c.set_num_threads(before)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Seeded by the test's name, so that a failure repeats."""
+    return np.random.default_rng(list(request.node.name.encode()))

@@ -1,0 +1,260 @@
+"""The specification: every operation of forge_c in float64 NumPy, written for reading.
+
+Nothing here is fast, blocked or numerically clever, and nothing here imports the library.
+Letters: b batch, i query, j key, h query head, g key/value head, d channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+F64 = NDArray[np.float64]
+erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def f64(a: Any) -> F64:
+    """`a` as float64, bfloat16 included."""
+    return np.asarray(np.asarray(a), dtype=np.float64)
+
+
+# ---- norms: x, residual (..., d); weight, bias (d,) -------------------------------------------------
+
+def rms_norm(x: ArrayLike, weight: ArrayLike | None = None, eps: float = 1e-6, *,
+             weight_offset: float = 0.0, residual: ArrayLike | None = None) -> Any:
+    """h / sqrt(mean(h^2) + eps) * (weight_offset + weight), h = x + residual; (y, h) given a residual."""
+    h = f64(x) if residual is None else f64(x) + f64(residual)
+    y = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + eps)
+    y = y if weight is None else y * (weight_offset + f64(weight))
+    return y if residual is None else (y, h)
+
+
+def layer_norm(x: ArrayLike, weight: ArrayLike | None = None, bias: ArrayLike | None = None,
+               eps: float = 1e-5, *, residual: ArrayLike | None = None) -> Any:
+    """(h - mean) / sqrt(mean((h - mean)^2) + eps) * weight + bias; (y, h) if there is a residual."""
+    h = f64(x) if residual is None else f64(x) + f64(residual)
+    centred = h - np.mean(h, axis=-1, keepdims=True)
+    y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    y = y if weight is None else y * f64(weight)
+    y = y if bias is None else y + f64(bias)
+    return y if residual is None else (y, h)
+
+
+# ---- rotary positions -------------------------------------------------------------------------------
+
+def rope(x: ArrayLike, cos: ArrayLike, sin: ArrayLike, positions: ArrayLike, *,
+         interleaved: bool = False) -> F64:
+    """Each pair (a, b) of x (batch, seq, heads, head_dim) turns into (a cos - b sin, b cos + a sin).
+
+    cos, sin (max_seq_len, dim/2); positions (seq,) or (batch, seq). Pairs are (m, m + dim/2) or, interleaved,
+    (2m, 2m + 1); channels from dim on are copied.
+    """
+    y = f64(x).copy()
+    at = np.broadcast_to(positions, y.shape[:2])
+    c, s = f64(cos)[at][:, :, None], f64(sin)[at][:, :, None]
+    half = c.shape[-1]
+    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    a, b = y[..., first].copy(), y[..., second].copy()
+    y[..., first], y[..., second] = a * c - b * s, b * c + a * s
+    return y
+
+
+def rope_angles(inverse_frequency: ArrayLike, max_seq_len: int) -> F64:
+    """position * inverse frequency, (max_seq_len, dim/2)."""
+    return np.arange(max_seq_len, dtype=np.float64)[:, None] * f64(inverse_frequency)
+
+
+def rope_frequency(dim: int, base: float = 10000.0) -> F64:
+    """base^(-2m/dim) for pair m, (dim/2,)."""
+    return float(base) ** (-np.arange(0, dim, 2) / dim)
+
+
+def rope_dynamic(dim: int, base: float, factor: float, original: int, seq_len: int) -> F64:
+    """NTK: the base grows so that a sequence of seq_len > original tokens fits."""
+    length = max(seq_len, original)
+    return rope_frequency(dim, base * (factor * length / original - (factor - 1)) ** (dim / (dim - 2)))
+
+
+def rope_llama3(dim: int, base: float, s: Mapping[str, Any]) -> F64:
+    """Long waves are divided by factor, short ones kept, those between are blended."""
+    inv, original = rope_frequency(dim, base), s["original_max_position_embeddings"]
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    turns = original * inv / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * inv / s["factor"] + smooth * inv
+
+
+def rope_yarn(dim: int, base: float, s: Mapping[str, Any]) -> F64:
+    """Pairs that turn over beta_fast times in the original length are kept, under beta_slow divided."""
+    inv, original = rope_frequency(dim, base), s["original_max_position_embeddings"]
+
+    def pair_turning(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair_turning(s.get("beta_fast", 32)), pair_turning(s.get("beta_slow", 1))
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return inv / s["factor"] * ramp + inv * (1 - ramp)
+
+
+def rope_yarn_attention_factor(s: Mapping[str, Any]) -> float:
+    """What yarn multiplies cos and sin by."""
+    def gain(mscale: float) -> float:
+        return 1.0 if s["factor"] <= 1 else 0.1 * mscale * math.log(s["factor"]) + 1.0
+
+    if s.get("attention_factor") is not None:
+        return float(s["attention_factor"])
+    if s.get("mscale") and s.get("mscale_all_dim"):
+        return gain(s["mscale"]) / gain(s["mscale_all_dim"])
+    return gain(1.0)
+
+
+def rope_longrope(dim: int, base: float, s: Mapping[str, Any], seq_len: int) -> tuple[F64, float]:
+    """(inverse frequencies, attention factor): the long factors once seq_len passes the original length."""
+    original, factor = s["original_max_position_embeddings"], s["factor"]
+    stretch = f64(s["long_factor"] if seq_len > original else s["short_factor"])
+    gain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return rope_frequency(dim, base) / stretch, gain
+
+
+def rope_proportional(dim: int, base: float, partial_rotary_factor: float, factor: float = 1.0) -> F64:
+    """The first pairs turn with the exponents of the whole width, the rest stand still."""
+    inv = rope_frequency(dim, base) / factor
+    inv[int(partial_rotary_factor * dim // 2):] = 0.0
+    return inv
+
+
+# ---- elementwise and softmax ------------------------------------------------------------------------
+
+def relu(x: ArrayLike) -> F64:
+    """max(x, 0), NaN stays NaN."""
+    return np.maximum(f64(x), 0.0)
+
+
+def silu(x: ArrayLike) -> F64:
+    """x / (1 + exp(-x)); NaN at -inf, as the formula says."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return f64(x) / (1 + np.exp(-f64(x)))
+
+
+def gelu(x: ArrayLike, approximate: str = "none") -> F64:
+    """x Phi(x); "tanh": x/2 (1 + tanh t) = x sigmoid(2t), t = sqrt(2/pi) (x + 0.044715 x^3)."""
+    x = f64(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if approximate == "none":
+            return 0.5 * x * (erfc(-x / math.sqrt(2)) if x.size else x)
+        return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+def swiglu(swished: ArrayLike, linear: ArrayLike) -> F64:
+    """silu(swished) * linear."""
+    with np.errstate(invalid="ignore"):
+        return silu(swished) * f64(linear)
+
+
+def geglu(gated: ArrayLike, linear: ArrayLike, approximate: str = "none") -> F64:
+    """gelu(gated) * linear."""
+    with np.errstate(invalid="ignore"):
+        return gelu(gated, approximate) * f64(linear)
+
+
+def softmax(x: ArrayLike) -> F64:
+    """exp(x - max) / sum over the last axis; a row without a finite maximum is NaN."""
+    x = f64(x)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(x - np.max(x, axis=-1, keepdims=True, initial=-np.inf))
+        return e / np.sum(e, axis=-1, keepdims=True)
+
+
+# ---- matrices: weight (in, out) ---------------------------------------------------------------------
+
+def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, *,
+           residual: ArrayLike | None = None) -> F64:
+    """x @ weight + bias + residual."""
+    with np.errstate(invalid="ignore"):
+        y = f64(x) @ f64(weight)
+        y = y if bias is None else y + f64(bias)
+        return y if residual is None else y + f64(residual)
+
+
+def gated_linear(x: ArrayLike, swished: ArrayLike, linear_: ArrayLike, bias: ArrayLike | None = None, *,
+                 activation: str = "silu") -> F64:
+    """act(x @ swished + bias[0]) * (x @ linear + bias[1])."""
+    b = np.zeros(2) if bias is None else f64(bias)
+    gate, up = linear(x, swished) + b[0], linear(x, linear_) + b[1]
+    if activation == "silu":
+        return swiglu(gate, up)
+    return geglu(gate, up, {"gelu": "none", "gelu_tanh": "tanh"}[activation])
+
+
+def embedding(ids: ArrayLike, table: ArrayLike, *, scale: float = 1.0) -> F64:
+    """scale * table[ids]."""
+    return scale * f64(table)[np.asarray(ids)]
+
+
+# ---- attention: q (b, i, h, d), k (b, j, g, d), v (b, j, g, v_dim) ----------------------------------
+
+def visible(b: int, i: int, q_len: int, kv_len: int, *, causal: bool = False, window: int | None = None,
+            kv_lens: ArrayLike | None = None) -> slice:
+    """The keys that query i of batch row b may look at; the queries are the last q_len of the row's keys."""
+    valid = kv_len if kv_lens is None else int(np.asarray(kv_lens)[b])
+    position = valid - q_len + i
+    stop = min(position + 1, valid) if causal else valid
+    start = 0 if window is None else max(position - window + 1, 0)
+    return slice(start, max(stop, start))
+
+
+def attend(score: F64, v: F64, sink: float = -math.inf) -> tuple[F64, float]:
+    """softmax(score (j,)) @ v (j, v_dim), and log of the denominator; no key at all gives 0 and -inf."""
+    peak = max(np.max(score, initial=-np.inf), sink) if not np.isnan(score).any() else np.nan
+    if peak == -np.inf:
+        return np.zeros(v.shape[-1]), -math.inf
+    with np.errstate(invalid="ignore"):
+        p = np.exp(score - peak)
+        denominator = p.sum() + np.exp(sink - peak)
+        return p @ v / denominator, float(peak + np.log(denominator))
+
+
+def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, causal: bool = False, scale: float | None = None,
+              mask: ArrayLike | None = None, window: int | None = None, softcap: float | None = None,
+              sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None) -> tuple[F64, F64]:
+    """(out (b, i, h, v_dim), lse (b, i, h)); score = cap(q.k scale) + mask; only visible keys exist."""
+    q, k, v = f64(q), f64(k), f64(v)
+    (batch, q_len, heads, head_dim), kv_len, group = q.shape, k.shape[1], max(q.shape[2] // k.shape[2], 1)
+    bias = np.broadcast_to(additive(mask), (batch, heads, q_len, kv_len))
+    out, lse = np.zeros((batch, q_len, heads, v.shape[-1])), np.full((batch, q_len, heads), -np.inf)
+    for b, i, h in np.ndindex(batch, q_len, heads):
+        seen = visible(b, i, q_len, kv_len, causal=causal, window=window, kv_lens=kv_lens)
+        score = k[b, seen, h // group] @ q[b, i, h] * (head_dim ** -0.5 if scale is None else scale)
+        score = (score if softcap is None else softcap * np.tanh(score / softcap)) + bias[b, h, i, seen]
+        sink = -math.inf if sinks is None else f64(sinks)[h]
+        out[b, i, h], lse[b, i, h] = attend(score, v[b, seen, h // group], sink)
+    return out, lse
+
+
+def additive(mask: ArrayLike | None) -> F64:
+    """A mask as what is added to the scores: bool True is 0 and False is -inf."""
+    if mask is None:
+        return np.zeros(1)
+    mask = np.asarray(mask)
+    return np.where(mask, 0.0, -np.inf) if mask.dtype == bool else f64(mask)
+
+
+def merge_attention(out_a: ArrayLike, lse_a: ArrayLike, out_b: ArrayLike,
+                    lse_b: ArrayLike) -> tuple[F64, F64]:
+    """Attention over the keys of both parts; a part with lse -inf is empty and its out is not looked at."""
+    out, lse = np.stack([f64(out_a), f64(out_b)]), np.stack([f64(lse_a), f64(lse_b)])
+    peak = np.max(lse, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        weight = np.where(lse == -np.inf, 0.0, np.exp(lse - peak))
+        total = weight.sum(axis=0)
+        parts = np.where(weight[..., None] == 0, 0.0, weight[..., None] * out)
+        merged = parts.sum(axis=0) / np.where(total == 0, 1.0, total)[..., None]
+        return merged, np.where(peak == -np.inf, -np.inf, peak + np.log(total))
