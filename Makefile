@@ -26,4 +26,4 @@ lint: $(VENV)/built
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info forge_c/*.so forge_c/functional.c
+	rm -rf $(VENV) build *.egg-info forge_c/*.so forge_c/functional.c forge_c/include

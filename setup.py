@@ -1,5 +1,6 @@
 """Builds the one extension module: Cython over every C file of src_c. Options live in pyproject.toml."""
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,8 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args = FLAGS + openmp
             extension.extra_link_args = openmp
+            extension.define_macros.append(("FC_BUILD_FLAGS", f'"{" ".join(FLAGS + openmp)}"'))
         super().build_extensions()
-        folder = Path(self.get_ext_fullpath("forge_c.functional")).parent
-        compiler = " ".join(self.compiler.compiler_so[:1])
-        (folder / "_build.py").write_text(f'"""Written by setup.py."""\nFLAGS = "{compiler} {" ".join(FLAGS + openmp)}"\n')
 
 
 extension = Extension(
@@ -43,5 +42,9 @@ extension = Extension(
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
     libraries=[] if sys.platform == "win32" else ["m"],
 )
+
+# forge_c.get_include(): the C API travels inside the package.
+Path("forge_c/include").mkdir(exist_ok=True)
+shutil.copy("src_c/forge.h", "forge_c/include")
 
 setup(ext_modules=cythonize([extension], include_path=["."]), cmdclass={"build_ext": BuildExt})

@@ -12,8 +12,12 @@ from libc.string cimport memset
 
 from forge_c._c cimport *
 
+import os
+
 import ml_dtypes
 import numpy as np
+
+from forge_c.threads import default_threads
 
 cnp.import_array()
 
@@ -25,7 +29,12 @@ include "border/rope.pxi"
 include "border/linear.pxi"
 include "border/attention.pxi"
 
+set_num_threads(default_threads()[0])
+if os.environ.get("FORGE_C_ISA"):
+    use_isa(os.environ["FORGE_C_ISA"])
+
 __all__ = [
-    "KV_CHUNK", "PackedWeight", "attention", "embedding", "gated_linear", "geglu", "gelu", "layer_norm", "linear",
-    "merge_attention", "relu", "rms_norm", "rope", "silu", "softmax", "swiglu",
+    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "embedding", "gated_linear", "geglu", "gelu",
+    "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope", "set_num_threads",
+    "silu", "softmax", "swiglu", "use_isa",
 ]

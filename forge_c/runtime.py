@@ -1,8 +1,6 @@
-"""What runs here: the default thread count and why, show_config(), roofline()."""
+"""What runs here and how fast it could go: show_config() and roofline()."""
 from __future__ import annotations
 
-import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -12,79 +10,8 @@ import numpy as np
 
 from forge_c import functional
 from forge_c.functional import get_num_threads, set_num_threads
-
-
-def cgroup_quota(root: Path | str = "/sys/fs/cgroup", membership: str | None = None) -> int | None:
-    """CPUs that the tightest cgroup quota on this process's path allows, at least 1; None without a quota.
-
-    root: where the hierarchy is mounted; membership: the text of /proc/self/cgroup.
-    """
-    if membership is None:
-        try:
-            membership = Path("/proc/self/cgroup").read_text()
-        except OSError:
-            return None
-    quotas: list[float] = []
-    for line in membership.splitlines():
-        fields = line.split(":", 2)
-        if len(fields) != 3:
-            continue
-        unified = fields[1] == ""
-        if not unified and "cpu" not in fields[1].split(","):
-            continue
-        base = Path(root) if unified else Path(root) / fields[1]
-        parts = [p for p in fields[2].split("/") if p not in ("", ".", "..")]
-        for depth in range(len(parts) + 1):
-            quota = _quota_v2(base.joinpath(*parts[:depth])) if unified else _quota_v1(base.joinpath(*parts[:depth]))
-            if quota is not None:
-                quotas.append(quota)
-    return max(1, math.ceil(min(quotas))) if quotas else None
-
-
-def _quota_v2(folder: Path) -> float | None:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return int(quota) / int(period) if quota != "max" else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        period = int((folder / "cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _physical_cores(cpus: set[int]) -> int:
-    """Distinct cores behind these CPUs: two hardware threads of one core share its vector units."""
-    cores = set()
-    for cpu in cpus:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            return len(cpus)
-    return len(cores)
-
-
-def default_threads() -> tuple[int, str]:
-    """The thread count chosen at import, and why."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    limits = {"physical cores": _physical_cores(cpus), "affinity": len(cpus)}
-    quota = cgroup_quota()
-    if quota is not None:
-        limits["cgroup quota"] = quota
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
-        limits["OMP_NUM_THREADS"] = int(asked)
-    why = min(limits, key=lambda name: limits[name])
-    return limits[why], f"{why} = {limits[why]}"
-
-
-_default, _why = default_threads()
-set_num_threads(_default)
+from forge_c.threads import default_threads
+from forge_c.version import __version__
 
 
 def _cpu_flags() -> str:
@@ -100,9 +27,7 @@ def _cpu_flags() -> str:
 
 def show_config() -> dict[str, object]:
     """Print and return what this build is and what it found: version, ISA, CPU features, threads, OpenMP, flags."""
-    from forge_c import __version__
-    from forge_c._build import FLAGS
-
+    count, why = default_threads()
     config: dict[str, object] = {
         "version": __version__,
         "isa": functional.isa(),
@@ -110,9 +35,9 @@ def show_config() -> dict[str, object]:
         "cpu": platform.machine(),
         "cpu_features": _cpu_flags(),
         "threads": get_num_threads(),
-        "threads_default": f"{_default} ({_why})",
+        "threads_default": f"{count} ({why})",
         "openmp": functional._openmp(),
-        "build_flags": FLAGS,
+        "build": functional._build(),
         "numpy": np.__version__,
     }
     for key, value in config.items():

@@ -42,6 +42,16 @@ const char *fc_isa_name(int i) { return isas[i].runs_here() ? isas[i].table->isa
 
 const char *fc_isa(void) { return fc_k->isa; }
 
+#ifndef FC_BUILD_FLAGS
+#define FC_BUILD_FLAGS "flags unknown"
+#endif
+#ifdef __clang__
+#define COMPILER "" /* __VERSION__ already says clang */
+#else
+#define COMPILER "gcc "
+#endif
+const char *fc_build(void) { return COMPILER __VERSION__ ", " FC_BUILD_FLAGS; }
+
 int fc_use_isa(const char *name) {
     for (int i = 0; i < NUM_ISAS; i++)
         if (isas[i].runs_here() && !strcmp(isas[i].table->isa, name)) {

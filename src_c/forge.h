@@ -34,6 +34,7 @@ int fc_num_isas(void);
 const char *fc_isa_name(int i); /* best first; NULL where this CPU cannot run it */
 int fc_use_isa(const char *name); /* 0, or -1: not a name that this CPU can run */
 const char *fc_openmp(void);      /* "libgomp", "libomp", "none" */
+const char *fc_build(void);       /* the compiler and its flags */
 int fc_get_num_threads(void);
 void fc_set_num_threads(int n);
 void fc_set_poll(int (*poll)(void)); /* called on the calling thread now and then; nonzero stops the op */
@@ -78,7 +79,7 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
 
 /* ---- linear: out (M, N) = x (M, K) @ W (K, N) + bias (N) + residual (M, N) ---- */
 
-/* How W lies in memory. FC_PACKED_*: pack.py defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
+/* How W lies in memory. FC_PACKED_*: packing.py defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
  * FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
 typedef enum { FC_PACKED_F32, FC_PACKED_BF16, FC_ROWS, FC_COLS } fc_layout;
 typedef struct {

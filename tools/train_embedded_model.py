@@ -175,3 +175,248 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin)
         return F.linear(self.norm(x), self.embed_tokens.weight)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def stdlib() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def lists() -> dict[str, list[str]]:
+    return json.loads((SHIPPED / "heldout.json").read_text())
+
+
+def training_files() -> list[Path]:
+    """Every .py of the standard library that is neither held out, nor its test, nor mere data."""
+    spared = lists()["heldout"] + lists()["not_trained_on"] + ["site-packages/*", "*/__pycache__/*"]
+    root = stdlib()
+    files = sorted(p for p in root.rglob("*.py") if p.is_file())
+    return [p for p in files if not any(fnmatch.fnmatch(p.relative_to(root).as_posix(), s) for s in spared)]
+
+
+def training_bytes(seed: int) -> Tensor:
+    """All training files in a random order, a BOUNDARY byte around each: (n,) uint8."""
+    files = training_files()
+    order = np.random.default_rng(seed).permutation(len(files))
+    joined = b"\0".join(files[i].read_bytes().replace(b"\0", b"") for i in order)
+    return torch.frombuffer(bytearray(b"\0" + joined + b"\0"), dtype=torch.uint8)
+
+
+def batches(data: Tensor, tokens: int, seq_len: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless random windows: (ids, next ids), each (tokens / seq_len, seq_len) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(data) - seq_len - 1, (tokens // seq_len,), generator=generator)
+        window = data[starts[:, None] + torch.arange(seq_len + 1)].long()
+        yield window[:, :-1], window[:, 1:]
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix, as in the Muon optimiser."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[0] > g.shape[1]
+    x = (g.mT if tall else g) / (g.norm() + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised (https://kellerjordan.github.io/posts/muon/); for matrices only."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
+                p.mul_(1 - group["lr"] * 0.01)
+                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def optimisers(model: Decoder) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    found = [Muon(matrices, lr=0.02), adam]
+    for group in (g for o in found for g in o.param_groups):
+        group["peak"] = group["lr"]
+    return found
+
+
+def stage(progress: float) -> int:
+    """Sequence length at a share of the budget: short windows are cheap, the last stage learns the whole context."""
+    return 512 if progress < 0.6 else 1024 if progress < 0.82 else 2048
+
+
+def schedule(progress: float) -> float:
+    """Warm up over 1 %, hold, then linear to 2 % over the last 60 %."""
+    return min(1.0, progress / 0.01) if progress < 0.4 else 1.0 - 0.98 * (progress - 0.4) / 0.6
+
+
+def train(args: argparse.Namespace) -> None:
+    """The budget is CPU time, so that pausing the process or sharing the machine does not change the schedule."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = Decoder(Shape())
+    model.initialise(args.seed)
+    found = optimisers(model)
+    data = training_bytes(args.seed)
+    print(f"{len(data) / 1e6:.1f} MB of source, {sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    forward = torch.compile(model, dynamic=False)
+    budget, start, saved, step, seen = args.minutes * 60 * args.threads, time.process_time(), 0.0, 0, 0
+    seq_len, smooth, source = 0, 5.5, iter(())
+    while (progress := (time.process_time() - start) / budget) < 1:
+        if stage(progress) != seq_len:
+            seq_len = stage(progress)
+            source = batches(data, args.tokens, seq_len, args.seed + seq_len)
+        ids, targets = next(source)
+        for group in (g for o in found for g in o.param_groups):
+            group["lr"] = group["peak"] * schedule(progress)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(ids)
+        loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))
+        loss.backward()
+        for optimiser in found:
+            optimiser.step()
+            optimiser.zero_grad()
+        step, seen, smooth = step + 1, seen + ids.numel(), smooth + 0.03 * (loss.item() / math.log(2) - smooth)
+        if step % 50 == 0:
+            print(f"step {step} {seen / 1e6:.1f} MB {progress:.3f} bits/byte {smooth:.4f} seq {seq_len}", flush=True)
+        if time.process_time() - saved > 600:
+            saved = time.process_time()
+            export(model, args.out, {"steps": step, "bytes_seen": seen})
+    export(model, args.out, {"steps": step, "bytes_seen": seen, "cpu_minutes": round(budget / 60)})
+
+
+def export(model: Decoder, out: Path, recipe: dict[str, int]) -> None:
+    """Write a Hugging Face folder: model.safetensors in bfloat16 and config.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {f"model.{n}": p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **asdict(model.shape),
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": BOUNDARY,
+        "eos_token_id": BOUNDARY,
+        "torch_dtype": "bfloat16",
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = {"tokenizer_class": "ByteTokenizer", "bos_token": "\0", "eos_token": "\0"}
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+    (out / "recipe.json").write_text(json.dumps(recipe) + "\n")
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Decoder:
+    model = Decoder(Shape())
+    model.load_state_dict({n.removeprefix("model."): w.float() for n, w in load_file(folder / "model.safetensors").items()})
+    return model.eval()
+
+
+@torch.no_grad()
+def bits(model: Decoder, source: bytes) -> float:
+    """Code length of a file under the model: every byte is predicted once, with a sliding window as its context."""
+    ids = torch.tensor([BOUNDARY, *source])
+    total, done = 0.0, 1
+    while done < len(ids):
+        stop = min(len(ids), done + STRIDE if done > 1 else WINDOW)
+        first = max(0, stop - WINDOW)
+        losses = F.cross_entropy(model(ids[None, first : stop - 1])[0], ids[first + 1 : stop], reduction="none")
+        total += losses[done - first - 1 :].double().sum().item() / math.log(2)
+        done = stop
+    return total
+
+
+def packers(source: bytes) -> dict[str, int]:
+    """Sizes in bytes at each packer's best setting."""
+    return {
+        "gzip -9": len(gzip.compress(source, 9)),
+        "bz2 -9": len(bz2.compress(source, 9)),
+        "xz -9": len(lzma.compress(source, preset=9)),
+    }
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the model card's table: bits per byte of each held-out file."""
+    model, total = load(args.folder), {}
+    print("| held-out file | bytes | gzip -9 | bz2 -9 | xz -9 | this model |\n|---|---|---|---|---|---|")
+    for name in lists()["heldout"]:
+        source = (stdlib() / name).read_bytes()
+        row = {"bytes": len(source) / 8, **packers(source), "model": bits(model, source) / 8}
+        total = {k: total.get(k, 0) + v for k, v in row.items()}
+        print_row(name, row)
+    print_row("**all**", total)
+
+
+def print_row(name: str, row: dict[str, float]) -> None:
+    length = 8 * row["bytes"]
+    cells = " | ".join(f"{8 * v / length:.3f}" for k, v in row.items() if k != "bytes")
+    print(f"| {name} | {length:.0f} | {cells} |", flush=True)
+
+
+def overlap(args: argparse.Namespace) -> None:
+    """Print, for each held-out file, the share of its bytes inside a SHINGLE-byte run that also stands in training."""
+    seen = set()
+    for path in training_files():
+        source = path.read_bytes()
+        seen.update(hash(source[i : i + SHINGLE]) for i in range(len(source) - SHINGLE + 1))
+    for name in lists()["heldout"]:
+        source = (stdlib() / name).read_bytes()
+        covered = np.zeros(len(source), bool)
+        for i in range(len(source) - SHINGLE + 1):
+            if hash(source[i : i + SHINGLE]) in seen:
+                covered[i : i + SHINGLE] = True
+        print(f"{name}: {100 * covered.mean():.1f} %")
+
+
+@torch.no_grad()
+def sample(args: argparse.Namespace) -> None:
+    model = load(args.folder)
+    torch.manual_seed(args.seed)
+    ids = [BOUNDARY, *args.prompt.encode()]
+    for _ in range(args.length):
+        logits = model(torch.tensor(ids[-WINDOW:])[None])[0, -1]
+        ids.append(int(torch.multinomial((logits / 0.7).softmax(-1), 1)))
+    print(bytes(ids[1:]).decode(errors="replace"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, run in [("train", train), ("eval", evaluate), ("sample", sample), ("overlap", overlap)]:
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("--seed", type=int, default=0)
+        if name == "train":
+            command.add_argument("--minutes", type=float, default=50, help="per thread, of CPU time")
+            command.add_argument("--threads", type=int, default=os.cpu_count())
+            command.add_argument("--tokens", type=int, default=8192, help="bytes in a batch")
+            command.add_argument("--out", type=Path, required=True)
+        elif name != "overlap":
+            command.add_argument("--folder", type=Path, default=SHIPPED)
+        if name == "sample":
+            command.add_argument("--prompt", default="def ")
+            command.add_argument("--length", type=int, default=400)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -153,7 +153,9 @@ cdef cnp.ndarray parameter(str fn, str arg, object value, ptrdiff_t n):
 
 
 cdef inline const float *floats(cnp.ndarray a) noexcept:
-    return NULL if a is None else <const float *>cnp.PyArray_DATA(a)
+    if a is None:
+        return NULL
+    return <const float *>cnp.PyArray_DATA(a)
 
 
 cdef int collapse(str fn, fc_rows *rows, int axes, int count, cnp.ndarray a0, cnp.ndarray a1, cnp.ndarray a2=None,

@@ -156,7 +156,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
         a.window = window
     a.softcap = <float>(0.0 if softcap is None else softcap)
     a.sinks = floats(sa)
-    a.kv_lens = NULL if lens is None else <const int64_t *>cnp.PyArray_DATA(lens)
+    if lens is not None:
+        a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
     a.out = cnp.PyArray_DATA(y)
     a.out_stride[0], a.out_stride[1], a.out_stride[2] = y.strides[0], y.strides[1], y.strides[2]
     if a.batch and a.q_len and a.heads:

@@ -30,7 +30,7 @@ cdef class PackedWeight:
 
     def unpack(self):
         """What the kernel multiplies by, as a float32 array of .shape."""
-        from forge_c.pack import unpack
+        from forge_c.packing import unpack
         return unpack(self)
 
     def __reduce__(self):

@@ -47,6 +47,10 @@ def _openmp() -> str:
     return fc_openmp().decode()
 
 
+def _build() -> str:
+    return fc_build().decode()
+
+
 def _peak_ops(str what, ptrdiff_t iterations) -> float:
     """Run `iterations` of the peak loop on every thread; the number of operations done, 0 where there is no unit."""
     cdef fc_peak peak = {"fp32": FC_PEAK_F32, "bf16": FC_PEAK_BF16, "int8": FC_PEAK_I8}[what]

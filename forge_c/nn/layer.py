@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c.functional import PackedWeight
-from forge_c.pack import pack, pack_gated
+from forge_c.packing import pack, pack_gated
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 

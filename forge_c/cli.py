@@ -1,0 +1,133 @@
+"""forge-c generate | info | bench. A user's mistake is one line on stderr and exit status 2."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # NumPy is imported only once there is work: --help answers at once
+    from forge_c.models import Model
+    from forge_c.models.generation import Generation
+
+_USER_ERRORS = (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError, FloatingPointError)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="forge-c", description="Run LLaMA-family models on the CPU.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | info | bench")
+    generate = commands.add_parser("generate", help="continue a prompt, as a stream")
+    info = commands.add_parser("info", help="what this build, this machine and a model are")
+    bench = commands.add_parser("bench", help="tokens per second of prompts and of generation")
+    for command in (generate, info, bench):
+        command.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
+        command.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: %(default)s)")
+        command.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
+    generate.add_argument("--prompt", default=None, help="text to continue; - reads it from stdin")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (default)")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--top-p", type=float, metavar="P")
+    generate.add_argument("--min-p", type=float, metavar="P")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
+    bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+    bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    bench.add_argument("--repeats", type=int, default=5, metavar="R", help="default: %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return {"generate": _generate, "info": _info, "bench": _bench}[args.command](args)
+    except BrokenPipeError:
+        # The reader of our output has gone; without this Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _USER_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"forge-c {args.command}: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _load(args: argparse.Namespace) -> Model:
+    from forge_c import set_num_threads
+    from forge_c.models import load
+
+    if args.threads is not None:
+        set_num_threads(args.threads)
+    return load(args.model, args.dtype)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from forge_c.models.sampling import Sampler
+
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    model = _load(args)
+    prompt = "def " if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    shown = "" if args.chat else prompt
+    if args.chat:
+        template: Any = getattr(model.tokenizer, "apply_chat_template", None)
+        if template is None:
+            raise ValueError("--chat: the model has no chat template")
+        prompt = template([{"role": "user", "content": prompt}])
+    rows, _, _ = model._prompts(prompt)
+    run = model._generation(rows, args.max_new_tokens, sampler, args.seed, args.stop)
+    sys.stdout.write(shown)
+    try:
+        for step in run.steps():
+            sys.stdout.write("".join(text for _, _, text in step))
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        _print_speed(run)
+    return 0
+
+
+def _print_speed(run: Generation) -> None:
+    def rate(count: int, seconds: float) -> str:
+        return f"{count / seconds:.1f} tokens/s" if seconds > 0 else "-"
+
+    print(f"\nprompt {run.prompt_tokens} tokens, {rate(run.prompt_tokens, run.prompt_seconds)}; "
+          f"decode {run.new_tokens} tokens, {rate(run.new_tokens, run.decode_seconds)}", file=sys.stderr)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from forge_c.runtime import show_config
+
+    model = _load(args)
+    show_config()
+    print(f"{'model':16} {args.model or 'embedded'}\n{'dtype':16} {model.dtype}\n{'bytes':16} {model.nbytes}")
+    for name, value in vars(model.config).items():
+        if isinstance(value, tuple) and len(set(value)) == 1:
+            value = f"{value[0]} in each of {len(value)} layers"
+        print(f"{name:24} {value}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from forge_c.models.speed import table
+
+    for name in ("prompt_tokens", "new_tokens", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    for line in table(_load(args), args.prompt_tokens, args.new_tokens, args.repeats):
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""From logits to a token: the usual rules, in the order of Hugging Face transformers."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """repetition_penalty, temperature, top_k, top_p, min_p, one after the other; temperature 0 takes the best token.
+
+    Attributes:
+        temperature: logits are divided by it; 0 is greedy.
+        top_k: keep the k best tokens (and what ties with the last of them).
+        top_p: keep the smallest set of best tokens with at least this probability (arXiv 1904.09751).
+        min_p: keep tokens at least this likely relative to the best one (arXiv 2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858).
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0.0, math.inf, "a number >= 0")
+        _check("repetition_penalty", self.repetition_penalty, 1e-6, math.inf, "a number > 0")
+        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer)
+                                       or self.top_k < 1):
+            raise ValueError(f"generate: top_k is {self.top_k!r}, expected an integer >= 1")
+        if self.top_p is not None:
+            _check("top_p", self.top_p, 1e-300, 1.0, "a number above 0 and at most 1")
+        if self.min_p is not None:
+            _check("min_p", self.min_p, 0.0, 1.0, "a number from 0 to 1")
+
+    def pick(self, logits: NDArray[np.float32], seen: NDArray[np.bool_], rng: np.random.Generator) -> int:
+        """One token id; logits (vocab,), seen (vocab,) True for tokens of the prompt and the text so far."""
+        z = logits.astype(np.float64)
+        if self.repetition_penalty != 1.0:
+            z[seen] = np.where(z[seen] > 0, z[seen] / self.repetition_penalty, z[seen] * self.repetition_penalty)
+        if np.isnan(z).any():
+            raise FloatingPointError("generate: the model's logits are NaN")
+        if self.temperature == 0.0:
+            return int(z.argmax())
+        z -= z.max()
+        ids, p = self._candidates(z / self.temperature)
+        cumulative = np.cumsum(p)
+        at = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+        return int(ids[min(int(at), len(ids) - 1)])
+
+    def _candidates(self, z: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Token ids in ascending order and their weights, which need not sum to 1; z (vocab,), 0 at the best."""
+        ids = np.arange(len(z))
+        if self.top_k is not None and self.top_k < len(z):
+            ids = np.flatnonzero(z >= np.partition(z, -self.top_k)[-self.top_k])
+        p = np.exp(z[ids])
+        p /= p.sum()
+        if self.top_p is not None and self.top_p < 1.0:
+            # Tokens under (1 - top_p) / n have together less than 1 - top_p: none is in the set, so none is sorted.
+            likely = np.flatnonzero(p >= (1.0 - self.top_p) / len(p))
+            order = likely[np.argsort(-p[likely], kind="stable")]
+            kept = np.sort(order[: 1 + np.searchsorted(np.cumsum(p[order]), self.top_p)])
+            ids, p = ids[kept], p[kept]
+        if self.min_p is not None:
+            kept = np.flatnonzero(p >= self.min_p * p.max())
+            ids, p = ids[kept], p[kept]
+        return ids, p
+
+
+def _check(name: str, value: Any, least: float, most: float, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not least <= value <= most:
+        raise ValueError(f"generate: {name} is {value!r}, expected {expected}")
+    if math.isinf(value):
+        raise ValueError(f"generate: {name} is {value!r}, expected {expected}")
