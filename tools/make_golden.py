@@ -1,0 +1,104 @@
+"""Write tests/golden/: small models of every family, and the logits that transformers computes for them.
+
+    python tools/make_golden.py        # needs transformers 5.23 and torch 2.13
+
+float32, eager attention, weights as tests/golden_models.py draws them.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import golden_models
+
+SMALL = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+         "pad_token_id": 0}
+
+
+def heads(q: int, kv: int, **more: Any) -> dict[str, Any]:
+    return {"num_attention_heads": q, "num_key_value_heads": kv, **more}
+
+
+def scaled(rope_type: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **parameters}}
+
+
+LLAMA3 = scaled("llama3", 5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=32)
+LONGROPE = scaled("longrope", short_factor=[1.0 + 0.1 * i for i in range(6)],
+                  long_factor=[1.5 + 0.4 * i for i in range(6)], factor=4.0, original_max_position_embeddings=32)
+
+# name: (family, what differs from SMALL, prompt length)
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "llama": ("Llama", {}, 37),
+    "llama_mha_tied": ("Llama", heads(4, 4, tie_word_embeddings=True), 37),
+    "llama_gqa3_odd": ("Llama", heads(6, 2, hidden_size=54, head_dim=18, intermediate_size=77, vocab_size=61), 37),
+    "llama_gqa4_biases": ("Llama", heads(8, 2, attention_bias=True, mlp_bias=True), 37),
+    "llama_mqa8": ("Llama", heads(8, 1, head_dim=10, rms_norm_eps=1e-5), 37),
+    "llama3": ("Llama", LLAMA3, 70),
+    "llama_long_prompt": ("Llama", {"num_hidden_layers": 2, "vocab_size": 33}, 530),
+    "llama_linear": ("Llama", scaled("linear", factor=4.0), 37),
+    "llama_dynamic": ("Llama", scaled("dynamic", factor=2.0) | {"max_position_embeddings": 24}, 37),
+    "llama_yarn": ("Llama", scaled("yarn", factor=4.0, original_max_position_embeddings=32), 70),
+    "mistral_window": ("Mistral", heads(4, 1, sliding_window=7), 37),
+    "mistral_window_long": ("Mistral", {"sliding_window": 90, "vocab_size": 33, "num_hidden_layers": 2}, 530),
+    "mistral_full": ("Mistral", heads(4, 2, sliding_window=None, head_dim=20), 37),
+    "qwen2": ("Qwen2", heads(6, 3), 37),
+    "qwen2_window_tied": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1,
+                                    "tie_word_embeddings": True}, 37),
+    "qwen3": ("Qwen3", heads(6, 2, head_dim=20), 37),
+    "qwen3_mqa": ("Qwen3", heads(3, 1, head_dim=16, attention_bias=True, tie_word_embeddings=True), 37),
+    "gemma_mqa": ("Gemma", heads(8, 1, head_dim=24), 37),
+    "gemma_mha": ("Gemma", heads(2, 2, head_dim=32), 37),
+    "gemma2": ("Gemma2", {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 17}, 37),
+    "gemma2_no_softcap": ("Gemma2", heads(4, 4, head_dim=16, sliding_window=11, attn_logit_softcapping=None,
+                                          final_logit_softcapping=None, num_hidden_layers=4), 37),
+    "phi3": ("Phi3", {}, 37),
+    "phi3_partial_window": ("Phi3", {"sliding_window": 8} | scaled("default", partial_rotary_factor=0.5), 37),
+    "phi3_longrope_short": ("Phi3", LONGROPE | {"original_max_position_embeddings": 32,
+                                                "max_position_embeddings": 128}, 30),
+    "phi3_longrope_long": ("Phi3", LONGROPE | {"original_max_position_embeddings": 32,
+                                               "max_position_embeddings": 128}, 37),
+    "smollm3": ("SmolLM3", heads(8, 2, num_hidden_layers=4), 37),
+    "smollm3_window_untied": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "use_sliding_window": True,
+                                          "sliding_window": 5, "tie_word_embeddings": False}, 37),
+    "granite": ("Granite", heads(4, 4, embedding_multiplier=3.0, logits_scaling=5.0, residual_multiplier=0.3,
+                                 attention_multiplier=0.2, attention_bias=True), 37),
+    "granite_tied": ("Granite", heads(6, 2, hidden_size=60, embedding_multiplier=12.0, logits_scaling=8.0,
+                                      residual_multiplier=0.22, attention_multiplier=0.0625,
+                                      tie_word_embeddings=True), 37),
+}
+
+
+@torch.no_grad()
+def make(name: str, family: str, changes: dict[str, Any], seq_len: int) -> None:
+    config = getattr(transformers, f"{family}Config")(**(SMALL | changes), attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    for parameter_name, parameter in model.named_parameters():
+        drawn = golden_models.weight(parameter_name, shapes[parameter_name])
+        # Gemma's norms multiply by 1 + weight; the same draw serves, it is only larger.
+        parameter.copy_(torch.from_numpy(drawn))
+    batch = 1 if seq_len > 100 else 2
+    ids = np.random.RandomState(seq_len).randint(0, config.vocab_size, (batch, seq_len))
+    logits = model(torch.from_numpy(ids)).logits.numpy()
+    saved = json.loads(config.to_json_string(use_diff=True))
+    document = {"config": saved, "shapes": {n: list(s) for n, s in shapes.items()}}
+    (golden_models.FOLDER / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    np.savez(golden_models.FOLDER / f"{name}.npz", ids=ids.astype(np.int64), logits=logits)
+    print(f"{name}: logits {logits.shape}, scale {np.abs(logits).max():.3f}")
+
+
+if __name__ == "__main__":
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    golden_models.FOLDER.mkdir(exist_ok=True)
+    for case, (family_name, difference, length) in CASES.items():
+        make(case, family_name, difference, length)
