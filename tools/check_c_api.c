@@ -1,0 +1,208 @@
+/* Checks the C kernels against plain double loops, without Python: for an emulator or a new CPU.
+ * tools/check_aarch64.sh builds and runs it. Prints one line per op and ISA; exit status 1 if any is off. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "forge.h"
+
+static uint64_t state = 1;
+static float uniform(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (float)((double)(state >> 40) / (1 << 23) - 1.0);
+}
+static float *random_floats(ptrdiff_t n) {
+    float *p = malloc((size_t)(n ? n : 1) * sizeof *p);
+    for (ptrdiff_t i = 0; i < n; i++) p[i] = uniform();
+    return p;
+}
+
+static int failures;
+static double worst;
+/* |got - expected| against `bound`: a multiple of 2^-24 that the caller derives from the op. */
+static void expect(double got, double expected, double bound) {
+    double error = fabs(got - expected) / (bound + 1e-300);
+    if (!(error <= worst)) worst = error;
+}
+static void report(const char *op) {
+    printf("%-18s %-16s error / bound %.3f %s\n", fc_isa(), op, worst, worst <= 1 ? "" : "FAILED");
+    failures += !(worst <= 1);
+    worst = 0;
+}
+static const double U = 1.0 / (1 << 24);
+
+static fc_rows one_row(void) {
+    fc_rows rows;
+    memset(&rows, 0, sizeof rows);
+    return rows;
+}
+static fc_rows dense_rows(ptrdiff_t m, ptrdiff_t out_bytes, ptrdiff_t x_bytes) {
+    fc_rows rows = one_row();
+    rows.ndim = 1;
+    rows.shape[0] = m;
+    rows.stride[0][0] = out_bytes;
+    rows.stride[1][0] = x_bytes;
+    return rows;
+}
+
+static void check_rows(ptrdiff_t n) {
+    float *x = random_floats(n), *w = random_floats(n), *b = random_floats(n), *y = random_floats(n);
+    fc_rows rows = one_row();
+    double square = 0, mean = 0, variance = 0, sum = 0, peak = -1e30, size = 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        square += (double)x[i] * x[i] / (double)n;
+        mean += x[i] / (double)n;
+        size += fabs(x[i]) / (double)n;
+        peak = fmax(peak, x[i]);
+    }
+    for (ptrdiff_t i = 0; i < n; i++) {
+        variance += (x[i] - mean) * (x[i] - mean) / (double)n;
+        sum += exp(x[i] - peak);
+    }
+    fc_rms_norm(FC_F32, y, NULL, x, NULL, w, &rows, n, 1e-6f, 1.0f);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double e = x[i] / sqrt(square + 1e-6) * (1.0 + w[i]);
+        expect(y[i], e, (double)(n + 10) * U * fabs(x[i] / sqrt(square + 1e-6)) * (1 + fabs(w[i])));
+    }
+    fc_layer_norm(FC_F32, y, NULL, x, NULL, w, b, &rows, n, 1e-5f);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double scale = fabs(w[i]) / sqrt(variance + 1e-5);
+        expect(y[i], (x[i] - mean) / sqrt(variance + 1e-5) * w[i] + b[i],
+               (1.5 * (double)n + 10) * U * (scale * (fabs(x[i] - mean) + size) + fabs(b[i])));
+    }
+    fc_softmax(FC_F32, y, x, &rows, n);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double e = exp(x[i] - peak) / sum;
+        expect(y[i], e, (double)(n + 10) * U * e * (1 + fabs(x[i] - peak)));
+    }
+    for (ptrdiff_t i = 0; i < n; i++) x[i] *= 8;
+    fc_glu(FC_SILU, FC_F32, y, x, w, &rows, n);
+    for (ptrdiff_t i = 0; i < n; i++) expect(y[i], x[i] / (1 + exp(-x[i])) * w[i], 9 * U * fabs((double)x[i] * w[i]));
+    fc_activate(FC_GELU, FC_F32, y, x, &rows, n);
+    for (ptrdiff_t i = 0; i < n; i++) expect(y[i], 0.5 * x[i] * erfc(-x[i] / sqrt(2)), 9 * U * fabs(x[i]));
+    free(x), free(w), free(b), free(y);
+}
+
+/* float16 and bfloat16 in and out of the vector words: relu of a value and its negative. */
+static void check_halves(ptrdiff_t n) {
+    uint16_t *x = malloc((size_t)n * 2 + 2), *y = malloc((size_t)n * 2 + 2);
+    float *wide = random_floats(n);
+    fc_rows rows = one_row();
+    for (ptrdiff_t i = 0; i < n; i++) x[i] = (uint16_t)(0x3c00 + 37 * i % 0x400 + (i & 1) * 0x8000);
+    for (int type = FC_F16; type <= FC_BF16; type++) {
+        fc_activate(FC_RELU, (fc_dtype)type, y, x, &rows, n);
+        fc_convert((fc_dtype)type, wide, x, n);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            uint32_t bits = (uint32_t)x[i] << 16;
+            float bf16;
+            memcpy(&bf16, &bits, 4);
+            double f16 = (1 + (x[i] & 0x3ff) / 1024.0) * (x[i] >> 15 ? -1 : 1);
+            expect(wide[i], type == FC_BF16 ? bf16 : f16, 0);
+            expect(y[i], x[i] >> 15 ? 0 : x[i], 0);
+        }
+    }
+    free(x), free(y), free(wide);
+}
+
+static void check_rope(ptrdiff_t half, int interleaved) {
+    enum { S = 3, H = 2 };
+    ptrdiff_t d = 2 * half + 3;
+    float *x = random_floats(S * H * d), *y = random_floats(S * H * d);
+    float *cosine = random_floats(S * half), *sine = random_floats(S * half);
+    fc_rope_args a = {.type = FC_F32, .out = y, .x = x, .cos = cosine, .sin = sine, .batch = 1, .seq = S, .heads = H,
+                      .head_dim = d, .half = half, .interleaved = interleaved};
+    a.x_stride[1] = a.out_stride[1] = H * d * 4;
+    a.x_stride[2] = a.out_stride[2] = d * 4;
+    fc_rope(&a);
+    for (ptrdiff_t r = 0; r < S * H; r++)
+        for (ptrdiff_t i = 0; i < half; i++) {
+            ptrdiff_t first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + half;
+            double p = x[r * d + first], q = x[r * d + second], c = cosine[r / H * half + i], s = sine[r / H * half + i];
+            expect(y[r * d + first], p * c - q * s, 3 * U * (fabs(p) + fabs(q)));
+            expect(y[r * d + second], q * c + p * s, 3 * U * (fabs(p) + fabs(q)));
+        }
+    free(x), free(y), free(cosine), free(sine);
+}
+
+static void check_linear(ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
+    float *x = random_floats(m * k), *w = random_floats(k * n), *bias = random_floats(n), *y = random_floats(m * n);
+    float *columns = random_floats(k * n), *first = random_floats(m * n);
+    for (ptrdiff_t i = 0; i < k; i++)
+        for (ptrdiff_t j = 0; j < n; j++) columns[j * k + i] = w[i * n + j];
+    fc_rows rows = dense_rows(m, n * 4, k * 4);
+    fc_linear_args a = {.type = FC_F32, .out = first, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = FC_ROWS,
+                        .weight = w, .ldw = n * 4, .bias = bias};
+    fc_linear(&a);
+    a.layout = FC_COLS, a.weight = columns, a.ldw = k * 4, a.out = y;
+    fc_linear(&a);
+    for (ptrdiff_t i = 0; i < m; i++)
+        for (ptrdiff_t j = 0; j < n; j++) {
+            double sum = bias[j], size = fabs(bias[j]);
+            for (ptrdiff_t l = 0; l < k; l++) {
+                sum += (double)x[i * k + l] * w[l * n + j];
+                size += fabs((double)x[i * k + l] * w[l * n + j]);
+            }
+            expect(y[i * n + j], sum, (double)(k + 2) * U * size);
+            expect(y[i * n + j], first[i * n + j], 0);
+        }
+    free(x), free(w), free(bias), free(y), free(columns), free(first);
+}
+
+/* Causal, grouped: query h reads head h / 2; the queries are the last q_len of kv_len positions. */
+static void check_attention(ptrdiff_t q_len, ptrdiff_t kv_len, ptrdiff_t d) {
+    enum { H = 4, G = 2 };
+    float *q = random_floats(q_len * H * d), *k = random_floats(kv_len * G * d), *v = random_floats(kv_len * G * d);
+    float *y = random_floats(q_len * H * d);
+    double *p = malloc((size_t)kv_len * sizeof *p), scale = 1 / sqrt((double)d);
+    fc_attention_args a = {.out = y, .q = q, .k = k, .v = v, .batch = 1, .q_len = q_len, .kv_len = kv_len, .heads = H,
+                           .kv_heads = G, .head_dim = d, .v_dim = d, .causal = 1, .scale = (float)scale};
+    a.q_stride[1] = a.out_stride[1] = H * d * 4, a.q_stride[2] = a.out_stride[2] = d * 4;
+    a.k_stride[1] = a.v_stride[1] = G * d * 4, a.k_stride[2] = a.v_stride[2] = d * 4;
+    fc_attention(&a);
+    for (ptrdiff_t i = 0; i < q_len; i++)
+        for (ptrdiff_t h = 0; h < H; h++) {
+            ptrdiff_t seen = i + kv_len - q_len + 1;
+            double sum = 0, largest = 0;
+            for (ptrdiff_t j = 0; j < seen; j++) {
+                double s = 0, size = 0;
+                for (ptrdiff_t c = 0; c < d; c++) {
+                    double t = scale * q[(i * H + h) * d + c] * k[(j * G + h / 2) * d + c];
+                    s += t, size += fabs(t);
+                }
+                sum += p[j] = exp(s);
+                largest = fmax(largest, size);
+            }
+            for (ptrdiff_t c = 0; c < d; c++) {
+                double e = 0, size = 0;
+                for (ptrdiff_t j = 0; j < seen; j++) {
+                    e += p[j] / sum * v[(j * G + h / 2) * d + c];
+                    size += p[j] / sum * fabs(v[(j * G + h / 2) * d + c]);
+                }
+                expect(y[(i * H + h) * d + c], e,
+                       (2 * (double)(d + 8) * (1 + largest) + 3 * (double)seen + 16) * U * size);
+            }
+        }
+    free(q), free(k), free(v), free(y), free(p);
+}
+
+int main(void) {
+    for (int i = 0; i < fc_num_isas(); i++) {
+        if (!fc_isa_name(i)) continue;
+        fc_use_isa(fc_isa_name(i));
+        for (ptrdiff_t n = 0; n <= 70; n++) check_rows(n);
+        check_rows(4099);
+        report("rows");
+        for (ptrdiff_t n = 0; n <= 70; n++) check_halves(n);
+        report("float16, bfloat16");
+        for (ptrdiff_t half = 1; half <= 40; half++) check_rope(half, 0), check_rope(half, 1);
+        report("rope");
+        for (ptrdiff_t m = 1; m <= 15; m++)
+            for (ptrdiff_t n = 1; n <= 67; n += 11) check_linear(m, 3 * n + m, n);
+        check_linear(33, 515, 130);
+        report("linear");
+        for (ptrdiff_t d = 16; d <= 80; d += 13) check_attention(1, 40, d), check_attention(29, 300, d);
+        report("attention");
+    }
+    return failures != 0;
+}
