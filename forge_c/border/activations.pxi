@@ -82,8 +82,8 @@ def relu(x, out=None):
 def silu(x, out=None):
     """x / (1 + exp(-x)), elementwise; also called Swish (arXiv 1702.03118). x of any shape; `out` may be x.
 
-    >>> silu(np.array([0.0, 1.0], np.float32))
-    array([0.       , 0.7310586], dtype=float32)
+    >>> silu(np.array([0.0, 1.0], np.float32)).round(4)
+    array([0.    , 0.7311], dtype=float32)
     """
     return activate("silu", FC_SILU, x, out)
 
@@ -91,8 +91,8 @@ def silu(x, out=None):
 def gelu(x, approximate="none", out=None):
     """x * Phi(x), elementwise (arXiv 1606.08415); approximate="tanh" is the tanh form. x of any shape; `out` may be x.
 
-    >>> gelu(np.array([0.0, 1.0], np.float32))
-    array([0.       , 0.8413447], dtype=float32)
+    >>> gelu(np.array([0.0, 1.0], np.float32)).round(4)
+    array([0.    , 0.8413], dtype=float32)
     """
     return activate("gelu", gelu_kind("gelu", approximate), x, out)
 
@@ -100,8 +100,8 @@ def gelu(x, approximate="none", out=None):
 def swiglu(swished, linear, *, out=None):
     """silu(swished) * linear, elementwise (arXiv 2002.05202). Two arrays of one shape and dtype; `out` may be either.
 
-    >>> swiglu(np.array([1.0], np.float32), np.array([2.0], np.float32))
-    array([1.4621172], dtype=float32)
+    >>> swiglu(np.array([1.0], np.float32), np.array([2.0], np.float32)).round(4)
+    array([1.4621], dtype=float32)
     """
     return glu("swiglu", FC_SILU, "swished", swished, linear, out)
 
@@ -109,7 +109,7 @@ def swiglu(swished, linear, *, out=None):
 def geglu(gated, linear, approximate="none", *, out=None):
     """gelu(gated) * linear, elementwise (arXiv 2002.05202). Two arrays of one shape and dtype; `out` may be either.
 
-    >>> geglu(np.array([1.0], np.float32), np.array([2.0], np.float32))
-    array([1.6826894], dtype=float32)
+    >>> geglu(np.array([1.0], np.float32), np.array([2.0], np.float32)).round(4)
+    array([1.6827], dtype=float32)
     """
     return glu("geglu", gelu_kind("geglu", approximate), "gated", gated, linear, out)

@@ -349,7 +349,8 @@ static void merge_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct merge *m = ctx;
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
-        float la = m->lse_a[i], lb = m->lse_b[i], top = la > lb ? la : lb, wa = 0.0f, wb = 0.0f;
+        /* A NaN on either side must win. */
+        float la = m->lse_a[i], lb = m->lse_b[i], top = la > lb || la != la ? la : lb, wa = 0.0f, wb = 0.0f;
         if (top != -INFINITY) wa = expf(la - top), wb = expf(lb - top);
         float total = wa + wb;
         fc_k->merge[m->type](m->out + i * m->n * m->size, m->a + i * m->n * m->size, m->b + i * m->n * m->size,

@@ -1,0 +1,66 @@
+"""Every example in the documentation runs: docs/*.md, README.md, and the docstring of every public name."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import forge_c
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+MODULES = sorted(m.name for m in pkgutil.walk_packages(forge_c.__path__, "forge_c.") if m.name != "forge_c.functional")
+OPTIONS = doctest.NORMALIZE_WHITESPACE
+
+
+def run(name: str, text: str, names: dict[str, Any]) -> int:
+    """The number of examples in a text, all of which hold."""
+    test = doctest.DocTestParser().get_doctest(text, names, name, name, 0)
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    report: list[str] = []
+    runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
+    return len(test.examples)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_examples_on_the_page(page: Path) -> None:
+    examples = run(page.name, page.read_text(), {})
+    assert examples > 0 or page.name not in ("README.md", "mission.md")
+
+
+@pytest.mark.parametrize("name", forge_c.__all__)
+def test_public_function_has_an_example_that_runs(name: str) -> None:
+    value = getattr(forge_c, name)
+    if name in ("__version__", "models", "nn"):
+        return
+    assert value.__doc__
+    examples = run(name, value.__doc__, {"np": np, "fc": forge_c, name: value})
+    assert examples > 0 or name in WITHOUT_EXAMPLE
+
+
+# Their result is this machine, or nothing.
+WITHOUT_EXAMPLE = {"available_isas", "get_include", "get_num_threads", "isa", "roofline", "set_num_threads",
+                   "show_config", "use_isa", "PackedWeight", "RopeTable"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_the_module(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, name, extraglobs={"np": np, "fc": forge_c}):
+        runner, report = doctest.DocTestRunner(optionflags=OPTIONS), []
+        runner.run(test, out=report.append)
+        assert runner.failures == 0, "".join(report)
+
+
+def test_stub_and_package_name_the_same_things() -> None:
+    stub = (Path(forge_c.__file__).parent / "__init__.pyi").read_text()
+    named = {line.rsplit(" as ", 1)[1].strip() for line in stub.splitlines() if " as " in line} | {"get_include"}
+    assert named == set(forge_c.__all__)
