@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
     generate.add_argument("--prompt", default=None, help="text to continue; - reads it from stdin")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (default)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     generate.add_argument("--top-k", type=int, metavar="K")
     generate.add_argument("--top-p", type=float, metavar="P")
     generate.add_argument("--min-p", type=float, metavar="P")

@@ -4,7 +4,9 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +20,8 @@ def _cpu_flags() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
-                names = line.split(":", 1)[1].split()
-                return " ".join(n for n in names if n.startswith(("avx", "fma", "f16c", "sse4", "asimd", "bf16", "i8mm")))
+                wanted = ("avx", "fma", "f16c", "sse4", "asimd", "bf16", "i8mm")
+                return " ".join(n for n in line.split(":", 1)[1].split() if n.startswith(wanted))
     except OSError:
         pass
     return ""
@@ -66,14 +68,14 @@ def _limits(seconds: float, size: int) -> dict[str, float]:
         functional._copy_bytes(copy, data)
         return 2 * size
 
-    rates = {f"{name}_{unit}": _best_rate(lambda name=name: functional._peak_ops(name, 200_000), seconds)
+    rates = {f"{name}_{unit}": _best_rate(partial(functional._peak_ops, name, 200_000), seconds)
              for name, unit in (("fp32", "gflops"), ("bf16", "gflops"), ("int8", "gops"))}
     rates["read_gbs"] = _best_rate(read, seconds)
     rates["copy_gbs"] = _best_rate(write, seconds)
     return rates
 
 
-def roofline(seconds: float = 0.2, size: int = 256 << 20) -> dict[str, object]:
+def roofline(seconds: float = 0.2, size: int = 256 << 20) -> dict[str, Any]:
     """This machine's limits, measured here and now with the ISA in use.
 
     Returns {"threads", "fp32_gflops", "bf16_gflops", "int8_gops", "read_gbs", "copy_gbs", "by_threads"}: multiply-add

@@ -3,7 +3,7 @@
     python tools/train_embedded_model.py train --minutes 70 --out /tmp/tiny_python
     python tools/train_embedded_model.py eval                # the table of the model card, from the shipped files
     python tools/train_embedded_model.py sample --prompt "def "
-    python tools/train_embedded_model.py overlap             # how much of each held-out file also stands in the training set
+    python tools/train_embedded_model.py overlap             # the share of each held-out file that training has
 
 The data are the standard library's own .py files of the running Python; `heldout.json` beside the model names
 the modules that are never trained on. A token is a byte; byte 0, which no source file holds, stands before and
@@ -326,7 +326,8 @@ def export(model: Decoder, out: Path, recipe: dict[str, int]) -> None:
 
 def load(folder: Path) -> Decoder:
     model = Decoder(Shape())
-    model.load_state_dict({n.removeprefix("model."): w.float() for n, w in load_file(folder / "model.safetensors").items()})
+    stored = load_file(folder / "model.safetensors")
+    model.load_state_dict({n.removeprefix("model."): w.float() for n, w in stored.items()})
     return model.eval()
 
 

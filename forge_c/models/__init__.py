@@ -175,7 +175,7 @@ class Model:
         if any(not isinstance(s, str) or not s for s in stops):
             raise ValueError(f"generate: stop is {stop!r}, expected texts that are not empty")
         if stops and self.tokenizer is None:
-            raise ValueError("generate: stop needs a tokenizer, and this model's folder has none")
+            raise ValueError("generate: stop needs a tokenizer, and the model's folder has none")
         longest = max((len(r) for r in rows), default=0) + max_new_tokens
         if longest > _context(self.config):
             warnings.warn(f"generate: {longest} tokens exceed the {_context(self.config)} that the model was made for",
@@ -190,7 +190,7 @@ class Model:
         if is_text:
             several, texts = not isinstance(prompt, str), [prompt] if isinstance(prompt, str) else list(prompt)
             if self.tokenizer is None:
-                raise ValueError("generate: a text prompt needs a tokenizer, and this model's folder has none; pass ids")
+                raise ValueError("generate: a text prompt needs a tokenizer, and the model's folder has none; pass ids")
             given: list[Any] = [self.tokenizer.encode(text) for text in texts]
         else:
             several = (isinstance(prompt, np.ndarray) and prompt.ndim != 1) or (

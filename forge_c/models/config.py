@@ -105,9 +105,10 @@ class _Reader:
     def __init__(self, config: Mapping[str, Any]) -> None:
         if not isinstance(config, Mapping):
             raise ValueError("config.json: expected a JSON object")
-        self.model_type = config.get("model_type")
-        if not isinstance(self.model_type, str) or self.model_type not in _DEFAULTS:
-            raise ValueError(f"config.json: model_type is {self.model_type!r}, expected one of {', '.join(_DEFAULTS)}")
+        family = config.get("model_type")
+        if not isinstance(family, str) or family not in _DEFAULTS:
+            raise ValueError(f"config.json: model_type is {family!r}, expected one of {', '.join(_DEFAULTS)}")
+        self.model_type = family
         self.given, self.defaults = config, _DEFAULTS[self.model_type]
         self._reject_unknown()
 

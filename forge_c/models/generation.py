@@ -53,7 +53,8 @@ class Generation:
         self.prompt_seconds = time.perf_counter() - start
         start = time.perf_counter()
         for step in range(1, self.max_new_tokens + 1):
-            out = [(i, *self._advance(row, logits[i], seen[i], step)) for i, row in enumerate(self.rows) if not row.done]
+            out = [(i, *self._advance(row, logits[i], seen[i], step))
+                   for i, row in enumerate(self.rows) if not row.done]
             self.new_tokens += len(out)
             self.decode_seconds = time.perf_counter() - start
             yield out

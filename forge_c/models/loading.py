@@ -127,7 +127,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: {tensor} is in {shard!r}, expected the name of a .safetensors file in the folder")
+            raise ValueError(f"{index}: {tensor} is in {shard!r}, expected a .safetensors file of the folder")
         shards.setdefault(shard, set()).add(tensor)
     for shard, tensors in sorted(shards.items()):
         if not (folder / shard).exists():

@@ -105,7 +105,7 @@ class TextStream:
         self._from, self._shown = 0, 0  # decode from here; tokens up to here are shown
 
     def push(self, token: int, last: bool = False) -> str:
-        """The text that `token` adds. Words decode differently at the start of a text, so a few shown tokens go along."""
+        """The text that `token` adds. A word decodes differently at the start of a text, so shown tokens go along."""
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._from : self._shown])
         now = self._tokenizer.decode(self._ids[self._from :])

@@ -1,7 +1,7 @@
 """ReLU and GELU."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -19,7 +19,7 @@ class ReLU(Layer):
 class GELU(Layer):
     """x * Phi(x), elementwise; approximate="tanh" is the tanh form (arXiv 1606.08415)."""
 
-    def __init__(self, approximate: str = "none") -> None:
+    def __init__(self, approximate: Literal["none", "tanh"] = "none") -> None:
         super().__init__()
         if approximate not in ("none", "tanh"):
             raise ValueError(f"GELU: approximate is {approximate!r}, expected 'none' or 'tanh'")
