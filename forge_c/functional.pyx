@@ -13,10 +13,12 @@ from libc.string cimport memset
 from forge_c._c cimport *
 
 import os
+from operator import index
 
 import ml_dtypes
 import numpy as np
 
+from forge_c.rotary import RopeTable
 from forge_c.threads import default_threads
 
 cnp.import_array()

@@ -52,6 +52,10 @@
                   ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k,              \
                   int accumulate))                                                                                     \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
+    X(attention_panel, (float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,        \
+                        ptrdiff_t ldk, int more))                                                                      \
+    X(attention_weigh, (float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v, ptrdiff_t ldv,         \
+                        ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate))                                  \
     X(attention_row, (float *s, const float *bias, ptrdiff_t n, float softcap, float *max, float *sum))                \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \

@@ -38,6 +38,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_from_f16, vf_from_bf16, vf_to_f16, vf_to_bf16     FC_N 16-bit values at p
  *   vf_scale2(a, n)         a * 2^n, n integral in [-160, 130], one rounding
  *   vf_transpose(r)         r[FC_N] as a square matrix, in place
+ *   vf_load_transposed(r, p, ld)   r[j][i] = float j of row i, rows ld bytes apart
  *   vf_dup(p)               p[0] p[0] p[1] p[1] ...  from FC_N/2 floats
  *   vf_swap(a)              a[1] a[0] a[3] a[2] ... */
 #if FC_BYTES == 64
@@ -48,6 +49,14 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 #include "simd/sse2.h"
 #else
 #include "simd/neon.h"
+#endif
+
+#ifndef FC_HAS_LOAD_TRANSPOSED
+FC_INLINE void vf_load_transposed(vf *r, const char *p, ptrdiff_t ld) {
+#pragma GCC unroll 16
+    for (int i = 0; i < FC_N; i++) r[i] = vf_load(p + i * ld);
+    vf_transpose(r);
+}
 #endif
 
 /* ---- storage types: decoded at the load, encoded at the store, float32 in between ---- */

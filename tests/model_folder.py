@@ -39,7 +39,7 @@ def small(family: str = "llama", **changes: Any) -> Config:
 
 
 def tensors(config: Mapping[str, Any], seed: int = 0, dtype: DTypeLike = np.float32) -> Tensors:
-    """Random weights under Hugging Face names; matrices are (out, in) with rows of about unit length."""
+    """Random weights under Hugging Face names; matrices are (out, in), and attention is strong enough to matter."""
     rng, family = np.random.default_rng(seed), config["model_type"]
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -47,14 +47,16 @@ def tensors(config: Mapping[str, Any], seed: int = 0, dtype: DTypeLike = np.floa
     found: Tensors = {}
 
     def matrix(name: str, rows: int, columns: int, bias: bool = False) -> None:
-        found[f"{name}.weight"] = rng.standard_normal((rows, columns)) * columns ** -0.5
+        gain = 3.0 if name.endswith(("qkv_proj", "q_proj", "k_proj", "o_proj")) else 1.0
+        found[f"{name}.weight"] = rng.standard_normal((rows, columns)) * gain * columns ** -0.5
         if bias:
             found[f"{name}.bias"] = rng.standard_normal(rows) * 0.3
 
     def norm(name: str, n: int = hidden) -> None:
         found[f"{name}.weight"] = rng.uniform(0.6, 1.4, n) - (family in ("gemma", "gemma2"))
 
-    found["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], hidden))
+    # Small next to what the layers add, so that a tied model does not just repeat its last token.
+    found["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], hidden)) * 0.1
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         norm(f"{layer}.input_layernorm")

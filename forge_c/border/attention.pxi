@@ -147,6 +147,10 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
         no_overlap("attention", "out", y, "v", va, False)
         if ma is not None:
             no_overlap("attention", "out", y, "mask", ma, False)
+        if lens is not None:
+            no_overlap("attention", "out", y, "kv_lens", lens, False)
+        if sa is not None:
+            no_overlap("attention", "out", y, "sinks", sa, False)
     if return_lse:
         lse = cnp.PyArray_EMPTY(3, dims, cnp.NPY_FLOAT32, 0)
         a.lse = <float *>cnp.PyArray_DATA(lse)

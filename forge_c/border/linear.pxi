@@ -218,6 +218,7 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
     if not cnp.PyArray_IS_C_CONTIGUOUS(y):
         raise ValueError("embedding: out is not C-contiguous")
     no_overlap("embedding", "out", y, "table", ta, False)
+    no_overlap("embedding", "out", y, "ids", ia, False)
     ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, cnp.PyArray_DIM(ta, 0), shape_of(ia))
     if cnp.PyArray_SIZE(y):
         with nogil:

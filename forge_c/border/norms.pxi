@@ -77,6 +77,8 @@ def rms_norm(x, weight=None, double eps=1e-6, *, double weight_offset=0.0, resid
         y, h = norm_outputs("rms_norm", out, xa, t, res)
     if out is not None and w is not None:
         no_overlap("rms_norm", "out", y, "weight", w, False)
+        if h is not None:
+            no_overlap("rms_norm", "out[1]", h, "weight", w, False)
     if cnp.PyArray_SIZE(xa):
         collapse("rms_norm", &rows, nd - 1, 4, y, h, xa, res)
         with nogil:
@@ -114,8 +116,12 @@ def layer_norm(x, weight=None, bias=None, double eps=1e-5, *, residual=None, out
     y, h = norm_outputs("layer_norm", out, xa, t, res)
     if out is not None and w is not None:
         no_overlap("layer_norm", "out", y, "weight", w, False)
+        if h is not None:
+            no_overlap("layer_norm", "out[1]", h, "weight", w, False)
     if out is not None and b is not None:
         no_overlap("layer_norm", "out", y, "bias", b, False)
+        if h is not None:
+            no_overlap("layer_norm", "out[1]", h, "bias", b, False)
     if cnp.PyArray_SIZE(xa):
         collapse("layer_norm", &rows, nd - 1, 4, y, h, xa, res)
         with nogil:

@@ -47,10 +47,9 @@ def rope(x, table, *, start_pos=0, positions=None, interleaved=False, out=None):
         raise ValueError(f"rope: x has shape {shape_of(xa)}, expected (batch, seq, heads, head_dim) or "
                          "(batch, seq, head_dim)")
     contiguous_last("rope", "x", xa)
-    try:
-        cos, sin = table.cos, table.sin
-    except AttributeError:
-        raise TypeError(f"rope: table is a {type(table).__name__}, expected a RopeTable") from None
+    if not isinstance(table, RopeTable):
+        raise TypeError(f"rope: table is a {type(table).__name__}, expected a RopeTable")
+    cos, sin = table.cos, table.sin
     y = result("rope", out, nd, cnp.PyArray_DIMS(xa), t)
     memset(&a, 0, sizeof(a))
     a.type = <fc_dtype>t
@@ -66,14 +65,17 @@ def rope(x, table, *, start_pos=0, positions=None, interleaved=False, out=None):
         no_overlap("rope", "out", y, "table.sin", sin, False)
     if positions is not None:
         p = rope_positions(positions, a.batch, a.seq)
+        if out is not None:
+            no_overlap("rope", "out", y, "positions", p, False)
         positions_inside(<const int64_t *>cnp.PyArray_DATA(p), cnp.PyArray_SIZE(p), limit)
         a.positions = <const int64_t *>cnp.PyArray_DATA(p)
         a.positions_stride = a.seq if cnp.PyArray_NDIM(p) == 2 else 0
     else:
-        a.start_pos = start_pos
-        if a.seq and (a.start_pos < 0 or a.start_pos > limit - a.seq):
+        start_pos = index(start_pos)
+        if a.seq and (start_pos < 0 or start_pos > limit - a.seq):
             raise IndexError(f"rope: positions {start_pos} to {start_pos + a.seq - 1} are outside the table of "
                              f"{limit} positions")
+        a.start_pos = start_pos if a.seq else 0
     for i in range(nd - 1):
         a.x_stride[i], a.out_stride[i] = cnp.PyArray_STRIDE(xa, i), cnp.PyArray_STRIDE(y, i)
     a.out, a.x = cnp.PyArray_DATA(y), cnp.PyArray_DATA(xa)

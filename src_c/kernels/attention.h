@@ -30,6 +30,88 @@ static void attention_row(float *s, const float *bias, ptrdiff_t n, float softca
     *sum = vf_sum(total);
 }
 
+/* ---- a decode step: few rows, so memory is the limit ----
+ * The chains over d and over keys are those of gemm_f32, hence the bits; only the order in which memory is read differs. */
+
+/* Of the 16 rows of `bytes` bytes at w, ask for the part [done, done + step) of `all`. Never many at once:
+ * what finds no free miss buffer is dropped. */
+FC_INLINE void ask_for_rows(const char *w, ptrdiff_t ldw, ptrdiff_t bytes, ptrdiff_t done, ptrdiff_t step, ptrdiff_t all) {
+    for (ptrdiff_t i = 16 * done / all; i < 16 * (done + step) / all; i++)
+        for (ptrdiff_t b = 0; b < bytes; b += 64) __builtin_prefetch(w + i * ldw + b, 0, 2);
+}
+
+/* scores[rows][16] = q k^T for 16 keys of d channels, d a multiple of FC_N: blocks of keys are transposed in registers
+ * and multiplied there. The 16 keys after them are asked for meanwhile if `more`. */
+FC_INLINE void score_panel(const int rows, float *scores, ptrdiff_t ld, const float *q, ptrdiff_t d, const char *k,
+                           ptrdiff_t ldk, int more) {
+    for (int j0 = 0; j0 < 16; j0 += FC_N) {
+        vf acc[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) acc[r] = vf_zero();
+        for (ptrdiff_t i = 0; i < d; i += FC_N) {
+            vf block[FC_N];
+            if (more && j0 == 0) ask_for_rows(k + 16 * ldk, ldk, d * 4, i, FC_N, d);
+            vf_load_transposed(block, k + j0 * ldk + i * 4, ldk);
+#pragma GCC unroll 16
+            for (int j = 0; j < FC_N; j++)
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) acc[r] = vf_fma(vf_set1(q[r * d + i + j]), block[j], acc[r]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) vf_store(scores + r * ld + j0, acc[r]);
+    }
+}
+
+static void attention_panel(float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,
+                            ptrdiff_t ldk, int more) {
+    switch (rows) {
+    case 1: score_panel(1, scores, ld, q, d, k, ldk, more); break;
+    case 2: score_panel(2, scores, ld, q, d, k, ldk, more); break;
+    case 3: score_panel(3, scores, ld, q, d, k, ldk, more); break;
+    default: score_panel(4, scores, ld, q, d, k, ldk, more); break;
+    }
+}
+
+enum { FC_WIDE = FC_BYTES == 64 ? 8 : 4 }; /* vectors of a row of V at once: two rows of o fill the registers */
+
+FC_INLINE void weigh_tile(const int rows, const int nv, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v,
+                          ptrdiff_t ldv, ptrdiff_t keys, int accumulate) {
+    vf acc[2][FC_WIDE];
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) acc[r][j] = accumulate ? vf_load(o + r * ldo + j * FC_N) : vf_zero();
+    for (; keys > 0; keys--, p++, v += ldv)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) {
+            vf wv = vf_load(v + j * FC_N);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) acc[r][j] = vf_fma(vf_set1(p[r * ldp]), wv, acc[r][j]);
+        }
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) vf_store(o + r * ldo + j * FC_N, acc[r][j]);
+}
+
+/* o[rows][n] (+)= p[rows][keys] V, n a multiple of 16, rows ld floats apart. Whole rows of V, in the order of memory: that
+ * is what the hardware's prefetcher follows; 16 keys at a time, so that the next two rows find them in L1. */
+static void attention_weigh(float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v, ptrdiff_t ldv,
+                            ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
+    for (ptrdiff_t k = 0; k < keys; k += 16, accumulate = 1) {
+        const ptrdiff_t block = keys - k < 16 ? keys - k : 16;
+        for (ptrdiff_t r = 0; r < rows; r += 2) {
+            ptrdiff_t j = 0;
+            for (; j + FC_WIDE * FC_N <= n; j += FC_WIDE * FC_N)
+                if (r + 1 < rows) weigh_tile(2, FC_WIDE, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
+                else weigh_tile(1, FC_WIDE, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
+            for (; j < n; j += FC_N)
+                if (r + 1 < rows) weigh_tile(2, 1, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
+                else weigh_tile(1, 1, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
+        }
+    }
+}
+
 /* (o, max, sum) <- its union with a chunk's (o_part, max_part, sum_part); an empty chunk changes nothing. */
 static void attention_fold(float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,
                            ptrdiff_t n) {

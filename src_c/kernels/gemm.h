@@ -141,14 +141,15 @@ FC_INLINE void panel_cols_any(fc_dtype t, float *panel, const void *w, ptrdiff_t
         for (ptrdiff_t i = 0; i < k; i += FC_N) {
             ptrdiff_t rows = k - i < FC_N ? k - i : FC_N;
             vf block[FC_N];
-            if (rows == FC_N && j0 + FC_N <= n) {
-#pragma GCC unroll 16
-                for (int j = 0; j < FC_N; j++) block[j] = vf_get(t, (const char *)w + (j0 + j) * ldw, i);
+            if (rows == FC_N && j0 + FC_N <= n && t == FC_F32) {
+                vf_load_transposed(block, (const char *)w + j0 * ldw + i * 4, ldw);
             } else {
                 for (int j = 0; j < FC_N; j++)
-                    block[j] = j0 + j < n ? vf_get_n(t, (const char *)w + (j0 + j) * ldw, i, rows) : vf_zero();
+                    block[j] = j0 + j >= n     ? vf_zero()
+                               : rows == FC_N ? vf_get(t, (const char *)w + (j0 + j) * ldw, i)
+                                              : vf_get_n(t, (const char *)w + (j0 + j) * ldw, i, rows);
+                vf_transpose(block);
             }
-            vf_transpose(block);
             if (rows == FC_N) {
 #pragma GCC unroll 16
                 for (int j = 0; j < FC_N; j++) vf_store(panel + (i + j) * 16 + j0, block[j]);

@@ -63,8 +63,8 @@ static __attribute__((noinline, unused)) float layer_norm_wide(fc_dtype t, const
             if (!pass && i + FC_N >= n) sum = squares, squares = 0;
         }
     double inv = 1.0 / sqrt(squares / (double)n + eps);
-    *mean = (float)(sum / (double)n);
     *pre = inv < 1e-30 ? 0x1p-64f : inv > 1e30 ? 0x1p64f : 1.0f;
+    *mean = (float)(sum / (double)n * *pre);
     return (float)(inv / *pre);
 }
 
@@ -77,7 +77,7 @@ FC_INLINE void layer_norm_any(fc_dtype t, void *out, void *h, const void *x, con
     else inv = layer_norm_wide(t, x, n, eps, &mean, &pre);
     vf m = vf_set1(mean), scale = vf_set1(inv), first = vf_set1(pre);
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        vf v = (vf_get_upto(t, x, i, n) - m) * first * scale;
+        vf v = (vf_get_upto(t, x, i, n) * first - m) * scale;
         if (weight) v *= vf_get_upto(FC_F32, weight, i, n);
         if (bias) v += vf_get_upto(FC_F32, bias, i, n);
         vf_put_upto(t, out, i, v, n);

@@ -12,7 +12,7 @@
 
 #include "rows.h"
 
-enum { BLOCK_ROWS = 128, STRIP = 6, LD_SCORES = FC_KV_CHUNK + 16 };
+enum { BLOCK_ROWS = 128, STRIP = 6, FEW_ROWS = 4, LD_SCORES = FC_KV_CHUNK + 16 };
 
 struct attention {
     const fc_attention_args *a;
@@ -109,25 +109,43 @@ static const float *load_bias(const struct attention *t, const struct where *w, 
     return bias;
 }
 
+static const char *at(const void *kv, const ptrdiff_t *stride, const struct where *w, ptrdiff_t slot) {
+    return (const char *)kv + w->b * stride[0] + slot * stride[1] + w->g * stride[2];
+}
+
 /* scores (rows, [lo, hi)) = q k^T, panel by panel of 16 keys */
 static void score(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t slot, ptrdiff_t lo,
                   ptrdiff_t hi) {
     const fc_attention_args *a = t->a;
-    const ptrdiff_t d = a->head_dim, first = lo / 16, last = (hi + 15) / 16;
-    const char *k = (const char *)a->k + w->b * a->k_stride[0] + slot * a->k_stride[1] + w->g * a->k_stride[2];
-    for (ptrdiff_t p = first; p < last; p++)
-        fc_k->panel_cols[a->kv_type](r->keys + p * 16 * d, k + p * 16 * a->k_stride[1], a->k_stride[1], d,
-                                     hi - p * 16 < 16 ? hi - p * 16 : 16);
-    fc_k->gemm_f32(r->scores + first * 16, LD_SCORES * 4, r->q, d * 4, r->keys + first * 16 * d, d * 16, 16,
-                   w->queries * t->group, last - first, d, 0);
+    const ptrdiff_t d = a->head_dim, rows = w->queries * t->group, ld = a->k_stride[1], first = lo / 16, last = (hi + 15) / 16;
+    const char *k = at(a->k, a->k_stride, w, slot);
+    const int few = rows <= FEW_ROWS && a->kv_type == FC_F32 && d % 16 == 0;
+    for (ptrdiff_t p = first; p < last; p++) {
+        const ptrdiff_t begin = p * 16, keys = hi - begin < 16 ? hi - begin : 16;
+        float *panel = r->keys + begin * d;
+        if (few && keys == 16) {
+            fc_k->attention_panel(r->scores + begin, LD_SCORES, r->q, rows, d, k + begin * ld, ld, hi - begin >= 32);
+            continue;
+        }
+        fc_k->panel_cols[a->kv_type](panel, k + begin * ld, ld, d, keys);
+        if (few) fc_k->gemm_f32(r->scores + begin, LD_SCORES * 4, r->q, d * 4, panel, d * 16, 16, rows, 1, d, 0);
+    }
+    if (!few)
+        fc_k->gemm_f32(r->scores + first * 16, LD_SCORES * 4, r->q, d * 4, r->keys + first * 16 * d, d * 16, 16, rows,
+                       last - first, d, 0);
 }
 
 /* part (rows [row, row + rows)) += scores[:, lo:hi) V[lo:hi) */
 static void weigh(const struct attention *t, const struct room *r, const float *v, ptrdiff_t ldv, ptrdiff_t row,
                   ptrdiff_t rows, ptrdiff_t lo, ptrdiff_t hi, int accumulate) {
+    float *part = r->part + row * t->e_padded;
+    const float *p = r->scores + row * LD_SCORES + lo;
     if (hi <= lo && accumulate) return;
-    fc_k->gemm_f32(r->part + row * t->e_padded, t->e_padded * 4, r->scores + row * LD_SCORES + lo, LD_SCORES * 4,
-                   v + lo * ldv, 16, ldv, rows, t->e_padded / 16, hi - lo, accumulate);
+    if (rows <= FEW_ROWS && hi > lo)
+        fc_k->attention_weigh(part, t->e_padded, p, LD_SCORES, v + lo * ldv, ldv, rows, t->e_padded, hi - lo, accumulate);
+    else
+        fc_k->gemm_f32(part, t->e_padded * 4, p, LD_SCORES * 4, v + lo * ldv, 16, ldv, rows, t->e_padded / 16, hi - lo,
+                       accumulate);
 }
 
 /* Rows whose keys differ: in strips, what all rows of a strip see at once, the ends of each row on its own.
@@ -153,7 +171,7 @@ static void weigh_strips(const struct attention *t, const struct where *w, const
 static const float *load_values(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t slot,
                                 ptrdiff_t lo, ptrdiff_t hi, ptrdiff_t *ldv) {
     const fc_attention_args *a = t->a;
-    const char *v = (const char *)a->v + w->b * a->v_stride[0] + slot * a->v_stride[1] + w->g * a->v_stride[2];
+    const char *v = at(a->v, a->v_stride, w, slot);
     if (t->direct_v) {
         *ldv = a->v_stride[1] / 4;
         return (const float *)(const void *)v;
@@ -203,7 +221,7 @@ static void finish(const struct attention *t, const struct where *w, float *o, c
             top = -INFINITY, keep = 0.0f;
             for (ptrdiff_t j = 0; j < a->v_dim; j++) o[j] = 0.0f;
         }
-        if (a->sinks) {
+        if (a->sinks && a->sinks[head] != -INFINITY) {
             float sink = a->sinks[head], higher = sink > top ? sink : top;
             keep = total == 0.0f ? 0.0f : expf(top - higher);
             total = total * keep + expf(sink - higher);
@@ -254,13 +272,14 @@ static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     struct room r = room_of(t, rank);
     for (ptrdiff_t i = begin; i < end; i++) {
-        ptrdiff_t pair = i / t->chunks;
+        /* All heads of a chunk before the next chunk: in (batch, seq, heads, dim) they share their pages. */
+        const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, pair = i % pairs, chunk = i / pairs;
         const struct where w = where_of(t, pair / t->a->kv_heads, pair % t->a->kv_heads, 0);
-        r.part = t->parts + i * part_floats(t);
+        r.part = t->parts + (pair * t->chunks + chunk) * part_floats(t);
         r.part_max = r.part + t->rows * t->e_padded;
         r.part_sum = r.part_max + t->rows;
         load_queries(t, &w, r.q);
-        if (!attend_chunk(t, &w, &r, i % t->chunks))
+        if (!attend_chunk(t, &w, &r, chunk))
             for (ptrdiff_t row = 0; row < t->rows; row++) r.part_max[row] = -INFINITY, r.part_sum[row] = 0.0f;
     }
 }
@@ -328,9 +347,8 @@ fc_status fc_attention(const fc_attention_args *a) {
     t.e_padded = (a->v_dim + 15) / 16 * 16;
     t.direct_v = a->kv_type == FC_F32 && a->v_dim % 16 == 0 && a->v_stride[1] % 4 == 0;
     const ptrdiff_t pairs = a->batch * a->kv_heads;
-    int threads = t.blocks == 1 && t.chunks > 1 && !a->window
-                      ? fc_threads_for(pairs * t.chunks, item_ns(&t, FC_KV_CHUNK)) : 1;
-    if (threads > 1 && pairs < 4 * threads) return by_chunks(&t, threads);
+    if (t.blocks == 1 && t.chunks > 1 && !a->window)
+        return by_chunks(&t, fc_threads_for(pairs * t.chunks, item_ns(&t, FC_KV_CHUNK)));
     return by_blocks(&t);
 }
 

@@ -67,6 +67,30 @@ FC_INLINE void vf_transpose(vf r[16]) {
     }
 }
 
+/* Quarters of rows i, i + 4, i + 8, i + 12 meet in one register on their way in, so that only shuffles inside 128-bit
+ * lanes are left: half of those that vf_transpose needs. */
+#define FC_HAS_LOAD_TRANSPOSED
+FC_INLINE void vf_load_transposed(vf r[16], const char *p, ptrdiff_t ld) {
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++) {
+        __m512 z[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const char *row = p + i * ld + g * 16;
+            z[i] = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(const void *)row));
+            z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x00f0, _mm_loadu_ps((const float *)(const void *)(row + 4 * ld)));
+            z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x0f00, _mm_loadu_ps((const float *)(const void *)(row + 8 * ld)));
+            z[i] = _mm512_mask_broadcast_f32x4(z[i], 0xf000, _mm_loadu_ps((const float *)(const void *)(row + 12 * ld)));
+        }
+        __m512 a = _mm512_unpacklo_ps(z[0], z[1]), b = _mm512_unpackhi_ps(z[0], z[1]);
+        __m512 c = _mm512_unpacklo_ps(z[2], z[3]), d = _mm512_unpackhi_ps(z[2], z[3]);
+        r[4 * g] = (vf)_mm512_shuffle_ps(a, c, 0x44);
+        r[4 * g + 1] = (vf)_mm512_shuffle_ps(a, c, 0xEE);
+        r[4 * g + 2] = (vf)_mm512_shuffle_ps(b, d, 0x44);
+        r[4 * g + 3] = (vf)_mm512_shuffle_ps(b, d, 0xEE);
+    }
+}
+
 #ifdef FC_HAS_BF16_DOT
 /* acc + w[2i] x[2i] + w[2i+1] x[2i+1]. Never a masked form: gcc up to 16 drops half of its mask. */
 FC_INLINE vf vf_dot_bf16(vf acc, vu w, vu x) {

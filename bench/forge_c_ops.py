@@ -1,0 +1,168 @@
+"""forge_c, as its users call it: out= where an op takes it, weights packed once. Functions as in numpy_ops."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import forge_c as fc
+from forge_c.nn import ModernTransformerBlock, SinusoidalPositionalEncoding
+
+Array = np.ndarray
+Call = Callable[[], Any]
+DTYPES = ("float32", "bfloat16")
+_STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def to_numpy(result: Any) -> Array:
+    return np.asarray(result, np.float32)
+
+
+def _cast(a: Array, dtype: str) -> Array:
+    return np.ascontiguousarray(a, _STORED[dtype])
+
+
+def rms_norm(x: Array, weight: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    out = np.empty_like(x)
+    return lambda: fc.rms_norm(x, weight, out=out)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    out = np.empty_like(x)
+    return lambda: fc.layer_norm(x, weight, bias, out=out)
+
+
+def softmax(x: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    out = np.empty_like(x)
+    return lambda: fc.softmax(x, out=out)
+
+
+def rope(x: Array, cos: Array, sin: Array, *, dtype: str) -> Call:
+    x, table = _cast(x, dtype), fc.RopeTable(cos, sin)
+    out = np.empty_like(x)
+    return lambda: fc.rope(x, table, out=out)
+
+
+def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
+    layer = SinusoidalPositionalEncoding(x.shape[-1], len(table))
+    return lambda: layer(x)
+
+
+def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
+    swished, linear = _cast(swished, dtype), _cast(linear, dtype)
+    out = np.empty_like(swished)
+    return lambda: fc.swiglu(swished, linear, out=out)
+
+
+def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
+    both, last = fc.pack_gated(swished, linear, dtype), fc.pack(down, dtype)
+    hidden, out = np.empty((len(x), swished.shape[1]), np.float32), np.empty_like(x)
+    return lambda: fc.linear(fc.gated_linear(x, both, out=hidden), last, out=out)
+
+
+def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Call:
+    first, last = fc.pack(up, dtype), fc.pack(down, dtype)
+    hidden, out = np.empty((len(x), up.shape[1]), np.float32), np.empty_like(x)
+
+    def call() -> Array:
+        fc.linear(x, first, out=hidden)
+        if activation == "relu":
+            fc.relu(hidden, out=hidden)
+        else:
+            fc.gelu(hidden, "tanh", out=hidden)
+        return fc.linear(hidden, last, out=out)
+
+    return call
+
+
+def linear(x: Array, weight: Array, *, dtype: str) -> Call:
+    packed, out = fc.pack(weight, dtype), np.empty((len(x), weight.shape[1]), np.float32)
+    return lambda: fc.linear(x, packed, out=out)
+
+
+def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    q, k, v = (_cast(a, dtype) for a in (q, k, v))
+    out = np.empty_like(q)
+    return lambda: fc.attention(q, k, v, causal=True, out=out)
+
+
+def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    q, cache = _cast(q, dtype), _cache(k, v, k.shape[1], dtype)
+    out = np.empty_like(q)
+    return lambda: fc.attention(q, cache, causal=True, out=out)
+
+
+def _cache(k: Array, v: Array, length: int, dtype: str) -> fc.KVCache:
+    cache = fc.KVCache(1, length, k.shape[2], k.shape[3], dtype=dtype)
+    cache.append(k, v)
+    return cache
+
+
+def kv_append(k: Array, v: Array, *, past: int, room: int, dtype: str) -> Call:
+    tokens = k.shape[1]
+    cache = _cache(*(np.zeros((1, past, *k.shape[2:]), np.float32),) * 2, past + room, dtype)
+    left = room // tokens
+
+    def call() -> None:
+        nonlocal left
+        if left == 0:
+            cache.truncate(past)
+            left = room // tokens
+        left -= 1
+        cache.append(k, v)
+
+    return call
+
+
+def block(x: Array, weights: dict[str, Any], *, past: tuple[Array, Array] | None = None, dtype: str) -> Call:
+    w, d_model = weights, x.shape[-1]
+    layer = ModernTransformerBlock(d_model, w["heads"], w["kv_heads"], hidden_dim=w["down"].shape[0],
+                                   max_seq_len=len(w["cos"]), eps=w["eps"])
+    layer.norm1.weight, layer.norm2.weight = w["norm1"], w["norm2"]
+    a, ffn = layer.attention, layer.ffn
+    a.W_q, a.W_k, a.W_v, a.W_o = (w[name] for name in "qkvo")
+    ffn.W_up, ffn.W_gate, ffn.W_down = w["swished"], w["linear"], w["down"]
+    layer = layer.astype(dtype)
+    if past is None:
+        return lambda: layer(x)
+    before = past[0].shape[1]
+    cache = _cache(*past, before + x.shape[1], "float32")
+
+    def call() -> Array:
+        y, _ = layer(x, use_cache=True, kv_cache=cache)
+        cache.truncate(before)
+        return y
+
+    return call
+
+
+def model_prefill(folder: Path, ids: Array, *, dtype: str) -> Call:
+    model = fc.models.load(folder, dtype)
+    cache = model.new_cache(1, len(ids))
+
+    def call() -> Array:
+        cache.truncate(0)
+        return model(ids[None], cache)[0]
+
+    return call
+
+
+def model_decode(folder: Path, ids: Array, *, dtype: str) -> Call:
+    model = fc.models.load(folder, dtype)
+    cache, steps = model.new_cache(1, len(ids)), ids.reshape(-1, 1, 1)
+
+    def call() -> Array:
+        cache.truncate(0)
+        for step in steps:
+            logits = model(step, cache)
+        return logits[0]
+
+    return call
+
+

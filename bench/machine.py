@@ -1,0 +1,80 @@
+"""What this machine is and what it could do at most: caches, measured peaks, and the least time some work can take."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+Limits = dict[str, float]
+_ROOFLINE = """
+import json, sys, forge_c
+r = forge_c.roofline(float(sys.argv[1]), int(sys.argv[2]))
+r.pop("by_threads")
+print(json.dumps(r | {"isa": forge_c.isa()}))
+"""
+
+
+class Work(NamedTuple):
+    """What one call must do at least."""
+    read: int       # bytes of inputs
+    written: int    # bytes of results
+    flops: int      # of products; 0 where an operation is about moving bytes
+    dtype: str      # of the products: which peak applies
+    in_memory: bool  # whether the buffers of successive calls together exceed the last-level cache
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that cpu0 sees; 32 MiB where the system does not say."""
+    sizes = []
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = size.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1], 1))
+    return max(sizes, default=32 << 20)
+
+
+def measure_limits(python: str = sys.executable, quick: bool = False) -> Limits:
+    """forge_c.roofline() in a process of its own, so that its threads do not stay in this one."""
+    seconds, size = ("0.03", 64 << 20) if quick else ("0.1", 256 << 20)
+    done = subprocess.run([python, "-c", _ROOFLINE, seconds, str(size)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def best_of(a: Limits | None, b: Limits) -> Limits:
+    """The higher of each figure: a limit that was reached once is a limit."""
+    return b if a is None else {key: max(a[key], b[key]) if isinstance(b[key], float) else b[key] for key in b}
+
+
+def compute_seconds(work: Work, limits: Limits) -> float:
+    peak = limits["bf16_gflops"] if work.dtype == "bfloat16" and limits["bf16_gflops"] else limits["fp32_gflops"]
+    return work.flops / peak / 1e9
+
+
+def memory_seconds(work: Work, limits: Limits) -> float:
+    """Equal shares of reads and writes go at the copy rate, the rest at the read rate; 0 for what stays in cache."""
+    both = 2 * min(work.read, work.written)
+    rest = work.read + work.written - both
+    return (both / limits["copy_gbs"] + rest / limits["read_gbs"]) / 1e9 if work.in_memory else 0.0
+
+
+def share(work: Work, seconds: float, limits: Limits) -> float | None:
+    """Of this machine's limit; None where no limit was measured for such work."""
+    least = max(compute_seconds(work, limits), memory_seconds(work, limits))
+    return least / seconds if least else None
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

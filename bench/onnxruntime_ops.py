@@ -1,0 +1,131 @@
+"""ONNX Runtime on the CPU: one graph per operation, its fused operators where it has one, buffers bound beforehand.
+Functions as in numpy_ops; OMP_NUM_THREADS sets its threads."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+Array = np.ndarray
+Call = Callable[[], Any]
+DTYPES = ("float32",)
+_MS = "com.microsoft"
+_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32,
+          np.dtype(np.int64): TensorProto.INT64}
+
+
+def to_numpy(result: Any) -> Array:
+    return result.numpy()
+
+
+def _call(nodes: list[Any], inputs: dict[str, Array], out: Array, weights: dict[str, Array] | None = None,
+          shared: dict[str, str] | None = None) -> Call:
+    """Run the graph over bound buffers; its output is `y`. shared: further outputs that live in an input's buffer."""
+    def info(name: str, a: Array) -> Any:
+        return helper.make_tensor_value_info(name, _TYPES[a.dtype], a.shape)
+
+    shared = shared or {}
+    graph = helper.make_graph(
+        nodes, "bench", [info(name, a) for name, a in inputs.items()],
+        [info("y", out), *(info(name, inputs[source]) for name, source in shared.items())],
+        [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in (weights or {}).items()])
+    model = helper.make_model(graph, ir_version=10,
+                              opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(_MS, 1)])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    held = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in inputs.items()}
+    result = ort.OrtValue.ortvalue_from_numpy(out)
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_ortvalue_output("y", result)
+    for name, source in shared.items():
+        binding.bind_ortvalue_output(name, held[source])
+
+    def call() -> Any:
+        session.run_with_iobinding(binding)
+        return result
+
+    return call
+
+
+def rms_norm(x: Array, weight: Array, *, dtype: str) -> Call:
+    node = helper.make_node("SimplifiedLayerNormalization", ["x", "w"], ["y"], axis=-1, epsilon=1e-6)
+    return _call([node], {"x": x}, np.empty_like(x), {"w": weight})
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
+    node = helper.make_node("LayerNormalization", ["x", "w", "b"], ["y"], axis=-1, epsilon=1e-5)
+    return _call([node], {"x": x}, np.empty_like(x), {"w": weight, "b": bias})
+
+
+def softmax(x: Array, *, dtype: str) -> Call:
+    return _call([helper.make_node("Softmax", ["x"], ["y"], axis=-1)], {"x": x}, np.empty_like(x))
+
+
+def rope(x: Array, cos: Array, sin: Array, *, dtype: str) -> Call:
+    batch, seq, heads, dim = x.shape
+    flat = x.reshape(batch, seq, heads * dim)
+    node = helper.make_node("RotaryEmbedding", ["x", "at", "cos", "sin"], ["y"], domain=_MS, num_heads=heads)
+    at = np.tile(np.arange(seq, dtype=np.int64), (batch, 1))
+    return _call([node], {"x": flat, "at": at}, np.empty_like(flat), {"cos": cos, "sin": sin})
+
+
+def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
+    return _call([helper.make_node("Add", ["x", "t"], ["y"])], {"x": x}, np.empty_like(x), {"t": table[:x.shape[1]]})
+
+
+def _silu_product(swished: str, linear: str, out: str) -> list[Any]:
+    return [helper.make_node("QuickGelu", [swished], ["silu"], domain=_MS, alpha=1.0),
+            helper.make_node("Mul", ["silu", linear], [out])]
+
+
+def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
+    return _call(_silu_product("a", "b", "y"), {"a": swished, "b": linear}, np.empty_like(swished))
+
+
+def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
+    nodes = [helper.make_node("MatMul", ["x", "wa"], ["a"]), helper.make_node("MatMul", ["x", "wb"], ["b"]),
+             *_silu_product("a", "b", "hidden"), helper.make_node("MatMul", ["hidden", "wc"], ["y"])]
+    return _call(nodes, {"x": x}, np.empty_like(x), {"wa": swished, "wb": linear, "wc": down})
+
+
+def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Call:
+    middle = (helper.make_node("Relu", ["a"], ["hidden"]) if activation == "relu" else
+              helper.make_node("Gelu", ["a"], ["hidden"], approximate="tanh"))
+    nodes = [helper.make_node("MatMul", ["x", "wa"], ["a"]), middle,
+             helper.make_node("MatMul", ["hidden", "wb"], ["y"])]
+    return _call(nodes, {"x": x}, np.empty_like(x), {"wa": up, "wb": down})
+
+
+def linear(x: Array, weight: Array, *, dtype: str) -> Call:
+    return _call([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": x},
+                 np.empty((len(x), weight.shape[1]), np.float32), {"w": weight})
+
+
+def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    return _grouped_query(q, k, v, past=0)
+
+
+def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    """The last key and value come with the call, as this operator wants them; the others lie in its cache."""
+    return _grouped_query(q, k[:, -1:], v[:, -1:], k.shape[1] - 1, (k, v))
+
+
+def _grouped_query(q: Array, k: Array, v: Array, past: int, cache: tuple[Array, ...] | None = None) -> Call:
+    seq, heads, dim = q.shape[1:]
+    kv_heads, length = k.shape[2], past + seq
+    flat = {name: np.ascontiguousarray(a.reshape(1, seq, -1)) for name, a in (("q", q), ("k", k), ("v", v))}
+    stores = [np.zeros((1, kv_heads, length, dim), np.float32) for _ in range(2)]
+    for store, held in zip(stores, cache or (), strict=False):
+        store[...] = held.transpose(0, 2, 1, 3)
+    inputs = flat | {"past_k": stores[0], "past_v": stores[1], "last": np.array([length - 1], np.int32),
+                     "total": np.array(length, np.int32)}
+    node = helper.make_node("GroupQueryAttention", list(inputs), ["y", "new_k", "new_v"], domain=_MS, num_heads=heads,
+                            kv_num_heads=kv_heads)
+    return _call([node], inputs, np.empty_like(flat["q"]), shared={"new_k": "past_k", "new_v": "past_v"})

@@ -1,0 +1,157 @@
+"""PyTorch on the CPU, as its users call it. Functions as in numpy_ops; OMP_NUM_THREADS sets its threads."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+Array = np.ndarray
+Call = Callable[[], Any]
+DTYPES = ("float32", "bfloat16")
+torch.set_grad_enabled(False)
+
+
+def to_numpy(result: Any) -> Array:
+    return result.float().numpy()
+
+
+def _cast(a: Array, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(a).to(getattr(torch, dtype))
+
+
+def _transposed(weight: Array, dtype: str) -> torch.Tensor:
+    """(out, in), as torch keeps a linear layer's weight."""
+    return _cast(weight, dtype).T.contiguous()
+
+
+def rms_norm(x: Array, weight: Array, *, dtype: str) -> Call:
+    t, w = _cast(x, dtype), _cast(weight, dtype)
+    return lambda: F.rms_norm(t, w.shape, w, 1e-6)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
+    t, w, b = (_cast(a, dtype) for a in (x, weight, bias))
+    return lambda: F.layer_norm(t, w.shape, w, b, 1e-5)
+
+
+def softmax(x: Array, *, dtype: str) -> Call:
+    t = _cast(x, dtype)
+    return lambda: F.softmax(t, dim=-1)
+
+
+def rope(x: Array, cos: Array, sin: Array, *, dtype: str) -> Call:
+    t = _cast(x, dtype)
+    c, s = (_cast(np.concatenate([a, a], axis=-1)[:x.shape[1], None], dtype) for a in (cos, sin))
+    return lambda: _rope(t, c, s)
+
+
+def _rope(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The usual x cos + rotate_half(x) sin."""
+    a, b = t.chunk(2, dim=-1)
+    return t * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
+    t, added = _cast(x, dtype), _cast(table[:x.shape[1]], dtype)
+    return lambda: t + added
+
+
+def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
+    a, b = _cast(swished, dtype), _cast(linear, dtype)
+    return lambda: F.silu(a) * b
+
+
+def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
+    t, a, b, c = _cast(x, dtype), *(_transposed(w, dtype) for w in (swished, linear, down))
+    return lambda: F.linear(F.silu(F.linear(t, a)) * F.linear(t, b), c)
+
+
+def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Call:
+    t, a, b = _cast(x, dtype), _transposed(up, dtype), _transposed(down, dtype)
+    if activation == "relu":
+        return lambda: F.linear(F.relu(F.linear(t, a)), b)
+    return lambda: F.linear(F.gelu(F.linear(t, a), approximate="tanh"), b)
+
+
+def linear(x: Array, weight: Array, *, dtype: str) -> Call:
+    t, w = _cast(x, dtype), _transposed(weight, dtype)
+    return lambda: F.linear(t, w)
+
+
+def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    heads_first = [_cast(a, dtype).transpose(1, 2) for a in (q, k, v)]
+    return lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    heads_first = [_cast(a, dtype).transpose(1, 2).contiguous() for a in (q, k, v)]
+    return lambda: F.scaled_dot_product_attention(*heads_first, enable_gqa=True).transpose(1, 2)
+
+
+def kv_append(k: Array, v: Array, *, past: int, room: int, dtype: str) -> Call:
+    new = [_cast(a, dtype).transpose(1, 2) for a in (k, v)]
+    tokens, at = k.shape[1], past
+    stores = [torch.zeros((1, k.shape[2], past + room, k.shape[3]), dtype=getattr(torch, dtype)) for _ in range(2)]
+
+    def call() -> None:
+        nonlocal at
+        if at + tokens > past + room:
+            at = past
+        for store, added in zip(stores, new, strict=True):
+            store[:, :, at:at + tokens] = added
+        at += tokens
+
+    return call
+
+
+def block(x: Array, weights: dict[str, Any], *, past: tuple[Array, Array] | None = None, dtype: str) -> Call:
+    w = {name: _transposed(a, dtype) if a.ndim == 2 else _cast(a, dtype)
+         for name, a in weights.items() if isinstance(a, Array) and name not in ("cos", "sin")}
+    seq, before, dim = x.shape[1], 0 if past is None else past[0].shape[1], w["q"].shape[0] // weights["heads"]
+    c, s = (_cast(np.concatenate([weights[n]] * 2, axis=-1)[before:before + seq, None], dtype) for n in ("cos", "sin"))
+    t = _cast(x, dtype)
+    stores = [torch.zeros((1, weights["kv_heads"], before + seq, dim), dtype=t.dtype) for _ in range(2)]
+    for store, old in zip(stores, past or (), strict=False):
+        store[:, :, :before] = _cast(old, dtype).transpose(1, 2)
+
+    def call() -> torch.Tensor:
+        h = F.rms_norm(t, w["norm1"].shape, w["norm1"], weights["eps"])
+        q, k, v = (F.linear(h, w[name]).view(1, seq, -1, dim) for name in "qkv")
+        stores[0][:, :, before:] = _rope(k, c, s).transpose(1, 2)
+        stores[1][:, :, before:] = v.transpose(1, 2)
+        heads = F.scaled_dot_product_attention(_rope(q, c, s).transpose(1, 2), *stores, is_causal=before == 0,
+                                               enable_gqa=True)
+        y = t + F.linear(heads.transpose(1, 2).reshape(1, seq, -1), w["o"])
+        h = F.rms_norm(y, w["norm2"].shape, w["norm2"], weights["eps"])
+        return y + F.linear(F.silu(F.linear(h, w["swished"])) * F.linear(h, w["linear"]), w["down"])
+
+    return call
+
+
+if find_spec("transformers"):
+    def _llama(folder: Path, dtype: str) -> Any:
+        from transformers import LlamaForCausalLM
+
+        return LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    def model_prefill(folder: Path, ids: Array, *, dtype: str) -> Call:
+        model, t = _llama(folder, dtype), torch.from_numpy(ids)[None]
+        return lambda: model(t, use_cache=True).logits[0]
+
+    def model_decode(folder: Path, ids: Array, *, dtype: str) -> Call:
+        from transformers import DynamicCache
+
+        model, steps = _llama(folder, dtype), torch.from_numpy(ids).view(-1, 1, 1)
+
+        def call() -> torch.Tensor:
+            cache = DynamicCache(config=model.config)
+            for step in steps:
+                logits = model(step, past_key_values=cache, use_cache=True).logits
+            return logits[0]
+
+        return call

@@ -1,0 +1,24 @@
+"""Scripts in a process of their own: what happens at import, at a signal, after a fork, at exit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import forge_c
+
+TESTS = Path(__file__).parent
+PACKAGE_PARENT = Path(forge_c.__file__).parents[1]
+
+
+def run_script(source: str, *flags: str, timeout: float = 30, expect: int = 0, **env: str) -> str:
+    """Run `source` with this interpreter and this forge_c, fail unless it exits with `expect`; its output."""
+    path = [str(PACKAGE_PARENT), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **env}
+    done = subprocess.run([sys.executable, *flags, "-c", textwrap.dedent(source)], env=settings, text=True,
+                          capture_output=True, timeout=timeout)
+    assert done.returncode == expect, f"exit status {done.returncode}, expected {expect}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr

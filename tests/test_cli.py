@@ -1,0 +1,345 @@
+"""The command line: what it prints, where, with which exit status, and how it ends when someone stops it."""
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from model_folder import BYTES, following, small, tensors, write, write_chain, write_json
+
+from forge_c.cli import main
+
+SPEED = r"\nprompt {} tokens, (\d+\.\d tokens/s|-); decode {} tokens, (\d+\.\d tokens/s|-)\n"
+# Buffered, as in a user's shell: a broken pipe may then show up as late as at the end of the process.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+COMMAND = [sys.executable, "-m", "forge_c.cli"]
+
+
+def run(*arguments: Any, stdin: str | bytes | None = None, **changes: str) -> subprocess.CompletedProcess[str]:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run([*COMMAND, *map(str, arguments)], input=data, capture_output=True, timeout=120,
+                          env=ENVIRONMENT | changes, check=False)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory) -> Path:
+    """After "H" it says "é, world!" and ends."""
+    return write_chain(tmp_path_factory.mktemp("chain"), following([72, *"é, world!".encode(), 0]), eos=0)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    return write_chain(tmp_path_factory.mktemp("endless"), {97: 98, 98: 97})
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("plain"), small(vocab_size=256, num_hidden_layers=1), tokenizer=BYTES)
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of the command in this process."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+# ---- help ------------------------------------------------------------------------------------------
+
+def test_help_answers_at_once():
+    """200 ms of processor time, which a busy machine does not stretch."""
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0 and done.stderr == "" and "generate | info | bench" in done.stdout
+    assert statistics.median(seconds) < 0.2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["bench", "--bogus"], []])
+def test_numpy_is_not_imported_before_there_is_work(arguments):
+    code = (f"import sys, forge_c.cli\ntry: forge_c.cli.main({arguments})\nexcept SystemExit: pass\n"
+            "print('numpy' in sys.modules, 'forge_c.functional' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize(("command", "options"), [
+    ("generate", "--model --dtype --threads --prompt --max-new-tokens --temperature --top-k --top-p --min-p "
+                 "--repetition-penalty --seed --stop --chat"),
+    ("info", "--model --dtype --threads"),
+    ("bench", "--model --dtype --threads --prompt-tokens --new-tokens --repeats"),
+])
+def test_help_lists_every_option(capsys, command, options):
+    status, out, _ = called(capsys, command, "--help")
+    assert status == 0 and set(options.split()) <= set(re.findall(r"--[a-z-]+", out))
+
+
+# ---- generate --------------------------------------------------------------------------------------
+
+def test_the_embedded_model_by_default():
+    done = run("generate", "--prompt", "def add(a, b):", "--max-new-tokens", 12)
+    assert done.returncode == 0 and done.stdout.startswith("def add(a, b):") and done.stdout.endswith("\n")
+    assert len(done.stdout) > len("def add(a, b):\n")
+    assert re.fullmatch(SPEED.format(15, r"\d+"), done.stderr)
+
+
+def test_generate_prints_the_prompt_and_what_follows(capsys, speaker):
+    status, out, err = called(capsys, "generate", "--model", speaker, "--prompt", "H")
+    assert (status, out) == (0, "Hé, world!\n")
+    assert re.fullmatch(SPEED.format(2, 11), err)
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    (["--max-new-tokens", "3"], "Hé,"), (["--stop", "wor"], "Hé, "), (["--stop", "ld", "--stop", ","], "Hé"),
+    (["--max-new-tokens", "0"], "H"), (["--dtype", "bfloat16"], "Hé, world!"), (["--threads", "1"], "Hé, world!"),
+    (["--temperature", "0.01", "--top-k", "3", "--top-p", "0.9", "--min-p", "0.1", "--seed", "1"], "Hé, world!"),
+])
+def test_options(capsys, each_thread_count, speaker, options, text):
+    status, out, _ = called(capsys, "generate", "--model", speaker, "--prompt", "H", *options)
+    assert (status, out) == (0, text + "\n")
+
+
+def test_a_seed_repeats_itself(capsys, plain):
+    def text(seed: int) -> str:
+        return called(capsys, "generate", "--model", plain, "--prompt", "x", "--max-new-tokens", 30, "--temperature", 2,
+                      "--seed", seed)[1]
+
+    assert text(1) == text(1) and len({text(seed) for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize(("stdin", "expected"), [("H", "Hé, world!\n"), ("so, é, w", "so, é, world!\n")])
+def test_the_prompt_may_come_from_stdin(speaker, stdin, expected):
+    done = run("generate", "--model", speaker, "--prompt", "-", stdin=stdin)
+    assert (done.returncode, done.stdout) == (0, expected)
+
+
+def test_a_chat(capsys, tmp_path):
+    """The template's text goes in, only the answer comes out."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(
+        ["</s>", "<user>", "hi", "<bot>", "hello", "there"])}, unk_token="</s>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    write_chain(tmp_path, following([3, 4, 5, 0]), vocab=16, eos=0, tokenizer={
+        "chat_template": "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<bot>"})
+    backend.save(str(tmp_path / "tokenizer.json"))
+    status, out, err = called(capsys, "generate", "--model", tmp_path, "--prompt", "hi", "--chat")
+    assert (status, out) == (0, "hello there\n")
+    assert re.fullmatch(SPEED.format(3, 3), err)
+
+
+# ---- info and bench --------------------------------------------------------------------------------
+
+def test_info(capsys, plain):
+    status, out, err = called(capsys, "info", "--model", plain, "--dtype", "bfloat16")
+    assert (status, err) == (0, "")
+    found = dict(line.split(None, 1) for line in out.splitlines() if " " in line)
+    import forge_c
+    assert found["version"] == forge_c.__version__ and found["isa"] == forge_c.isa()
+    assert found["threads"] == str(forge_c.get_num_threads()) and found["model"] == str(plain)
+    assert (found["dtype"], found["model_type"], found["vocab_size"]) == ("bfloat16", "llama", "256")
+    assert int(found["bytes"]) > 2 * 256 * 32 and found["windows"] == "None in each of 1 layers"
+
+
+def test_info_about_the_embedded_model(capsys):
+    status, out, _ = called(capsys, "info")
+    assert status == 0 and re.search(r"^model +embedded$", out, re.M) and re.search(r"^vocab_size +256$", out, re.M)
+
+
+BENCH = ["--prompt-tokens", "24", "--new-tokens", "6", "--repeats", "2", "--threads", "1"]
+HEAD = ["model", "size", "params", "isa", "threads", "test", "t/s", "of limit"]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_bench(plain):
+    done = run("bench", "--model", plain, *BENCH)
+    assert (done.returncode, done.stderr) == (0, "")
+    head, rule, prompt, decode = done.stdout.splitlines()
+    assert cells(head) == HEAD and cells(rule) == ["---"] * 8
+    params = 2 * 256 * 32 - 256 * 32 + 64 * 32 + 32 * 32 + 3 * 32 * 40
+    for line, test in ((prompt, "pp24"), (decode, "tg6")):
+        model, size, count, isa, threads, name, rate, share = cells(line)
+        assert (model, count, name) == ("llama float32", f"{params / 1e6:.2f} M", test)
+        assert re.fullmatch(r"\d+\.\d\d MiB", size) and isa and threads == "1"
+        assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", rate) and float(rate.split()[0]) > 1
+        assert re.fullmatch(r"\d+ %", share)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_against_its_limits(capsys, monkeypatch, each_thread_count, plain, dtype):
+    """At the limit: 1 GFLOP/s and 1 GB/s make both floors of time a count of operations and of bytes."""
+    limits = {"fp32_gflops": 1.0, "bf16_gflops": 0.0, "read_gbs": 1.0}
+    monkeypatch.setattr("forge_c.models.speed.roofline", lambda: limits)
+    ticks = iter(np.arange(0, 1000, 0.25))
+    monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
+    status, out, _ = called(capsys, "bench", "--model", plain, "--dtype", dtype, *BENCH)
+    assert status == 0
+    block, head = 64 * 32 + 32 * 32 + 3 * 32 * 40, 32 * 256
+    itemsize = 4 if dtype == "float32" else 2
+    prompt = max(2 * (block * 24 + head), (block + head) * itemsize) / 1e9 / 0.25
+    decode = max(2 * (block + head) * 6, 6 * (block + head) * itemsize) / 1e9 / 0.25
+    for line, rate, share in zip(out.splitlines()[2:], (96, 24), (prompt, decode), strict=True):
+        assert cells(line)[6:] == [f"{rate:.2f} ± 0.00", f"{100 * share:.0f} %"]
+
+
+# ---- mistakes --------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[list[str], str]] = [
+    ([], "the following arguments are required"), (["talk"], "invalid choice: 'talk'"),
+    (["generate", "--bogus"], "unrecognized arguments: --bogus"),
+    (["generate", "--threads", "x"], "invalid int value: 'x'"),
+    (["generate", "--max-new-tokens", "1.5"], "invalid int value: '1.5'"),
+    (["generate", "--temperature", "hot"], "invalid float value: 'hot'"),
+    (["generate", "--prompt"], "expected one argument"),
+    (["generate", "--threads", "0"], "set_num_threads: n is 0"),
+    (["info", "--threads", "-1"], "set_num_threads: n is -1"),
+    (["generate", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
+    (["info", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
+    (["bench", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
+    (["generate", "--dtype", "int3"], "load: dtype is 'int3', expected auto, float32 or bfloat16"),
+    (["generate", "--temperature", "-1"], "temperature is -1.0, expected a number >= 0"),
+    (["generate", "--temperature", "nan"], "temperature is nan, expected a number >= 0"),
+    (["generate", "--top-k", "0"], "top_k is 0, expected an integer >= 1"),
+    (["generate", "--top-p", "1.5"], "top_p is 1.5, expected a number above 0 and at most 1"),
+    (["generate", "--min-p", "-1"], "min_p is -1.0, expected a number from 0 to 1"),
+    (["generate", "--repetition-penalty", "0"], "repetition_penalty is 0.0, expected a number > 0"),
+    (["generate", "--max-new-tokens", "-4"], "max_new_tokens is -4, expected an integer >= 0"),
+    (["generate", "--stop", ""], "stop is [''], expected texts that are not empty"),
+    (["generate", "--seed", "-1", "--temperature", "1"], "seed"),
+    (["generate", "--chat"], "--chat: the model has no chat template"),
+    (["bench", "--repeats", "0"], "--repeats is 0, expected at least 1"),
+    (["bench", "--new-tokens", "0"], "--new-tokens is 0, expected at least 1"),
+    (["bench", "--prompt-tokens", "-3"], "--prompt-tokens is -3, expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_a_mistake_is_one_line_and_status_2(capsys, arguments, reason):
+    status, out, err = called(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("forge-c") and err.endswith("\n") and err.count("\n") == 1 and reason in err
+
+
+def damaged(folder: Path, case: str) -> None:
+    if case == "truncated":
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    elif case == "family":
+        write_json(folder / "config.json", small() | {"model_type": "mamba"})
+    elif case == "json":
+        (folder / "config.json").write_text("{\n\n]")
+    elif case == "tokenizer":
+        (folder / "tokenizer_config.json").unlink()
+    elif case == "nan":
+        weights = tensors(small(vocab_size=256))
+        weights["model.norm.weight"][0] = np.nan
+        write(folder, small(vocab_size=256), weights, tokenizer=BYTES)
+    else:
+        (folder / case).unlink()
+
+
+@pytest.mark.parametrize(("case", "reason"), [
+    ("truncated", "model.safetensors"), ("family", "model_type is 'mamba'"), ("json", "not valid JSON"),
+    ("tokenizer", "a text prompt needs a tokenizer"), ("config.json", "has no config.json"),
+    ("model.safetensors", "model.safetensors: no such file"),
+])
+def test_a_damaged_model_is_one_line_and_status_2(capsys, tmp_path, case, reason):
+    damaged(write(tmp_path, small(vocab_size=256), tokenizer=BYTES), case)
+    status, out, err = called(capsys, "generate", "--model", tmp_path, "--prompt", "x", "--max-new-tokens", 2)
+    assert (status, out) == (2, "")
+    assert err.startswith("forge-c generate: ") and err.count("\n") == 1 and reason in err
+
+
+def test_nan_logits_end_with_one_line_after_the_text(capsys, tmp_path):
+    damaged(tmp_path, "nan")
+    status, _, err = called(capsys, "generate", "--model", tmp_path, "--prompt", "x")
+    assert status == 2 and err.splitlines()[-1].endswith("the model's logits are NaN") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("arguments", "stdin", "changes"), [
+    (["generate", "--prompt", "-"], b"\xff\xfe", {"PYTHONUTF8": "0", "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8"}),
+    (["generate", "--model", "/no/such/folder"], None, {}), (["info"], None, {"FORGE_C_ISA": "mmx"}),
+    (["generate", "--prompt", "é", "--max-new-tokens", "1"], None, {"PYTHONIOENCODING": "ascii"}),
+], ids=["stdin", "folder", "isa", "encoding"])
+def test_a_mistake_in_a_process_of_its_own(arguments, stdin, changes):
+    done = run(*arguments, stdin=stdin, **changes)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert done.stderr.startswith("forge-c ") and done.stderr.count("\n") == 1
+
+
+# ---- the end ---------------------------------------------------------------------------------------
+
+def started(text: bytes, *arguments: Any) -> subprocess.Popen[bytes]:
+    """The process, once it has written that text."""
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=ENVIRONMENT, bufsize=0)
+    assert process.stdout is not None
+    found = b""
+    while len(found) < len(text):
+        piece = process.stdout.read(len(text) - len(found))
+        assert piece, "it ended too early"
+        found += piece
+    assert found == text and process.poll() is None
+    return process
+
+
+def ended(stdout: int, *arguments: str) -> tuple[int, bytes]:
+    """(exit status, stderr) of a process that writes to this file descriptor, which is closed afterwards."""
+    try:
+        done = subprocess.run([*COMMAND, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT,
+                              timeout=60, check=False)
+    finally:
+        os.close(stdout)
+    return done.returncode, done.stderr
+
+
+def test_an_interrupt_ends_quietly_with_130(endless):
+    """The text so far is out, its line is ended, the speed is told."""
+    process = started(b"abababab", "generate", "--model", endless, "--prompt", "a", "--max-new-tokens", 900_000)
+    process.send_signal(signal.SIGINT)
+    start = time.perf_counter()
+    out, err = process.communicate(timeout=60)
+    assert time.perf_counter() - start < 3.0
+    assert process.returncode == 130
+    assert re.fullmatch(rb"[ab]*\n", out)
+    assert re.fullmatch(SPEED.format(2, r"\d+"), err.decode())
+
+
+def test_a_reader_that_leaves_ends_it_quietly(endless):
+    process = started(b"abab", "generate", "--model", endless, "--prompt", "a", "--max-new-tokens", 900_000)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["generate", "--help"],
+                                       ["generate", "--prompt", "a", "--max-new-tokens", "2"]], ids=" ".join)
+def test_a_reader_that_was_never_there_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert ended(writer, *arguments) == (0, b"")
+
+
+def test_a_full_disk_is_a_mistake():
+    status, err = ended(os.open("/dev/full", os.O_WRONLY), "generate", "--prompt", "a", "--max-new-tokens", "2")
+    assert status == 2
+    assert err.startswith(b"forge-c generate: ") and err.count(b"\n") == 1 and b"No space left on device" in err

@@ -1,0 +1,148 @@
+"""What the shared library asks for, offers and contains, read with binutils."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+
+import pytest
+
+from forge_c import functional
+
+LIBRARY = functional.__file__
+ISA_FILES = ("avx2.c", "avx512.c", "avx512_vnni_bf16.c")
+
+ENDS_OR_PRINTS = re.compile(
+    r"_*(abort|exit|_exit|_Exit|quick_exit|at_quick_exit|raise|kill|assert\w*|assert_fail\w*|stack_chk_fail"
+    r"|v?f?printf(_chk)?|v?fprintf|v?dprintf|puts|fputs|putchar|fputc|putc|fwrite|write|perror|err|warn"
+    r"|longjmp(_chk)?|siglongjmp|system|popen|exec\w*|fork)")
+CHANGES_THE_PROCESS = re.compile(
+    r"fesetround|fesetenv|feenableexcept|fedisableexcept|feholdexcept|setenv|putenv|unsetenv|clearenv|signal|sigaction"
+    r"|sigprocmask|pthread_sigmask|setrlimit|s?rand|srandom|omp_set_\w+|set_fast_math|setlocale|chdir|umask|mlockall"
+    r"|sched_setaffinity|pthread_setaffinity_np|setpriority|nice")
+
+
+def tool(*command: str) -> str:
+    return subprocess.run([*command, LIBRARY], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def imported() -> frozenset[str]:
+    """The library's undefined dynamic symbols, without their versions."""
+    lines = tool("nm", "-D", "--undefined-only").splitlines()
+    return frozenset(line.split()[-1].split("@")[0] for line in lines)
+
+
+@cache
+def functions() -> dict[int, tuple[str, str]]:
+    """Address -> (source file, name) of every function: local symbols follow the FILE symbol of their source."""
+    found, source = {}, ""
+    for line in tool("readelf", "-sW").split(".symtab", 1)[1].splitlines():
+        fields = line.split()
+        if len(fields) < 8:
+            source = "" if fields[3:4] == ["FILE"] else source
+        elif fields[3] == "FILE":
+            source = fields[7]
+        elif fields[3] == "FUNC" and fields[6] != "UND":
+            found[int(fields[1], 16)] = (source, fields[7])
+    return found
+
+
+@cache
+def wide_instructions() -> dict[str, dict[str, list[str]]]:
+    """Source file -> function -> instructions that need more than the x86-64 baseline."""
+    wide = re.compile(r"^\s*[0-9a-f]+:\s+(?P<text>(v(?!er[rw]|m)\w+|.*%[yz]mm|.*%k[0-7]|andn|bextr|bzhi|mulx|pdep|pext"
+                      r"|rorx|sarx|shlx|shrx|blsi|blsr|blsmsk|tzcnt|lzcnt|popcnt|movbe|crc32)\b.*)")
+    result: dict[str, dict[str, list[str]]] = {source: {} for source, _ in functions().values()}
+    held: list[str] = []
+    for line in tool("objdump", "-d", "--no-show-raw-insn", "--section=.text").splitlines():
+        head = re.match(r"^([0-9a-f]+) <(.*)>:$", line)
+        if head:
+            source, name = functions().get(int(head[1], 16), ("", head[2]))
+            held = result.setdefault(source, {}).setdefault(name, [])
+        elif match := wide.match(line):
+            held.append(match["text"])
+    return result
+
+
+def test_nothing_ends_the_process_or_prints():
+    assert imported() >= {"malloc", "free", "memcpy"}
+    assert {name for name in imported() if ENDS_OR_PRINTS.fullmatch(name)} == set()
+
+
+def test_nothing_changes_the_state_of_the_process():
+    assert {name for name in imported() if CHANGES_THE_PROCESS.fullmatch(name)} == set()
+    assert not any("fast_math" in name for _, name in functions().values())
+
+
+@pytest.mark.parametrize(("pattern", "names"), [
+    (ENDS_OR_PRINTS, "abort exit _exit __assert_fail printf __printf_chk __fprintf_chk puts fwrite longjmp raise"),
+    (CHANGES_THE_PROCESS, "fesetround setenv sigaction omp_set_num_threads omp_set_dynamic srand set_fast_math"),
+])
+def test_the_lists_know_what_they_are_for(pattern, names):
+    assert all(pattern.fullmatch(name) for name in names.split())
+    assert not any(pattern.fullmatch(name) for name in ("omp_get_max_threads", "expf", "PyErr_Format", "memset"))
+
+
+def test_the_only_name_offered_is_the_module():
+    assert [line.split()[-1] for line in tool("nm", "-D", "--defined-only").splitlines()] == ["PyInit_functional"]
+
+
+def test_each_library_needed_is_a_system_one():
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "-dW"))
+    allowed = r"lib(c|m|pthread|gomp|omp|iomp5|gcc_s|python3.*)\.so.*|ld-linux.*"
+    assert [name for name in needed if not re.fullmatch(allowed, name)] == []
+    assert sum(bool(re.match(r"lib(g|i)?omp", name)) for name in needed) == (functional._openmp() != "none")
+
+
+def test_no_executable_stack_and_no_text_relocations():
+    stack = next(line for line in tool("readelf", "-lW").splitlines() if "GNU_STACK" in line)
+    assert "E" not in stack.split()[6]
+    assert "TEXTREL" not in tool("readelf", "-dW")
+
+
+def on_x86() -> bool:
+    return "X86-64" in tool("readelf", "-hW")
+
+
+def test_only_the_isa_files_hold_instructions_beyond_the_baseline():
+    """A vector instruction anywhere else would be a crash on an older CPU, before or past the dispatch."""
+    outside = {(source, name): found[:3] for source, named in wide_instructions().items() if source not in ISA_FILES
+               for name, found in named.items() if found}
+    assert outside == {} or not on_x86()
+
+
+@pytest.mark.parametrize(("source", "register"), [("avx2.c", "%ymm"), ("avx512.c", "%zmm"),
+                                                  ("avx512_vnni_bf16.c", "%zmm")])
+def test_negative_control_the_isa_files_do_hold_them(source, register):
+    """The scan finds what it looks for, where it must be, and finds every file of the library."""
+    assert {"functional.c", "dispatch.c", "threads.c", "base.c", "linear.c", "attention.c"} <= set(wide_instructions())
+    in_gemm = wide_instructions().get(source, {}).get("gemm_f32", [])
+    assert any(text.startswith("vfmadd") and register in text for text in in_gemm) or not on_x86()
+
+
+def test_each_vnni_file_uses_its_dot_product():
+    dots = {source: any("vdpbf16ps" in text for text in wide_instructions().get(source, {}).get("gemm_bf16", []))
+            for source in ISA_FILES}
+    assert dots == {"avx2.c": False, "avx512.c": False, "avx512_vnni_bf16.c": on_x86()}
+
+
+def test_what_runs_at_load_is_baseline_code():
+    """Constructors run before any dispatch: none of them may come from an ISA file."""
+    section = re.search(r"\.init_array\s+\S+\s+([0-9a-f]+)\s+\S+\s+([0-9a-f]+)", tool("readelf", "-SW"))
+    assert section
+    start, size = int(section[1], 16), int(section[2], 16)
+    relocations = re.findall(r"^([0-9a-f]+)\s+[0-9a-f]+ R_\w+_RELATIVE\s+([0-9a-f]+)", tool("readelf", "-rW"), re.M)
+    run = [functions()[int(to, 16)] for at, to in relocations if start <= int(at, 16) < start + size]
+    assert ("dispatch.c", "choose_best") in run
+    assert [source for source, _ in run if source in ISA_FILES] == []
+
+
+def test_only_dispatch_names_the_tables_of_the_isas():
+    """Kernels are reached through the table in use; every one of them is local to its file."""
+    symbols = [line.split() for line in tool("nm").splitlines()]
+    tables = [name for *_, kind, name in symbols if name.startswith("fc_kernels_")]
+    assert sorted(tables) == sorted(f"fc_kernels_{name}" for name in ("base", "avx2", "avx512", "avx512_vnni_bf16")) \
+        or not on_x86()
+    assert {name for *_, kind, name in symbols if kind == "T"} == {"PyInit_functional"}
