@@ -106,5 +106,5 @@ def unpack(packed: PackedWeight) -> NDArray[np.float32]:
     sides = [packed.data[:, 0], packed.data[:, 1]] if packed.gated else [packed.data]
     columns = n // len(sides)
     return np.concatenate([
-        side.transpose(1, 3, 0, 2).reshape(side.shape[1] * side.shape[3], -1)[:k, :columns].astype(np.float32)
+        side.transpose(1, 3, 0, 2).reshape(side.shape[1] * side.shape[3], side.shape[0] * PANEL)[:k, :columns].astype(np.float32)
         for side in sides], axis=1)

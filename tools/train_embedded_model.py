@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 SHIPPED = Path(__file__).resolve().parent.parent / "forge_c" / "assets" / "tiny_python"
 BOUNDARY = 0  # BOS and EOS: the byte before the first and after the last of a file
-WINDOW, STRIDE = 2048, 1024  # evaluation: at least STRIDE bytes of context, except near the start of a file
+WINDOW, STRIDE = 1024, 512  # evaluation: at least STRIDE bytes of context, except near the start of a file
 QUERY_CHUNK = 256
 SHINGLE = 64  # bytes that must agree before `overlap` calls two places the same
 
@@ -49,7 +49,7 @@ class Shape:
     num_key_value_heads: int = 2
     head_dim: int = 32
     vocab_size: int = 256
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-5
 
 
@@ -255,8 +255,8 @@ def optimisers(model: Decoder) -> list[torch.optim.Optimizer]:
 
 
 def stage(progress: float) -> int:
-    """Sequence length at a share of the budget: short windows are cheap, the last stage learns the whole context."""
-    return 512 if progress < 0.6 else 1024 if progress < 0.82 else 2048
+    """Sequence length at a share of the budget: short windows are cheap, the second stage learns the whole context."""
+    return 512 if progress < 0.6 else 1024
 
 
 def schedule(progress: float) -> float:
@@ -270,12 +270,15 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = Decoder(Shape())
     model.initialise(args.seed)
+    if args.resume:
+        model.load_state_dict(load(args.resume).state_dict())
     found = optimisers(model)
     data = training_bytes(args.seed)
     print(f"{len(data) / 1e6:.1f} MB of source, {sum(p.numel() for p in model.parameters())} parameters", flush=True)
     forward = torch.compile(model, dynamic=False)
     budget, start, saved, step, seen = args.minutes * 60 * args.threads, time.process_time(), 0.0, 0, 0
     seq_len, smooth, source = 0, 5.5, iter(())
+    start -= args.start * budget
     while (progress := (time.process_time() - start) / budget) < 1:
         if stage(progress) != seq_len:
             seq_len = stage(progress)
@@ -410,6 +413,8 @@ def main() -> None:
             command.add_argument("--threads", type=int, default=os.cpu_count())
             command.add_argument("--tokens", type=int, default=8192, help="bytes in a batch")
             command.add_argument("--out", type=Path, required=True)
+            command.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from these weights")
+            command.add_argument("--start", type=float, default=0.0, help="the share of the budget that they took")
         elif name != "overlap":
             command.add_argument("--folder", type=Path, default=SHIPPED)
         if name == "sample":

@@ -1,6 +1,7 @@
 # PackedWeight, linear, gated_linear, embedding
 
 cdef dict LAYOUTS = {"float32": FC_PACKED_F32, "bfloat16": FC_PACKED_BF16}
+cdef dict K_PER_LINE = {"float32": 1, "bfloat16": 2}
 
 
 cdef class PackedWeight:
@@ -15,13 +16,20 @@ cdef class PackedWeight:
     cdef fc_layout layout
     cdef ptrdiff_t k, n
 
-    def __init__(self, data, shape, dtype, gated=False):
+    def __init__(self, cnp.ndarray data, shape, str dtype, bint gated=False):
+        cdef ptrdiff_t sides = 2 if gated else 1
+        cdef ptrdiff_t per_line = K_PER_LINE[dtype]
         self.layout = LAYOUTS[dtype]
         self.k, self.n = shape
         self.shape = (self.k, self.n)
         self.dtype = dtype
         self.gated = gated
-        self.data = data
+        cdef ptrdiff_t panels = (self.n // sides + 15) // 16 * sides
+        if cnp.PyArray_NBYTES(data) != panels * ((self.k + per_line - 1) // per_line) * 64 or (
+                not cnp.PyArray_IS_C_CONTIGUOUS(data)):
+            raise ValueError(f"PackedWeight: data has {cnp.PyArray_NBYTES(data)} bytes, expected those that pack() "
+                             f"makes for {self.shape}")
+        self.data = data.view()
         self.data.flags.writeable = False
 
     @property
