@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 PACKAGE_PARENT = Path(forge_c.__file__).parents[1]
 
 
-def run_script(source: str, *flags: str, timeout: float = 30, expect: int = 0, **env: str) -> str:
+def run_script(source: str, *flags: str, timeout: float = 120, expect: int = 0, **env: str) -> str:
     """Run `source` with this interpreter and this forge_c, fail unless it exits with `expect`; its output."""
     path = [str(PACKAGE_PARENT), str(TESTS), os.environ.get("PYTHONPATH", "")]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **env}

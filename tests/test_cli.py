@@ -183,19 +183,20 @@ def test_bench(plain):
         assert re.fullmatch(r"\d+ %", share)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bench_against_its_limits(capsys, monkeypatch, each_thread_count, plain, dtype):
-    """At the limit: 1 GFLOP/s and 1 GB/s make both floors of time a count of operations and of bytes."""
-    limits = {"fp32_gflops": 1.0, "bf16_gflops": 0.0, "read_gbs": 1.0}
+@pytest.mark.parametrize("gbs", [1e-2, 1e-5])
+@pytest.mark.parametrize(("dtype", "bf16"), [("float32", 9e-3), ("bfloat16", 0.0), ("bfloat16", 4e-3)])
+def test_bench_against_its_limits(capsys, monkeypatch, each_thread_count, plain, dtype, bf16, gbs):
+    """So slow a machine that a share has digits; either the operations or the bytes are the floor of the time."""
+    limits = {"fp32_gflops": 1e-3, "bf16_gflops": bf16, "read_gbs": gbs}
     monkeypatch.setattr("forge_c.models.speed.roofline", lambda: limits)
     ticks = iter(np.arange(0, 1000, 0.25))
     monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
     status, out, _ = called(capsys, "bench", "--model", plain, "--dtype", dtype, *BENCH)
     assert status == 0
     block, head = 64 * 32 + 32 * 32 + 3 * 32 * 40, 32 * 256
-    itemsize = 4 if dtype == "float32" else 2
-    prompt = max(2 * (block * 24 + head), (block + head) * itemsize) / 1e9 / 0.25
-    decode = max(2 * (block + head) * 6, 6 * (block + head) * itemsize) / 1e9 / 0.25
+    itemsize, peak = (4, 1e-3) if dtype == "float32" else (2, bf16 or 1e-3)
+    prompt = max(2 * (block * 24 + head) / peak, (block + head) * itemsize / gbs) / 1e9 / 0.25
+    decode = max(2 * (block + head) * 6 / peak, 6 * (block + head) * itemsize / gbs) / 1e9 / 0.25
     for line, rate, share in zip(out.splitlines()[2:], (96, 24), (prompt, decode), strict=True):
         assert cells(line)[6:] == [f"{rate:.2f} ± 0.00", f"{100 * share:.0f} %"]
 
@@ -214,6 +215,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
     (["info", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
     (["bench", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
+    (["generate", "--model", "/no\nsuch\n\nfolder"], "load: /no such folder is not a folder"),
     (["generate", "--dtype", "int3"], "load: dtype is 'int3', expected auto, float32 or bfloat16"),
     (["generate", "--temperature", "-1"], "temperature is -1.0, expected a number >= 0"),
     (["generate", "--temperature", "nan"], "temperature is nan, expected a number >= 0"),

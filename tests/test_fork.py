@@ -23,7 +23,7 @@ def kernels():
 def right():
     return all(same_bits(got, want) for got, want in zip(kernels(), expected, strict=True))
 
-def fork(work, seconds=10):
+def fork(work, seconds=60):
     # Exit status of a child that runs work(): 0 where it returned True; minus the signal that killed it.
     pid = os.fork()
     if pid == 0:
@@ -54,7 +54,7 @@ pids = []
 for _ in range(4):
     pid = os.fork()
     if pid == 0:
-        signal.alarm(10)
+        signal.alarm(60)
         os._exit(0 if all(right() for _ in range(5)) else 1)
     pids.append(pid)
 parent = all(right() for _ in range(5))
@@ -97,7 +97,7 @@ def test_a_pool_of_forked_workers():
 import multiprocessing
 
 def work(i):
-    signal.alarm(10)
+    signal.alarm(60)
     return right()
 
 with multiprocessing.get_context("fork").Pool(3) as pool:
@@ -125,5 +125,5 @@ def test_negative_control_the_handler_is_what_keeps_the_child_from_hanging(handl
     """libgomp alone leaves the child without workers: its first parallel region waits until the alarm."""
     hangs = handler == "off" and functional._openmp() == "libgomp"
     env = {"FORGE_C_NO_FORK_HANDLER": "1"} if handler == "off" else {}
-    out = run_script(SETUP + "print(fork(right, seconds=3), right())", **env)
+    out = run_script(SETUP + f"print(fork(right, seconds={3 if hangs else 60}), right())", **env)
     assert out == ("-14 True\n" if hangs else "0 True\n")

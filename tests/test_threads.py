@@ -351,6 +351,37 @@ def test_short_lived_callers_leave_no_threads_behind(thread_count):
     assert status("VmRSS:") - resident < 2048
 
 
+def test_indices_that_another_thread_changes_after_the_check_do_no_harm():
+    """Each call is right or an IndexError, whatever happens to the caller's ids meanwhile. In a child: it may crash."""
+    assert run_script("""
+        import threading
+        import numpy as np
+        import forge_c as fc
+
+        ids, lens = np.zeros((1, 300_000), np.int64), np.ones(1, np.int64)
+        table, rope_table = np.zeros((4, 16), np.float32), fc.rope_table(2, 4)
+        x, kv = np.zeros((1, 300_000, 2), np.float32), np.zeros((1, 4, 1, 2), np.float32)
+        done = threading.Event()
+
+        def meddle():
+            while not done.is_set():
+                ids[0, -1] = lens[0] = 1 << 50
+                ids[0, -1] = lens[0] = 1
+
+        meddler = threading.Thread(target=meddle)
+        meddler.start()
+        for call in [lambda: fc.embedding(ids, table), lambda: fc.rope(x, rope_table, positions=ids),
+                     lambda: fc.attention(x[:, :2000, None], kv, kv, kv_lens=lens)] * 30:
+            try:
+                call()
+            except (IndexError, ValueError) as error:
+                assert "outside the table" in str(error) or "expected 0 to 4" in str(error)
+        done.set()
+        meddler.join()
+        print("unharmed")
+    """) == "unharmed\n"
+
+
 # ---- the GIL ----------------------------------------------------------------------------------------
 
 def longest_wait(work: Callable[[], Any]) -> tuple[float, float]:
@@ -378,7 +409,7 @@ def big_matrix(n: int) -> np.ndarray:
 
 
 HOLDING = {
-    "linear": lambda: fc.linear(big_matrix(2048), big_matrix(2048)),
+    "linear": lambda: fc.linear(big_matrix(1536), big_matrix(1536)),
     "attention": lambda: fc.attention(*[np.ones((1, 2048, 8, 64), np.float32)] * 3),
     "gelu": lambda: [fc.gelu(np.ones(2**22, np.float32)) for _ in range(8)],
 }
@@ -390,10 +421,9 @@ def test_other_python_threads_go_on_during_a_kernel(thread_count, name):
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:
-        best = min(longest / taken for taken, longest in (longest_wait(HOLDING[name]) for _ in range(3)))
+        assert any(longest < taken / 2 for taken, longest in (longest_wait(HOLDING[name]) for _ in range(5)))
     finally:
         sys.setswitchinterval(interval)
-    assert best < 0.5
 
 
 def test_a_call_that_keeps_the_gil_is_noticed():

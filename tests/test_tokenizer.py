@@ -124,6 +124,7 @@ def test_a_model_with_its_tokenizer(trained, tmp_path):
     pieces = list(model.generate("the", 50, stream=True))
     assert "".join(pieces) == " cat é日🎉" and not any("\ufffd" in piece for piece in pieces)
     assert model.generate("the", 50, stop="日") == " cat é"
+    assert model.generate("the", 50, stop=["at", "ca"]) == " ", "the first of two that one token completes"
     assert model.generate(ids[1:2], 50).tolist() == [*ids[2:], 1]
 
 

@@ -13,7 +13,7 @@ cdef int dtype_index(cnp.ndarray a) noexcept:
         return FC_F32 if cnp.PyArray_ISNOTSWAPPED(a) else -1
     if num == cnp.NPY_FLOAT16:
         return FC_F16 if cnp.PyArray_ISNOTSWAPPED(a) else -1
-    return FC_BF16 if num == BF16_NUM else -1
+    return FC_BF16 if num == BF16_NUM and cnp.PyArray_ISNOTSWAPPED(a) else -1
 
 
 cdef cnp.ndarray viewed(str fn, str arg, object x):
@@ -129,6 +129,11 @@ cdef int no_overlap(str fn, str name, cnp.ndarray out, str arg, cnp.ndarray a, b
         raise ValueError(f"{fn}: {name} overlaps {arg}; pass an array of its own"
                          + (f", or {arg} itself" if alias_allowed else ""))
     return 0
+
+
+cdef cnp.ndarray private_ints(cnp.ndarray a):
+    """A contiguous int64 copy: no other thread can write to it between its check and its use."""
+    return np.array(a, dtype=np.int64, order="C")
 
 
 cdef cnp.ndarray parameter(str fn, str arg, object value, ptrdiff_t n):

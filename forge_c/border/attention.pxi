@@ -18,7 +18,7 @@ cdef cnp.ndarray attention_kv_lens(object kv_lens, ptrdiff_t batch, ptrdiff_t kv
         raise TypeError(f"attention: kv_lens has dtype {a.dtype}, expected integers")
     if shape_of(a) != (batch,):
         raise ValueError(f"attention: kv_lens has shape {shape_of(a)}, expected ({batch},)")
-    a = np.ascontiguousarray(a, dtype=np.int64)
+    a = private_ints(a)
     p = <int64_t *>cnp.PyArray_DATA(a)
     for b in range(batch):
         if p[b] < 0 or p[b] > kv_len:
@@ -124,6 +124,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     cdef cnp.ndarray lse = None
     cdef cnp.npy_intp dims[4]
     memset(&a, 0, sizeof(a))
+    if window is not None:
+        window = index(window)
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}, expected at least 1")
     if softcap is not None and not softcap > 0:
@@ -147,8 +149,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
         no_overlap("attention", "out", y, "v", va, False)
         if ma is not None:
             no_overlap("attention", "out", y, "mask", ma, False)
-        if lens is not None:
-            no_overlap("attention", "out", y, "kv_lens", lens, False)
+        if kv_lens is not None:
+            no_overlap("attention", "out", y, "kv_lens", viewed("attention", "kv_lens", kv_lens), False)
         if sa is not None:
             no_overlap("attention", "out", y, "sinks", sa, False)
     if return_lse:

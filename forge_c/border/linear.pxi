@@ -199,6 +199,7 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
            [1., 2.]], dtype=float32)
     """
     cdef cnp.ndarray ia = np.asarray(ids)
+    cdef cnp.ndarray given
     cdef cnp.ndarray ta = viewed("embedding", "table", table)
     cdef int t = float_type("embedding", "table", ta)
     cdef int out_t = t
@@ -216,7 +217,7 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
         if np.dtype(dtype) not in DTYPES:
             raise TypeError(f"embedding: dtype is {np.dtype(dtype)}, expected float32, float16 or bfloat16")
         out_t = DTYPES.index(np.dtype(dtype))
-    ia = np.ascontiguousarray(ia, dtype=np.int64).reshape(shape_of(ia))
+    given, ia = ia, private_ints(ia)
     nd = cnp.PyArray_NDIM(ia)
     for i in range(nd):
         dims[i] = cnp.PyArray_DIM(ia, i)
@@ -226,7 +227,7 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
     if not cnp.PyArray_IS_C_CONTIGUOUS(y):
         raise ValueError("embedding: out is not C-contiguous")
     no_overlap("embedding", "out", y, "table", ta, False)
-    no_overlap("embedding", "out", y, "ids", ia, False)
+    no_overlap("embedding", "out", y, "ids", given, False)
     ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, cnp.PyArray_DIM(ta, 0), shape_of(ia))
     if cnp.PyArray_SIZE(y):
         with nogil:

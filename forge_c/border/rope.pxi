@@ -7,7 +7,7 @@ cdef cnp.ndarray rope_positions(object positions, ptrdiff_t batch, ptrdiff_t seq
         raise TypeError(f"rope: positions has dtype {p.dtype}, expected integers")
     if shape_of(p) != (seq,) and shape_of(p) != (batch, seq):
         raise ValueError(f"rope: positions has shape {shape_of(p)}, expected ({seq},) or ({batch}, {seq})")
-    return np.ascontiguousarray(p, dtype=np.int64)
+    return private_ints(p)
 
 
 cdef int positions_inside(const int64_t *p, ptrdiff_t count, ptrdiff_t limit) except -1:
@@ -66,7 +66,7 @@ def rope(x, table, *, start_pos=0, positions=None, interleaved=False, out=None):
     if positions is not None:
         p = rope_positions(positions, a.batch, a.seq)
         if out is not None:
-            no_overlap("rope", "out", y, "positions", p, False)
+            no_overlap("rope", "out", y, "positions", viewed("rope", "positions", positions), False)
         positions_inside(<const int64_t *>cnp.PyArray_DATA(p), cnp.PyArray_SIZE(p), limit)
         a.positions = <const int64_t *>cnp.PyArray_DATA(p)
         a.positions_stride = a.seq if cnp.PyArray_NDIM(p) == 2 else 0
