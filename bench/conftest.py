@@ -17,13 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import machine
 import numpy as np
 import pytest
-from machine import Limits, Work, last_level_cache, measure_limits, share
+from machine import Limits, Work, share
 
 IMPLEMENTATIONS = ("forge_c", "numpy", "torch", "onnxruntime")
 EMBEDDED = Path(__file__).parent.parent / "forge_c" / "assets" / "tiny_python"
-_MOST_MEMORY = 2 << 30
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -76,7 +76,7 @@ def limits(request: pytest.FixtureRequest) -> Limits | None:
     path = request.config.getoption("limits")
     if path:
         return json.loads(Path(path).read_text())
-    return measure_limits(quick=request.config.getoption("quick")) if find_spec("forge_c") else None
+    return machine.measure_limits(quick=request.config.getoption("quick")) if find_spec("forge_c") else None
 
 
 @pytest.fixture
@@ -106,18 +106,17 @@ def bench(request: pytest.FixtureRequest, benchmark: Any, impl: str, operations:
         prepare = getattr(operations, op, None)
         if prepare is None or dtype not in operations.DTYPES:
             pytest.skip(f"{impl} has no {op} in {dtype}")
-        moved, cache = read + written, last_level_cache()
-        quick = request.config.getoption("quick")
-        copies = 1 if hot or quick else max(1, min(-(-2 * cache // moved), _MOST_MEMORY // moved))
-        calls = [prepare(*(inputs if i == 0 else copy.deepcopy(inputs)), dtype=dtype, **options) for i in range(copies)]
+        moved = read + written
+        sets = 1 if hot or request.config.getoption("quick") else machine.copies(moved)
+        calls = [prepare(*(inputs if i == 0 else copy.deepcopy(inputs)), dtype=dtype, **options) for i in range(sets)]
         if request.config.getoption("check") and impl != "numpy":
             _check(op, inputs, options, dtype, operations, calls[0])
-        work = Work(read, written, flops, dtype, moved * copies > cache)
+        work = Work(read, written, flops, dtype, moved * sets > machine.last_level_cache())
         benchmark.group = case
         benchmark.extra_info.update(
             component=request.module.__name__.removeprefix("test_bench_"), impl=impl, variant=variant or dtype,
-            bytes=moved, tokens=tokens, note=note, copies=copies, **work._asdict())
-        benchmark(calls[0] if copies == 1 else _rotating(calls))
+            bytes=moved, tokens=tokens, note=note, buffer_sets=sets, **work._asdict())
+        benchmark(calls[0] if sets == 1 else _rotating(calls))
         if benchmark.stats is not None:
             median = benchmark.stats.stats.median
             benchmark.extra_info.update({"GB/s": moved / median / 1e9, "GFLOP/s": flops / median / 1e9,

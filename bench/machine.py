@@ -36,6 +36,12 @@ def last_level_cache() -> int:
     return max(sizes, default=32 << 20)
 
 
+def copies(moved: int) -> int:
+    """How many sets of buffers of `moved` bytes to rotate through, so that each comes from memory when its turn comes:
+    four times the last-level cache, but no more than 2 GiB."""
+    return max(1, min(-(-4 * last_level_cache() // moved), (2 << 30) // moved))
+
+
 def measure_limits(python: str = sys.executable, quick: bool = False) -> Limits:
     """forge_c.roofline() in a process of its own, so that its threads do not stay in this one."""
     seconds, size = ("0.03", 64 << 20) if quick else ("0.1", 256 << 20)

@@ -62,9 +62,9 @@ def merge(files: list[tuple[int, Path]]) -> tuple[list[Row], dict[str, str]]:
 
 
 def baseline(row: Row, rows: list[Row]) -> Row | None:
-    """NumPy's row of the same case: of the same variant, or else in float32, which is all that NumPy computes in."""
+    """NumPy's row of the same case: the float32 one, or of the same variant where variants are different work."""
     numpy = {r.variant: r for r in rows if r.impl == "numpy" and (r.component, r.case) == (row.component, row.case)}
-    return numpy.get(row.variant) or numpy.get("float32")
+    return numpy.get("float32") or numpy.get(row.variant)
 
 
 def time_text(seconds: float) -> str:
@@ -121,13 +121,14 @@ def plot(component: str, rows: list[Row], path: Path) -> bool:
         return False
     bars.sort(key=lambda b: [r.case for r in rows].index(b[0].case), reverse=True)
     figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.2 * len(bars)))
-    axes.barh(range(len(bars)), [ratio for _, ratio in bars], color=[_COLOURS[row.impl] for row, _ in bars])
+    axes.barh(range(len(bars)), [ratio - 1 for _, ratio in bars], left=1,
+              color=[_COLOURS[row.impl] for row, _ in bars])
     axes.set_yticks(range(len(bars)), [f"{row.case}: {row.impl} {row.variant}" for row, _ in bars])
     for i, (_, ratio) in enumerate(bars):
-        axes.text(ratio, i, f" {ratio:.3g}", va="center")
+        axes.text(ratio, i, f" {ratio:.3g} ", va="center", ha="left" if ratio >= 1 else "right")
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(x=0.1, y=0.01)
+    axes.margins(x=0.15, y=0.01)
     axes.set_title(f"{_TITLES[component]}: times as fast as NumPy")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from machine import Limits, Work, best_of, last_level_cache, measure_limits, share
+from machine import Limits, Work, best_of, copies, last_level_cache, measure_limits, share
 
 Array = np.ndarray
 _TURN = 0.3    # seconds of work in one turn, and two calls at least
@@ -115,8 +115,8 @@ class Worker:
         self.process.wait()
 
 
-def _copies(target: Target) -> int:
-    return -(-2 * last_level_cache() // (target.read + target.written)) if target.rotate else 1
+def _sets(target: Target) -> int:
+    return copies(target.read + target.written) if target.rotate else 1
 
 
 def _serve(impl: str) -> None:
@@ -130,7 +130,7 @@ def _serve(impl: str) -> None:
             target, calls = TARGETS[index], []
             dtype = target.dtype if target.dtype in operations.DTYPES else "float32"
             op = impl == "numpy" and target.numpy_op or target.op
-            calls = [getattr(operations, op)(*target.inputs(), dtype=dtype) for _ in range(_copies(target))]
+            calls = [getattr(operations, op)(*target.inputs(), dtype=dtype) for _ in range(_sets(target))]
             for call in calls:
                 call()
         elif command == "time":
@@ -185,7 +185,7 @@ def measure(rounds: int, limits: Limits) -> tuple[list[str], bool]:
         mine, other = (median(times) for times in zip(*pairs, strict=True))
         moved = target.read + target.written
         work = Work(target.read, target.written, target.flops, target.dtype,
-                    moved * _copies(target) > last_level_cache())
+                    moved * _sets(target) > last_level_cache())
         reached, reaches = share(work, mine, limits), median(ratios) >= target.at_least
         all_met &= reaches
         rate = (f"{target.flops / mine / 1e9:.0f} GFLOP/s" if target.flops > 100 * moved else

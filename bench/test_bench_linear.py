@@ -7,8 +7,7 @@ DTYPES = {"float32": 4, "bfloat16": 2}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 4, pytest.param(128, marks=pytest.mark.large),
-                                  pytest.param(512, marks=pytest.mark.large)])
+@pytest.mark.parametrize("rows", [1, *(pytest.param(rows, marks=pytest.mark.large) for rows in (4, 128, 512))])
 def test_linear(bench, normal, rows, dtype):
     k, n = 4096, 11008
     bench("linear", normal(rows, k), normal(k, n, scale=k ** -0.5), case=f"linear 4096 -> 11008, M {rows}", dtype=dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -47,19 +48,37 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    args = _parser().parse_args(argv)
+    name = "forge-c"
+    warnings.showwarning = _warn
     try:
-        return {"generate": _generate, "info": _info, "bench": _bench}[args.command](args)
+        try:
+            args = _parser().parse_args(argv)
+            name = f"forge-c {args.command}"
+            return {"generate": _generate, "info": _info, "bench": _bench}[args.command](args)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output has gone; without this Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except _USER_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"forge-c {args.command}: {reason}", file=sys.stderr)
+        reason = " ".join(str(error).split()).removeprefix(f"{name.split()[-1]}: ") or type(error).__name__
+        print(f"{name}: {reason}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"forge-c: {message}", file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Nobody takes what is left; without this Python would complain once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load(args: argparse.Namespace) -> Model:

@@ -105,6 +105,6 @@ def unpack(packed: PackedWeight) -> NDArray[np.float32]:
     k, n = packed.shape
     sides = [packed.data[:, 0], packed.data[:, 1]] if packed.gated else [packed.data]
     columns = n // len(sides)
-    return np.concatenate([
-        side.transpose(1, 3, 0, 2).reshape(side.shape[1] * side.shape[3], side.shape[0] * PANEL)[:k, :columns].astype(np.float32)
-        for side in sides], axis=1)
+    rows, width = sides[0].shape[1] * sides[0].shape[3], sides[0].shape[0] * PANEL
+    return np.concatenate([side.transpose(1, 3, 0, 2).reshape(rows, width)[:k, :columns].astype(np.float32)
+                           for side in sides], axis=1)

@@ -534,4 +534,4 @@ def test_tensors_in_any_order(folder):
 def test_a_config_that_is_a_device(folder):
     (folder / "config.json").unlink()
     os.symlink("/dev/null", folder / "config.json")
-    refused(folder, ValueError, "config.json: not valid JSON")
+    refused(folder, FileNotFoundError, "has no config.json")

@@ -47,7 +47,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"load: {folder} has no config.json")
     config = read_json(folder / "config.json")
     spec = model_spec(config)
@@ -129,9 +129,10 @@ class Model:
             raise ValueError(f"model: {cache.seq_len} tokens in the cache and {seq} more exceed its max_seq_len "
                              f"{cache.max_seq_len}")
         logits = np.empty((batch, seq, self.config.vocab_size), np.float32)
-        for start in range(0, seq if batch else 0, KV_CHUNK):
-            chunk = slice(start, start + KV_CHUNK)
-            logits[:, chunk] = self._decoder.logits(self._decoder.hidden(tokens[:, chunk], cache))
+        with cache.held():
+            for start in range(0, seq if batch else 0, KV_CHUNK):
+                chunk = slice(start, start + KV_CHUNK)
+                logits[:, chunk] = self._decoder.logits(self._decoder.hidden(tokens[:, chunk], cache))
         return logits
 
     def generate(self, prompt: Any, max_new_tokens: int = 128, *, temperature: float = 0.0, top_k: int | None = None,
@@ -171,6 +172,10 @@ class Model:
                     stop: str | Sequence[str] | None) -> Generation:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, expected an integer >= 0")
+        if stop is not None and not isinstance(stop, str | list | tuple):
+            raise TypeError(f"generate: stop is {stop!r}, expected a text or several")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
+            raise ValueError(f"generate: seed is {seed!r}, expected an integer >= 0")
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         if any(not isinstance(s, str) or not s for s in stops):
             raise ValueError(f"generate: stop is {stop!r}, expected texts that are not empty")
@@ -193,7 +198,7 @@ class Model:
                 raise ValueError("generate: a text prompt needs a tokenizer, and the model's folder has none; pass ids")
             given: list[Any] = [self.tokenizer.encode(text) for text in texts]
         else:
-            several = (isinstance(prompt, np.ndarray) and prompt.ndim != 1) or (
+            several = (isinstance(prompt, np.ndarray) and prompt.ndim > 1) or (
                 isinstance(prompt, list | tuple) and any(np.ndim(p) > 0 for p in prompt))
             given = list(prompt) if several else [prompt]
         rows = [_checked_ids("generate", ids, self.config.vocab_size, 1) for ids in given]
@@ -203,11 +208,11 @@ class Model:
         return rows, several, is_text
 
 
-def _context(spec: ModelSpec) -> float:
+def _context(spec: ModelSpec) -> int:
     """How many tokens the model was made for, its position scaling included."""
     scaling = spec.rope_scaling
     if scaling.get("rope_type") in ("dynamic", "linear", "yarn"):
-        return spec.max_position_embeddings * max(1.0, scaling.get("factor") or 1.0)
+        return int(spec.max_position_embeddings * max(1.0, scaling.get("factor") or 1.0))
     return spec.max_position_embeddings
 
 

@@ -5,7 +5,7 @@ that the decoder cannot compute.
 """
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,15 +59,18 @@ _GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pyto
           "attention_bias": False, "max_position_embeddings": 8192}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | _BIASES | {"head_dim": None},
-    "mistral": _COMMON | {"sliding_window": 4096, "head_dim": None, "layer_types": None},
-    "qwen2": _COMMON | _WINDOWED,
-    "qwen3": _COMMON | _WINDOWED | {"attention_bias": False, "head_dim": 128},
+    "mistral": _COMMON | {"max_position_embeddings": 131072, "sliding_window": 4096, "head_dim": None,
+                          "layer_types": None},
+    "qwen2": _COMMON | _WINDOWED | {"max_position_embeddings": 32768},
+    "qwen3": _COMMON | _WINDOWED | {"max_position_embeddings": 32768,
+                                    "attention_bias": False, "head_dim": 128},
     "gemma": _COMMON | _GEMMA,
     "gemma2": _COMMON | _GEMMA | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None,
                                   "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
-    "phi3": _COMMON | {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": None,
-                       "head_dim": None},
-    "smollm3": _COMMON | _BIASES | _WINDOWED | {"tie_word_embeddings": True, "no_rope_layers": None,
+    "phi3": _COMMON | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None,
+                       "original_max_position_embeddings": None, "head_dim": None},
+    "smollm3": _COMMON | _BIASES | _WINDOWED | {"max_position_embeddings": 32768, "sliding_window": None,
+                                                "tie_word_embeddings": True, "no_rope_layers": None,
                                                 "no_rope_layer_interval": 4, "rope_theta": 2e6, "head_dim": None},
     "granite": _COMMON | _BIASES | {"embedding_multiplier": 1.0, "attention_multiplier": 1.0, "head_dim": None,
                                     "residual_multiplier": 1.0, "logits_scaling": 1.0},
@@ -92,7 +95,8 @@ _WITHOUT_EFFECT = frozenset("""
 """.split())
 # Keys that change the maths unless they hold the value that means "off".
 _ONLY_IF = {"rope_interleaved": False, "use_bidirectional_attention": None, "quantization_config": None,
-            "use_qk_norm": False, "attention_chunk_size": None, "layer_norm_type": None, "clip_qkv": None}
+            "use_qk_norm": False, "use_mrope": False, "lm_head_bias": False, "full_attn_mod": 1,
+            "interpolate_factor": 1, "attention_chunk_size": None, "layer_norm_type": None, "clip_qkv": None}
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
                 "gelu_new": "gelu_tanh", "relu": "relu"}
@@ -115,7 +119,7 @@ class _Reader:
     def _reject_unknown(self) -> None:
         known = _WITHOUT_EFFECT | set(self.defaults) | set(_REQUIRED) | set(_OPTIONAL) | {"head_dim"}
         for key, value in self.given.items():
-            if key in known or (key in _ONLY_IF and value == _ONLY_IF[key]) or value is None:
+            if key in known or (key in _ONLY_IF and (value == _ONLY_IF[key] or value is False)) or value is None:
                 continue
             if key in _BIASES and value is False:
                 continue
@@ -133,11 +137,12 @@ class _Reader:
             raise ValueError(f"config.json: {key} is {_short(value)}, expected an integer from 1 to {most}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, least: float = 0.0) -> float:
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
         value = self.value(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < math.inf:
-            raise ValueError(f"config.json: {key} is {_short(value)}, expected a number above {least:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= sys.float_info.max or (
+                zero and value == 0)):
+            raise ValueError(f"config.json: {key} is {_short(value)}, expected a number {'>=' if zero else 'above'} 0")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -194,7 +199,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         intermediate_size=c.integer("intermediate_size", MAX_WIDTH), n_layers=layers, n_heads=heads,
         n_kv_heads=kv_heads, head_dim=head_dim,
         max_position_embeddings=c.integer("max_position_embeddings", 1 << 40),
-        norm_eps=c.number("rms_norm_eps", least=-1e-300), norm_weight_offset=1.0 if gemma else 0.0,
+        norm_eps=c.number("rms_norm_eps", zero=True), norm_weight_offset=1.0 if gemma else 0.0,
         post_norms=family == "gemma2", qk_norm=family == "qwen3", activation=_activation(c, gemma),
         tied=c.flag("tie_word_embeddings"), fused=family == "phi3",
         qkv_bias=family == "qwen2" or c.flag("attention_bias"), o_bias=c.flag("attention_bias"),
@@ -242,7 +247,9 @@ def _windows(c: _Reader, layers: int, rope_layers: tuple[bool, ...]) -> tuple[in
         sliding = [not with_rope for with_rope in rope_layers]
     elif "max_window_layers" in c.defaults:
         first = c.value("max_window_layers")
-        sliding = [i >= (0 if first is None else first) for i in range(layers)]
+        if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 0):
+            raise ValueError(f"config.json: max_window_layers is {_short(first)}, expected an integer >= 0")
+        sliding = [i >= (first or 0) for i in range(layers)]
     else:
         sliding = [True] * layers
     return tuple(window if s else None for s in sliding)
@@ -260,12 +267,14 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, dict[str, Any], int]:
     theta = c.number("rope_theta", 10000.0) if theta is None else theta
     fraction = given.pop("partial_rotary_factor", c.given.get("partial_rotary_factor"))
     fraction = 1.0 if fraction is None else fraction
-    for name, value, most in (("rope_theta", theta, math.inf), ("partial_rotary_factor", fraction, 1.0)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most or value == math.inf:
+    for name, value, most in (("rope_theta", theta, sys.float_info.max), ("partial_rotary_factor", fraction, 1.0)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
             raise ValueError(f"config.json: {name} is {_short(value)}, expected a number above 0")
     rope_type = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
     rope_type = _ROPE_NAMES.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
+    if not isinstance(rope_type, str):
+        raise ValueError(f"config.json: rope_type is {_short(rope_type)}, expected a name")
     if rope_type == "proportional" and fraction != 1.0:
         given["partial_rotary_factor"], fraction = fraction, 1.0
     for key in ("max_position_embeddings", "original_max_position_embeddings"):

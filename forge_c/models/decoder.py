@@ -88,25 +88,26 @@ class ModelCache:
 
     def truncate(self, n: ArrayLike) -> None:
         """Forget every token from position n on; as KVCache.truncate."""
-        before = self.lengths
-        try:
+        with self.writing():
             for layer in self.layers:
                 layer.truncate(n)
-        except ValueError:
-            for layer in self.layers:
-                layer._lengths[:] = before
-            raise
 
     def row(self, i: int) -> ModelCache:
         """Row i alone, sharing memory and length with this cache."""
         return ModelCache([layer.row(i) for layer in self.layers], self.table)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Keep other threads out; RuntimeError if one is in. A block that raises leaves the lengths as they were."""
+    def held(self) -> Iterator[None]:
+        """Keep other threads out; RuntimeError if one is in."""
         with ExitStack() as stack:
             for layer in self.layers:
                 stack.enter_context(layer.writing())
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other threads out; RuntimeError if one is in. A block that raises leaves the lengths as they were."""
+        with self.held():
             before = self.lengths
             try:
                 yield
@@ -147,6 +148,11 @@ class Decoder:
         room = min(s.max_position_embeddings, DEFAULT_CONTEXT) if max_seq_len is None else max_seq_len
         layers = [KVCache(batch, room, s.n_kv_heads, s.head_dim, dtype=dtype, window=window) for window in s.windows]
         return ModelCache(layers, self._rope_table(room))
+
+    @property
+    def angles_depend_on_length(self) -> bool:
+        """Whether a row's rotary angles depend on the room that its cache has."""
+        return self.spec.rope_scaling.get("rope_type") in _DEPEND_ON_LENGTH
 
     def hidden(self, ids: NDArray[np.int64], cache: ModelCache) -> Floats:
         """ids (batch, n <= KV_CHUNK), the tokens after what the cache holds -> normalised states (batch, n, H)."""
@@ -214,13 +220,12 @@ class Decoder:
     def _rope_table(self, length: int) -> RopeTable:
         """A table for at least `length` positions, or exactly as many where the angles depend on it."""
         s = self.spec
-        rows = length
-        if s.rope_scaling.get("rope_type") not in _DEPEND_ON_LENGTH:
-            rows = max([1 << (length - 1).bit_length(), *self._tables])
-        if rows not in self._tables:
-            table = rope_table(s.rope_dim, rows, s.rope_theta, scaling=s.rope_scaling)
-            self._tables = {rows: table}
-        return self._tables[rows]
+        tables, rows = self._tables, length
+        if not self.angles_depend_on_length:
+            rows = max([1 << (length - 1).bit_length(), *tables])
+        if rows not in tables:
+            tables = self._tables = {rows: rope_table(s.rope_dim, rows, s.rope_theta, scaling=s.rope_scaling)}
+        return tables[rows]
 
 
 def _vector(checkpoint: Checkpoint, name: str, n: int) -> Floats:

@@ -47,8 +47,9 @@ class Generation:
         if not self.rows or self.max_new_tokens == 0:
             return
         start = time.perf_counter()
-        cache = self.decoder.new_cache(len(self.rows), max(len(r.prompt) for r in self.rows) + self.max_new_tokens)
-        logits = np.stack([prefill(self.decoder, r.prompt, cache.row(i)) for i, r in enumerate(self.rows)])
+        groups = self._groups()
+        logits = np.stack([prefill(self.decoder, self.rows[i].prompt, cache.row(n))
+                           for group, cache in groups for n, i in enumerate(group)])
         seen = self._seen()
         self.prompt_seconds = time.perf_counter() - start
         start = time.perf_counter()
@@ -60,8 +61,16 @@ class Generation:
             yield out
             if all(row.done for row in self.rows) or step == self.max_new_tokens:
                 return
-            tokens = np.array([[row.ids[-1]] for row in self.rows], np.int64)
-            logits = self.decoder.logits(self.decoder.hidden(tokens, cache))[:, -1]
+            for group, cache in groups:
+                tokens = np.array([[self.rows[i].ids[-1]] for i in group], np.int64)
+                logits[group] = self.decoder.logits(self.decoder.hidden(tokens, cache))[:, -1]
+
+    def _groups(self) -> list[tuple[list[int], ModelCache]]:
+        """Rows that decode together, and their cache: all of them, or each alone where its room changes its angles."""
+        rows = range(len(self.rows))
+        groups = [[i] for i in rows] if self.decoder.angles_depend_on_length else [list(rows)]
+        rooms = [max(len(self.rows[i].prompt) for i in group) + self.max_new_tokens for group in groups]
+        return [(g, self.decoder.new_cache(len(g), room)) for g, room in zip(groups, rooms, strict=True)]
 
     def _seen(self) -> NDArray[np.bool_]:
         """(rows, vocab): tokens that stand in each prompt, for the repetition penalty."""

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 _MAX_JSON = 16 << 20
 _MAX_HEADER = 100 << 20
+_MAX_VALUES = 1 << 20  # a parsed value takes up to 100 bytes, however short its text
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # buffers that older exporters also wrote
 
@@ -25,10 +26,12 @@ def read_json(path: Path, limit: int = _MAX_JSON) -> Any:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ValueError(f"{path}: {size} bytes, expected at most {limit}")
-        return _parse(path, file.read(limit))
+        return _parse(path, file.read(size))
 
 
 def _parse(path: Path, text: bytes) -> Any:
+    if sum(map(text.count, (b"{", b"[", b","))) > _MAX_VALUES:
+        raise ValueError(f"{path}: more than {_MAX_VALUES} values")
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:

@@ -47,6 +47,8 @@ class Sampler:
             raise FloatingPointError("generate: the model's logits are NaN")
         if self.temperature == 0.0:
             return int(z.argmax())
+        if np.isinf(z.max()):
+            raise FloatingPointError("generate: the model's logits are infinite")
         z -= z.max()
         ids, p = self._candidates(z / self.temperature)
         cumulative = np.cumsum(p)

@@ -92,7 +92,8 @@ class HuggingFaceTokenizer:
             stream = environment.from_string(self.chat_template).generate(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special, **variables)
             return _joined(stream)
-        except (TemplateError, OverflowError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+                ValueError) as error:
             raise ValueError(f"apply_chat_template: {error}") from None
 
 
@@ -164,6 +165,6 @@ def _joined(pieces: Any) -> str:
     for piece in pieces:
         size += len(piece)
         if size > _MAX_RENDERED:
-            raise ValueError(f"apply_chat_template: the prompt exceeds {_MAX_RENDERED} characters")
+            raise ValueError(f"the prompt exceeds {_MAX_RENDERED} characters")
         found.append(piece)
     return "".join(found)
