@@ -58,7 +58,7 @@ def _best_rate(work: Callable[[], float], seconds: float) -> float:
 
 
 def _limits(seconds: float, size: int) -> dict[str, float]:
-    data, copy = np.ones(size // 4, np.float32), np.zeros(size // 4, np.float32)
+    data, copy = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
 
     def read() -> float:
         functional._read_bytes(data)

@@ -9,7 +9,7 @@
 
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset), out, h, x, residual, weight, n, eps, offset)                                           \
+                 float offset, int past_cache), out, h, x, residual, weight, n, eps, offset, past_cache)               \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
                    ptrdiff_t n, float eps), out, h, x, residual, weight, bias, n, eps)                                 \
     X(softmax, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                     \
@@ -52,7 +52,7 @@
                   ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k,              \
                   int accumulate))                                                                                     \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
-    X(attention_panel, (float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,        \
+    X(attention_panel, (float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,       \
                         ptrdiff_t ldk, int more))                                                                      \
     X(attention_weigh, (float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v, ptrdiff_t ldv,         \
                         ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate))                                  \

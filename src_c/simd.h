@@ -39,6 +39,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_scale2(a, n)         a * 2^n, n integral in [-160, 130], one rounding
  *   vf_transpose(r)         r[FC_N] as a square matrix, in place
  *   vf_load_transposed(r, p, ld)   r[j][i] = float j of row i, rows ld bytes apart
+ *   vf_stream(p, a), vf_stream_end()   store past the caches, p a multiple of FC_BYTES; after the last one, the fence
  *   vf_dup(p)               p[0] p[0] p[1] p[1] ...  from FC_N/2 floats
  *   vf_swap(a)              a[1] a[0] a[3] a[2] ... */
 #if FC_BYTES == 64

@@ -31,11 +31,12 @@ static void attention_row(float *s, const float *bias, ptrdiff_t n, float softca
 }
 
 /* ---- a decode step: few rows, so memory is the limit ----
- * The chains over d and over keys are those of gemm_f32, hence the bits; only the order in which memory is read differs. */
+ * The chains over d and over keys are those of gemm_f32, hence the bits; only the order of reading memory differs. */
 
 /* Of the 16 rows of `bytes` bytes at w, ask for the part [done, done + step) of `all`. Never many at once:
  * what finds no free miss buffer is dropped. */
-FC_INLINE void ask_for_rows(const char *w, ptrdiff_t ldw, ptrdiff_t bytes, ptrdiff_t done, ptrdiff_t step, ptrdiff_t all) {
+FC_INLINE void ask_for_rows(const char *w, ptrdiff_t ldw, ptrdiff_t bytes, ptrdiff_t done, ptrdiff_t step,
+                            ptrdiff_t all) {
     for (ptrdiff_t i = 16 * done / all; i < 16 * (done + step) / all; i++)
         for (ptrdiff_t b = 0; b < bytes; b += 64) __builtin_prefetch(w + i * ldw + b, 0, 2);
 }
@@ -79,8 +80,8 @@ static void attention_panel(float *scores, ptrdiff_t ld, const float *q, ptrdiff
 
 enum { FC_WIDE = FC_BYTES == 64 ? 8 : 4 }; /* vectors of a row of V at once: two rows of o fill the registers */
 
-FC_INLINE void weigh_tile(const int rows, const int nv, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v,
-                          ptrdiff_t ldv, ptrdiff_t keys, int accumulate) {
+FC_INLINE void weigh_tile(const int rows, const int nv, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp,
+                          const float *v, ptrdiff_t ldv, ptrdiff_t keys, int accumulate) {
     vf acc[2][FC_WIDE];
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++)
@@ -99,21 +100,23 @@ FC_INLINE void weigh_tile(const int rows, const int nv, float *o, ptrdiff_t ldo,
         for (int j = 0; j < nv; j++) vf_store(o + r * ldo + j * FC_N, acc[r][j]);
 }
 
-/* o[rows][n] (+)= p[rows][keys] V, n a multiple of 16, rows ld floats apart. Whole rows of V, in the order of memory: that
- * is what the hardware's prefetcher follows; 16 keys at a time, so that the next two rows find them in L1. */
+FC_INLINE void weigh_rows(const int rows, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v,
+                          ptrdiff_t ldv, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
+    ptrdiff_t j = 0;
+    for (; j + FC_WIDE * FC_N <= n; j += FC_WIDE * FC_N)
+        weigh_tile(rows, FC_WIDE, o + j, ldo, p, ldp, v + j, ldv, keys, accumulate);
+    for (; j < n; j += FC_N) weigh_tile(rows, 1, o + j, ldo, p, ldp, v + j, ldv, keys, accumulate);
+}
+
+/* o[rows][n] (+)= p[rows][keys] V, n a multiple of 16, rows ld floats apart. Whole rows of V, in the order of memory:
+ * that is what the hardware's prefetcher follows; 16 keys at a time, so that the next two rows find them in L1. */
 static void attention_weigh(float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v, ptrdiff_t ldv,
                             ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
-    for (ptrdiff_t k = 0; k < keys; k += 16, accumulate = 1) {
+    for (ptrdiff_t k = 0; k < keys; k += 16, p += 16, v += 16 * ldv, accumulate = 1) {
         const ptrdiff_t block = keys - k < 16 ? keys - k : 16;
-        for (ptrdiff_t r = 0; r < rows; r += 2) {
-            ptrdiff_t j = 0;
-            for (; j + FC_WIDE * FC_N <= n; j += FC_WIDE * FC_N)
-                if (r + 1 < rows) weigh_tile(2, FC_WIDE, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
-                else weigh_tile(1, FC_WIDE, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
-            for (; j < n; j += FC_N)
-                if (r + 1 < rows) weigh_tile(2, 1, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
-                else weigh_tile(1, 1, o + r * ldo + j, ldo, p + r * ldp + k, ldp, v + k * ldv + j, ldv, block, accumulate);
-        }
+        ptrdiff_t r = 0;
+        for (; r + 2 <= rows; r += 2) weigh_rows(2, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
+        if (r < rows) weigh_rows(1, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
     }
 }
 

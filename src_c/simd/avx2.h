@@ -13,6 +13,9 @@ FC_INLINE __m256i vf_lanes(ptrdiff_t n) {
 FC_INLINE vf vf_load_n(const float *p, ptrdiff_t n) { return (vf)_mm256_maskload_ps(p, vf_lanes(n)); }
 FC_INLINE void vf_store_n(float *p, vf a, ptrdiff_t n) { _mm256_maskstore_ps(p, vf_lanes(n), (__m256)a); }
 
+FC_INLINE void vf_stream(float *p, vf a) { _mm256_stream_ps(p, (__m256)a); }
+FC_INLINE void vf_stream_end(void) { _mm_sfence(); }
+
 FC_INLINE vf vf_from_f16(const uint16_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 FC_INLINE void vf_to_f16(uint16_t *p, vf a) {
     _mm_storeu_si128((void *)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -12,6 +12,9 @@ FC_INLINE vf vf_if_lt(vf a, vf b, vf x, vf y) {
 FC_INLINE vf vf_load_n(const float *p, ptrdiff_t n) { return (vf)_mm512_maskz_loadu_ps(FC_MASK(n), p); }
 FC_INLINE void vf_store_n(float *p, vf a, ptrdiff_t n) { _mm512_mask_storeu_ps(p, FC_MASK(n), (__m512)a); }
 
+FC_INLINE void vf_stream(float *p, vf a) { _mm512_stream_ps(p, (__m512)a); }
+FC_INLINE void vf_stream_end(void) { _mm_sfence(); }
+
 FC_INLINE vf vf_from_f16(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 FC_INLINE void vf_to_f16(uint16_t *p, vf a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
