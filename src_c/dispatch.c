@@ -1,6 +1,9 @@
 /* Which ISA runs: a list, best first, and one pointer. Chosen at load time by CPUID and XGETBV
  * (__builtin_cpu_supports covers both); FORGE_C_ISA is read by the Python border, not here. */
 #include <string.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 #include "kernels.h"
 
@@ -8,8 +11,13 @@ extern const struct fc_kernels fc_kernels_base;
 #ifdef __x86_64__
 extern const struct fc_kernels fc_kernels_avx2, fc_kernels_avx512, fc_kernels_avx512_vnni_bf16;
 
+/* clang's __builtin_cpu_supports does not know f16c. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
 static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -18,6 +18,8 @@ def run_script(source: str, *flags: str, timeout: float = 120, expect: int = 0, 
     """Run `source` with this interpreter and this forge_c, fail unless it exits with `expect`; its output."""
     path = [str(PACKAGE_PARENT), str(TESTS), os.environ.get("PYTHONPATH", "")]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **env}
+    # From Python 3.12 on a fork beside other threads warns; that it works here is what the tests show.
+    flags = ("-W", "ignore:This process:DeprecationWarning", *flags)
     done = subprocess.run([sys.executable, *flags, "-c", textwrap.dedent(source)], env=settings, text=True,
                           capture_output=True, timeout=timeout)
     assert done.returncode == expect, f"exit status {done.returncode}, expected {expect}\n{done.stdout}{done.stderr}"

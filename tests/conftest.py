@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import forge_c
+from forge_c import functional
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -22,6 +23,8 @@ HALF_SUBNORMAL = {"float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-1
 LARGEST = {"float32": 2.0**128, "float16": 65520.0, "bfloat16": 2.0**128}
 
 SMALLEST_NORMAL = 2.0**-126
+
+OPENMP = functional._openmp() != "none"
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def each_thread_count() -> Iterator[Callable[[], Iterator[int]]]:
     def counts() -> Iterator[int]:
         for count in THREAD_COUNTS:
             forge_c.set_num_threads(count)
-            assert forge_c.get_num_threads() == count
+            assert forge_c.get_num_threads() == (count if OPENMP else 1)
             yield count
 
     yield counts
