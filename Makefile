@@ -11,7 +11,7 @@ $(VENV)/built: pyproject.toml setup.py $(shell find src_c forge_c -name '*.[chp]
 	touch $@
 
 demo: $(VENV)/built
-	cd $(VENV) && bin/forge-c generate --prompt 'def fibonacci(n):' --max-new-tokens 200
+	cd $(VENV) && bin/forge-c generate --prompt "$$(printf 'import os\nimport sys\n\nclass Stack:\n')" --max-new-tokens 300 --temperature 0.7 --seed 1
 
 test: $(VENV)/built
 	cd tests && ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider .
