@@ -62,6 +62,7 @@
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
     X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \
+    X(copy_stream, (float *out, const float *data, ptrdiff_t n))                                                       \
     X(read_sum, (float *sum, const float *data, ptrdiff_t n))
 
 struct fc_kernels {

@@ -61,7 +61,8 @@ static void copy_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct stream *s = ctx;
     ptrdiff_t from = begin * PIECE, to = end * PIECE < s->bytes ? end * PIECE : s->bytes;
     (void)rank;
-    memcpy(s->out + from, s->in + from, (size_t)(to - from));
+    fc_k->copy_stream((float *)(void *)(s->out + from), (const float *)(const void *)(s->in + from), (to - from) / 4);
+    memcpy(s->out + to - (to - from) % 4, s->in + to - (to - from) % 4, (size_t)((to - from) % 4));
 }
 
 fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes) {
