@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def test_examples_in_the_module(name: str) -> None:
         runner, report = doctest.DocTestRunner(optionflags=OPTIONS), []
         runner.run(test, out=report.append)
         assert runner.failures == 0, "".join(report)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_folder(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    out = capsys.readouterr().out
+    assert len(out) > 20 and "the same bits: False" not in out
 
 
 def test_stub_and_package_name_the_same_things() -> None:
