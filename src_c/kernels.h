@@ -30,6 +30,11 @@
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
+    X(attention_panel, (float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,       \
+                        ptrdiff_t ldk, int more), scores, ld, q, rows, d, k, ldk, more)                                \
+    X(attention_weigh, (float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const char *v, ptrdiff_t ldv,          \
+                        ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate), o, ldo, p, ldp, v, ldv, rows, n, \
+      keys, accumulate)                                                                                                \
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
     X(linear_store, (void *out, const float *acc, const float *bias, const void *residual, ptrdiff_t n), out, acc,     \
@@ -52,10 +57,6 @@
                   ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k,              \
                   int accumulate))                                                                                     \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
-    X(attention_panel, (float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,       \
-                        ptrdiff_t ldk, int more))                                                                      \
-    X(attention_weigh, (float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v, ptrdiff_t ldv,         \
-                        ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate))                                  \
     X(attention_row, (float *s, const float *bias, ptrdiff_t n, float softcap, float *max, float *sum))                \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \

@@ -43,7 +43,7 @@ FC_INLINE void ask_for_rows(const char *w, ptrdiff_t ldw, ptrdiff_t bytes, ptrdi
 
 /* scores[rows][16] = q k^T for 16 keys of d channels, d a multiple of FC_N: blocks of keys are transposed in registers
  * and multiplied there. The 16 keys after them are asked for meanwhile if `more`. */
-FC_INLINE void score_panel(const int rows, float *scores, ptrdiff_t ld, const float *q, ptrdiff_t d, const char *k,
+FC_INLINE void score_panel(fc_dtype t, const int rows, float *scores, ptrdiff_t ld, const float *q, ptrdiff_t d, const char *k,
                            ptrdiff_t ldk, int more) {
     for (int j0 = 0; j0 < 16; j0 += FC_N) {
         vf acc[4];
@@ -51,11 +51,11 @@ FC_INLINE void score_panel(const int rows, float *scores, ptrdiff_t ld, const fl
         for (int r = 0; r < rows; r++) acc[r] = vf_zero();
         for (ptrdiff_t i = 0; i < d; i += FC_N) {
             vf block[FC_N];
-            if (more && j0 == 0) ask_for_rows(k + 16 * ldk, ldk, d * 4, i, FC_N, d);
-            if (ldk % 2048 == 0) {
+            if (more && j0 == 0) ask_for_rows(k + 16 * ldk, ldk, d * (t == FC_F32 ? 4 : 2), i, FC_N, d);
+            if (t != FC_F32 || ldk % 2048 == 0) {
                 /* Rows this far apart share a few sets of L1: each line is read once, not in quarters. */
 #pragma GCC unroll 16
-                for (int j = 0; j < FC_N; j++) block[j] = vf_load(k + (j0 + j) * ldk + i * 4);
+                for (int j = 0; j < FC_N; j++) block[j] = vf_get(t, k + (j0 + j) * ldk, i);
                 vf_transpose(block);
             } else vf_load_transposed(block, k + j0 * ldk + i * 4, ldk);
 #pragma GCC unroll 16
@@ -68,21 +68,22 @@ FC_INLINE void score_panel(const int rows, float *scores, ptrdiff_t ld, const fl
     }
 }
 
-static void attention_panel(float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,
-                            ptrdiff_t ldk, int more) {
+FC_INLINE void attention_panel_any(fc_dtype t, float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d,
+                                   const char *k, ptrdiff_t ldk, int more) {
     switch (rows) {
-    case 1: score_panel(1, scores, ld, q, d, k, ldk, more); break;
-    case 2: score_panel(2, scores, ld, q, d, k, ldk, more); break;
-    case 3: score_panel(3, scores, ld, q, d, k, ldk, more); break;
-    default: score_panel(4, scores, ld, q, d, k, ldk, more); break;
+    case 1: score_panel(t, 1, scores, ld, q, d, k, ldk, more); break;
+    case 2: score_panel(t, 2, scores, ld, q, d, k, ldk, more); break;
+    case 3: score_panel(t, 3, scores, ld, q, d, k, ldk, more); break;
+    default: score_panel(t, 4, scores, ld, q, d, k, ldk, more); break;
     }
 }
 
 enum { FC_WIDE = FC_BYTES == 64 ? 8 : 4 }; /* vectors of a row of V at once: two rows of o fill the registers */
 
-FC_INLINE void weigh_tile(const int rows, const int nv, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp,
-                          const float *v, ptrdiff_t ldv, ptrdiff_t keys, int accumulate) {
+FC_INLINE void weigh_tile(fc_dtype t, const int rows, const int nv, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp,
+                          const char *v, ptrdiff_t ldv, ptrdiff_t column, ptrdiff_t keys, int accumulate) {
     vf acc[2][FC_WIDE];
+    o += column;
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -90,7 +91,7 @@ FC_INLINE void weigh_tile(const int rows, const int nv, float *o, ptrdiff_t ldo,
     for (; keys > 0; keys--, p++, v += ldv)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) {
-            vf wv = vf_load(v + j * FC_N);
+            vf wv = vf_get(t, v, column + j * FC_N);
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) acc[r][j] = vf_fma(vf_set1(p[r * ldp]), wv, acc[r][j]);
         }
@@ -100,23 +101,24 @@ FC_INLINE void weigh_tile(const int rows, const int nv, float *o, ptrdiff_t ldo,
         for (int j = 0; j < nv; j++) vf_store(o + r * ldo + j * FC_N, acc[r][j]);
 }
 
-FC_INLINE void weigh_rows(const int rows, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v,
+FC_INLINE void weigh_rows(fc_dtype t, const int rows, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const char *v,
                           ptrdiff_t ldv, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
     ptrdiff_t j = 0;
     for (; j + FC_WIDE * FC_N <= n; j += FC_WIDE * FC_N)
-        weigh_tile(rows, FC_WIDE, o + j, ldo, p, ldp, v + j, ldv, keys, accumulate);
-    for (; j < n; j += FC_N) weigh_tile(rows, 1, o + j, ldo, p, ldp, v + j, ldv, keys, accumulate);
+        weigh_tile(t, rows, FC_WIDE, o, ldo, p, ldp, v, ldv, j, keys, accumulate);
+    for (; j < n; j += FC_N) weigh_tile(t, rows, 1, o, ldo, p, ldp, v, ldv, j, keys, accumulate);
 }
 
-/* o[rows][n] (+)= p[rows][keys] V, n a multiple of 16, rows ld floats apart. Whole rows of V, in the order of memory:
- * that is what the hardware's prefetcher follows; 16 keys at a time, so that the next two rows find them in L1. */
-static void attention_weigh(float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const float *v, ptrdiff_t ldv,
-                            ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
+/* o[rows][n] (+)= p[rows][keys] V, n a multiple of 16, rows of o and p ld floats apart, of V ldv bytes. Whole rows of V, in
+ * the order of memory: that is what the hardware's prefetcher follows; 16 keys at a time, so that the next two rows find
+ * them in L1. */
+FC_INLINE void attention_weigh_any(fc_dtype t, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const char *v,
+                                   ptrdiff_t ldv, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
     for (ptrdiff_t k = 0; k < keys; k += 16, p += 16, v += 16 * ldv, accumulate = 1) {
         const ptrdiff_t block = keys - k < 16 ? keys - k : 16;
         ptrdiff_t r = 0;
-        for (; r + 2 <= rows; r += 2) weigh_rows(2, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
-        if (r < rows) weigh_rows(1, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
+        for (; r + 2 <= rows; r += 2) weigh_rows(t, 2, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
+        if (r < rows) weigh_rows(t, 1, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
     }
 }
 

@@ -119,12 +119,12 @@ static void score(const struct attention *t, const struct where *w, const struct
     const fc_attention_args *a = t->a;
     const ptrdiff_t d = a->head_dim, rows = w->queries * t->group, ld = a->k_stride[1], first = lo / 16, last = (hi + 15) / 16;
     const char *k = at(a->k, a->k_stride, w, slot);
-    const int few = rows <= FEW_ROWS && a->kv_type == FC_F32 && d % 16 == 0;
+    const int few = rows <= FEW_ROWS && d % 16 == 0;
     for (ptrdiff_t p = first; p < last; p++) {
         const ptrdiff_t begin = p * 16, keys = hi - begin < 16 ? hi - begin : 16;
         float *panel = r->keys + begin * d;
         if (few && keys == 16) {
-            fc_k->attention_panel(r->scores + begin, LD_SCORES, r->q, rows, d, k + begin * ld, ld, hi - begin >= 32);
+            fc_k->attention_panel[a->kv_type](r->scores + begin, LD_SCORES, r->q, rows, d, k + begin * ld, ld, hi - begin >= 32);
             continue;
         }
         fc_k->panel_cols[a->kv_type](panel, k + begin * ld, ld, d, keys);
@@ -142,7 +142,8 @@ static void weigh(const struct attention *t, const struct room *r, const float *
     const float *p = r->scores + row * LD_SCORES + lo;
     if (hi <= lo && accumulate) return;
     if (rows <= FEW_ROWS && hi > lo)
-        fc_k->attention_weigh(part, t->e_padded, p, LD_SCORES, v + lo * ldv, ldv, rows, t->e_padded, hi - lo, accumulate);
+        fc_k->attention_weigh[FC_F32](part, t->e_padded, p, LD_SCORES, (const char *)(v + lo * ldv), ldv * 4, rows,
+                                      t->e_padded, hi - lo, accumulate);
     else
         fc_k->gemm_f32(part, t->e_padded * 4, p, LD_SCORES * 4, v + lo * ldv, 16, ldv, rows, t->e_padded / 16, hi - lo,
                        accumulate);
@@ -203,6 +204,13 @@ static int attend_chunk(const struct attention *t, const struct where *w, const 
             bias = load_bias(t, w, q, head, key0 + from, to - from, r->bias);
         fc_k->attention_row(r->scores + row * LD_SCORES + from, bias, to - from, a->softcap, &r->part_max[row],
                             &r->part_sum[row]);
+    }
+    if (rows <= FEW_ROWS && a->v_dim % 16 == 0 && first_hi == hi && last_lo == lo) {
+        /* A decode step reads each value once: it is decoded on its way into the product, not into scratch. */
+        fc_k->attention_weigh[a->kv_type](r->part, t->e_padded, r->scores + lo, LD_SCORES,
+                                          at(a->v, a->v_stride, w, slot) + lo * a->v_stride[1], a->v_stride[1], rows,
+                                          t->e_padded, hi - lo, 0);
+        return 1;
     }
     const float *v = load_values(t, w, r, slot, lo, hi, &ldv);
     if (first_hi == hi && last_lo == lo) weigh(t, r, v, ldv, 0, rows, lo, hi, 0);
