@@ -137,6 +137,15 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Bits do not depend on threads, as the tests with each_thread_count show; time on a busy machine does."""
+    before = forge_c.get_num_threads()
+    forge_c.set_num_threads(1)
+    yield
+    forge_c.set_num_threads(before)
+
+
+@pytest.fixture
 def each_thread_count() -> Iterator[Callable[[], Iterator[int]]]:
     """A loop over THREAD_COUNTS that sets each of them; the count is restored after the test."""
     before = forge_c.get_num_threads()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from typing import Any
@@ -28,13 +28,7 @@ NAN, INF = np.nan, np.inf
 Array = NDArray[Any]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits do not depend on threads, as the tests with each_thread_count show; time on a busy machine does."""
-    before = fc.get_num_threads()
-    fc.set_num_threads(1)
-    yield
-    fc.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(rng: np.random.Generator, *shape: int, dtype: DTypeLike = np.float32) -> Array:
@@ -71,7 +65,7 @@ def expected(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array
     return out[..., :v.shape[-1]], lse, out[..., v.shape[-1]:], size
 
 
-def compare(got: tuple[Array, Array], want: tuple[Array, Array, Array, Array], kv_len: int, dim: int) -> None:
+def check_pair(got: tuple[Array, Array], want: tuple[Array, Array, Array, Array], kv_len: int, dim: int) -> None:
     """out and lse within the bounds of conftest."""
     out, lse, magnitude, size = want
     check_close("attention", got[0], out, magnitude=magnitude, n=kv_len, d=dim, s=size)
@@ -83,7 +77,7 @@ def check(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
     """attention, checked against the reference."""
     got = attention(q, k, v, return_lse=True, **options)
     assert got[0].dtype == q.dtype and got[0].shape == (*q.shape[:3], v.shape[3])
-    compare(got, expected(q, k, v, **options), k.shape[1], q.shape[3])
+    check_pair(got, expected(q, k, v, **options), k.shape[1], q.shape[3])
     return got
 
 
@@ -106,7 +100,7 @@ def head_dim_cases(dtype: str) -> list[tuple[Any, ...]]:
 
 def test_head_dims_and_lengths(isa, dtype):
     for (q, k, v), causal, want in head_dim_cases(dtype.name):
-        compare(attention(q, k, v, causal=causal, return_lse=True), want, k.shape[1], q.shape[3])
+        check_pair(attention(q, k, v, causal=causal, return_lse=True), want, k.shape[1], q.shape[3])
 
 
 # (heads, kv_heads, q_len, kv_len): one past a block of 128 rows for each group, q_len on both sides of kv_len, more
@@ -127,7 +121,7 @@ def group_cases(dtype: str) -> list[tuple[Any, ...]]:
 
 def test_groups_and_blocks_of_queries(isa, dtype):
     for (q, k, v), options, want in group_cases(dtype.name):
-        compare(attention(q, k, v, return_lse=True, **options), want, k.shape[1], q.shape[3])
+        check_pair(attention(q, k, v, return_lse=True, **options), want, k.shape[1], q.shape[3])
 
 
 def random_mask(rng: np.random.Generator, *shape: int, dtype: DTypeLike = np.float32) -> Array:
@@ -180,7 +174,7 @@ def test_options(isa, dtype, name):
     for kv_len in (20, 270):
         (q, k, v), options, want = option_case(name, kv_len, dtype.name)
         got = attention(q, k, v, return_lse=True, **options)
-        compare(got, want, kv_len, q.shape[3])
+        check_pair(got, want, kv_len, q.shape[3])
         assert attention(q, k, v, **options).tobytes() == got[0].tobytes()
 
 
@@ -270,7 +264,7 @@ def test_hidden_chunks_of_keys_change_nothing(isa, rng, hidden):
     keep = np.ones(600, bool)
     keep[slice(*hidden)] = False
     out, lse = attention(q, k, v, mask=keep, return_lse=True)
-    compare((out, lse), expected(q, k[:, keep], v[:, keep]), 600, 8)
+    check_pair((out, lse), expected(q, k[:, keep], v[:, keep]), 600, 8)
     float_mask = np.where(keep, 0, -INF).astype(np.float32)
     assert bits(attention(q, k, v, mask=float_mask, return_lse=True)) == bits((out, lse))
 
@@ -322,7 +316,7 @@ def test_large_scores(isa, dtype, rng, size):
         options = {"scale": 1.0, "mask": mask}
         got = attention(q, k[:, order], v[:, order], return_lse=True, **options)
         out, lse, magnitude, score_sizes = expected(q, k[:, order], v[:, order], **options)
-        compare(got, (out, lse, magnitude, 0 * score_sizes), 597, 8)
+        check_pair(got, (out, lse, magnitude, 0 * score_sizes), 597, 8)
         assert (lse > size / 4).all() if mask is None else (lse < -size).all()
 
 

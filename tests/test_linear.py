@@ -34,13 +34,7 @@ BEYOND_BLOCKS = ((385, 33, 17), (769, 5, 70), (7, 33, 65), (7, 33, 129), (4, 65,
 Array = NDArray[Any]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits do not depend on threads, as the tests with each_thread_count show; time on a busy machine does."""
-    before = fc.get_num_threads()
-    fc.set_num_threads(1)
-    yield
-    fc.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(rng: np.random.Generator, *shape: int, dtype: DTypeLike = np.float32) -> Array:
@@ -297,7 +291,7 @@ def test_any_thread_count_with_many_outputs(isa, rng, each_thread_count, m, n):
 # ---- nothing outside the arrays ---------------------------------------------------------------------
 
 
-def on_guarded_pages(call: Callable[..., Array], at_end: bool, *arrays: Array | None) -> Array:
+def check_on_guarded_pages(call: Callable[..., Array], at_end: bool, *arrays: Array | None) -> Array:
     """call(*arrays, out) with all of them between forbidden pages."""
     copies = [None if a is None else guarded_copy(a, at_end=at_end) for a in arrays]
     plain = call(*arrays, None)
@@ -318,7 +312,7 @@ def test_arrays_between_forbidden_pages(isa, rng, at_end, stored):
             for turned in (False, True):
                 def call(x, w, bias, residual, out, turned=turned):
                     return linear(x, w.T if turned else w, bias, residual=residual, out=out)
-                on_guarded_pages(call, at_end, x, w.T.copy() if turned else w, bias, residual)
+                check_on_guarded_pages(call, at_end, x, w.T.copy() if turned else w, bias, residual)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -330,9 +324,9 @@ def test_packs_between_forbidden_pages(isa, rng, at_end, stored):
             x, bias = normal(rng, (1, 3, 7)[(n // 3 + i) % 3], k, dtype=dtype), normal(rng, 2, n)
             one = pack(normal(rng, k, n), stored)
             pair = pack_gated(normal(rng, k, n), normal(rng, k, n), stored)
-            on_guarded_pages(lambda x, data, bias, out, p=one: linear(
+            check_on_guarded_pages(lambda x, data, bias, out, p=one: linear(
                 x, PackedWeight(data, p.shape, p.dtype), bias, out=out), at_end, x, one.data, bias[0])
-            on_guarded_pages(lambda x, data, bias, out, p=pair: gated_linear(
+            check_on_guarded_pages(lambda x, data, bias, out, p=pair: gated_linear(
                 x, PackedWeight(data, p.shape, p.dtype, True), bias, out=out), at_end, x, pair.data, bias)
 
 

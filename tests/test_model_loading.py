@@ -28,7 +28,7 @@ def logits(folder: Path, **options: Any) -> bytes:
     return load(folder, **options)(IDS).tobytes()
 
 
-def refused(folder: Path, kind: type[Exception], message: str) -> None:
+def check_refused(folder: Path, kind: type[Exception], message: str) -> None:
     """Loading raises exactly this kind of error at once, without allocating what a file merely claims."""
     load(write(folder / "warm", small()))
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -206,33 +206,33 @@ def test_other_dtypes_are_refused(tmp_path, dtype):
     name = "model.layers.1.mlp.up_proj.weight"
     weights = tensors(small())
     weights[name] = weights[name].astype(dtype)
-    refused(write(tmp_path, small(), weights), ValueError,
+    check_refused(write(tmp_path, small(), weights), ValueError,
             rf"model.safetensors: {name} has dtype \w+, expected one of F32, F16, BF16$")
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F99", "", "f32"])
 def test_dtypes_numpy_does_not_know_are_refused(folder, dtype):
     change_header(folder, lambda header: header["model.norm.weight"].update(dtype=dtype, shape=[128]))
-    refused(folder, ValueError, "model.safetensors")
+    check_refused(folder, ValueError, "model.safetensors")
 
 
 def test_transposed_matrices_are_refused(tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     weights = tensors(small())
     weights[name] = np.ascontiguousarray(weights[name].T)
-    refused(write(tmp_path, small(), weights), ValueError, r"has shape \(40, 32\), expected \(32, 40\)")
+    check_refused(write(tmp_path, small(), weights), ValueError, r"has shape \(40, 32\), expected \(32, 40\)")
 
 
 def test_scalars_and_extra_axes_are_refused(tmp_path):
     for value in (np.array(1.0, np.float32), np.ones((1, 32), np.float32), np.ones((0,), np.float32)):
-        refused(write(tmp_path, small(), tensors(small()) | {"model.norm.weight": value}), ValueError,
+        check_refused(write(tmp_path, small(), tensors(small()) | {"model.norm.weight": value}), ValueError,
                 re.escape(f"model.norm.weight has shape {value.shape}, expected (32,)"))
 
 
 def test_sizes_of_the_config_are_not_allocated(tmp_path):
     write(tmp_path, small(hidden_size=1 << 20, num_attention_heads=1024, num_key_value_heads=1024,
                           vocab_size=1 << 22, num_hidden_layers=1024), tensors(small()))
-    refused(tmp_path, ValueError, r"has shape \(97, 32\), expected \(4194304, 1048576\) from config.json")
+    check_refused(tmp_path, ValueError, r"has shape \(97, 32\), expected \(4194304, 1048576\) from config.json")
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -279,14 +279,14 @@ def test_pickles_are_not_opened(folder, tmp_path, name):
     trace = tmp_path / "executed"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(f"cbuiltins\nopen\n(V{trace}\nVw\ntR.".encode())
-    refused(folder, FileNotFoundError,
+    check_refused(folder, FileNotFoundError,
             rf"model.safetensors: no such file; {name} is not read: only safetensors is safe to open$")
     assert not trace.exists()
 
 
 def test_no_weights_at_all(folder):
     (folder / "model.safetensors").unlink()
-    refused(folder, FileNotFoundError, "model.safetensors: no such file$")
+    check_refused(folder, FileNotFoundError, "model.safetensors: no such file$")
 
 
 def test_code_in_the_folder_is_not_executed(folder, tmp_path, monkeypatch):
@@ -326,7 +326,7 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def test_a_missing_shard(sharded):
     (sharded / SHARDS[1]).unlink()
-    refused(sharded, FileNotFoundError, f"{SHARDS[1]}: no such file, which the index names$")
+    check_refused(sharded, FileNotFoundError, f"{SHARDS[1]}: no such file, which the index names$")
 
 
 @pytest.mark.parametrize("where", ["../other.safetensors", "../../x.safetensors", "{parent}/other.safetensors",
@@ -341,19 +341,19 @@ def test_an_index_cannot_point_outside(sharded, where):
     if isinstance(where, str):
         where = where.format(parent=sharded.parent)
     change_index(sharded, lambda home: home.update({"model.norm.weight": where}))
-    refused(sharded, ValueError, re.escape(
+    check_refused(sharded, ValueError, re.escape(
         f"model.safetensors.index.json: model.norm.weight is in {where!r}, expected a .safetensors file of the folder"))
 
 
 def test_an_index_that_promises_too_much(sharded):
     change_index(sharded, lambda home: home.update({"model.extra": SHARDS[0]}))
-    refused(sharded, ValueError, f"{SHARDS[0]}: tensor model.extra is missing, which the index promises")
+    check_refused(sharded, ValueError, f"{SHARDS[0]}: tensor model.extra is missing, which the index promises")
 
 
 def test_an_index_that_is_wrong_about_a_shard(sharded):
     change_index(sharded, lambda home: home.update({"model.norm.weight": next(
         s for s in SHARDS if s != home["model.norm.weight"])}))
-    refused(sharded, ValueError, "tensor model.norm.weight is missing, which the index promises")
+    check_refused(sharded, ValueError, "tensor model.norm.weight is missing, which the index promises")
 
 
 def test_a_tensor_in_two_shards(sharded):
@@ -364,14 +364,14 @@ def test_a_tensor_in_two_shards(sharded):
         header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
         header["twice"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(body), len(body) + 4]}
         path.write_bytes(container(header, body + bytes(4)))
-    refused(sharded, ValueError, f"{SHARDS[1]}: tensor twice stands also in {SHARDS[0]}")
+    check_refused(sharded, ValueError, f"{SHARDS[1]}: tensor twice stands also in {SHARDS[0]}")
 
 
 @pytest.mark.parametrize("document", [[], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": None}, 5, None],
                          ids=repr)
 def test_an_index_of_another_form(sharded, document):
     write_json(sharded / "model.safetensors.index.json", document)
-    refused(sharded, ValueError, "model.safetensors.index.json: expected an object with a weight_map$")
+    check_refused(sharded, ValueError, "model.safetensors.index.json: expected an object with a weight_map$")
 
 
 # ---- JSON ------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ HOSTILE_JSON = {
 def test_hostile_json(folder, case, name):
     text, message = HOSTILE_JSON[case]
     (folder / name).write_bytes(text)
-    refused(folder, ValueError, f"{name}.*{message}")
+    check_refused(folder, ValueError, f"{name}.*{message}")
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
@@ -435,7 +435,7 @@ def test_a_file_cut_anywhere(folder):
     cuts = {0, 1, 7, 8, 9, 8 + (start - 8) // 2, start - 1, start, start + 1, len(data) - 1, ends[0] - 1, ends[-2] + 1}
     for cut in sorted(cuts | set(ends[:-1]) | {end - 64 for end in ends}):
         path.write_bytes(data[:cut])
-        refused(folder, ValueError, re.escape(str(path)))
+        check_refused(folder, ValueError, re.escape(str(path)))
     path.write_bytes(data)
     assert load(folder).dtype == "float32"
 
@@ -443,7 +443,7 @@ def test_a_file_cut_anywhere(folder):
 def test_bytes_after_the_last_tensor(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"\0")
-    refused(folder, ValueError, re.escape(str(path)))
+    check_refused(folder, ValueError, re.escape(str(path)))
 
 
 @pytest.mark.parametrize("length", [2 ** 64 - 1, 2 ** 63, 2 ** 63 - 1, 2 ** 32, 2 ** 31, 100 << 20, 10 ** 6, 0, 1, 2],
@@ -452,7 +452,7 @@ def test_a_header_length_that_lies(folder, length):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(length.to_bytes(8, "little") + data[8:])
-    refused(folder, ValueError, re.escape(str(path)))
+    check_refused(folder, ValueError, re.escape(str(path)))
 
 
 def test_a_header_longer_than_the_file_is_not_read(folder):
@@ -476,7 +476,7 @@ HOSTILE_HEADERS: dict[str, Any] = {case: text for case, (text, _) in HOSTILE_JSO
 @pytest.mark.parametrize("case", HOSTILE_HEADERS)
 def test_hostile_headers(folder, case):
     (folder / "model.safetensors").write_bytes(container(HOSTILE_HEADERS[case], bytes(4)))
-    refused(folder, ValueError, re.escape(str(folder)))
+    check_refused(folder, ValueError, re.escape(str(folder)))
 
 
 NORM = "model.norm.weight"
@@ -505,7 +505,7 @@ def test_hostile_tensors(folder, case):
         header[NORM] = {k: v for k, v in (header[NORM] | HOSTILE_TENSORS[case]).items() if v is not ...}
 
     change_header(folder, change)
-    refused(folder, ValueError, re.escape(str(folder)))
+    check_refused(folder, ValueError, re.escape(str(folder)))
 
 
 def test_tensors_that_share_bytes(folder):
@@ -513,12 +513,12 @@ def test_tensors_that_share_bytes(folder):
         header["model.layers.0.input_layernorm.weight"] = header["model.layers.1.input_layernorm.weight"]
 
     change_header(folder, change)
-    refused(folder, ValueError, re.escape(str(folder / "model.safetensors")))
+    check_refused(folder, ValueError, re.escape(str(folder / "model.safetensors")))
 
 
 def test_bytes_that_belong_to_no_tensor(folder):
     change_header(folder, lambda header: header.pop("model.layers.1.input_layernorm.weight"))
-    refused(folder, ValueError, re.escape(str(folder)))
+    check_refused(folder, ValueError, re.escape(str(folder)))
 
 
 def test_tensors_in_any_order(folder):
@@ -534,4 +534,4 @@ def test_tensors_in_any_order(folder):
 def test_a_config_that_is_a_device(folder):
     (folder / "config.json").unlink()
     os.symlink("/dev/null", folder / "config.json")
-    refused(folder, FileNotFoundError, "has no config.json")
+    check_refused(folder, FileNotFoundError, "has no config.json")

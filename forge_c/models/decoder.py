@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from forge_c.cache import KVCache
 from forge_c.functional import (
-    KV_CHUNK,
     PackedWeight,
     attention,
     embedding,
@@ -155,7 +154,7 @@ class Decoder:
         return self.spec.rope_scaling.get("rope_type") in _DEPEND_ON_LENGTH
 
     def hidden(self, ids: NDArray[np.int64], cache: ModelCache) -> Floats:
-        """ids (batch, n <= KV_CHUNK), the tokens after what the cache holds -> normalised states (batch, n, H)."""
+        """ids (batch, n <= functional.KV_CHUNK), the tokens after what the cache holds -> normalised states (batch, n, H)."""
         s = self.spec
         with cache.writing():
             positions = cache.lengths[:, None] + np.arange(ids.shape[1])
@@ -276,4 +275,4 @@ def _layer_weights(s: ModelSpec, checkpoint: Checkpoint, i: int, dtype: str) -> 
     )
 
 
-__all__ = ["DEFAULT_CONTEXT", "KV_CHUNK", "Decoder", "ModelCache"]
+__all__ = ["DEFAULT_CONTEXT", "Decoder", "ModelCache"]

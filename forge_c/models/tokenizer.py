@@ -105,12 +105,12 @@ class TextStream:
         self._ids: list[int] = []
         self._from, self._shown = 0, 0  # decode from here; tokens up to here are shown
 
-    def push(self, token: int, last: bool = False) -> str:
+    def push(self, token: int) -> str:
         """The text that `token` adds. A word decodes differently at the start of a text, so shown tokens go along."""
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._from : self._shown])
         now = self._tokenizer.decode(self._ids[self._from :])
-        if len(now) <= len(before) or (now.endswith(_INCOMPLETE) and not last):
+        if len(now) <= len(before) or now.endswith(_INCOMPLETE):
             return ""
         self._from, self._shown = self._shown, len(self._ids)
         return now[len(before) :]
