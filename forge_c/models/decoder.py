@@ -154,7 +154,7 @@ class Decoder:
         return self.spec.rope_scaling.get("rope_type") in _DEPEND_ON_LENGTH
 
     def hidden(self, ids: NDArray[np.int64], cache: ModelCache) -> Floats:
-        """ids (batch, n <= functional.KV_CHUNK), the tokens after what the cache holds -> normalised states (batch, n, H)."""
+        """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> normalised states (batch, n, H)."""
         s = self.spec
         with cache.writing():
             positions = cache.lengths[:, None] + np.arange(ids.shape[1])
