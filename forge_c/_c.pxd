@@ -67,6 +67,9 @@ cdef extern from "forge.h" nogil:
     ctypedef enum fc_layout:
         FC_PACKED_F32
         FC_PACKED_BF16
+        FC_PACKED_I8
+        FC_PACKED_I4
+        FC_PACKED_I4Z
         FC_ROWS
         FC_COLS
     ctypedef struct fc_linear_args:
@@ -80,6 +83,7 @@ cdef extern from "forge.h" nogil:
         fc_dtype weight_type
         const void *weight
         ptrdiff_t ldw
+        ptrdiff_t group
         const float *bias
         int gated
         fc_activation activation

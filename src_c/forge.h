@@ -79,9 +79,11 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
 
 /* ---- linear: out (M, N) = x (M, K) @ W (K, N) + bias (N) + residual (M, N) ---- */
 
-/* How W lies in memory. FC_PACKED_*: packing.py defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
- * FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
-typedef enum { FC_PACKED_F32, FC_PACKED_BF16, FC_ROWS, FC_COLS } fc_layout;
+/* How W lies in memory. FC_PACKED_*: packing.py defines the bytes (I4: symmetric, I4Z: with minima). FC_ROWS: W[k][n],
+ * n contiguous, ld from k to k+1. FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
+typedef enum {
+    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4, FC_PACKED_I4Z, FC_ROWS, FC_COLS
+} fc_layout;
 typedef struct {
     fc_dtype type; /* of x, residual and out */
     void *out;
@@ -92,6 +94,7 @@ typedef struct {
     fc_dtype weight_type; /* of FC_ROWS and FC_COLS */
     const void *weight;
     ptrdiff_t ldw;
+    ptrdiff_t group;   /* of FC_PACKED_I8 and FC_PACKED_I4Z: k that share a scale; x is quantised, a scale a row */
     const float *bias; /* (N) or NULL; gated: (2, N) */
     int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
     fc_activation activation;

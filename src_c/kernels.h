@@ -7,6 +7,22 @@
 
 #include "forge.h"
 
+/* C[m][16 * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in kernels/gemm.h. */
+struct fc_gemm {
+    float *c; /* whole panels, ldc from row to row */
+    ptrdiff_t ldc;
+    const void *x; /* in the form that the format eats */
+    ptrdiff_t ldx;
+    const void *sums; /* integer formats: (m, groups) of 4 bytes, what `quantize` makes; ldsums elements */
+    ptrdiff_t ldsums;
+    const void *w; /* panel p at p * panel_stride, its lines line_stride apart */
+    ptrdiff_t panel_stride, line_stride;
+    ptrdiff_t m, panels;
+    ptrdiff_t lines;  /* float formats: all of them; integer formats: those of a group */
+    ptrdiff_t blocks; /* integer formats: blocks of a panel */
+    int accumulate;   /* add to C instead of writing it */
+};
+
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
                  float offset, int past_cache), out, h, x, residual, weight, n, eps, offset, past_cache)               \
@@ -28,6 +44,10 @@
     X(to_f32, (float *out, const void *x, ptrdiff_t n, float scale), out, x, n, scale)                                 \
     X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
+    X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
+    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n), scale, inverse, x, n)                \
+    X(quantize, (void *q, void *sums, const void *x, float inverse, ptrdiff_t n, ptrdiff_t padded, ptrdiff_t group,    \
+                 int wide, int offset), q, sums, x, inverse, n, padded, group, wide, offset)                           \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(attention_panel, (float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,       \
@@ -37,25 +57,25 @@
       keys, accumulate)                                                                                                \
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
-    X(linear_store, (void *out, const float *acc, const float *bias, const void *residual, ptrdiff_t n), out, acc,     \
-      bias, residual, n)                                                                                               \
-    X(gated_store_relu, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n), out,  \
-      acc, bias, bias_linear, n)                                                                                       \
-    X(gated_store_silu, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n), out,  \
-      acc, bias, bias_linear, n)                                                                                       \
-    X(gated_store_gelu, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n), out,  \
-      acc, bias, bias_linear, n)                                                                                       \
-    X(gated_store_gelu_tanh, (void *out, const float *acc, const float *bias, const float *bias_linear, ptrdiff_t n),  \
-      out, acc, bias, bias_linear, n)                                                                                  \
+    X(linear_store, (void *out, const float *acc, float scale, const float *bias, const void *residual, ptrdiff_t n),  \
+      out, acc, scale, bias, residual, n)                                                                              \
+    X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
+      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
+    X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
+      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
+    X(gated_store_gelu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
+      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
+    X(gated_store_gelu_tanh, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,   \
+      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
       weight_a, weight_b, n)
 
 #define FC_KERNELS(X)                                                                                                  \
-    X(gemm_f32, (float *c, ptrdiff_t ldc, const float *x, ptrdiff_t ldx, const float *w, ptrdiff_t panel_stride,       \
-                 ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k, int accumulate))                      \
-    X(gemm_bf16, (float *c, ptrdiff_t ldc, const uint16_t *x, ptrdiff_t ldx, const uint16_t *w,                        \
-                  ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k,              \
-                  int accumulate))                                                                                     \
+    X(gemm_f32, (const struct fc_gemm *g))                                                                             \
+    X(gemm_bf16, (const struct fc_gemm *g))                                                                            \
+    X(gemm_i8, (const struct fc_gemm *g))                                                                              \
+    X(gemm_i4, (const struct fc_gemm *g))                                                                              \
+    X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (float *s, const float *bias, ptrdiff_t n, float softcap, float *max, float *sum))                \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
@@ -70,6 +90,11 @@ struct fc_kernels {
     const char *isa;
     /* operations per iteration of the peak_* leaves; 0: the ISA has no such unit */
     double ops_f32, ops_bf16, ops_i8;
+    /* the form of x that the ISA's products eat: float32 or bfloat16 against bfloat16 weights; bytes a value against
+     * integer ones */
+    fc_dtype bf16_x;
+    int i8_x, i4_x;
+    ptrdiff_t panel_bytes; /* of each panel of W that rows of x pass over at a time */
 #define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;
 #define FC_MEMBER(name, params) void(*name) params;
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)

@@ -22,12 +22,37 @@
 typedef float vf __attribute__((vector_size(FC_BYTES)));
 typedef int32_t vi __attribute__((vector_size(FC_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(FC_BYTES)));
+typedef int16_t vi16 __attribute__((vector_size(FC_BYTES)));
+typedef uint16_t vu16 __attribute__((vector_size(FC_BYTES)));
 typedef float vf_any __attribute__((vector_size(FC_BYTES), aligned(1), may_alias));
+
+/* `a`, made here: gcc would rather make all products of a tile first and add them later, and run out of registers. */
+#if FC_BYTES == 64
+#define FC_REGISTER "+v"
+#elif defined(__x86_64__)
+#define FC_REGISTER "+x"
+#else
+#define FC_REGISTER "+w"
+#endif
+FC_INLINE vi vi_here(vi a) {
+    __asm__ volatile("" : FC_REGISTER(a));
+    return a;
+}
+FC_INLINE vf vf_here(vf a) {
+    __asm__ volatile("" : FC_REGISTER(a));
+    return a;
+}
 
 FC_INLINE vf vf_set1(float a) { return a - (vf){0}; }
 FC_INLINE vf vf_zero(void) { return (vf){0}; }
 FC_INLINE vf vf_load(const void *p) { return *(const vf_any *)p; }
 FC_INLINE void vf_store(void *p, vf a) { *(vf_any *)p = a; }
+#ifdef __clang__
+#define vi_shuffle(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
+#else
+#define vi_shuffle(a, ...) __builtin_shuffle(a, (vi){__VA_ARGS__})
+#endif
+FC_INLINE vf vf_from_int(vi a) { return __builtin_convertvector(a, vf); }
 FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 /* Backend words:
@@ -41,7 +66,13 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_load_transposed(r, p, ld)   r[j][i] = float j of row i, rows ld bytes apart
  *   vf_stream(p, a), vf_stream_end()   store past the caches, p a multiple of FC_BYTES; after the last one, the fence
  *   vf_dup(p)               p[0] p[0] p[1] p[1] ...  from FC_N/2 floats
- *   vf_swap(a)              a[1] a[0] a[3] a[2] ... */
+ *   vf_swap(a)              a[1] a[0] a[3] a[2] ...
+ *   vi_madd16(acc, a, b)    int16 lanes: acc + a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
+ *   vi_put8, vi_put16       FC_N int32 lanes, small enough, as int8 or int16 at p
+ * and where the ISA has them
+ *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)   acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
+ *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)   acc + the four products of bytes in each lane
+ *   FC_HAS_MADDUBS   vi_maddubs(u8, s8)       int16 lanes: the sum of two products of bytes, which must fit */
 #if FC_BYTES == 64
 #include "simd/avx512.h"
 #elif FC_BYTES == 32
@@ -121,6 +152,26 @@ FC_INLINE float vf_hmax(vf a) {
 #pragma GCC unroll 16
         for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
     return s[0];
+}
+
+FC_INLINE int32_t vi_sum(vi a) {
+    int32_t s[FC_N], sum = 0;
+    memcpy(s, &a, sizeof s);
+    for (int i = 0; i < FC_N; i++) sum += s[i];
+    return sum;
+}
+
+FC_INLINE vi vi_add16(vi a, vi b) { return (vi)((vi16)a + (vi16)b); }
+
+/* a[0] a[2] a[1] a[3]  a[4] a[6] a[5] a[7] ... */
+FC_INLINE vi vi_order_0213(vi a) {
+#if FC_BYTES == 64
+    return vi_shuffle(a, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+#elif FC_BYTES == 32
+    return vi_shuffle(a, 0, 2, 1, 3, 4, 6, 5, 7);
+#else
+    return vi_shuffle(a, 0, 2, 1, 3);
+#endif
 }
 
 /* The first n lanes of a, `fill` in the others. */

@@ -267,7 +267,7 @@ WRONG = [
     (lambda: nn.Embedding(9, 5)([9]), IndexError, "embedding: id 9 at (0,) is outside the table of 9 rows"),
     (lambda: nn.Embedding(9, 5).astype("int3"), ValueError,
      "Embedding.astype: dtype is 'int3', expected one of float32, bfloat16"),
-    (lambda: nn.Linear(4, 3).astype("int3"), ValueError, "pack: dtype is 'int3', expected one of float32, bfloat16"),
+    (lambda: nn.Linear(4, 3).astype("int3"), ValueError, "pack: dtype is 'int3', expected one of float32, bfloat16, int8, int4"),
     (lambda: nn.GELU("quick"), ValueError, "GELU: approximate is 'quick', expected 'none' or 'tanh'"),
     (lambda: nn.GeGLU(4, approximate="quick"), ValueError, "GeGLU: approximate is 'quick', expected 'none' or 'tanh'"),
     (lambda: nn.SwiGLU.from_llama(np.ones((6, 4)), np.ones((4, 6)), np.ones((4, 6))), ValueError,

@@ -1,32 +1,36 @@
 # PackedWeight, linear, gated_linear, embedding
 
-cdef dict LAYOUTS = {"float32": FC_PACKED_F32, "bfloat16": FC_PACKED_BF16}
-cdef dict K_PER_LINE = {"float32": 1, "bfloat16": 2}
+cdef dict LAYOUTS = {("float32", False): FC_PACKED_F32, ("bfloat16", False): FC_PACKED_BF16,
+                     ("int8", False): FC_PACKED_I8, ("int4", False): FC_PACKED_I4, ("int4", True): FC_PACKED_I4Z}
 
 
 cdef class PackedWeight:
     """A weight matrix in the layout that the kernels stream; made by `pack` and `pack_gated`, opaque to everyone else.
 
-    .shape (in_features, out_features), .dtype the format's name, .gated, .nbytes, .unpack() -> float32 (in, out).
+    .shape (in_features, out_features), .dtype the format's name, .group_size (rows that share a scale, or None),
+    .gated, .nbytes, .unpack() -> float32 (in, out).
     """
     cdef readonly tuple shape
     cdef readonly str dtype
     cdef readonly bint gated
+    cdef readonly object group_size
     cdef readonly cnp.ndarray data
     cdef fc_layout layout
-    cdef ptrdiff_t k, n
+    cdef ptrdiff_t k, n, group
 
-    def __init__(self, cnp.ndarray data, shape, str dtype, bint gated=False):
+    def __init__(self, cnp.ndarray data, shape, str dtype, bint gated=False, group_size=None):
+        from forge_c.packing import Format
         cdef ptrdiff_t sides = 2 if gated else 1
-        cdef ptrdiff_t per_line = K_PER_LINE[dtype]
-        self.layout = LAYOUTS[dtype]
+        f = Format(dtype, group_size)
+        self.layout = LAYOUTS[dtype, f.has_minimum]
         self.k, self.n = shape
         self.shape = (self.k, self.n)
         self.dtype = dtype
         self.gated = gated
+        self.group_size = group_size
+        self.group = group_size or 0
         cdef ptrdiff_t panels = (self.n // sides + 15) // 16 * sides
-        if cnp.PyArray_NBYTES(data) != panels * ((self.k + per_line - 1) // per_line) * 64 or (
-                not cnp.PyArray_IS_C_CONTIGUOUS(data)):
+        if cnp.PyArray_NBYTES(data) != panels * f.panel_bytes(self.k) or not cnp.PyArray_IS_C_CONTIGUOUS(data):
             raise ValueError(f"PackedWeight: data has {cnp.PyArray_NBYTES(data)} bytes, expected those that pack() "
                              f"makes for {self.shape}")
         self.data = data.view()
@@ -42,10 +46,11 @@ cdef class PackedWeight:
         return unpack(self)
 
     def __reduce__(self):
-        return PackedWeight, (np.array(self.data), self.shape, self.dtype, self.gated)
+        return PackedWeight, (np.array(self.data), self.shape, self.dtype, self.gated, self.group_size)
 
     def __repr__(self):
-        return f"PackedWeight(shape={self.shape}, dtype='{self.dtype}'{', gated=True' if self.gated else ''})"
+        return (f"PackedWeight(shape={self.shape}, dtype='{self.dtype}'"
+                f"{f', group_size={self.group_size}' if self.group_size else ''}{', gated=True' if self.gated else ''})")
 
 
 cdef cnp.ndarray linear_weight(str fn, object weight, fc_linear_args *a):
@@ -55,7 +60,7 @@ cdef cnp.ndarray linear_weight(str fn, object weight, fc_linear_args *a):
     cdef ptrdiff_t size
     if isinstance(weight, PackedWeight):
         packed = weight
-        a.layout, a.k, a.n = packed.layout, packed.k, packed.n
+        a.layout, a.k, a.n, a.group = packed.layout, packed.k, packed.n, packed.group
         a.weight = cnp.PyArray_DATA(packed.data)
         return packed.data
     w = viewed(fn, "weight", weight)
@@ -138,7 +143,8 @@ def linear(x, weight, bias=None, *, residual=None, out=None):
     ndarray of any of these dtypes with one contiguous axis (so `w.T` of a torch weight works as it is); bias
     (out_features,) or None; residual and the result (..., out_features) in x's dtype. Accumulation is float32, each
     output one chain over in_features, so a row's bits do not depend on the other rows. With a bfloat16 PackedWeight,
-    x is rounded to bfloat16. `out` may be the residual itself, and shares no memory with anything else.
+    x is rounded to bfloat16; with an int8 or int4 one, each row of x is quantised to int8 with a scale of its own, and
+    a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory with anything else.
 
     >>> linear(np.ones((2, 3), np.float32), np.eye(3, 2, dtype=np.float32), np.array([1, 2], np.float32))
     array([[2., 3.],

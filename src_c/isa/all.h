@@ -10,6 +10,8 @@
 #include "../kernels/gemm.h"
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
+#include "../kernels/panels.h"
+#include "../kernels/quantize.h"
 #include "../kernels/rms_norm.h"
 #include "../kernels/roofline.h"
 #include "../kernels/rope.h"
@@ -28,4 +30,8 @@ const struct fc_kernels FC_TABLE = {
     .ops_f32 = FC_OPS_F32,
     .ops_bf16 = FC_OPS_BF16,
     .ops_i8 = FC_OPS_I8,
+    .bf16_x = FC_BF16_X,
+    .i8_x = FC_I8_X,
+    .i4_x = FC_I4_X,
+    .panel_bytes = FC_PANEL_BYTES,
     FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY)};

@@ -1,180 +1,297 @@
-/* C[m][panels*16] (+)= X[m][k] W,   each output one chain of multiply-adds over k in order.
+/* C[m][16 panels] (+)= X[m][k] W  for W in panels of 16 columns, every format of packing.py.
  *
- * W comes in panels of 16 columns: element (k, 16p + j) is w[p*panel_stride + k*k_stride + j], so a packed
- * matrix, a packed block of keys and the plain rows of V are the same operand.  A tile is FC_MR rows by up to
- * FC_NV vectors of accumulators in registers; m = 1 runs the same chain with one row, hence the same bits.
- * ldc, ldx in bytes. C is written in whole panels. Reads nothing beyond row m-1, panel panels-1. */
+ * A tile is up to FC_MR rows by FC_NV vectors of accumulators in registers. A line of W, 64 bytes, is taken apart into
+ * vectors whose lanes are columns (PARTS of them, in the order of k), and each row adds its values to them:
+ *
+ *     format     acc +=                             x                           parts of a line
+ *     f32        x[k] w[k]                          float32                     k
+ *     bf16       x[k] w[k] + x[k+1] w[k+1]          bfloat16 pairs              both at once, or, without the unit,
+ *                                                   float32 (rounded)           k, k+1
+ *     i8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
+ *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
+ *     i4, i4z    the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
+ *
+ * float formats: an output is one chain over k in order. Integer formats: the integer sum over each group is exact, on
+ * every ISA the same, and then  c += scale (sum - offset sum(x))  or  c += scale sum + min sum(x),  group by group;
+ * x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence the same bits.
+ * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
+ *
+ * While the rows of X pass over a block of W, the bytes after it are asked for, so that memory and arithmetic overlap. */
 
 #define FC_PER_PANEL (16 / FC_N)
 #if FC_BYTES == 64 || !defined(__x86_64__)
-enum { FC_MR = 6, FC_NV = 4 }; /* 32 registers: 24 accumulators, 4 of W, 1 of x */
+enum { FC_MR = 6, FC_NV = 4, FC_NV_FEW = 4 }; /* 32 registers: 24 accumulators, 4 of W, 1 of x */
 #elif FC_BYTES == 32
-enum { FC_MR = 6, FC_NV = 2 }; /* 16 registers: 12 accumulators, 2 of W, 1 of x */
+enum { FC_MR = 6, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers: 12 accumulators, 2 of W, 1 of x, 1 product */
 #else
-enum { FC_MR = 4, FC_NV = 2 }; /* 16 registers, and SSE multiplies need a copy */
+enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplies need a copy */
 #endif
+/* Of each panel of W under all rows at once. 16 registers hold one panel's columns, which then stay in L1; with 32 the
+ * four panels of a tile stay in L2, and x in L1. */
+#define FC_PANEL_BYTES (FC_BYTES == 64 ? 32768 : 16384)
 
-FC_INLINE vf gemm_w(const float *w, ptrdiff_t panel_stride, int j) {
-    return vf_load(w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * FC_N);
-}
-
-FC_INLINE void gemm_f32_tile(const int mr, const int nv, float *c, ptrdiff_t ldc, const float *x, ptrdiff_t ldx,
-                             const float *w, ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t k, int accumulate) {
-    vf acc[FC_MR][FC_NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < mr; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++)
-            acc[i][j] = accumulate ? vf_load((const char *)c + i * ldc + j * FC_BYTES) : vf_zero();
-    for (; k > 0; k--, x++, w += k_stride) {
-        vf wv[FC_NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) wv[j] = gemm_w(w, panel_stride, j);
-#pragma GCC unroll 8
-        for (int i = 0; i < mr; i++) {
-            vf xi = vf_set1(*(const float *)((const char *)x + i * ldx));
-#pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) acc[i][j] = vf_fma(xi, wv[j], acc[i][j]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < mr; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) vf_store((char *)c + i * ldc + j * FC_BYTES, acc[i][j]);
-}
-
-/* Two k at once: w holds [16][2] bfloat16 lines, x pairs (k, k+1); the chain takes k, then k+1. */
 #ifdef FC_HAS_BF16_DOT
-FC_INLINE vf gemm_dot2(vf acc, vu w, uint32_t x) {
-    return vf_dot_bf16(acc, w, (vu){0} + x);
-}
+#define FC_BF16_X FC_BF16
+enum { BF16_PARTS = 1 };
 #else
-FC_INLINE vf gemm_dot2(vf acc, vu w, uint32_t x) {
-    vu lo = (vu){0} + (x << 16), hi = (vu){0} + (x & 0xffff0000u);
-    acc = vf_fma((vf)lo, (vf)(w << 16), acc);
-    return vf_fma((vf)hi, (vf)(w & 0xffff0000u), acc);
-}
+#define FC_BF16_X FC_F32
+enum { BF16_PARTS = 2 };
+#endif
+#ifdef FC_HAS_I8_DOT
+enum { FC_I8_X = 1, FC_I4_X = 1 };
+#elif defined(FC_HAS_MADDUBS)
+enum { FC_I8_X = 2, FC_I4_X = 1 };
+#else
+enum { FC_I8_X = 2, FC_I4_X = 2 };
 #endif
 
-FC_INLINE void gemm_bf16_tile(const int mr, const int nv, float *c, ptrdiff_t ldc, const uint16_t *x, ptrdiff_t ldx,
-                              const uint16_t *w, ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t k,
-                              int accumulate) {
-    vf acc[FC_MR][FC_NV];
+typedef enum { GEMM_F32, GEMM_BF16, GEMM_I8, GEMM_I4, GEMM_I4Z } gemm_format;
+
+/* Vector j of the tile's columns inside a line. */
+FC_INLINE const char *line_of(const char *w, ptrdiff_t panel_stride, int j) {
+    return w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * FC_BYTES;
+}
+
+/* The same address, but the compiler cannot know: a line is loaded again for each of its parts, since keeping all of
+ * them would not leave enough registers for the accumulators. */
+FC_INLINE const char *again(const char *p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
+
+/* Asks for a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. */
+typedef struct {
+    const char *at;
+    ptrdiff_t step;
+} gemm_ahead;
+
+FC_INLINE gemm_ahead ahead_of(const struct fc_gemm *g, const char *w, ptrdiff_t bytes, ptrdiff_t line, ptrdiff_t row) {
+    const ptrdiff_t tiles = (g->m + FC_MR - 1) / FC_MR;
+    return (gemm_ahead){w + bytes + bytes / tiles * (row / FC_MR), line / tiles};
+}
+
+FC_INLINE void ask(gemm_ahead *a, const int nv, ptrdiff_t panel_stride) {
+#pragma GCC unroll 4
+    for (int j = 0; j < nv; j += FC_PER_PANEL) __builtin_prefetch(line_of(a->at, panel_stride, j), 0, 2);
+    a->at += a->step;
+}
+
+FC_INLINE const char *first_line(const struct fc_gemm *g, ptrdiff_t vector) {
+    return (const char *)g->w + vector / FC_PER_PANEL * g->panel_stride + vector % FC_PER_PANEL * FC_BYTES;
+}
+
+/* ---- float formats ---- */
+
+FC_INLINE vf float_part(gemm_format f, int part, const char *line) {
+    if (f == GEMM_F32 || BF16_PARTS == 1) return vf_load(line);
+    vu pair = (vu)vf_load(line);
+    return (vf)(part == 0 ? pair << 16 : pair & 0xffff0000u);
+}
+
+FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
+#ifdef FC_HAS_BF16_DOT
+    if (f == GEMM_BF16) {
+        uint32_t pair;
+        memcpy(&pair, x, 4);
+        return vf_dot_bf16(acc, (vu)w, (vu){0} + pair);
+    }
+#endif
+    (void)f;
+    float one;
+    memcpy(&one, x, 4);
+    return vf_fma(vf_set1(one), w, acc);
+}
+
+FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
+                          ptrdiff_t vector) {
+    const int parts = f == GEMM_BF16 ? BF16_PARTS : 1;
+    const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride, line_stride = g->line_stride;
+    char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
+    const char *x = (const char *)g->x + row * ldx, *w = first_line(g, vector);
+    gemm_ahead ahead = ahead_of(g, w, g->lines * line_stride, line_stride, row);
+    vf acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++)
-            acc[i][j] = accumulate ? vf_load((const char *)c + i * ldc + j * FC_BYTES) : vf_zero();
-    for (; k > 0; k -= 2, x += 2, w += k_stride) {
-        vu wv[FC_NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++)
-            wv[j] = (vu)vf_load(w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * 2 * FC_N);
 #pragma GCC unroll 8
-        for (int i = 0; i < mr; i++) {
-            uint32_t xi;
-            memcpy(&xi, (const char *)x + i * ldx, 4);
-#pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) acc[i][j] = gemm_dot2(acc[i][j], wv[j], xi);
+        for (int j = 0; j < nv; j++) acc[i][j] = g->accumulate ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
+    for (ptrdiff_t lines = g->lines; lines > 0; lines--, x += 4 * parts, w += line_stride) {
+        ask(&ahead, nv, panel_stride);
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; part++) {
+            const char *line = parts > 1 ? again(w) : w;
+            vf wv[FC_NV_FEW];
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) wv[j] = float_part(f, part, line_of(line, panel_stride, j));
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < nv; j++)
+                    acc[i][j] = vf_here(float_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part));
         }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) vf_store((char *)c + i * ldc + j * FC_BYTES, acc[i][j]);
-}
-
-/* All m rows under nv vectors of columns: tiles of FC_MR, then the rows that are left. */
-#define GEMM_ROWS(TYPE)                                                                                                \
-    FC_INLINE void gemm_##TYPE##_rows(const int nv, float *c, ptrdiff_t ldc, const FC_X_##TYPE *x, ptrdiff_t ldx,      \
-                                      const FC_X_##TYPE *w, ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t m,   \
-                                      ptrdiff_t k, int accumulate) {                                                   \
-        for (; m >= FC_MR; m -= FC_MR, c += FC_MR * ldc / 4, x = (const void *)((const char *)x + FC_MR * ldx))        \
-            gemm_##TYPE##_tile(FC_MR, nv, c, ldc, x, ldx, w, panel_stride, k_stride, k, accumulate);                   \
-        switch (m) {                                                                                                   \
-        case 5: gemm_##TYPE##_tile(5 < FC_MR ? 5 : 1, nv, c, ldc, x, ldx, w, panel_stride, k_stride, k, accumulate); break; \
-        case 4: gemm_##TYPE##_tile(4 < FC_MR ? 4 : 1, nv, c, ldc, x, ldx, w, panel_stride, k_stride, k, accumulate); break; \
-        case 3: gemm_##TYPE##_tile(3, nv, c, ldc, x, ldx, w, panel_stride, k_stride, k, accumulate); break;            \
-        case 2: gemm_##TYPE##_tile(2, nv, c, ldc, x, ldx, w, panel_stride, k_stride, k, accumulate); break;            \
-        case 1: gemm_##TYPE##_tile(1, nv, c, ldc, x, ldx, w, panel_stride, k_stride, k, accumulate); break;            \
-        default: break;                                                                                                \
-        }                                                                                                              \
-    }                                                                                                                  \
-    static void gemm_##TYPE(float *c, ptrdiff_t ldc, const FC_X_##TYPE *x, ptrdiff_t ldx, const FC_X_##TYPE *w,        \
-                            ptrdiff_t panel_stride, ptrdiff_t k_stride, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t k,    \
-                            int accumulate) {                                                                          \
-        const ptrdiff_t line = FC_N * (ptrdiff_t)(4 / sizeof(FC_X_##TYPE));                                            \
-        ptrdiff_t v = 0, vectors = panels * FC_PER_PANEL;                                                              \
-        for (; v + FC_NV <= vectors; v += FC_NV)                                                                       \
-            gemm_##TYPE##_rows(FC_NV, c + v * FC_N, ldc, x, ldx,                                                       \
-                               w + v / FC_PER_PANEL * panel_stride + v % FC_PER_PANEL * line, panel_stride, k_stride,  \
-                               m, k, accumulate);                                                                      \
-        if (FC_NV > 2 && v + 2 <= vectors) {                                                                           \
-            gemm_##TYPE##_rows(2, c + v * FC_N, ldc, x, ldx,                                                           \
-                               w + v / FC_PER_PANEL * panel_stride + v % FC_PER_PANEL * line, panel_stride, k_stride,  \
-                               m, k, accumulate);                                                                      \
-            v += 2;                                                                                                    \
-        }                                                                                                              \
-        if (v < vectors)                                                                                               \
-            gemm_##TYPE##_rows(1, c + v * FC_N, ldc, x, ldx,                                                           \
-                               w + v / FC_PER_PANEL * panel_stride + v % FC_PER_PANEL * line, panel_stride, k_stride,  \
-                               m, k, accumulate);                                                                      \
-    }
-
-#define FC_X_f32 float
-#define FC_X_bf16 uint16_t
-GEMM_ROWS(f32)
-GEMM_ROWS(bf16)
-
-/* ---- operands that arrive unpacked: one panel [k][16], n <= 16 columns, zeros beyond ---- */
-
-/* from rows: W[k] at w + k*ldw, n contiguous columns */
-FC_INLINE void panel_rows_any(fc_dtype t, float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < k; i++, panel += 16, w = (const char *)w + ldw)
-        for (int j = 0; j < 16; j += FC_N)
-            vf_store(panel + j, n >= j + FC_N ? vf_get(t, w, j) : vf_get_n(t, w, j, n > j ? n - j : 0));
-}
-
-/* from columns: column j at w + j*ldw, k contiguous; FC_N x FC_N blocks are transposed in registers */
-FC_INLINE void panel_cols_any(fc_dtype t, float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n) {
-    for (int j0 = 0; j0 < 16; j0 += FC_N)
-        for (ptrdiff_t i = 0; i < k; i += FC_N) {
-            ptrdiff_t rows = k - i < FC_N ? k - i : FC_N;
-            vf block[FC_N];
-            if (rows == FC_N && j0 + FC_N <= n && t == FC_F32) {
-                vf_load_transposed(block, (const char *)w + j0 * ldw + i * 4, ldw);
-            } else {
-                for (int j = 0; j < FC_N; j++)
-                    block[j] = j0 + j >= n     ? vf_zero()
-                               : rows == FC_N ? vf_get(t, (const char *)w + (j0 + j) * ldw, i)
-                                              : vf_get_n(t, (const char *)w + (j0 + j) * ldw, i, rows);
-                vf_transpose(block);
-            }
-            if (rows == FC_N) {
-#pragma GCC unroll 16
-                for (int j = 0; j < FC_N; j++) vf_store(panel + (i + j) * 16 + j0, block[j]);
-            } else {
-                for (ptrdiff_t j = 0; j < rows; j++) vf_store(panel + (i + j) * 16 + j0, block[j]);
-            }
-        }
-}
-
-/* c[n] += x[k] W, W in plain rows: few rows of x cannot pay for packing, so W streams past once, eight rows
- * at a time, and c stays in L1. The chain over k is the tile's. */
-FC_INLINE void gemv_rows_any(fc_dtype t, float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k,
-                             ptrdiff_t n) {
-    ptrdiff_t i = 0;
-    for (; i + 8 <= k; i += 8)
-        for (ptrdiff_t j = 0; j < n; j += FC_N) {
-            vf acc = vf_get_upto(FC_F32, c, j, n);
 #pragma GCC unroll 8
-            for (int u = 0; u < 8; u++)
-                acc = vf_fma(vf_set1(x[i + u]), vf_get_upto(t, (const char *)w + (i + u) * ldw, j, n), acc);
-            vf_put_upto(FC_F32, c, j, acc, n);
-        }
-    for (; i < k; i++)
-        for (ptrdiff_t j = 0; j < n; j += FC_N)
-            vf_put_upto(FC_F32, c, j,
-                        vf_fma(vf_set1(x[i]), vf_get_upto(t, (const char *)w + i * ldw, j, n),
-                               vf_get_upto(FC_F32, c, j, n)), n);
+        for (int j = 0; j < nv; j++) vf_store(c + i * ldc + j * FC_BYTES, acc[i][j]);
 }
+
+/* ---- integer formats ---- */
+
+FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
+    vu w = (vu)vf_load(line);
+    const int wide = f == GEMM_I8 ? FC_I8_X == 2 : FC_I4_X == 2;
+    if (f != GEMM_I8) w = ((wide ? part / 2 : part) == 0 ? w : w >> 4) & 0x0f0f0f0fu;
+    if (!wide) return (vi)w;
+    return part % 2 == 0 ? (vi)(w & 0x00ff00ffu) : (vi)((vu16)w >> 8);
+}
+
+FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    vi xv = (vi){0} + four;
+#ifdef FC_HAS_I8_DOT
+    (void)f;
+    return vi_dot_i8(acc, w, xv);
+#else
+#ifdef FC_HAS_MADDUBS
+    if (f != GEMM_I8) return vi_add16(acc, vi_maddubs(w, xv));
+#endif
+    (void)f;
+    return vi_madd16(acc, w, xv);
+#endif
+}
+
+/* acc += `lines` lines of every row */
+FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
+                         const char *w, ptrdiff_t panel_stride, ptrdiff_t lines, gemm_ahead *ahead) {
+    const int parts = (f == GEMM_I8 ? 1 : 2) * (f == GEMM_I8 ? FC_I8_X : FC_I4_X);
+    for (; lines > 0; lines--, x += 4 * parts, w += 64) {
+        ask(ahead, nv, panel_stride);
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++) {
+            const char *line = parts > 1 ? again(w) : w;
+            vi wv[FC_NV_FEW];
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) wv[j] = int_part(f, part, line_of(line, panel_stride, j));
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < nv; j++)
+                    acc[i][j] = vi_here(int_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part));
+        }
+    }
+}
+
+/* The exact sum over one group. Products of nibbles are first summed in 16 bits where maddubs makes them: 8 of at most
+ * 2 * 15 * 127 fit, which are those of 4 lines. start: what a row's sum begins with, -offset sum(x). */
+FC_INLINE void int_group(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const int32_t *start,
+                         ptrdiff_t ldstart, const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t panel_stride,
+                         ptrdiff_t lines, gemm_ahead *ahead) {
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) acc[i][j] = (vi){0} + (f == GEMM_I4Z ? 0 : start[i * ldstart]);
+#if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
+    if (f != GEMM_I8) {
+        for (; lines > 0; lines -= 4, x += 32, w += 256) {
+            vi part[FC_MR][FC_NV_FEW];
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < nv; j++) part[i][j] = (vi){0};
+            int_lines(f, mr, nv, part, x, ldx, w, panel_stride, 4, ahead);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < nv; j++) acc[i][j] = vi_madd16(acc[i][j], part[i][j], (vi){0} + 0x00010001);
+        }
+        return;
+    }
+#endif
+    int_lines(f, mr, nv, acc, x, ldx, w, panel_stride, lines, ahead);
+}
+
+/* scale and minimum of vector j; `line`: those of the block, from the tile's first vector on */
+FC_INLINE vf int_scale(gemm_format f, int half, const char *line, ptrdiff_t lane) {
+    return f == GEMM_I8 ? vf_load(line + lane * 4) : vf_from_f16((const uint16_t *)(const void *)line + half * 16 + lane);
+}
+
+FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
+                        ptrdiff_t vector) {
+    const int halves = f == GEMM_I4 ? 2 : 1, x_size = f == GEMM_I8 ? FC_I8_X : FC_I4_X;
+    const ptrdiff_t lines = f == GEMM_I4 ? 4 : g->lines, k = lines * (f == GEMM_I8 ? 4 : 8);
+    const ptrdiff_t ldx = g->ldx, ldc = g->ldc, ldsums = g->ldsums, panel_stride = g->panel_stride;
+    const ptrdiff_t block = (halves * lines + 1) * 64, in_line = vector % FC_PER_PANEL * FC_BYTES;
+    char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
+    const char *x = (const char *)g->x + row * ldx, *w = first_line(g, vector);
+    const int32_t *sums = (const int32_t *)g->sums + row * ldsums;
+    gemm_ahead ahead = ahead_of(g, w, g->blocks * block, 64, row);
+    if (!g->accumulate) {
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) vf_store(c + i * ldc + j * FC_BYTES, vf_zero());
+    }
+    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block)
+#pragma GCC unroll 2
+        for (int h = 0; h < halves; h++, x += k * x_size, sums++) {
+            vi acc[FC_MR][FC_NV_FEW];
+            int_group(f, mr, nv, acc, sums, ldsums, x, ldx, w + h * lines * 64, panel_stride, lines, &ahead);
+            vf scale[FC_NV_FEW], min[FC_NV_FEW];
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) {
+                const char *line = w - in_line + halves * lines * 64 + j / FC_PER_PANEL * panel_stride;
+                const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
+                scale[j] = int_scale(f, h, line, lane);
+                min[j] = f == GEMM_I4Z ? int_scale(f, 1, line, lane) : vf_zero();
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < nv; j++) {
+                    char *to = c + i * ldc + j * FC_BYTES;
+                    vf sum = vf_fma(vf_from_int(acc[i][j]), scale[j], vf_load(to));
+                    if (f == GEMM_I4Z) sum = vf_fma(vf_set1(((const float *)sums)[i * ldsums]), min[j], sum);
+                    vf_store(to, sum);
+                }
+        }
+}
+
+/* ---- all rows and columns: tiles of FC_MR rows, then the rows that are left ---- */
+
+FC_INLINE void gemm_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
+                         ptrdiff_t vector) {
+    if (f <= GEMM_BF16) float_tile(f, mr, nv, g, row, vector);
+    else int_tile(f, mr, nv, g, row, vector);
+}
+
+FC_INLINE void gemm_columns(gemm_format f, const int nv, const struct fc_gemm *g, ptrdiff_t vector) {
+    ptrdiff_t row = 0;
+    for (; row + FC_MR <= g->m; row += FC_MR) gemm_tile(f, FC_MR, nv, g, row, vector);
+    switch (g->m - row) {
+    case 5: gemm_tile(f, 5 < FC_MR ? 5 : 1, nv, g, row, vector); break;
+    case 4: gemm_tile(f, 4 < FC_MR ? 4 : 1, nv, g, row, vector); break;
+    case 3: gemm_tile(f, 3, nv, g, row, vector); break;
+    case 2: gemm_tile(f, 2, nv, g, row, vector); break;
+    case 1: gemm_tile(f, 1, nv, g, row, vector); break;
+    default: break;
+    }
+}
+
+FC_INLINE void gemm_any(gemm_format f, const struct fc_gemm *g) {
+    ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
+    if (FC_NV_FEW > FC_NV && g->m == 1)
+        for (; v + FC_NV_FEW <= vectors; v += FC_NV_FEW) gemm_tile(f, 1, FC_NV_FEW, g, 0, v);
+    for (; v + FC_NV <= vectors; v += FC_NV) gemm_columns(f, FC_NV, g, v);
+    if (FC_NV > 2 && v + 2 <= vectors) {
+        gemm_columns(f, 2, g, v);
+        v += 2;
+    }
+    if (v < vectors) gemm_columns(f, 1, g, v);
+}
+
+static void gemm_f32(const struct fc_gemm *g) { gemm_any(GEMM_F32, g); }
+static void gemm_bf16(const struct fc_gemm *g) { gemm_any(GEMM_BF16, g); }
+static void gemm_i8(const struct fc_gemm *g) { gemm_any(GEMM_I8, g); }
+static void gemm_i4(const struct fc_gemm *g) { gemm_any(GEMM_I4, g); }
+static void gemm_i4z(const struct fc_gemm *g) { gemm_any(GEMM_I4Z, g); }

@@ -1,22 +1,22 @@
-/* Epilogues: a row of float32 accumulators to a row of the result.
- *   linear:  out = acc + bias + residual
- *   gated:   acc and biases hold panels [gated16][linear16]...;  out = f(gated + bias) * (linear + bias_linear) */
+/* Epilogues: a row of float32 accumulators to a row of the result; scale is that of a quantised row of x, or 1.
+ *   linear:  out = scale acc + bias + residual
+ *   gated:   acc and biases hold panels [gated16][linear16]...;  out = f(scale gated + bias) * (scale linear + bias_linear) */
 
-FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, const float *bias, const void *residual,
+FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias, const void *residual,
                                 ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        vf v = vf_get_upto(FC_F32, acc, i, n);
+        vf v = vf_get_upto(FC_F32, acc, i, n) * scale;
         if (bias) v += vf_get_upto(FC_F32, bias, i, n);
         if (residual) v += vf_get_upto(t, residual, i, n);
         vf_put_upto(t, out, i, v, n);
     }
 }
 
-FC_INLINE void gated_store(fc_activation f, fc_dtype t, void *out, const float *acc, const float *bias,
+FC_INLINE void gated_store(fc_activation f, fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                            const float *bias_linear, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
         const float *pair = acc + i / 16 * 32 + i % 16;
-        vf gated = vf_load(pair), linear = vf_load(pair + 16);
+        vf gated = vf_load(pair) * scale, linear = vf_load(pair + 16) * scale;
         if (bias) {
             gated += vf_get_upto(FC_F32, bias, i, n);
             linear += vf_get_upto(FC_F32, bias_linear, i, n);
@@ -25,19 +25,19 @@ FC_INLINE void gated_store(fc_activation f, fc_dtype t, void *out, const float *
     }
 }
 
-FC_INLINE void gated_store_relu_any(fc_dtype t, void *out, const float *acc, const float *bias,
+FC_INLINE void gated_store_relu_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                                     const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_RELU, t, out, acc, bias, bias_linear, n);
+    gated_store(FC_RELU, t, out, acc, scale, bias, bias_linear, n);
 }
-FC_INLINE void gated_store_silu_any(fc_dtype t, void *out, const float *acc, const float *bias,
+FC_INLINE void gated_store_silu_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                                     const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_SILU, t, out, acc, bias, bias_linear, n);
+    gated_store(FC_SILU, t, out, acc, scale, bias, bias_linear, n);
 }
-FC_INLINE void gated_store_gelu_any(fc_dtype t, void *out, const float *acc, const float *bias,
+FC_INLINE void gated_store_gelu_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                                     const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_GELU, t, out, acc, bias, bias_linear, n);
+    gated_store(FC_GELU, t, out, acc, scale, bias, bias_linear, n);
 }
-FC_INLINE void gated_store_gelu_tanh_any(fc_dtype t, void *out, const float *acc, const float *bias,
+FC_INLINE void gated_store_gelu_tanh_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                                          const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_GELU_TANH, t, out, acc, bias, bias_linear, n);
+    gated_store(FC_GELU_TANH, t, out, acc, scale, bias, bias_linear, n);
 }

@@ -13,7 +13,7 @@ enum { PEAK_CHAINS = FC_BYTES == 64 ? 16 : 12 };
 #ifdef FC_HAS_I8_DOT
 #define FC_OPS_I8 (8.0 * FC_N * PEAK_CHAINS)
 #else
-#define FC_OPS_I8 0.0
+#define FC_OPS_I8 (4.0 * FC_N * PEAK_CHAINS) /* int16 pairs: the exact int8 product of an ISA without the unit */
 #endif
 
 /* sink[0..2] in: factor, addend, start; sink[3] out */
@@ -32,14 +32,12 @@ static void peak_f32(float *sink, ptrdiff_t iterations) {
 static void peak_bf16(float *sink, ptrdiff_t iterations) {
 #ifdef FC_HAS_BF16_DOT
     vf acc[PEAK_CHAINS], total = vf_zero();
-    vu factor = (vu)vf_set1(sink[0]);
-    uint32_t x;
-    memcpy(&x, sink + 1, 4);
+    vu factor = (vu)vf_set1(sink[0]), x = (vu)vf_set1(sink[1]);
 #pragma GCC unroll 16
     for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vf_set1(sink[2] * (float)(j + 1));
     for (; iterations > 0; iterations--)
 #pragma GCC unroll 16
-        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = gemm_dot2(acc[j], factor, x);
+        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vf_dot_bf16(acc[j], factor, x);
 #pragma GCC unroll 16
     for (int j = 0; j < PEAK_CHAINS; j++) total += acc[j];
     sink[3] = vf_sum(total);
@@ -48,20 +46,26 @@ static void peak_bf16(float *sink, ptrdiff_t iterations) {
 #endif
 }
 
-static void peak_i8(float *sink, ptrdiff_t iterations) {
+/* The product of an ISA without the unit takes the accumulator itself as a factor: constant ones would be hoisted. */
+FC_INLINE vi peak_i8_step(vi acc, vi factor, vi x) {
 #ifdef FC_HAS_I8_DOT
+    return vi_dot_i8(acc, factor, x);
+#else
+    (void)factor;
+    return vi_madd16(acc, acc, x);
+#endif
+}
+
+static void peak_i8(float *sink, ptrdiff_t iterations) {
     vi acc[PEAK_CHAINS], factor = (vi)vf_set1(sink[0]), x = (vi)vf_set1(sink[1]), total = {0};
 #pragma GCC unroll 16
     for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = (vi)vf_set1(sink[2] * (float)(j + 1));
     for (; iterations > 0; iterations--)
 #pragma GCC unroll 16
-        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vi_dot_i8(acc[j], factor, x);
+        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = peak_i8_step(acc[j], factor, x);
 #pragma GCC unroll 16
     for (int j = 0; j < PEAK_CHAINS; j++) total += acc[j];
     sink[3] = (float)total[0];
-#else
-    sink[3] = (float)iterations;
-#endif
 }
 
 static void read_sum(float *sum, const float *data, ptrdiff_t n) {

@@ -113,6 +113,13 @@ static const char *at(const void *kv, const ptrdiff_t *stride, const struct wher
     return (const char *)kv + w->b * stride[0] + slot * stride[1] + w->g * stride[2];
 }
 
+/* scores (rows, 16 [first, last)) = q (rows, d) times panels of keys */
+static void score_panels(const struct room *r, ptrdiff_t rows, ptrdiff_t d, ptrdiff_t first, ptrdiff_t last) {
+    fc_k->gemm_f32(&(struct fc_gemm){
+        .c = r->scores + first * 16, .ldc = LD_SCORES * 4, .x = r->q, .ldx = d * 4, .w = r->keys + first * 16 * d,
+        .panel_stride = d * 64, .line_stride = 64, .m = rows, .panels = last - first, .lines = d});
+}
+
 /* scores (rows, [lo, hi)) = q k^T, panel by panel of 16 keys */
 static void score(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t slot, ptrdiff_t lo,
                   ptrdiff_t hi) {
@@ -128,11 +135,9 @@ static void score(const struct attention *t, const struct where *w, const struct
             continue;
         }
         fc_k->panel_cols[a->kv_type](panel, k + begin * ld, ld, d, keys);
-        if (few) fc_k->gemm_f32(r->scores + begin, LD_SCORES * 4, r->q, d * 4, panel, d * 16, 16, rows, 1, d, 0);
+        if (few) score_panels(r, rows, d, p, p + 1);
     }
-    if (!few)
-        fc_k->gemm_f32(r->scores + first * 16, LD_SCORES * 4, r->q, d * 4, r->keys + first * 16 * d, d * 16, 16, rows,
-                       last - first, d, 0);
+    if (!few) score_panels(r, rows, d, first, last);
 }
 
 /* part (rows [row, row + rows)) += scores[:, lo:hi) V[lo:hi) */
@@ -145,8 +150,9 @@ static void weigh(const struct attention *t, const struct room *r, const float *
         fc_k->attention_weigh[FC_F32](part, t->e_padded, p, LD_SCORES, (const char *)(v + lo * ldv), ldv * 4, rows,
                                       t->e_padded, hi - lo, accumulate);
     else
-        fc_k->gemm_f32(part, t->e_padded * 4, p, LD_SCORES * 4, v + lo * ldv, 16, ldv, rows, t->e_padded / 16, hi - lo,
-                       accumulate);
+        fc_k->gemm_f32(&(struct fc_gemm){
+            .c = part, .ldc = t->e_padded * 4, .x = p, .ldx = LD_SCORES * 4, .w = v + lo * ldv, .panel_stride = 64,
+            .line_stride = ldv * 4, .m = rows, .panels = t->e_padded / 16, .lines = hi - lo, .accumulate = accumulate});
 }
 
 /* Rows whose keys differ: in strips, what all rows of a strip see at once, the ends of each row on its own.

@@ -1,80 +1,128 @@
 /* out = x W + bias + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of 64 columns.
  *
  * A tile's columns of W stay in L2 while blocks of rows pass under them; float32 accumulators live in a thread's
- * scratch [rows][64] between blocks of k, so every output is one chain over k whatever M, the threads or the
- * blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are streamed instead.
- * With bfloat16 weights x is rounded to bfloat16, on every ISA and for every M. */
+ * scratch [rows][64] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
+ * threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are streamed
+ * instead. Each packed format multiplies one form of x, the same for every M: float32; bfloat16; int8, one scale a row. */
 #include <stdint.h>
+#include <string.h>
 
 #include "rows.h"
 
 enum {
     TILE_PANELS = 4,     /* 64 columns */
     TILE_BYTES = 256,    /* a row of accumulators */
-    ROWS_A_BLOCK = 384,  /* accumulators of a block: 96 KiB of L2 */
-    PACKED_BYTES = 1 << 19, /* of W under a block of rows: half of a 1 MiB L2 */
+    ROWS_A_BLOCK = 192,  /* x and accumulators of a block fill most of L2 */
+    ROWS_IN_PLACE = 24,  /* up to here float32 x is multiplied where it lies */
     LOOSE_K = 512,       /* k packed on the fly at once: 128 KiB */
     STREAM_ROWS = 4,     /* up to here plain rows of W are streamed, */
     STREAM_COLUMNS = 1024, /* this many columns */
     STREAM_K = 64        /* and this many k at a time: 256 KiB */
 };
 
-struct linear {
-    const fc_linear_args *a;
-    const char *x; /* (M, K) float32, or bfloat16 with K rounded up to even; ldx bytes */
-    ptrdiff_t ldx, x_size, k;
-    ptrdiff_t panels, tiles, block_rows, blocks, kc;
-    size_t loose_bytes;
-    fc_scratch scratch; /* a thread: loose panels, then accumulators */
-    void (*gated)(void *, const float *, const float *, const float *, ptrdiff_t);
-};
-
 static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
 static ptrdiff_t size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
 
-/* ---- x as the kernel eats it ---- */
+/* ---- what a layout asks for ---- */
 
-struct convert_x {
-    const fc_linear_args *a;
-    char *to;
-    ptrdiff_t ld, k;
+typedef enum { X_F32, X_BF16, X_ROUNDED, X_QUANTIZED } x_form; /* X_ROUNDED: float32 with bfloat16 values */
+
+struct form {
+    void (*gemm)(const struct fc_gemm *);
+    x_form x;
+    ptrdiff_t x_size;      /* bytes of a value of x */
+    ptrdiff_t block_k;     /* W comes in whole blocks of so many k, */
+    ptrdiff_t block_lines; /* each so many lines of 64 bytes; */
+    ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales; */
+    int offset;            /* what stands for zero, or 0 */
 };
 
-static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct convert_x *c = ctx;
-    fc_cursor at;
-    (void)rank;
-    fc_cursor_at(&at, c->a->rows, begin);
-    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&at)) {
-        const char *row = (const char *)c->a->x + at.at[1];
-        if (c->a->layout == FC_PACKED_BF16) {
-            uint16_t *to = (uint16_t *)(void *)(c->to + i * c->ld);
-            fc_k->to_bf16[c->a->type](to, row, c->a->k);
-            if (c->k > c->a->k) to[c->a->k] = 0;
-        } else {
-            fc_k->to_f32[c->a->type]((float *)(void *)(c->to + i * c->ld), row, c->a->k, 1.0f);
-        }
+static struct form form_of(const fc_linear_args *a) {
+    const fc_dtype half = fc_k->bf16_x;
+    const ptrdiff_t g = a->group;
+    switch (a->layout) {
+    case FC_PACKED_BF16: return (struct form){fc_k->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, size_of(half), 2, 1, 2, 1, 0};
+    case FC_PACKED_I8: return (struct form){fc_k->gemm_i8, X_QUANTIZED, fc_k->i8_x, g, g / 4 + 1, g, g / 4, 128};
+    case FC_PACKED_I4: return (struct form){fc_k->gemm_i4, X_QUANTIZED, fc_k->i4_x, 64, 9, 32, 4, 8};
+    case FC_PACKED_I4Z: return (struct form){fc_k->gemm_i4z, X_QUANTIZED, fc_k->i4_x, g, g / 8 + 1, g, g / 8, 0};
+    default: return (struct form){fc_k->gemm_f32, X_F32, 4, 1, 1, 1, 1, 0};
     }
 }
 
-/* Uses x where it lies if it has the right type, whole pairs and one stride; else copies it into `copy`. */
+struct linear {
+    const fc_linear_args *a;
+    struct form form;
+    const char *x; /* (k / kc, M, kc) in the form: x_block bytes a block, ldx a row */
+    ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
+    const char *sums; /* X_QUANTIZED: (M, groups) of 4 bytes */
+    const float *scales; /* X_QUANTIZED: (M); else NULL */
+    ptrdiff_t groups;
+    ptrdiff_t panels, tiles, block_rows, blocks, kc;
+    size_t loose_bytes;
+    fc_scratch scratch; /* a thread: loose panels, then accumulators */
+    void (*gated)(void *, const float *, float, const float *, const float *, ptrdiff_t);
+};
+
+/* ---- x as the kernel eats it ---- */
+
+/* Row i, k0 .. k0 + kc - 1 of it, to where the kernel looks for it; zeros from K on. */
+static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, ptrdiff_t k0, float inverse) {
+    const fc_linear_args *a = l->a;
+    const ptrdiff_t padded = smaller(l->kc, l->k - k0), n = smaller(padded, a->k - k0);
+    const char *from = row + k0 * size_of(a->type);
+    void *to = (void *)(l->x + k0 / l->kc * l->x_block + i * l->ldx);
+    switch (l->form.x) {
+    case X_F32: fc_k->to_f32[a->type](to, from, n, 1.0f); break;
+    case X_BF16: fc_k->to_bf16[a->type](to, from, n); break;
+    case X_ROUNDED: fc_k->round_bf16[a->type](to, from, n); break;
+    case X_QUANTIZED:
+        fc_k->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n, padded,
+                                l->form.group_k, l->form.x_size == 2, l->form.offset);
+        return;
+    }
+    if (n < padded) memset((char *)to + n * l->form.x_size, 0, (size_t)((padded - n) * l->form.x_size));
+}
+
+static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct linear *l = ctx;
+    const fc_linear_args *a = l->a;
+    fc_cursor at;
+    float inverse = 0.0f;
+    (void)rank;
+    fc_cursor_at(&at, a->rows, begin);
+    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&at)) {
+        const char *row = (const char *)a->x + at.at[1];
+        if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k);
+        for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
+    }
+}
+
+/* Few rows of float32 or bfloat16 may already have the right form; else x is copied into `copy`, block of k after block
+ * of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
-    const fc_dtype eaten = a->layout == FC_PACKED_BF16 ? FC_BF16 : FC_F32;
+    const ptrdiff_t block_bytes = l->form.block_lines * 64;
     copy->block = NULL;
-    l->x_size = size_of(eaten);
-    l->k = eaten == FC_BF16 ? (a->k + 1) / 2 * 2 : a->k;
-    if (a->type == eaten && l->k == a->k && a->rows->ndim <= 1) {
+    l->k = round_up(a->k, l->form.block_k);
+    l->kc = a->layout < FC_ROWS ? (fc_k->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k : LOOSE_K;
+    if (a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
+        l->k == a->k && a->rows->ndim <= 1) {
         l->x = a->x;
         l->ldx = a->rows->ndim ? a->rows->stride[1][0] : 0;
+        l->x_block = l->kc * l->form.x_size;
         return FC_OK;
     }
-    if (fc_scratch_alloc(copy, 1, (size_t)(a->m * l->k * l->x_size))) return FC_NO_MEMORY;
+    l->ldx = smaller(l->kc, l->k) * l->form.x_size;
+    l->x_block = a->m * l->ldx;
+    l->groups = l->form.x == X_QUANTIZED ? l->k / l->form.group_k : 0;
+    size_t values = (size_t)(l->x_block * ((l->k + l->kc - 1) / l->kc)), sums = (size_t)(a->m * l->groups) * 4;
+    if (fc_scratch_alloc(copy, 1, values + sums + (l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0))) return FC_NO_MEMORY;
     l->x = copy->base;
-    l->ldx = l->k * l->x_size;
-    struct convert_x c = {a, copy->base, l->ldx, l->k};
+    l->sums = copy->base + values;
+    l->scales = l->form.x == X_QUANTIZED ? (float *)(void *)(copy->base + values + sums) : NULL;
     double ns = (double)a->k * 0.2 + 20;
-    return fc_static(fc_threads_for(a->m, ns), a->m, ns, convert_rows, &c);
+    return fc_static(fc_threads_for(a->m, ns), a->m, ns, convert_rows, l);
 }
 
 /* ---- one tile: up to 64 columns under a block of rows ---- */
@@ -93,20 +141,24 @@ static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdi
 
 static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t row,
                      ptrdiff_t rows) {
-    const fc_linear_args *a = l->a;
+    const struct form *f = &l->form;
+    const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_lines * 64;
+    struct fc_gemm g = {.c = acc, .ldc = TILE_BYTES, .ldx = l->ldx, .ldsums = l->groups, .panel_stride = panel_bytes,
+                        .line_stride = 64, .m = rows, .panels = panels};
     for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
         ptrdiff_t kc = smaller(l->kc, l->k - k0);
-        const char *x = l->x + row * l->ldx + k0 * l->x_size;
-        if (a->layout == FC_PACKED_BF16) {
-            const uint16_t *w = (const uint16_t *)a->weight + panel * l->k * 16 + k0 * 16;
-            fc_k->gemm_bf16(acc, TILE_BYTES, (const void *)x, l->ldx, w, l->k * 16, 32, rows, panels, kc, k0 > 0);
-        } else if (a->layout == FC_PACKED_F32) {
-            const float *w = (const float *)a->weight + panel * l->k * 16 + k0 * 16;
-            fc_k->gemm_f32(acc, TILE_BYTES, (const void *)x, l->ldx, w, l->k * 16, 16, rows, panels, kc, k0 > 0);
-        } else {
+        g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;
+        g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_lines * 64;
+        g.blocks = kc / f->block_k;
+        g.lines = f->x == X_QUANTIZED ? f->group_lines : g.blocks;
+        if (l->groups) g.sums = l->sums + (row * l->groups + k0 / f->group_k) * 4;
+        if (l->loose_bytes) {
             pack_loose(l, loose, panel, panels, k0, kc);
-            fc_k->gemm_f32(acc, TILE_BYTES, (const void *)x, l->ldx, loose, kc * 16, 16, rows, panels, kc, k0 > 0);
+            g.w = loose;
+            g.panel_stride = kc * 64;
         }
+        f->gemm(&g);
+        g.accumulate = 1;
     }
 }
 
@@ -117,11 +169,12 @@ static void store(const struct linear *l, const float *acc, ptrdiff_t column, pt
     const float *bias = a->bias ? a->bias + column : NULL;
     fc_cursor at;
     fc_cursor_at(&at, a->rows, row);
-    for (ptrdiff_t i = 0; i < rows; i++, fc_cursor_next(&at), acc += TILE_BYTES / 4) {
+    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += TILE_BYTES / 4) {
         char *out = (char *)a->out + at.at[0] + skip;
-        if (a->gated) l->gated(out, acc, bias, bias ? bias + a->n : NULL, columns);
-        else fc_k->linear_store[a->type](out, acc, bias, a->residual ? (const char *)a->residual + at.at[2] + skip : NULL,
-                                         columns);
+        const float scale = l->scales ? l->scales[i] : 1.0f;
+        if (a->gated) l->gated(out, acc, scale, bias, bias ? bias + a->n : NULL, columns);
+        else fc_k->linear_store[a->type](out, acc, scale, bias,
+                                         a->residual ? (const char *)a->residual + at.at[2] + skip : NULL, columns);
     }
 }
 
@@ -138,16 +191,15 @@ static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 static double item_ns(const struct linear *l) {
-    double flops = 2.0 * (double)l->block_rows * (double)l->k * 64, bytes = (double)l->k * 64 * (double)l->x_size;
+    double flops = 2.0 * (double)l->block_rows * (double)l->k * 64, bytes = (double)(l->k / l->form.block_k * l->form.block_lines) * 256;
     return flops / 100 > bytes / 25 ? flops / 100 : bytes / 25;
 }
 
 static fc_status by_tiles(struct linear *l) {
     const fc_linear_args *a = l->a;
-    const int packed = a->layout == FC_PACKED_F32 || a->layout == FC_PACKED_BF16;
+    const int packed = a->layout < FC_ROWS;
     l->panels = a->gated ? (a->n + 15) / 16 * 2 : (a->n + 15) / 16;
     l->tiles = (l->panels + TILE_PANELS - 1) / TILE_PANELS;
-    l->kc = packed ? PACKED_BYTES / 64 / l->x_size : LOOSE_K;
     l->loose_bytes = packed ? 0 : (size_t)LOOSE_K * 64 * 4;
     l->block_rows = smaller(a->m, ROWS_A_BLOCK);
     l->blocks = 1;
@@ -165,6 +217,11 @@ static fc_status by_tiles(struct linear *l) {
 
 /* ---- few rows against plain rows of W ---- */
 
+/* Few rows: copied or not, STREAM_K values from a multiple of it on lie side by side. */
+static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0) {
+    return (const float *)(const void *)(l->x + k0 / l->kc * l->x_block + row * l->ldx) + k0 % l->kc;
+}
+
 static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     const fc_linear_args *a = l->a;
@@ -175,13 +232,13 @@ static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         for (ptrdiff_t j = 0; j < a->m * width; j++) acc[j] = 0.0f;
         for (ptrdiff_t k0 = 0; k0 < a->k; k0 += STREAM_K)
             for (ptrdiff_t row = 0; row < a->m; row++)
-                fc_k->gemv_rows[a->weight_type](acc + row * width, (const float *)(const void *)(l->x + row * l->ldx) + k0,
+                fc_k->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
                                                 (const char *)a->weight + k0 * a->ldw + column * w_size, a->ldw,
                                                 smaller(STREAM_K, a->k - k0), n);
         fc_cursor at;
         fc_cursor_at(&at, a->rows, 0);
         for (ptrdiff_t row = 0; row < a->m; row++, fc_cursor_next(&at))
-            fc_k->linear_store[a->type]((char *)a->out + at.at[0] + column * size, acc + row * width,
+            fc_k->linear_store[a->type]((char *)a->out + at.at[0] + column * size, acc + row * width, 1.0f,
                                         a->bias ? a->bias + column : NULL,
                                         a->residual ? (const char *)a->residual + at.at[2] + column * size : NULL, n);
     }
@@ -202,7 +259,7 @@ static fc_status by_streams(struct linear *l) {
 fc_status fc_linear(const fc_linear_args *args) {
     struct linear l = {.a = args};
     fc_scratch copy;
-    void (*const gated[FC_ACTIVATIONS])(void *, const float *, const float *, const float *, ptrdiff_t) = {
+    void (*const gated[FC_ACTIVATIONS])(void *, const float *, float, const float *, const float *, ptrdiff_t) = {
         [FC_RELU] = fc_k->gated_store_relu[args->type],
         [FC_SILU] = fc_k->gated_store_silu[args->type],
         [FC_GELU] = fc_k->gated_store_gelu[args->type],
@@ -210,6 +267,7 @@ fc_status fc_linear(const fc_linear_args *args) {
     };
     if (args->m == 0 || args->n == 0) return FC_OK;
     l.gated = gated[args->activation];
+    l.form = form_of(args);
     fc_status status = prepare_x(&l, &copy);
     if (status == FC_OK) status = args->layout == FC_ROWS && args->m <= STREAM_ROWS ? by_streams(&l) : by_tiles(&l);
     fc_scratch_free(&copy);

@@ -68,3 +68,15 @@ FC_INLINE void vf_transpose(vf r[8]) {
         r[i + 4] = (vf)_mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
     }
 }
+
+#define FC_HAS_MADDUBS 1
+FC_INLINE vi vi_maddubs(vi u8, vi s8) { return (vi)_mm256_maddubs_epi16((__m256i)u8, (__m256i)s8); }
+FC_INLINE vi vi_madd16(vi acc, vi a, vi b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+FC_INLINE __m128i vi_packed16(vi a) {
+    return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
+}
+FC_INLINE void vi_put16(int16_t *p, vi a) { _mm_storeu_si128((void *)p, vi_packed16(a)); }
+FC_INLINE void vi_put8(int8_t *p, vi a) {
+    __m128i h = vi_packed16(a);
+    _mm_storel_epi64((void *)p, _mm_packs_epi16(h, h));
+}

@@ -100,6 +100,11 @@ FC_INLINE vf vf_dot_bf16(vf acc, vu w, vu x) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
 }
 #endif
+#define FC_HAS_MADDUBS 1
+FC_INLINE vi vi_maddubs(vi u8, vi s8) { return (vi)_mm512_maddubs_epi16((__m512i)u8, (__m512i)s8); }
+FC_INLINE vi vi_madd16(vi acc, vi a, vi b) { return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+FC_INLINE void vi_put16(int16_t *p, vi a) { _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16((__m512i)a)); }
+FC_INLINE void vi_put8(int8_t *p, vi a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)a)); }
 #ifdef FC_HAS_I8_DOT
 /* acc + sum of four u8 * s8. In assembly: gcc 12 wraps the destructive instruction in register moves. */
 FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) {

@@ -29,3 +29,15 @@ FC_INLINE void vf_transpose(vf r[4]) {
     r[2] = (vf)vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
     r[3] = (vf)vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
 }
+
+FC_INLINE vi vi_madd16(vi acc, vi a, vi b) {
+    int16x8_t p = (int16x8_t)a, q = (int16x8_t)b;
+    int32x4_t low = vmull_s16(vget_low_s16(p), vget_low_s16(q)), high = vmull_high_s16(p, q);
+    return acc + (vi)vpaddq_s32(low, high);
+}
+FC_INLINE void vi_put16(int16_t *p, vi a) { vst1_s16(p, vmovn_s32((int32x4_t)a)); }
+FC_INLINE void vi_put8(int8_t *p, vi a) {
+    int16x4_t h = vmovn_s32((int32x4_t)a);
+    int8x8_t b = vmovn_s16(vcombine_s16(h, h));
+    memcpy(p, &b, 4);
+}

@@ -59,3 +59,11 @@ FC_INLINE void vf_transpose(vf r[4]) {
     r[2] = (vf)_mm_movelh_ps(b, d);
     r[3] = (vf)_mm_movehl_ps(d, b);
 }
+
+FC_INLINE vi vi_madd16(vi acc, vi a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+FC_INLINE void vi_put16(int16_t *p, vi a) { _mm_storel_epi64((void *)p, _mm_packs_epi32((__m128i)a, (__m128i)a)); }
+FC_INLINE void vi_put8(int8_t *p, vi a) {
+    __m128i h = _mm_packs_epi32((__m128i)a, (__m128i)a);
+    int32_t four = _mm_cvtsi128_si32(_mm_packs_epi16(h, h));
+    memcpy(p, &four, 4);
+}
