@@ -84,6 +84,8 @@ cdef extern from "forge.h" nogil:
         const void *weight
         ptrdiff_t ldw
         ptrdiff_t group
+        const float *norm
+        float norm_eps, norm_offset
         const float *bias
         int gated
         fc_activation activation
@@ -114,6 +116,46 @@ cdef extern from "forge.h" nogil:
     fc_status fc_attention(const fc_attention_args *args)
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
+
+    ctypedef struct fc_append_args:
+        fc_dtype from_type, to_type
+        const void *from_ "from"
+        void *to
+        ptrdiff_t from_stride[3]
+        ptrdiff_t to_stride[3]
+        const int64_t *start
+        const int64_t *count
+        ptrdiff_t batch, seq, heads, n, ring
+    fc_status fc_append(const fc_append_args *args)
+
+    ctypedef struct fc_matrix:
+        fc_layout layout
+        const void *data
+        ptrdiff_t group
+        const float *bias
+    ctypedef struct fc_block:
+        ptrdiff_t hidden, inner, heads, kv_heads, head_dim
+        const float *input_norm
+        const float *q_norm
+        const float *k_norm
+        const float *post_attention_norm
+        const float *mlp_norm
+        const float *post_mlp_norm
+        fc_matrix qkv, out, gate_up, down
+        fc_activation activation
+        float eps, norm_offset, residual_scale, attention_scale, softcap
+        const float *cos
+        const float *sin
+        ptrdiff_t half
+    ctypedef struct fc_block_cache:
+        fc_dtype type
+        void *k
+        void *v
+        ptrdiff_t k_stride[3]
+        ptrdiff_t v_stride[3]
+        ptrdiff_t ring, window
+    fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdiff_t n, float *x, ptrdiff_t batch,
+                        ptrdiff_t seq, const int64_t *start, const int64_t *positions)
 
     ctypedef enum fc_peak:
         FC_PEAK_F32

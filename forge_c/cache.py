@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c.functional import KV_CHUNK
+from forge_c.functional import KV_CHUNK, store_tokens
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
 
@@ -211,18 +211,24 @@ class KVCache:
             raise ValueError(
                 f"KVCache.append: {tokens} tokens at once, expected at most {KV_CHUNK} in a ring"
             )
-        added = tokens if lens is None else self._checked_lens(lens, tokens)
+        added = np.full(self.batch, tokens) if lens is None else self._checked_lens(lens, tokens)
         with self.writing():
-            start, stop = self._lengths, self._lengths + added
-            if stop.max() > self._max_seq_len:
-                row = int(stop.argmax())
-                raise ValueError(
-                    f"KVCache.append: row {row} has {start[row]} tokens and {stop[row] - start[row]} more do "
-                    f"not fit, max_seq_len is {self._max_seq_len}"
-                )
+            stop = self._stop(added)
             np.maximum(self._written, stop, out=self._written)
-            self._store(k, v, start.tolist(), stop.tolist())
+            for store, new in ((self._k, k), (self._v, v)):
+                store_tokens(store, new, self._lengths, added, self._window is not None)
             self._lengths[:] = stop
+
+    def _stop(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Lengths after `added` more tokens a row; ValueError if they do not fit."""
+        stop = self._lengths + added
+        if stop.max() > self._max_seq_len:
+            row = int(stop.argmax())
+            raise ValueError(
+                f"KVCache.append: row {row} has {self._lengths[row]} tokens and {added[row]} more do not fit, "
+                f"max_seq_len is {self._max_seq_len}"
+            )
+        return stop
 
     def truncate(self, n: ArrayLike) -> None:
         """Forget every token from position n on; what comes next is as if they had never been there.
@@ -330,24 +336,6 @@ class KVCache:
         if (counts < 0).any() or (counts > tokens).any():
             raise ValueError(f"KVCache.append: lens is {counts.tolist()}, expected 0 to {tokens} each")
         return counts.astype(np.int64)
-
-    def _store(self, k: NDArray[Any], v: NDArray[Any], starts: list[int], stops: list[int]) -> None:
-        """Write the first tokens of every row into positions start .. stop - 1."""
-        if starts.count(starts[0]) == stops.count(stops[0]) == self.batch:
-            self._write(slice(None), starts[0], stops[0], k, v)
-            return
-        for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            self._write(slice(row, row + 1), start, stop, k, v)
-
-    def _write(self, rows: slice, start: int, stop: int, k: NDArray[Any], v: NDArray[Any]) -> None:
-        """Write tokens into the same positions of some rows, in two pieces where the ring ends."""
-        slot, count = start % self.capacity, stop - start
-        first = min(count, self.capacity - slot)
-        for store, new in ((self._k[rows], k[rows]), (self._v[rows], v[rows])):
-            new = new.transpose(0, 2, 1, 3)
-            store[:, :, slot : slot + first] = new[:, :, :first]
-            if first < count:
-                store[:, :, : count - first] = new[:, :, first:count]
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

@@ -95,6 +95,8 @@ typedef struct {
     const void *weight;
     ptrdiff_t ldw;
     ptrdiff_t group;   /* of FC_PACKED_I8 and FC_PACKED_I4Z: k that share a scale; x is quantised, a scale a row */
+    const float *norm; /* (K) or NULL; else x stands for fc_rms_norm of it, with this weight, eps and offset */
+    float norm_eps, norm_offset;
     const float *bias; /* (N) or NULL; gated: (2, N) */
     int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
     fc_activation activation;
@@ -127,6 +129,47 @@ fc_status fc_attention(const fc_attention_args *args);
 /* Exact union of two attentions over disjoint keys: rows of E values and one lse each; empty parts have lse -inf. */
 fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n);
+
+/* ---- key/value cache: tokens into their slots, rounded to the cache's dtype ---- */
+typedef struct {
+    fc_dtype from_type, to_type;
+    const void *from; /* (B, S, G, n), strides of batch, token, head */
+    void *to;         /* slot of position p: p, or p % ring */
+    ptrdiff_t from_stride[3], to_stride[3];
+    const int64_t *start; /* (B) position of the first token */
+    const int64_t *count; /* (B) tokens to take, or NULL: all */
+    ptrdiff_t batch, seq, heads, n, ring;
+} fc_append_args;
+fc_status fc_append(const fc_append_args *args);
+
+/* ---- decoder: blocks of  h = x + s post(attention(norm x)),  h + s post(mlp(norm h)) ----
+ * Norms that are NULL are absent; q_norm and k_norm (D) act on each head, before RoPE, without offset.
+ * A = H * D query channels, C = G * D key channels. All activations are float32. */
+typedef struct {
+    fc_layout layout; /* one of FC_PACKED_* */
+    const void *data;
+    ptrdiff_t group;
+    const float *bias; /* as in fc_linear_args, or NULL */
+} fc_matrix;
+typedef struct {
+    ptrdiff_t hidden, inner, heads, kv_heads, head_dim;
+    const float *input_norm, *q_norm, *k_norm, *post_attention_norm, *mlp_norm, *post_mlp_norm;
+    fc_matrix qkv, out, gate_up, down; /* (hidden, A + 2 C), (A, hidden), gated pair of (hidden, inner), (inner, hidden) */
+    fc_activation activation;
+    float eps, norm_offset, residual_scale, attention_scale, softcap;
+    const float *cos, *sin; /* (positions, half), or NULL: no RoPE in this block */
+    ptrdiff_t half;
+} fc_block;
+typedef struct {
+    fc_dtype type;
+    void *k, *v; /* (B, G, slots, D) */
+    ptrdiff_t k_stride[3], v_stride[3]; /* batch, slot, head */
+    ptrdiff_t ring, window;             /* as in fc_attention_args */
+} fc_block_cache;
+/* x (B, S, hidden), in place, through n blocks and caches; row b's tokens come after the start[b] that it holds.
+ * positions (B, S): those of RoPE. One parallel region in all. FC_INTERRUPTED leaves x and the new slots undefined. */
+fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdiff_t n, float *x, ptrdiff_t batch,
+                    ptrdiff_t seq, const int64_t *start, const int64_t *positions);
 
 /* ---- roofline: work of a known size for the clock, on fc_get_num_threads() threads ---- */
 typedef enum { FC_PEAK_F32, FC_PEAK_BF16, FC_PEAK_I8 } fc_peak;

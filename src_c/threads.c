@@ -3,6 +3,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <time.h>
 #ifdef _OPENMP
@@ -12,6 +13,15 @@
 /* Below this much serial work a second thread costs more than it brings (docs/threads.md). */
 static const double PARALLEL_NS = 12e3;
 static const double POLL_NS = 20e6;
+enum { SPINS = 4000 }; /* some 100 us */
+
+static inline void pause_cpu(void) {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 static int wanted;         /* fc_set_num_threads; 0: what OpenMP says */
 static int omp_at_start;   /* omp_get_max_threads() at load: a lower value later is threadpoolctl's limit */
@@ -77,7 +87,7 @@ static double now_ns(void) {
 /* What the threads of one region share. Only rank 0, the calling thread, polls. */
 struct region {
     ptrdiff_t items, piece, next;
-    int poll, stop;
+    int poll, stop, dynamic;
     double polled_at;
     fc_body *body;
     void *ctx;
@@ -105,24 +115,95 @@ static void run_dynamic(struct region *r, int rank) {
     }
 }
 
+static void run_share(struct region *r, int rank, int threads) {
+    if (r->dynamic) run_dynamic(r, rank);
+    else run_static(r, rank, threads);
+}
+
+/* ---- one region for many: fc_together ---- */
+
+/* The threads of fc_together's region. Rank 0 hands out a region by counting `turn` up, the others count `done` up. */
+struct team {
+    int size;
+    struct region *region; /* of this turn; NULL: go home */
+    int threads;           /* of the team that take part in it */
+    char line[64];
+    unsigned turn;
+    char another_line[64];
+    unsigned done;
+};
+static _Thread_local struct team *my_team; /* of the thread that runs a program */
+
+/* Until *value is not `old`. Spins for a while, then lets others have the core. */
+static void wait_while(const unsigned *value, unsigned old) {
+    for (int spins = 0; __atomic_load_n(value, __ATOMIC_ACQUIRE) == old; spins++) {
+        if (spins < SPINS) pause_cpu();
+        else sched_yield();
+    }
+}
+
+static void follow(struct team *t, int rank) {
+    for (unsigned turn = 0;; turn++) {
+        wait_while(&t->turn, turn);
+        if (!t->region) return;
+        if (rank < t->threads) run_share(t->region, rank, t->threads);
+        __atomic_fetch_add(&t->done, 1, __ATOMIC_RELEASE);
+    }
+}
+
+/* region NULL ends the team. Returns when every other thread has done its part. */
+static void lead(struct team *t, struct region *region, int threads) {
+    const unsigned others = (unsigned)t->size - 1;
+    t->region = region;
+    t->threads = threads < t->size ? threads : t->size;
+    __atomic_store_n(&t->done, 0, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&t->turn, 1, __ATOMIC_RELEASE);
+    if (!region) return;
+    run_share(region, 0, t->threads);
+    for (unsigned done; (done = __atomic_load_n(&t->done, __ATOMIC_ACQUIRE)) < others;) wait_while(&t->done, done);
+}
+
+fc_status fc_together(fc_status (*program)(void *ctx), void *ctx) {
+    const int threads = fc_get_num_threads();
+    if (threads < 2 || my_team) return program(ctx);
+    fc_status status = FC_OK;
+#ifdef _OPENMP
+    struct team t = {.size = 1};
+#pragma omp parallel num_threads(threads)
+    {
+        if (omp_get_thread_num() == 0) {
+            t.size = omp_get_num_threads();
+            my_team = &t;
+            status = program(ctx);
+            my_team = NULL;
+            lead(&t, NULL, 0);
+        } else {
+            follow(&t, omp_get_thread_num());
+        }
+    }
+#endif
+    return status;
+}
+
+int fc_interrupted(void) { return poll_signals && poll_signals(); }
+
+/* ---- */
+
 static fc_status run(int threads, ptrdiff_t items, double ns, int dynamic, fc_body *body, void *ctx) {
-    struct region r = {.items = items, .piece = items, .body = body, .ctx = ctx};
+    struct region r = {.items = items, .piece = items, .dynamic = dynamic, .body = body, .ctx = ctx};
     if ((double)items * ns > POLL_NS && poll_signals) {
         r.poll = 1;
         r.polled_at = now_ns();
         r.piece = ns * 4 > POLL_NS ? 1 : (ptrdiff_t)(POLL_NS / 4 / ns);
     }
+    if (threads > 1 && my_team) lead(my_team, &r, threads);
 #ifdef _OPENMP
-    if (threads > 1) {
+    else if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-        {
-            if (dynamic) run_dynamic(&r, omp_get_thread_num());
-            else run_static(&r, omp_get_thread_num(), omp_get_num_threads());
-        }
-        return r.stop ? FC_INTERRUPTED : FC_OK;
+        run_share(&r, omp_get_thread_num(), omp_get_num_threads());
     }
 #endif
-    run_static(&r, 0, 1);
+    else run_static(&r, 0, 1);
     return r.stop ? FC_INTERRUPTED : FC_OK;
 }
 

@@ -18,6 +18,13 @@ int fc_threads_for(ptrdiff_t items, double ns);
 fc_status fc_static(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 
+/* program(ctx) on the calling thread. Its fc_static and fc_dynamic share one parallel region, whose other threads wait
+ * for them without leaving it: cheaper than a region each where ops are short. */
+fc_status fc_together(fc_status (*program)(void *ctx), void *ctx);
+
+/* Whether the user wants to stop (Ctrl-C), asked of the border. For drivers of several ops, between them. */
+int fc_interrupted(void);
+
 /* Scratch: `bytes` for each of `threads` threads, 64-byte aligned, each slice on its own cache lines.
  * NULL when there is no memory. Release with fc_scratch_free. */
 typedef struct {

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -11,15 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c.cache import KVCache
-from forge_c.functional import (
-    PackedWeight,
-    attention,
-    embedding,
-    gated_linear,
-    linear,
-    rms_norm,
-    rope,
-)
+from forge_c.functional import DecoderBlock, decode, embedding, linear, rms_norm
 from forge_c.models.config import ModelSpec
 from forge_c.models.loading import Checkpoint
 from forge_c.packing import pack, pack_gated
@@ -29,29 +20,6 @@ DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million token
 _DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rope types whose angles depend on how long the sequence may become
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One block. H hidden, I intermediate, A = n_heads * head_dim, K = n_kv_heads * head_dim."""
-
-    input_norm: Floats  # (H,)
-    qkv: PackedWeight  # (H, A + 2 K)
-    qkv_bias: Floats | None
-    q_norm: Floats | None  # (head_dim,)
-    k_norm: Floats | None
-    out: PackedWeight  # (A, H)
-    out_bias: Floats | None
-    post_attention_norm: Floats | None  # (H,), of what attention returns
-    mlp_norm: Floats  # (H,)
-    gate_up: PackedWeight  # a pair of (H, I)
-    gate_up_bias: Floats | None  # (2, I)
-    down: PackedWeight  # (I, H)
-    down_bias: Floats | None
-    post_mlp_norm: Floats | None
-
-    def nbytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if value is not None)
 
 
 class ModelCache:
@@ -96,6 +64,17 @@ class ModelCache:
         return ModelCache([layer.row(i) for layer in self.layers], self.table)
 
     @contextmanager
+    def growing(self, tokens: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the lengths, and make every row `tokens` longer if the block does not raise. ValueError without room."""
+        start = self.lengths
+        stop = self.layers[0]._stop(np.full(self.batch, tokens))
+        for layer in self.layers:
+            np.maximum(layer._written, stop, out=layer._written)
+        yield start
+        for layer in self.layers:
+            layer._lengths[:] = stop
+
+    @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other threads out; RuntimeError if one is in."""
         with ExitStack() as stack:
@@ -127,7 +106,9 @@ class Decoder:
         self._embedding = table.astype(ml_dtypes.bfloat16) if dtype == "bfloat16" else table  # (vocab, H)
         self._head = pack(head.T, dtype)  # (H, vocab)
         del table, head
-        self._layers = [_layer_weights(spec, checkpoint, i, dtype) for i in range(spec.n_layers)]
+        layers = [_layer(spec, checkpoint, i, dtype) for i in range(spec.n_layers)]
+        self._blocks = [block for block, _ in layers]
+        self._blocks_nbytes = sum(nbytes for _, nbytes in layers)
         self._norm = _vector(checkpoint, "model.norm.weight", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.tied else ())
         self._rope_table(1)  # an impossible rope setting is an error of the load, not of the first call
@@ -135,8 +116,7 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
-        return (self._embedding.nbytes + self._head.nbytes + self._norm.nbytes
-                + sum(layer.nbytes() for layer in self._layers))
+        return self._embedding.nbytes + self._head.nbytes + self._norm.nbytes + self._blocks_nbytes
 
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None, dtype: str = "float32") -> ModelCache:
         """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096).
@@ -157,10 +137,9 @@ class Decoder:
         """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> normalised states (batch, n, H)."""
         s = self.spec
         with cache.writing():
-            positions = cache.lengths[:, None] + np.arange(ids.shape[1])
             x = embedding(ids, self._embedding, scale=s.embedding_scale, dtype=np.float32)
-            for weights, layer_cache, turned in zip(self._layers, cache.layers, s.rope_layers, strict=True):
-                x = self._block(x, weights, layer_cache, positions, cache.table if turned else None)
+            with cache.growing(ids.shape[1]) as start:
+                decode(x, self._blocks, cache.layers, start, cache.table)
             return rms_norm(x, self._norm, s.norm_eps, weight_offset=s.norm_weight_offset, out=x)
 
     def logits(self, hidden: Floats) -> Floats:
@@ -174,47 +153,6 @@ class Decoder:
             np.tanh(y, out=y)
             y *= cap
         return y
-
-    def _block(self, x: Floats, w: LayerWeights, cache: KVCache, positions: NDArray[np.int64],
-               table: RopeTable | None) -> Floats:
-        """x (batch, n, H) -> the same shape."""
-        s = self.spec
-        q, k, v = self._heads(self._norm_of(x, w.input_norm), w, positions, table)
-        cache.append(k, v)
-        heads = attention(q, cache, causal=True, scale=s.attention_scale, softcap=s.attention_softcap)
-        x = self._add(heads.reshape(*x.shape[:2], -1), w.out, w.out_bias, w.post_attention_norm, x)
-        inner = gated_linear(self._norm_of(x, w.mlp_norm), w.gate_up, w.gate_up_bias, activation=s.activation)
-        return self._add(inner, w.down, w.down_bias, w.post_mlp_norm, x)
-
-    def _heads(self, x: Floats, w: LayerWeights, positions: NDArray[np.int64],
-               table: RopeTable | None) -> tuple[Floats, Floats, Floats]:
-        """q (batch, n, n_heads, head_dim), k and v (batch, n, n_kv_heads, head_dim), normalised and turned."""
-        s = self.spec
-        all_heads = linear(x, w.qkv, w.qkv_bias).reshape(*x.shape[:2], s.n_heads + 2 * s.n_kv_heads, s.head_dim)
-        q, k, v = np.split(all_heads, [s.n_heads, s.n_heads + s.n_kv_heads], axis=2)
-        if w.q_norm is not None:
-            rms_norm(q, w.q_norm, s.norm_eps, out=q)
-            rms_norm(k, w.k_norm, s.norm_eps, out=k)
-        if table is not None:
-            turned = all_heads[:, :, : s.n_heads + s.n_kv_heads]
-            rope(turned, table, positions=positions, out=turned)
-        return q, k, v
-
-    def _norm_of(self, x: Floats, weight: Floats) -> Floats:
-        return rms_norm(x, weight, self.spec.norm_eps, weight_offset=self.spec.norm_weight_offset)
-
-    def _add(self, y: Floats, weight: PackedWeight, bias: Floats | None, norm: Floats | None, x: Floats) -> Floats:
-        """x + residual_scale * norm(y @ weight + bias)."""
-        s = self.spec
-        if norm is None and s.residual_scale == 1.0:
-            return linear(y, weight, bias, residual=x)
-        z = linear(y, weight, bias)
-        if norm is not None:
-            rms_norm(z, norm, s.norm_eps, weight_offset=s.norm_weight_offset, out=z)
-        if s.residual_scale != 1.0:
-            z *= np.float32(s.residual_scale)
-        z += x
-        return z
 
     def _rope_table(self, length: int) -> RopeTable:
         """A table for at least `length` positions, or exactly as many where the angles depend on it."""
@@ -231,8 +169,8 @@ def _vector(checkpoint: Checkpoint, name: str, n: int) -> Floats:
     return checkpoint.take(name, (n,)).astype(np.float32)
 
 
-def _layer_weights(s: ModelSpec, checkpoint: Checkpoint, i: int, dtype: str) -> LayerWeights:
-    """Layer i, its matrices packed. The checkpoint holds them as (out, in)."""
+def _layer(s: ModelSpec, checkpoint: Checkpoint, i: int, dtype: str) -> tuple[DecoderBlock, int]:
+    """Layer i, its matrices packed, and the bytes of its weights. The checkpoint holds matrices as (out, in)."""
     prefix, hidden, inner = f"model.layers.{i}.", s.hidden_size, s.intermediate_size
     queries, keys = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
 
@@ -259,7 +197,7 @@ def _layer_weights(s: ModelSpec, checkpoint: Checkpoint, i: int, dtype: str) -> 
         qkv_bias = np.concatenate([b for b in biases if b is not None])
     if s.mlp_bias:
         gate_up_bias = np.stack([_vector(checkpoint, f"{prefix}mlp.{p}_proj.bias", inner) for p in ("gate", "up")])
-    return LayerWeights(
+    weights: dict[str, Any] = dict(
         input_norm=norm("input_layernorm"),
         qkv=pack(qkv.T, dtype), qkv_bias=qkv_bias,
         q_norm=vector("self_attn.q_norm.weight", s.head_dim, s.qk_norm),
@@ -273,6 +211,11 @@ def _layer_weights(s: ModelSpec, checkpoint: Checkpoint, i: int, dtype: str) -> 
         down_bias=vector("mlp.down_proj.bias", hidden, s.mlp_bias),
         post_mlp_norm=norm("post_feedforward_layernorm", s.post_norms),
     )
+    block = DecoderBlock(
+        heads=s.n_heads, kv_heads=s.n_kv_heads, head_dim=s.head_dim, activation=s.activation, eps=s.norm_eps,
+        norm_offset=s.norm_weight_offset, residual_scale=s.residual_scale, attention_scale=s.attention_scale,
+        softcap=s.attention_softcap or 0.0, turned=s.rope_layers[i], **weights)
+    return block, sum(w.nbytes for w in weights.values() if w is not None)
 
 
 __all__ = ["DEFAULT_CONTEXT", "Decoder", "ModelCache"]

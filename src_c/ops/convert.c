@@ -1,7 +1,25 @@
-/* Any storage type to float32: small parameters (norm weights, biases, sinks) on their way to a kernel. */
+/* From one storage type to another: parameters on their way to a kernel, table rows, tokens on their way to a cache. */
+#include <string.h>
+
 #include "rows.h"
+
+enum { PIECE = 512 };
 
 fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n) {
     fc_k->to_f32[type](out, x, n, 1.0f);
     return FC_OK;
+}
+
+void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale) {
+    const ptrdiff_t from_size = from_type == FC_F32 ? 4 : 2, to_size = to_type == FC_F32 ? 4 : 2;
+    if (to_type == from_type && scale == 1.0f) {
+        memcpy(to, from, (size_t)(n * to_size));
+        return;
+    }
+    for (ptrdiff_t i = 0; i < n; i += PIECE) {
+        float wide[PIECE];
+        ptrdiff_t m = n - i < PIECE ? n - i : PIECE;
+        fc_k->to_f32[from_type](wide, (const char *)from + i * from_size, m, scale);
+        fc_k->from_f32[to_type]((char *)to + i * to_size, wide, m, 1.0f);
+    }
 }

@@ -60,6 +60,7 @@ struct linear {
     ptrdiff_t groups;
     ptrdiff_t panels, tiles, block_rows, blocks, kc;
     size_t loose_bytes;
+    fc_scratch normed; /* a thread: one row of x after its norm */
     fc_scratch scratch; /* a thread: loose panels, then accumulators */
     void (*gated)(void *, const float *, float, const float *, const float *, ptrdiff_t);
 };
@@ -89,16 +90,20 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const fc_linear_args *a = l->a;
     fc_cursor at;
     float inverse = 0.0f;
-    (void)rank;
     fc_cursor_at(&at, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&at)) {
         const char *row = (const char *)a->x + at.at[1];
+        if (a->norm) {
+            char *normed = fc_scratch_of(&l->normed, rank);
+            fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, 0);
+            row = normed;
+        }
         if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k);
         for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
     }
 }
 
-/* Few rows of float32 or bfloat16 may already have the right form; else x is copied into `copy`, block of k after block
+/* Few rows of float32 or bfloat16, not to be normalised, may already have the right form; else x is copied into `copy`, block of k after block
  * of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
@@ -106,7 +111,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     copy->block = NULL;
     l->k = round_up(a->k, l->form.block_k);
     l->kc = a->layout < FC_ROWS ? (fc_k->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k : LOOSE_K;
-    if (a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
+    if (!a->norm && a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
         l->k == a->k && a->rows->ndim <= 1) {
         l->x = a->x;
         l->ldx = a->rows->ndim ? a->rows->stride[1][0] : 0;
@@ -121,8 +126,12 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     l->x = copy->base;
     l->sums = copy->base + values;
     l->scales = l->form.x == X_QUANTIZED ? (float *)(void *)(copy->base + values + sums) : NULL;
-    double ns = (double)a->k * 0.2 + 20;
-    return fc_static(fc_threads_for(a->m, ns), a->m, ns, convert_rows, l);
+    const double ns = (double)a->k * (a->norm ? 0.4 : 0.2) + 20;
+    const int threads = fc_threads_for(a->m, ns);
+    if (a->norm && fc_scratch_alloc(&l->normed, threads, (size_t)(a->k * size_of(a->type)))) return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, a->m, ns, convert_rows, l);
+    fc_scratch_free(&l->normed);
+    return status;
 }
 
 /* ---- one tile: up to 64 columns under a block of rows ---- */

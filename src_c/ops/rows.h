@@ -36,4 +36,7 @@ static inline void fc_cursor_next(fc_cursor *c) {
     }
 }
 
+/* to[n] = from[n] * scale, from any storage type to any */
+void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale);
+
 #endif
