@@ -13,7 +13,7 @@ from forge_c.nn import ModernTransformerBlock, SinusoidalPositionalEncoding
 
 Array = np.ndarray
 Call = Callable[[], Any]
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8", "int4", "int4-32")
 _STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -82,7 +82,9 @@ def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Cal
 
 
 def linear(x: Array, weight: Array, *, dtype: str) -> Call:
-    packed, out = fc.pack(weight, dtype), np.empty((len(x), weight.shape[1]), np.float32)
+    name, _, group = dtype.partition("-")
+    packed = fc.pack(weight, name, group_size=int(group) if group else None)
+    out = np.empty((len(x), weight.shape[1]), np.float32)
     return lambda: fc.linear(x, packed, out=out)
 
 

@@ -55,8 +55,8 @@ def best_of(a: Limits | None, b: Limits) -> Limits:
 
 
 def compute_seconds(work: Work, limits: Limits) -> float:
-    peak = limits["bf16_gflops"] if work.dtype == "bfloat16" and limits["bf16_gflops"] else limits["fp32_gflops"]
-    return work.flops / peak / 1e9
+    key = "int8_gops" if work.dtype.startswith("int") else "bf16_gflops" if work.dtype == "bfloat16" else "fp32_gflops"
+    return work.flops / (limits[key] or limits["fp32_gflops"]) / 1e9
 
 
 def memory_seconds(work: Work, limits: Limits) -> float:

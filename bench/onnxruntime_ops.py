@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 Array = np.ndarray
 Call = Callable[[], Any]
-DTYPES = ("float32",)
+DTYPES = ("float32", "int4-32")
 _MS = "com.microsoft"
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32,
-          np.dtype(np.int64): TensorProto.INT64}
+          np.dtype(np.int64): TensorProto.INT64, np.dtype(np.uint8): TensorProto.UINT8}
 
 
 def to_numpy(result: Any) -> Array:
@@ -104,8 +104,23 @@ def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Cal
 
 
 def linear(x: Array, weight: Array, *, dtype: str) -> Call:
+    if dtype == "int4-32":
+        return _int4(x, weight)
     return _call([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": x},
                  np.empty((len(x), weight.shape[1]), np.float32), {"w": weight})
+
+
+def _int4(x: Array, weight: Array) -> Call:
+    """MatMulNBits over symmetric blocks of 32, with its int8 arithmetic (accuracy level 4)."""
+    k, n = weight.shape
+    blocks = np.ascontiguousarray(weight.T).reshape(n, k // 32, 32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
+    scale = largest / np.float32(-8)
+    u = np.clip(np.rint(blocks / np.where(scale == 0, 1, scale)) + 8, 0, 15).astype(np.uint8)
+    node = helper.make_node("MatMulNBits", ["x", "w", "scale"], ["y"], domain=_MS, K=k, N=n, bits=4, block_size=32,
+                            accuracy_level=4)
+    return _call([node], {"x": x}, np.empty((len(x), n), np.float32),
+                 {"w": u[..., 0::2] | (u[..., 1::2] << 4), "scale": scale.reshape(-1)})
 
 
 def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:

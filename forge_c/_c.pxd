@@ -90,6 +90,8 @@ cdef extern from "forge.h" nogil:
         int gated
         fc_activation activation
     fc_status fc_linear(const fc_linear_args *args)
+    fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw,
+                              ptrdiff_t k, ptrdiff_t n)
 
     ctypedef struct fc_attention_args:
         fc_dtype q_type, kv_type

@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="tokens per second of prompts and of generation")
     for command in (generate, info, bench):
         command.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
-        command.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: %(default)s)")
+        command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: %(default)s)")
         command.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
     generate.add_argument("--prompt", default=None, help="text to continue; - reads it from stdin")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")

@@ -39,6 +39,6 @@ if os.environ.get("FORGE_C_ISA"):
 
 __all__ = [
     "KV_CHUNK", "DecoderBlock", "PackedWeight", "attention", "available_isas", "decode", "embedding", "gated_linear",
-    "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope",
-    "set_num_threads", "silu", "softmax", "store_tokens", "swiglu", "use_isa",
+    "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "pack_columns", "relu",
+    "rms_norm", "rope", "set_num_threads", "silu", "softmax", "store_tokens", "swiglu", "use_isa",
 ]

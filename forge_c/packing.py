@@ -33,7 +33,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forge_c.functional import PackedWeight, get_num_threads
+from forge_c.functional import PackedWeight, get_num_threads, pack_columns
 
 PANEL = 16
 FORMATS = ("float32", "bfloat16", "int8", "int4")
@@ -41,7 +41,7 @@ _DEFAULT_GROUP = {"float32": None, "bfloat16": None, "int8": 128, "int4": 64}
 _SYMMETRIC_INT4 = 32
 _MAX_GROUP = 1 << 16  # 255 * 127 * group stays below 2^31
 _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-_PANELS_AT_ONCE = 8  # quantised at once: a few MB that stay in cache
+_STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -118,18 +118,19 @@ def _aligned(panels: int, panel_bytes: int) -> Bytes:
 
 def _fill(name: str, f: Format, panels: Bytes, weight: NDArray) -> None:
     """panels (n_panels, panel bytes) <- weight (in, out); panels may be strided. Pieces are filled by threads."""
-    blocks = f.blocks(weight.shape[0])
-    put: dict[str, Callable[..., None]] = {"float32": _put_floats, "bfloat16": _put_floats, "int8": _put_int8,
-                                           "int4": _put_int4z if f.has_minimum else _put_int4}
+    put: Callable[..., None] = (_put_floats if f.group is None else _put_int8 if f.dtype == "int8" else
+                                _put_int4z if f.has_minimum else _put_int4)
 
     def piece(first: int) -> None:
-        block = panels[first:first + _PANELS_AT_ONCE]
-        columns = weight[:, first * PANEL:(first + len(block)) * PANEL]
-        put[f.dtype](name, f, block.reshape(len(block), blocks, f.block_bytes), columns)
+        put(name, f, panels[first:first + at_once], weight[:, first * PANEL:(first + at_once) * PANEL])
 
-    starts = range(0, len(panels), _PANELS_AT_ONCE)
     threads = min(get_num_threads(), os.cpu_count() or 1)
-    if threads == 1 or weight.size < 1 << 20:
+    # Floats are moved by threads of their own, unless NumPy has to convert or transpose them first.
+    at_once = max(1, (1 << 22) // max(1, PANEL * weight.shape[0])) if weight.size > 1 << 16 else len(panels)
+    if put is _put_floats and weight.dtype == _STORED[f.dtype] and weight.strides[:1] == (weight.itemsize,):
+        at_once = len(panels)
+    starts = range(0, len(panels), max(at_once, 1))
+    if threads == 1 or len(starts) < 2:
         for first in starts:
             piece(first)
     else:
@@ -138,13 +139,13 @@ def _fill(name: str, f: Format, panels: Bytes, weight: NDArray) -> None:
 
 
 def _put_floats(name: str, f: Format, out: Bytes, columns: NDArray) -> None:
-    """out (panels, blocks, 64): a block is a line."""
-    stored = np.dtype(np.float32) if f.dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
-    per_line, (k, n) = f.k_per_line, columns.shape
-    padded = np.zeros((len(out) * PANEL, out.shape[1] * per_line), stored)
-    padded[:n, :k] = columns.T
-    pairs = padded.view(np.uint32).reshape(len(out), PANEL, out.shape[1])
-    out.view(np.uint32)[...] = pairs.transpose(0, 2, 1)
+    """out (panels, panel bytes)."""
+    pack_columns(out, np.ascontiguousarray(columns.T, dtype=_STORED[f.dtype]))
+
+
+def _blocks(f: Format, out: Bytes, columns: NDArray) -> Bytes:
+    """out (panels, panel bytes) as (panels, blocks, block bytes)."""
+    return out.reshape(len(out), f.blocks(len(columns)), f.block_bytes)
 
 
 def _grouped(name: str, f: Format, panels: int, blocks: int, columns: NDArray) -> Floats:
@@ -193,7 +194,8 @@ def _per_group(out: Bytes, values: NDArray) -> NDArray:
     return values.reshape(panels, PANEL, blocks, -1).transpose(0, 2, 3, 1)
 
 
-def _put_int8(name: str, f: Format, out: Bytes, columns: NDArray) -> None:
+def _put_int8(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
+    out = _blocks(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
     scale = np.abs(w).max(axis=2) / np.float32(127)
     q = np.rint(w * _inverse(scale)[:, :, None])
@@ -202,8 +204,9 @@ def _put_int8(name: str, f: Format, out: Bytes, columns: NDArray) -> None:
     out[:, :, -64:].view(np.float32)[...] = _per_group(out, scale)[:, :, 0]
 
 
-def _put_int4(name: str, f: Format, out: Bytes, columns: NDArray) -> None:
+def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     """As Q4_0: the value of largest magnitude becomes -8, the others are rounded half up."""
+    out = _blocks(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
     largest = np.abs(w).argmax(axis=2)
     scale = np.take_along_axis(w, largest[:, :, None], axis=2)[:, :, 0] / np.float32(-8)
@@ -214,7 +217,8 @@ def _put_int4(name: str, f: Format, out: Bytes, columns: NDArray) -> None:
     out[:, :, -64:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)[...] = _per_group(out, half)
 
 
-def _put_int4z(name: str, f: Format, out: Bytes, columns: NDArray) -> None:
+def _put_int4z(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
+    out = _blocks(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
     minimum = _scale(name, f, w.min(axis=2))
     scale = _scale(name, f, (w.max(axis=2) - minimum.astype(np.float32)) / np.float32(15))
@@ -310,8 +314,7 @@ def unpack(packed: PackedWeight) -> Floats:
 
 def _taken_floats(f: Format, panels: Bytes) -> Floats:
     """(panels * 16, k): columns of W as rows."""
-    stored = np.dtype(np.float32) if f.dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
-    lines = panels.view(stored).reshape(*panels.shape[:2], PANEL, f.k_per_line)
+    lines = panels.view(_STORED[f.dtype]).reshape(*panels.shape[:2], PANEL, f.k_per_line)
     width = panels.shape[1] * f.k_per_line
     return lines.transpose(0, 2, 1, 3).reshape(len(panels) * PANEL, width).astype(np.float32)
 

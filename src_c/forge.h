@@ -103,6 +103,11 @@ typedef struct {
 } fc_linear_args;
 fc_status fc_linear(const fc_linear_args *args);
 
+/* Panels of 16 columns from columns (n, k) that lie k by k, ldw apart: FC_F32 as FC_PACKED_F32, FC_BF16 as FC_PACKED_BF16,
+ * panel p at out + p * panel_stride. Columns beyond n become zeros. */
+fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
+                          ptrdiff_t n);
+
 /* ---- attention: out (B, S, H, E) = softmax(mask(cap(scale q k^T))) v ---- */
 
 enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention.c */

@@ -13,7 +13,6 @@
 /* Below this much serial work a second thread costs more than it brings (docs/threads.md). */
 static const double PARALLEL_NS = 12e3;
 static const double POLL_NS = 20e6;
-enum { SPINS = 4000 }; /* some 100 us */
 
 static inline void pause_cpu(void) {
 #ifdef __x86_64__
@@ -101,66 +100,84 @@ static int stopped(struct region *r, int rank) {
     return __atomic_load_n(&r->stop, __ATOMIC_RELAXED);
 }
 
+static void run_piece(struct region *r, int rank, ptrdiff_t begin, ptrdiff_t end) {
+    if (begin < end && !stopped(r, rank)) r->body(r->ctx, begin, end, rank);
+}
+
+/* One run of neighbours a thread, cut into pieces for the poll. */
 static void run_static(struct region *r, int rank, int threads) {
     ptrdiff_t begin = r->items * rank / threads, end = r->items * (rank + 1) / threads;
     for (; begin < end && !stopped(r, rank); begin += r->piece)
-        r->body(r->ctx, begin, begin + r->piece < end ? begin + r->piece : end, rank);
+        run_piece(r, rank, begin, begin + r->piece < end ? begin + r->piece : end);
 }
 
 static void run_dynamic(struct region *r, int rank) {
     for (;;) {
         ptrdiff_t i = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED);
         if (i >= r->items || stopped(r, rank)) return;
-        r->body(r->ctx, i, i + 1, rank);
+        run_piece(r, rank, i, i + 1);
     }
 }
 
-static void run_share(struct region *r, int rank, int threads) {
-    if (r->dynamic) run_dynamic(r, rank);
-    else run_static(r, rank, threads);
-}
-
-/* ---- one region for many: fc_together ---- */
-
-/* The threads of fc_together's region. Rank 0 hands out a region by counting `turn` up, the others count `done` up. */
+/* ---- fc_together: the threads of one region wait for work, piece by piece ----
+ * ticket: turn << 32 | next piece. Whoever moves it from v to v + 1 owns the piece, and since every change of the other
+ * fields is preceded by a change of ticket, also knows that they belong to v's turn. Rank 0 goes on when all pieces are
+ * done: a thread that the system has not let run takes none, and is not waited for. */
 struct team {
-    int size;
-    struct region *region; /* of this turn; NULL: go home */
-    int threads;           /* of the team that take part in it */
+    int size, over;
+    struct region *region;
+    ptrdiff_t chunk; /* items a piece */
+    uint32_t pieces;
+    int threads; /* ranks that may take part */
     char line[64];
-    unsigned turn;
+    uint64_t ticket;
     char another_line[64];
-    unsigned done;
+    uint32_t done; /* pieces */
 };
+enum { CLOSED = 0x40000000, PIECES_A_THREAD = 4, SPINS = 4000 /* some 100 us */ };
 static _Thread_local struct team *my_team; /* of the thread that runs a program */
 
-/* Until *value is not `old`. Spins for a while, then lets others have the core. */
-static void wait_while(const unsigned *value, unsigned old) {
-    for (int spins = 0; __atomic_load_n(value, __ATOMIC_ACQUIRE) == old; spins++) {
-        if (spins < SPINS) pause_cpu();
-        else sched_yield();
-    }
+static void wait_a_little(int *spins) {
+    if (++*spins < SPINS) pause_cpu();
+    else sched_yield();
+}
+
+/* One piece of the turn at hand; 0 if there is none for this rank. */
+static int take_piece(struct team *t, int rank) {
+    uint64_t v = __atomic_load_n(&t->ticket, __ATOMIC_ACQUIRE);
+    const uint32_t piece = (uint32_t)v;
+    if (piece >= __atomic_load_n(&t->pieces, __ATOMIC_ACQUIRE)) return 0;
+    if (rank >= __atomic_load_n(&t->threads, __ATOMIC_ACQUIRE)) return 0;
+    struct region *r = __atomic_load_n(&t->region, __ATOMIC_ACQUIRE);
+    const ptrdiff_t chunk = __atomic_load_n(&t->chunk, __ATOMIC_ACQUIRE);
+    if (!__atomic_compare_exchange_n(&t->ticket, &v, v + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return 1;
+    const ptrdiff_t begin = piece * chunk, end = begin + chunk < r->items ? begin + chunk : r->items;
+    run_piece(r, rank, begin, end);
+    __atomic_fetch_add(&t->done, 1, __ATOMIC_RELEASE);
+    return 1;
 }
 
 static void follow(struct team *t, int rank) {
-    for (unsigned turn = 0;; turn++) {
-        wait_while(&t->turn, turn);
-        if (!t->region) return;
-        if (rank < t->threads) run_share(t->region, rank, t->threads);
-        __atomic_fetch_add(&t->done, 1, __ATOMIC_RELEASE);
+    for (int spins = 0; !__atomic_load_n(&t->over, __ATOMIC_ACQUIRE);) {
+        if (take_piece(t, rank)) spins = 0;
+        else wait_a_little(&spins);
     }
 }
 
-/* region NULL ends the team. Returns when every other thread has done its part. */
-static void lead(struct team *t, struct region *region, int threads) {
-    const unsigned others = (unsigned)t->size - 1;
-    t->region = region;
-    t->threads = threads < t->size ? threads : t->size;
-    __atomic_store_n(&t->done, 0, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&t->turn, 1, __ATOMIC_RELEASE);
-    if (!region) return;
-    run_share(region, 0, t->threads);
-    for (unsigned done; (done = __atomic_load_n(&t->done, __ATOMIC_ACQUIRE)) < others;) wait_while(&t->done, done);
+static void lead(struct team *t, struct region *r, int threads) {
+    const uint64_t turn = (t->ticket >> 32) + 1;
+    const ptrdiff_t share = r->items / ((ptrdiff_t)threads * PIECES_A_THREAD);
+    const ptrdiff_t chunk = r->dynamic || share < 1 ? 1 : share < r->piece ? share : r->piece;
+    const uint32_t pieces = (uint32_t)((r->items + chunk - 1) / chunk);
+    __atomic_store_n(&t->ticket, turn << 32 | CLOSED, __ATOMIC_RELEASE);
+    __atomic_store_n(&t->region, r, __ATOMIC_RELEASE);
+    __atomic_store_n(&t->chunk, chunk, __ATOMIC_RELEASE);
+    __atomic_store_n(&t->pieces, pieces, __ATOMIC_RELEASE);
+    __atomic_store_n(&t->threads, threads, __ATOMIC_RELEASE);
+    __atomic_store_n(&t->done, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&t->ticket, turn << 32, __ATOMIC_RELEASE);
+    while (take_piece(t, 0)) {}
+    for (int spins = 0; __atomic_load_n(&t->done, __ATOMIC_ACQUIRE) < pieces;) wait_a_little(&spins);
 }
 
 fc_status fc_together(fc_status (*program)(void *ctx), void *ctx) {
@@ -168,7 +185,7 @@ fc_status fc_together(fc_status (*program)(void *ctx), void *ctx) {
     if (threads < 2 || my_team) return program(ctx);
     fc_status status = FC_OK;
 #ifdef _OPENMP
-    struct team t = {.size = 1};
+    struct team t = {.ticket = CLOSED};
 #pragma omp parallel num_threads(threads)
     {
         if (omp_get_thread_num() == 0) {
@@ -176,7 +193,7 @@ fc_status fc_together(fc_status (*program)(void *ctx), void *ctx) {
             my_team = &t;
             status = program(ctx);
             my_team = NULL;
-            lead(&t, NULL, 0);
+            __atomic_store_n(&t.over, 1, __ATOMIC_RELEASE);
         } else {
             follow(&t, omp_get_thread_num());
         }
@@ -196,11 +213,14 @@ static fc_status run(int threads, ptrdiff_t items, double ns, int dynamic, fc_bo
         r.polled_at = now_ns();
         r.piece = ns * 4 > POLL_NS ? 1 : (ptrdiff_t)(POLL_NS / 4 / ns);
     }
-    if (threads > 1 && my_team) lead(my_team, &r, threads);
+    if (threads > 1 && my_team && items < CLOSED) lead(my_team, &r, threads < my_team->size ? threads : my_team->size);
 #ifdef _OPENMP
-    else if (threads > 1) {
+    else if (threads > 1 && !my_team) {
 #pragma omp parallel num_threads(threads)
-        run_share(&r, omp_get_thread_num(), omp_get_num_threads());
+        {
+            if (dynamic) run_dynamic(&r, omp_get_thread_num());
+            else run_static(&r, omp_get_thread_num(), omp_get_num_threads());
+        }
     }
 #endif
     else run_static(&r, 0, 1);

@@ -53,6 +53,18 @@ cdef class PackedWeight:
                 f"{f', group_size={self.group_size}' if self.group_size else ''}{', gated=True' if self.gated else ''})")
 
 
+def pack_columns(cnp.ndarray out, cnp.ndarray columns):
+    """out (panels, panel bytes) uint8, each panel contiguous <- columns (n, k), float32 or bfloat16, k contiguous: the lines
+    that packing.py defines for that dtype. For packing.py, which checks."""
+    cdef fc_status status
+    cdef fc_dtype t = <fc_dtype>dtype_index(columns)
+    with nogil:
+        status = fc_pack_columns(t, cnp.PyArray_DATA(out), cnp.PyArray_STRIDE(out, 0), cnp.PyArray_DATA(columns),
+                                 cnp.PyArray_STRIDE(columns, 0), cnp.PyArray_DIM(columns, 1),
+                                 cnp.PyArray_DIM(columns, 0))
+    check("pack", status)
+
+
 cdef cnp.ndarray linear_weight(str fn, object weight, fc_linear_args *a):
     """Fill in the layout of `weight`; the array that must outlive the call."""
     cdef cnp.ndarray w

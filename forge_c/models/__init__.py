@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
 
 from forge_c.functional import KV_CHUNK
 from forge_c.models.config import ModelSpec, model_spec
@@ -17,9 +18,9 @@ from forge_c.models.generation import Generation
 from forge_c.models.loading import Checkpoint, read_json
 from forge_c.models.sampling import Sampler
 from forge_c.models.tokenizer import Tokenizer, load_tokenizer
+from forge_c.packing import FORMATS
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
-_FORMATS = ("float32", "bfloat16")
 
 __all__ = ["EMBEDDED", "Model", "ModelCache", "ModelSpec", "load"]
 
@@ -29,8 +30,9 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
 
     Args:
         path: the folder; None for the embedded model, which writes Python byte by byte.
-        dtype: how matrices are packed, "float32" or "bfloat16"; "auto" is bfloat16 for a checkpoint that holds
-            nothing wider, else float32. Activations are float32.
+        dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
+            for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
+            last projection in int8, and both integer formats the embedding table in bfloat16.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, smollm3, granite. Nothing in the folder is executed.
 
@@ -42,8 +44,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     >>> model.config.model_type, model.dtype
     ('llama', 'bfloat16')
     """
-    if dtype not in ("auto", *_FORMATS):
-        raise ValueError(f"load: dtype is {dtype!r}, expected auto, {' or '.join(_FORMATS)}")
+    if dtype not in ("auto", *FORMATS):
+        raise ValueError(f"load: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
@@ -54,7 +56,12 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     checkpoint = Checkpoint(folder)
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
-    return Model(Decoder(spec, checkpoint, dtype), load_tokenizer(folder), _eos_ids(folder, spec))
+    return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
+
+
+def _bar(layers: range) -> Iterable[int]:
+    """A progress bar over the layers on a terminal, once that takes a second."""
+    return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
 
 
 def _eos_ids(folder: Path, spec: ModelSpec) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """The decoder: which functional calls, in what order. It knows the spec and nothing of model families."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,9 @@ from forge_c.rotary import RopeTable, rope_table
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 _DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rope types whose angles depend on how long the sequence may become
+
+# The format of the last projection: its errors reach the probabilities directly, so int4 models hold it in int8.
+_HEAD = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
 
 Floats = NDArray[np.float32]
 
@@ -98,15 +101,17 @@ class ModelCache:
 class Decoder:
     """Packed weights and the forward pass; `forge_c.models.Model` adds text."""
 
-    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, dtype: str) -> None:
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, dtype: str,
+                 progress: Callable[[range], Iterable[int]] = iter) -> None:
         self.spec, self.dtype = spec, dtype
         self._tables: dict[int, RopeTable] = {}
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         head = table if spec.tied else checkpoint.take("lm_head.weight", table.shape)
-        self._embedding = table.astype(ml_dtypes.bfloat16) if dtype == "bfloat16" else table  # (vocab, H)
-        self._head = pack(head.T, dtype)  # (H, vocab)
+        # (vocab, H): rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
+        self._embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
+        self._head = pack(head.T, _HEAD[dtype])  # (H, vocab)
         del table, head
-        layers = [_layer(spec, checkpoint, i, dtype) for i in range(spec.n_layers)]
+        layers = [_layer(spec, checkpoint, i, dtype) for i in progress(range(spec.n_layers))]
         self._blocks = [block for block, _ in layers]
         self._blocks_nbytes = sum(nbytes for _, nbytes in layers)
         self._norm = _vector(checkpoint, "model.norm.weight", spec.hidden_size)

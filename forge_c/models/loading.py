@@ -57,7 +57,6 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._home: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
         self._taken: set[str] = set()
         for path, expected in _files(folder):
             names = _header_names(path)
@@ -74,7 +73,11 @@ class Checkpoint:
 
     def dtypes(self) -> set[str]:
         """safetensors names of the dtypes in use, such as {"BF16"}."""
-        return {self._slice(name).get_dtype() for name in self._home}
+        found = set()
+        for path in set(self._home.values()):
+            with self._file(path) as file:
+                found |= {file.get_slice(name).get_dtype() for name, home in self._home.items() if home == path}
+        return found
 
     def take(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """A tensor of that shape, float32, float16 or bfloat16.
@@ -84,14 +87,16 @@ class Checkpoint:
         """
         if name not in self._home:
             raise ValueError(f"{self.folder}: tensor {name} is missing")
-        entry, path = self._slice(name), self._home[name]
-        found, dtype = tuple(entry.get_shape()), entry.get_dtype()
-        if found != shape:
-            raise ValueError(f"{path}: {name} has shape {found}, expected {shape} from config.json")
-        if dtype not in _DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+        path = self._home[name]
+        with self._file(path) as file:
+            entry = file.get_slice(name)
+            found, dtype = tuple(entry.get_shape()), entry.get_dtype()
+            if found != shape:
+                raise ValueError(f"{path}: {name} has shape {found}, expected {shape} from config.json")
+            if dtype not in _DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+            tensor = file.get_tensor(name)
         self._taken.add(name)
-        tensor = self._file(path).get_tensor(name)
         return tensor if tensor.dtype == _DTYPES[dtype] else tensor.view(_DTYPES[dtype])
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
@@ -101,15 +106,11 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: {len(left)} tensors have no place in this model, the first is {left[0]}")
 
     def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, "np")
-            except SafetensorError as error:
-                raise ValueError(f"{path}: {error}") from None
-        return self._open[path]
-
-    def _slice(self, name: str) -> Any:
-        return self._file(self._home[name]).get_slice(name)
+        """Opened anew for each tensor: a file that stays mapped counts, page by page, as this process's memory."""
+        try:
+            return safe_open(path, "np")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:

@@ -10,7 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from forge_c import functional
 from forge_c.nn.layer import Layer, Matrix, Seed, Vector, cast_input, parameter_array, read_only, uniform
 
-_TABLE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Rows are looked up, not multiplied: next to quantised matrices the table is kept in bfloat16.
+_TABLE_DTYPES = {"float32": np.dtype(np.float32)} | dict.fromkeys(("bfloat16", "int8", "int4"),
+                                                                  np.dtype(ml_dtypes.bfloat16))
 
 
 class Linear(Layer):

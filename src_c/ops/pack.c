@@ -1,0 +1,36 @@
+/* Columns of a weight, as checkpoints hold them, into panels: bytes move, no value changes. */
+#include <string.h>
+
+#include "rows.h"
+
+struct pack {
+    fc_dtype type;
+    char *out;
+    ptrdiff_t panel_stride;
+    const char *w;
+    ptrdiff_t ldw, k, n;
+};
+
+/* A pair of bfloat16 moves as one 32-bit word; the last of an odd k has no partner. */
+static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct pack *a = ctx;
+    const ptrdiff_t words = a->type == FC_BF16 ? a->k / 2 : a->k;
+    (void)rank;
+    for (ptrdiff_t p = begin; p < end; p++) {
+        const ptrdiff_t n = a->n - p * 16 < 16 ? a->n - p * 16 : 16;
+        const char *w = a->w + p * 16 * a->ldw;
+        char *out = a->out + p * a->panel_stride;
+        fc_k->panel_cols[FC_F32]((float *)(void *)out, w, a->ldw, words, n);
+        if (a->type == FC_F32 || a->k % 2 == 0) continue;
+        memset(out + words * 64, 0, 64);
+        for (ptrdiff_t j = 0; j < n; j++) memcpy(out + words * 64 + j * 4, w + j * a->ldw + words * 4, 2);
+    }
+}
+
+fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
+                          ptrdiff_t n) {
+    struct pack a = {type, out, panel_stride, w, ldw, k, n};
+    const ptrdiff_t panels = (n + 15) / 16;
+    const double ns = (double)k * 4 + 50;
+    return fc_static(fc_threads_for(panels, ns), panels, ns, body, &a);
+}
