@@ -17,12 +17,13 @@ from forge_c.models.decoder import Decoder, ModelCache
 from forge_c.models.generation import Generation
 from forge_c.models.loading import Checkpoint, read_json
 from forge_c.models.sampling import Sampler
+from forge_c.models.shapes import RandomCheckpoint, shape_config
 from forge_c.models.tokenizer import Tokenizer, load_tokenizer
 from forge_c.packing import FORMATS
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
-__all__ = ["EMBEDDED", "Model", "ModelCache", "ModelSpec", "load"]
+__all__ = ["EMBEDDED", "Model", "ModelCache", "ModelSpec", "load", "random_model"]
 
 
 def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Model:
@@ -44,8 +45,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     >>> model.config.model_type, model.dtype
     ('llama', 'bfloat16')
     """
-    if dtype not in ("auto", *FORMATS):
-        raise ValueError(f"load: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+    _check_dtype("load", dtype)
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
@@ -62,6 +62,29 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
 def _bar(layers: range) -> Iterable[int]:
     """A progress bar over the layers on a terminal, once that takes a second."""
     return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
+
+
+def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
+    """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
+
+    Args:
+        shape: a name in forge_c.models.shapes.SHAPES, such as "llama-1.1b" (1.1 billion weights) or "llama-tiny".
+        dtype: as in load; "auto" is bfloat16.
+
+    Raises:
+        ValueError: an unknown shape or dtype.
+
+    >>> random_model("llama-tiny")
+    Model(model_type='llama', layers=2, hidden_size=64, heads=4/2, vocab_size=512, dtype='bfloat16')
+    """
+    _check_dtype("random_model", dtype)
+    spec = model_spec(shape_config(shape))
+    return Model(Decoder(spec, RandomCheckpoint(), "bfloat16" if dtype == "auto" else dtype, _bar), None, frozenset())
+
+
+def _check_dtype(function: str, dtype: str) -> None:
+    if dtype not in ("auto", *FORMATS):
+        raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
 
 
 def _eos_ids(folder: Path, spec: ModelSpec) -> frozenset[int]:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from forge_c.cache import KVCache
 from forge_c.functional import DecoderBlock, decode, embedding, linear, rms_norm
 from forge_c.models.config import ModelSpec
-from forge_c.models.loading import Checkpoint
+from forge_c.models.loading import Tensors
 from forge_c.packing import pack, pack_gated
 from forge_c.rotary import RopeTable, rope_table
 
@@ -101,7 +101,7 @@ class ModelCache:
 class Decoder:
     """Packed weights and the forward pass; `forge_c.models.Model` adds text."""
 
-    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, dtype: str,
+    def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
                  progress: Callable[[range], Iterable[int]] = iter) -> None:
         self.spec, self.dtype = spec, dtype
         self._tables: dict[int, RopeTable] = {}
@@ -122,6 +122,11 @@ class Decoder:
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
         return self._embedding.nbytes + self._head.nbytes + self._norm.nbytes + self._blocks_nbytes
+
+    @property
+    def step_nbytes(self) -> int:
+        """Bytes of weights that one step reads: all of them but the embedding, of which it reads a row a token."""
+        return self.nbytes - self._embedding.nbytes
 
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None, dtype: str = "float32") -> ModelCache:
         """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096).
@@ -170,11 +175,11 @@ class Decoder:
         return tables[rows]
 
 
-def _vector(checkpoint: Checkpoint, name: str, n: int) -> Floats:
+def _vector(checkpoint: Tensors, name: str, n: int) -> Floats:
     return checkpoint.take(name, (n,)).astype(np.float32)
 
 
-def _layer(s: ModelSpec, checkpoint: Checkpoint, i: int, dtype: str) -> tuple[DecoderBlock, int]:
+def _layer(s: ModelSpec, checkpoint: Tensors, i: int, dtype: str) -> tuple[DecoderBlock, int]:
     """Layer i, its matrices packed, and the bytes of its weights. The checkpoint holds matrices as (out, in)."""
     prefix, hidden, inner = f"model.layers.{i}.", s.hidden_size, s.intermediate_size
     queries, keys = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +44,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return found
+
+
+class Tensors(Protocol):
+    """What a decoder takes its weights from."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """A tensor of that shape, float32, float16 or bfloat16; ValueError if there is none."""
+
+    def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
+        """Raise ValueError if a tensor is left that no one asked for."""
 
 
 class Checkpoint:
