@@ -27,7 +27,10 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what this build, this machine and a model are")
     bench = commands.add_parser("bench", help="tokens per second of prompts and of generation")
     for command in (generate, info, bench):
-        command.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
+        which = command.add_mutually_exclusive_group()
+        which.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
+        if command is bench:
+            which.add_argument("--shape", metavar="NAME", help="random weights of that size, such as llama-1.1b")
         command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: %(default)s)")
         command.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
     generate.add_argument("--prompt", default=None, help="text to continue; - reads it from stdin")
@@ -42,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
     bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
     bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="texts that decode at a time (default: 1)")
     bench.add_argument("--repeats", type=int, default=5, metavar="R", help="default: %(default)s")
+    bench.add_argument("--json", action="store_true", help="one JSON object a test instead of a table")
     return parser
 
 
@@ -83,11 +88,12 @@ def _drop_output() -> None:
 
 def _load(args: argparse.Namespace) -> Model:
     from forge_c import set_num_threads
-    from forge_c.models import load
+    from forge_c.models import load, random_model
 
     if args.threads is not None:
         set_num_threads(args.threads)
-    return load(args.model, args.dtype)
+    shape = getattr(args, "shape", None)
+    return load(args.model, args.dtype) if shape is None else random_model(shape, args.dtype)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -138,12 +144,13 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from forge_c.models.speed import table
+    from forge_c.models.speed import json_lines, table
 
-    for name in ("prompt_tokens", "new_tokens", "repeats"):
+    for name in ("prompt_tokens", "new_tokens", "batch", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    for line in table(_load(args), args.prompt_tokens, args.new_tokens, args.repeats):
+    lines = json_lines if args.json else table
+    for line in lines(_load(args), args.prompt_tokens, args.new_tokens, args.repeats, args.batch):
         print(line, flush=True)
     return 0
 

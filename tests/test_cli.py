@@ -1,6 +1,7 @@
 """The command line: what it prints, where, with which exit status, and how it ends when someone stops it."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ import tokenizers
 from model_folder import BYTES, following, small, tensors, write, write_chain, write_json
 
 from forge_c.cli import main
+from forge_c.models import load
 
 SPEED = r"\nprompt {} tokens, (\d+\.\d tokens/s|-); decode {} tokens, (\d+\.\d tokens/s|-)\n"
 # Buffered, as in a user's shell: a broken pipe may then show up as late as at the end of the process.
@@ -84,7 +86,7 @@ def test_numpy_is_not_imported_before_there_is_work(arguments):
     ("generate", "--model --dtype --threads --prompt --max-new-tokens --temperature --top-k --top-p --min-p "
                  "--repetition-penalty --seed --stop --chat"),
     ("info", "--model --dtype --threads"),
-    ("bench", "--model --dtype --threads --prompt-tokens --new-tokens --repeats"),
+    ("bench", "--model --shape --dtype --threads --prompt-tokens --new-tokens --batch --repeats --json"),
 ])
 def test_help_lists_every_option(capsys, command, options):
     status, out, _ = called(capsys, command, "--help")
@@ -183,22 +185,48 @@ def test_bench(plain):
         assert re.fullmatch(r"\d+ %", share)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("gbs", [1e-2, 1e-5])
 @pytest.mark.parametrize(("dtype", "bf16"), [("float32", 9e-3), ("bfloat16", 0.0), ("bfloat16", 4e-3)])
-def test_bench_against_its_limits(capsys, monkeypatch, each_thread_count, plain, dtype, bf16, gbs):
+def test_bench_against_its_limits(capsys, monkeypatch, each_thread_count, plain, dtype, bf16, gbs, batch):
     """So slow a machine that a share has digits; either the operations or the bytes are the floor of the time."""
     limits = {"fp32_gflops": 1e-3, "bf16_gflops": bf16, "read_gbs": gbs}
     monkeypatch.setattr("forge_c.models.speed.roofline", lambda: limits)
     ticks = iter(np.arange(0, 1000, 0.25))
     monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
-    status, out, _ = called(capsys, "bench", "--model", plain, "--dtype", dtype, *BENCH)
+    status, out, _ = called(capsys, "bench", "--model", plain, "--dtype", dtype, *BENCH, "--batch", batch)
     assert status == 0
     block, head = 64 * 32 + 32 * 32 + 3 * 32 * 40, 32 * 256
     itemsize, peak = (4, 1e-3) if dtype == "float32" else (2, bf16 or 1e-3)
-    prompt = max(2 * (block * 24 + head) / peak, (block + head) * itemsize / gbs) / 1e9 / 0.25
-    decode = max(2 * (block + head) * 6 / peak, 6 * (block + head) * itemsize / gbs) / 1e9 / 0.25
-    for line, rate, share in zip(out.splitlines()[2:], (96, 24), (prompt, decode), strict=True):
-        assert cells(line)[6:] == [f"{rate:.2f} ± 0.00", f"{100 * share:.0f} %"]
+    read = load(plain, dtype).nbytes - head * itemsize  # all but the embedding
+    prompt = max(2 * (block * 24 + head) / peak, read / gbs) / 1e9 / 0.25
+    decode = max(2 * (block + head) * 6 * batch / peak, 6 * read / gbs) / 1e9 / 0.25
+    tests = ("pp24", 96, prompt), ("tg6" if batch == 1 else "tg6x3", 24 * batch, decode)
+    for line, (name, rate, share) in zip(out.splitlines()[2:], tests, strict=True):
+        assert cells(line)[5:] == [name, f"{rate:.2f} ± 0.00", f"{100 * share:.0f} %"]
+
+
+def test_the_median_counts(capsys, monkeypatch, plain):
+    """Runs of 1, 2 and 9 seconds."""
+    monkeypatch.setattr("forge_c.models.speed.roofline", lambda: {"fp32_gflops": 1e-3, "read_gbs": 1e-3})
+    ticks = iter(2 * [0.0, 1.0, 10.0, 12.0, 20.0, 29.0])
+    monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
+    status, out, _ = called(capsys, "bench", "--model", plain, *BENCH, "--repeats", 3)
+    assert status == 0
+    assert [cells(line)[6].split()[0] for line in out.splitlines()[2:]] == ["12.00", "3.00"]
+
+
+def test_bench_of_a_shape_as_json(capsys, each_thread_count):
+    status, out, err = called(capsys, "bench", "--shape", "llama-tiny", "--json", "--batch", 2, *BENCH)
+    assert (status, err) == (0, "")
+    prompt, decode = map(json.loads, out.splitlines())
+    assert (prompt["test"], decode["test"]) == ("pp24", "tg6x2")
+    params = 2 * (2 * 64 * (64 + 32) + 3 * 64 * 192) + 64 * 512
+    for found in (prompt, decode):
+        assert (found["model"], found["dtype"], found["params"], found["threads"]) == ("llama", "bfloat16", params, 1)
+        assert len(found["tokens_per_second"]) == 2 and min(found["tokens_per_second"]) > 1
+        assert 0 < found["of_limit"] and found["bytes"] - found["step_bytes"] == 2 * 64 * 512
+        assert 2 * params < found["step_bytes"] < 2.1 * params and found["limits"]["read_gbs"] > 0
 
 
 # ---- mistakes --------------------------------------------------------------------------------------
@@ -230,6 +258,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["bench", "--repeats", "0"], "--repeats is 0, expected at least 1"),
     (["bench", "--new-tokens", "0"], "--new-tokens is 0, expected at least 1"),
     (["bench", "--prompt-tokens", "-3"], "--prompt-tokens is -3, expected at least 1"),
+    (["bench", "--batch", "0"], "--batch is 0, expected at least 1"),
+    (["bench", "--shape", "llama-tiny", "--model", "x"], "argument --model: not allowed with argument --shape"),
+    (["bench", "--shape", "llama"], "random_model: shape is 'llama', expected one of llama-1.1b, "),
+    (["generate", "--shape", "llama-tiny"], "unrecognized arguments: --shape llama-tiny"),
 ]
 
 

@@ -1,9 +1,12 @@
 """forge-c bench: tokens per second in llama-bench's columns, beside what this machine could do at most."""
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,43 +15,90 @@ from forge_c.models import Model
 from forge_c.models.generation import prefill
 from forge_c.runtime import roofline
 
-_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops"}
+_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops", "int8": "int8_gops", "int4": "int8_gops"}
+_WARM_UP = 8  # tokens decoded before the clock starts
 
 
-def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int) -> Iterator[str]:
-    """Markdown lines: one row for a prompt of prompt_tokens, one for new_tokens decoded one at a time.
+@dataclass(frozen=True)
+class Measured:
+    """One row: `tokens` in each run, the seconds of the runs, and the seconds that a run takes at the limits."""
 
-    limit is the larger of two floors of time: multiply-adds of the weights over the peak rate, and their bytes over
-    the read bandwidth of memory, both measured now. A model that fits in cache can decode faster than the second.
+    name: str
+    tokens: int
+    seconds: list[float]
+    floor: float
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each run."""
+        return [self.tokens / t for t in self.seconds]
+
+    @property
+    def share(self) -> float:
+        """Of the limit, of the median run."""
+        return self.floor / statistics.median(self.seconds)
+
+
+def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch: int = 1) -> Iterator[str]:
+    """Markdown lines: one row for a prompt of prompt_tokens, one for new_tokens steps of `batch` texts at a time.
+
+    Rates are the median of the repeats ± their standard deviation, and count the tokens of all texts. Of limit: the
+    larger of two floors of time, multiply-adds of the weights over the peak rate, and the bytes of weights that the
+    steps read over the read bandwidth of memory, both measured now; divided by the median time. A model that fits in
+    cache can decode faster than the second.
     """
-    s, limits = model.config, roofline()
-    head = s.hidden_size * s.vocab_size
-    block = s.hidden_size * s.head_dim * 2 * (s.n_heads + s.n_kv_heads) + 3 * s.hidden_size * s.intermediate_size
-    params = s.n_layers * block + head
+    limits = roofline()
+    yield f"| model | size | params | isa | threads | test | t/s | of limit |\n|{' --- |' * 8}"
+    name = f"{model.config.model_type} {model.dtype}"
+    columns = (f"| {name} | {model.nbytes / 2**20:.2f} MiB | {_params(model) / 1e6:.2f} M | {isa()} "
+               f"| {get_num_threads()} |")
+    for test in _tests(model, limits, prompt_tokens, new_tokens, repeats, batch):
+        spread = statistics.stdev(test.rates) if repeats > 1 else 0.0
+        yield f"{columns} {test.name} | {statistics.median(test.rates):.2f} ± {spread:.2f} | {100 * test.share:.0f} % |"
+
+
+def json_lines(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch: int = 1) -> Iterator[str]:
+    """The tests of `table`, each as one JSON object; step_bytes are the weights that one step reads."""
+    limits = roofline()
+    about = {"model": model.config.model_type, "dtype": model.dtype, "params": _params(model), "bytes": model.nbytes,
+             "step_bytes": model._decoder.step_nbytes, "isa": isa(), "threads": get_num_threads()}
+    measured = {name: value for name, value in limits.items() if isinstance(value, float)}
+    for test in _tests(model, limits, prompt_tokens, new_tokens, repeats, batch):
+        yield json.dumps({"test": test.name, "tokens_per_second": test.rates, "of_limit": test.share, **about,
+                          "limits": measured})
+
+
+def _tests(model: Model, limits: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int,
+           batch: int) -> Iterator[Measured]:
+    head = _head_params(model)
+    blocks = _params(model) - head
     peak = limits[_PEAK[model.dtype]] or limits["fp32_gflops"]
 
     def floor(tokens: int, heads: int, passes: int) -> float:
-        flops = 2 * (s.n_layers * block * tokens + head * heads)
-        return max(flops / peak, passes * params * _ITEMSIZE[model.dtype] / limits["read_gbs"]) / 1e9
+        flops = 2 * (blocks * tokens + head * heads)
+        return max(flops / peak, passes * model._decoder.step_nbytes / limits["read_gbs"]) / 1e9
 
-    yield f"| model | size | params | isa | threads | test | t/s | of limit |\n|{' --- |' * 8}"
-    name = f"{s.model_type} {model.dtype}"
-    columns = f"| {name} | {model.nbytes / 2**20:.2f} MiB | {params / 1e6:.2f} M | {isa()} | {get_num_threads()} |"
-    for test, tokens, least, work in (
-            (f"pp{prompt_tokens}", prompt_tokens, floor(prompt_tokens, 1, 1), _prompt(model, prompt_tokens)),
-            (f"tg{new_tokens}", new_tokens, floor(new_tokens, new_tokens, new_tokens), _decode(model, new_tokens))):
-        seconds = _times(work, repeats)
-        rates = [tokens / t for t in seconds]
-        spread = statistics.stdev(rates) if len(rates) > 1 else 0.0
-        share = least / statistics.median(seconds)
-        yield f"{columns} {test} | {statistics.mean(rates):.2f} ± {spread:.2f} | {100 * share:.0f} % |"
+    prompt = _prompt(model, prompt_tokens)
+    yield Measured(f"pp{prompt_tokens}", prompt_tokens, _times(prompt, prompt, repeats), floor(prompt_tokens, 1, 1))
+    decoded = new_tokens * batch
+    seconds = _times(_decode(model, new_tokens, batch), _decode(model, min(new_tokens, _WARM_UP), batch), repeats)
+    yield Measured(f"tg{new_tokens}" + (f"x{batch}" if batch > 1 else ""), decoded, seconds,
+               floor(decoded, decoded, new_tokens))
 
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+def _params(model: Model) -> int:
+    """Weights that a token is multiplied by."""
+    s = model.config
+    block = s.hidden_size * s.head_dim * 2 * (s.n_heads + s.n_kv_heads) + 3 * s.hidden_size * s.intermediate_size
+    return s.n_layers * block + _head_params(model)
 
 
-def _times(work: Callable[[], None], repeats: int) -> list[float]:
-    work()
+def _head_params(model: Model) -> int:
+    return model.config.hidden_size * model.config.vocab_size
+
+
+def _times(work: Callable[[], None], warm_up: Callable[[], None], repeats: int) -> list[float]:
+    warm_up()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -68,13 +118,14 @@ def _prompt(model: Model, tokens: int) -> Callable[[], None]:
     return work
 
 
-def _decode(model: Model, tokens: int) -> Callable[[], None]:
-    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (tokens, 1, 1))
-    cache = model.new_cache(1, tokens)
+def _decode(model: Model, tokens: int, batch: int) -> Callable[[], None]:
+    """Steps from an empty cache, of one token in each of `batch` rows."""
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (tokens, batch, 1))
+    cache = model.new_cache(batch, tokens)
 
     def work() -> None:
         cache.truncate(0)
-        for token in ids:
-            model(token, cache)
+        for step in ids:
+            model(step, cache)
 
     return work
