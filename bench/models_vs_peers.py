@@ -1,0 +1,230 @@
+"""A whole model of a known size with random weights: forge_c against llama.cpp and transformers on torch.
+
+    python bench/models_vs_peers.py --llama-bench BUILD/bin/llama-bench --python VENV/bin/python
+    python bench/models_vs_peers.py --quick --only forge_c --only "llama.cpp Q8_0"
+
+VENV has torch, transformers and gguf; a peer that is not there is left out. In each round every implementation runs
+once in a process of its own, between two measurements of the machine's limits; a ratio is the median over rounds of
+the ratio within a round. Decoding starts from an empty cache, as llama-bench does it. GGUF files (4 GB) stay in
+--cache.
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import machine
+import peers_table
+from peers_table import Entry, Sizes
+
+from forge_c.models.shapes import SHAPES
+
+HERE = Path(__file__).resolve().parent
+_BATCH = 8
+ENTRIES = (
+    *(Entry("forge_c", form) for form in ("bfloat16", "int8", "int4")), Entry("forge_c", "int4", _BATCH),
+    *(Entry("llama.cpp", form) for form in ("BF16", "Q8_0", "Q4_0")), Entry("torch", "bfloat16"),
+)
+_SPARE_DISK = 2 << 30
+_TIME_LIMIT = 1800  # seconds of one implementation in one round
+
+
+class Run(NamedTuple):
+    """What every implementation is asked for."""
+    config: dict[str, Any]
+    shape: str
+    prompt: int
+    new: int
+    repeats: int
+    threads: int
+
+
+class Peers(NamedTuple):
+    """Where they are: the interpreter for torch and gguf, llama-bench, and its model files."""
+    python: str
+    llama_bench: str
+    files: dict[str, Path]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="has torch, transformers and gguf")
+    parser.add_argument("--llama-bench", default="llama-bench", metavar="PATH", help="llama.cpp's, built")
+    parser.add_argument("--shape", choices=SHAPES, help="default: llama-1.1b")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--repeats", type=int, help="runs of each test in a process; their median counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one short round of two layers: a smoke run")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="entries whose name starts so; may be repeated")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "forge_c_gguf", metavar="DIR")
+    parser.add_argument("--clean", action="store_true", help="remove the GGUF files of this run at its end")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="every figure, as JSON")
+    parser.add_argument("--page", type=Path, nargs="?", const=HERE.parent / "docs" / "benchmarks-models.md",
+                        metavar="FILE", help="write the table there too (default: docs/benchmarks-models.md)")
+    args = parser.parse_args()
+    for name in ("python", "llama_bench"):  # children run in another folder
+        found = shutil.which(getattr(args, name))
+        setattr(args, name, os.path.abspath(found) if found else getattr(args, name))
+    args.cache = args.cache.absolute()
+    args.shape = args.shape or ("llama-1.1b-short" if args.quick else "llama-1.1b")
+    args.rounds = args.rounds or (1 if args.quick else 5)
+    args.repeats = args.repeats or (1 if args.quick else 2)
+    return args
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _output(command: list[str]) -> str:
+    """stdout of a process; RuntimeError with the last line of its stderr."""
+    try:
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=_TIME_LIMIT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(str(error)) from None
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return done.stdout
+
+
+def _gguf(form: str, python: str, llama_bench: str, args: argparse.Namespace, sizes: Sizes) -> Path:
+    """The model file of a format, written if it is not there yet; RuntimeError if it cannot be."""
+    if not shutil.which(llama_bench):
+        raise RuntimeError(f"{llama_bench} is not there, see --llama-bench")
+    _output([llama_bench, "--help"])
+    config = json.dumps(dict(SHAPES[args.shape]))
+    path: Path = args.cache / f"{args.shape}-{zlib.crc32(config.encode()):08x}-{form}.gguf"
+    if not path.exists():
+        args.cache.mkdir(parents=True, exist_ok=True)
+        need, free = int(sizes.file_bytes(form)), shutil.disk_usage(args.cache).free
+        if free < need + _SPARE_DISK:
+            raise RuntimeError(f"{args.cache} has {free >> 20} MiB, {need + _SPARE_DISK >> 20} are wanted")
+        _say(f"writing {path}")
+        _output([python, str(HERE / "model_gguf.py"), str(path), form, config])
+    return path
+
+
+def _prepare(args: argparse.Namespace, sizes: Sizes) -> tuple[list[Entry], Peers, dict[str, str]]:
+    """(the entries that can run, where the peers are, versions); says why another cannot."""
+    found: list[Entry] = []
+    files: dict[str, Path] = {}
+    versions = {"forge_c": _output([sys.executable, "-c", "import forge_c; print(forge_c.__version__)"]).strip()}
+    for entry in ENTRIES:
+        if args.only and not any(entry.name.startswith(text) for text in args.only):
+            continue
+        try:
+            if entry.implementation == "llama.cpp":
+                files[entry.form] = _gguf(entry.form, args.python, args.llama_bench, args, sizes)
+            elif entry.implementation == "torch":
+                code = "import torch, transformers as t; print(torch.__version__ + ', transformers ' + t.__version__)"
+                versions["torch"] = _output([args.python, "-c", code]).strip()
+        except RuntimeError as error:
+            _say(f"{entry.name}: skipped: {error}")
+        else:
+            found.append(entry)
+    return found, Peers(args.python, args.llama_bench, files), versions
+
+
+def _forge_c(entry: Entry, run: Run) -> list[dict[str, Any]]:
+    prompt = 1 if entry.batch > 1 else run.prompt  # prompts are fed one by one: that row exists already
+    out = _output([sys.executable, "-m", "forge_c.cli", "bench", "--shape", run.shape, "--dtype", entry.form, "--json",
+                   "--threads", str(run.threads), "--prompt-tokens", str(prompt), "--new-tokens", str(run.new),
+                   "--repeats", str(run.repeats), "--batch", str(entry.batch)])
+    return [json.loads(line) for line in out.splitlines()[1 if entry.batch > 1 else 0:]]
+
+
+def _llama_cpp(entry: Entry, run: Run, peers: Peers) -> list[dict[str, Any]]:
+    out = _output([peers.llama_bench, "-m", str(peers.files[entry.form]), "-p", str(run.prompt), "-n", str(run.new),
+                   "-t", str(run.threads), "-r", str(run.repeats), "-o", "json"])
+    return [{"test": f"pp{t['n_prompt']}" if t["n_prompt"] else f"tg{t['n_gen']}",
+             "tokens_per_second": t["samples_ts"], "version": t["build_commit"]} for t in json.loads(out)]
+
+
+def _torch(run: Run, peers: Peers) -> list[dict[str, Any]]:
+    sizes = map(str, (run.prompt, run.new, run.repeats, run.threads))
+    out = _output([peers.python, str(HERE / "model_torch.py"), json.dumps(run.config), *sizes])
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def _measure(entry: Entry, run: Run, peers: Peers) -> list[dict[str, Any]]:
+    """One process of one implementation: its tests, as forge-c bench --json says them."""
+    if entry.implementation == "forge_c":
+        return _forge_c(entry, run)
+    return _llama_cpp(entry, run, peers) if entry.implementation == "llama.cpp" else _torch(run, peers)
+
+
+def _rounds(entries: list[Entry], run: Run, peers: Peers, args: argparse.Namespace,
+            versions: dict[str, str]) -> tuple[list[peers_table.Row], list[machine.Limits]]:
+    """Every entry once in each round. One that fails says why and is left out from there on."""
+    rows: dict[tuple[Entry, str], peers_table.Row] = {}
+    limits: list[machine.Limits] = []
+    for number in range(args.rounds):
+        _say(f"round {number + 1}, {time.strftime('%X')}")
+        before = machine.measure_limits(quick=args.quick)
+        for entry in list(entries):
+            try:
+                tests = _measure(entry, run, peers)
+            except RuntimeError as error:
+                _say(f"  {entry.name}: skipped: {error}")
+                entries.remove(entry)
+                continue
+            for test in tests:
+                row = rows.setdefault((entry, test["test"]), peers_table.Row(entry, test["test"]))
+                row.samples[number] = test["tokens_per_second"]
+                row.step_bytes = test.get("step_bytes")
+                if "version" in test:
+                    versions[entry.implementation] = test["version"]
+            _say(f"  {entry.name}: " + ", ".join(f"{t['test']} {median(t['tokens_per_second']):.1f}" for t in tests))
+        limits.append(machine.best_of(before, machine.measure_limits(quick=args.quick)))
+        _say(f"  limits: {peers_table.limits_text(limits[-1:])}")
+    return list(rows.values()), limits
+
+
+def _page(args: argparse.Namespace, lines: list[str]) -> list[str]:
+    return ["# A whole model against its peers", "",
+            f"Written by `python bench/models_vs_peers.py`: the shape {args.shape}, random weights.", "", *lines, "",
+            *peers_table.EXPLANATION]
+
+
+def main() -> int:
+    args = _arguments()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    sizes = Sizes.of(SHAPES[args.shape])
+    prompt, new = (64, 16) if args.quick else (512, 128)
+    run = Run(dict(SHAPES[args.shape]), args.shape, prompt, new, args.repeats, args.threads)
+    entries, peers, versions = _prepare(args, sizes)
+    if not entries:
+        sys.exit("models_vs_peers.py: nothing to run")
+    try:
+        rows, limits = _rounds(entries, run, peers, args, versions)
+    finally:
+        for path in peers.files.values() if args.clean else ():
+            path.unlink(missing_ok=True)
+    if not rows:
+        sys.exit("models_vs_peers.py: nothing has run")
+    about = (f"{datetime.date.today()}: {machine.cpu_model()}, {machine.cores()} cores, {args.threads} threads; "
+             f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {args.rounds} rounds; "
+             f"{peers_table.limits_text(limits)}; forge_c's kernels for {limits[0]['isa']}.")
+    lines = [about, "", *peers_table.table(rows, limits, sizes)]
+    print(*lines, sep="\n")
+    if args.out:
+        args.out.write_text(json.dumps({"about": about, "shape": args.shape, "limits": limits, "results": [
+            row.as_json(limits, sizes) for row in rows]}, indent=1) + "\n")
+    if args.page:
+        args.page.write_text("\n".join(_page(args, lines)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
