@@ -126,7 +126,7 @@ def _fill(name: str, f: Format, panels: Bytes, weight: NDArray) -> None:
 
     threads = min(get_num_threads(), os.cpu_count() or 1)
     # Floats are moved by threads of their own, unless NumPy has to convert or transpose them first.
-    at_once = max(1, (1 << 22) // max(1, PANEL * weight.shape[0])) if weight.size > 1 << 16 else len(panels)
+    at_once = max(1, (1 << 18) // max(1, PANEL * weight.shape[0])) if weight.size > 1 << 16 else len(panels)
     if put is _put_floats and weight.dtype == _STORED[f.dtype] and weight.strides[:1] == (weight.itemsize,):
         at_once = len(panels)
     starts = range(0, len(panels), max(at_once, 1))

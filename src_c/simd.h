@@ -22,26 +22,8 @@
 typedef float vf __attribute__((vector_size(FC_BYTES)));
 typedef int32_t vi __attribute__((vector_size(FC_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(FC_BYTES)));
-typedef int16_t vi16 __attribute__((vector_size(FC_BYTES)));
 typedef uint16_t vu16 __attribute__((vector_size(FC_BYTES)));
 typedef float vf_any __attribute__((vector_size(FC_BYTES), aligned(1), may_alias));
-
-/* `a`, made here: gcc would rather make all products of a tile first and add them later, and run out of registers. */
-#if FC_BYTES == 64
-#define FC_REGISTER "+v"
-#elif defined(__x86_64__)
-#define FC_REGISTER "+x"
-#else
-#define FC_REGISTER "+w"
-#endif
-FC_INLINE vi vi_here(vi a) {
-    __asm__ volatile("" : FC_REGISTER(a));
-    return a;
-}
-FC_INLINE vf vf_here(vf a) {
-    __asm__ volatile("" : FC_REGISTER(a));
-    return a;
-}
 
 FC_INLINE vf vf_set1(float a) { return a - (vf){0}; }
 FC_INLINE vf vf_zero(void) { return (vf){0}; }
@@ -67,12 +49,17 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_stream(p, a), vf_stream_end()   store past the caches, p a multiple of FC_BYTES; after the last one, the fence
  *   vf_dup(p)               p[0] p[0] p[1] p[1] ...  from FC_N/2 floats
  *   vf_swap(a)              a[1] a[0] a[3] a[2] ...
- *   vi_madd16(acc, a, b)    int16 lanes: acc + a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
+ *   vf_add_product(acc, a, b)      acc + a*b as vf_fma; see below
+ *   vi_add_madd16(acc, a, b)       int16 lanes: acc + a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
  *   vi_put8, vi_put16       FC_N int32 lanes, small enough, as int8 or int16 at p
  * and where the ISA has them
- *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)   acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
- *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)   acc + the four products of bytes in each lane
- *   FC_HAS_MADDUBS   vi_maddubs(u8, s8)       int16 lanes: the sum of two products of bytes, which must fit */
+ *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
+ *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
+ *   FC_HAS_MADDUBS   vi_add_maddubs(acc, u8, s8)  int16 lanes: acc + the sum of two products of bytes, which must fit
+ *
+ * The words that add products to an accumulator are for tiles that fill the registers. On x86 they are one or two
+ * instructions of assembly that change it where it is: left to itself, gcc 12 makes products first and adds them later,
+ * or moves accumulators about, and both end on the stack inside the loop. */
 #if FC_BYTES == 64
 #include "simd/avx512.h"
 #elif FC_BYTES == 32
@@ -160,8 +147,6 @@ FC_INLINE int32_t vi_sum(vi a) {
     for (int i = 0; i < FC_N; i++) sum += s[i];
     return sum;
 }
-
-FC_INLINE vi vi_add16(vi a, vi b) { return (vi)((vi16)a + (vi16)b); }
 
 /* a[0] a[2] a[1] a[3]  a[4] a[6] a[5] a[7] ... */
 FC_INLINE vi vi_order_0213(vi a) {

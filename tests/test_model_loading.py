@@ -267,11 +267,11 @@ def test_no_config(tmp_path):
     assert str(caught.value) == f"load: {tmp_path} has no config.json"
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float16", "", None, 32])
+@pytest.mark.parametrize("dtype", ["int3", "float16", "", None, 32])
 def test_unknown_packing(folder, dtype):
     with pytest.raises(ValueError) as caught:
         load(folder, dtype)
-    assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32 or bfloat16"
+    assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32, bfloat16, int8, int4"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.gguf"])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c.cache import KVCache
-from forge_c.functional import DecoderBlock, decode, embedding, linear, rms_norm
+from forge_c.functional import DecoderBlock, PackedWeight, decode, embedding, linear, rms_norm
 from forge_c.models.config import ModelSpec
 from forge_c.models.loading import Tensors
 from forge_c.packing import pack, pack_gated
@@ -111,7 +111,7 @@ class Decoder:
         self._embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
         self._head = pack(head.T, _HEAD[dtype])  # (H, vocab)
         del table, head
-        layers = [_layer(spec, checkpoint, i, dtype) for i in progress(range(spec.n_layers))]
+        layers = [_LayerReader(spec, checkpoint, i, dtype).block() for i in progress(range(spec.n_layers))]
         self._blocks = [block for block, _ in layers]
         self._blocks_nbytes = sum(nbytes for _, nbytes in layers)
         self._norm = _vector(checkpoint, "model.norm.weight", spec.hidden_size)
@@ -179,53 +179,71 @@ def _vector(checkpoint: Tensors, name: str, n: int) -> Floats:
     return checkpoint.take(name, (n,)).astype(np.float32)
 
 
-def _layer(s: ModelSpec, checkpoint: Tensors, i: int, dtype: str) -> tuple[DecoderBlock, int]:
-    """Layer i, its matrices packed, and the bytes of its weights. The checkpoint holds matrices as (out, in)."""
-    prefix, hidden, inner = f"model.layers.{i}.", s.hidden_size, s.intermediate_size
-    queries, keys = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
+class _LayerReader:
+    """Layer i of a checkpoint, whose matrices are (out, in). A matrix is let go as soon as it is packed."""
 
-    def matrix(name: str, rows: int, columns: int) -> NDArray[Any]:
-        return checkpoint.take(f"{prefix}{name}.weight", (rows, columns))
+    def __init__(self, spec: ModelSpec, checkpoint: Tensors, i: int, dtype: str) -> None:
+        self.spec, self.checkpoint, self.prefix, self.dtype = spec, checkpoint, f"model.layers.{i}.", dtype
+        self.queries, self.keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        self.turned = spec.rope_layers[i]
 
-    def vector(name: str, n: int, wanted: bool = True) -> Floats | None:
-        return _vector(checkpoint, prefix + name, n) if wanted else None
+    def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
+        return self.checkpoint.take(f"{self.prefix}{name}.weight", (rows, columns))
 
-    def norm(name: str, wanted: bool = True) -> Any:
-        return vector(f"{name}.weight", hidden, wanted)
+    def vector(self, name: str, n: int, wanted: bool = True) -> Floats | None:
+        return _vector(self.checkpoint, self.prefix + name, n) if wanted else None
 
-    if s.fused:
-        qkv = matrix("self_attn.qkv_proj", queries + 2 * keys, hidden)
-        gate, up = np.split(matrix("mlp.gate_up_proj", 2 * inner, hidden), 2)
-    else:
-        sizes = {"q": queries, "k": keys, "v": keys}
-        qkv = np.concatenate([matrix(f"self_attn.{p}_proj", n, hidden) for p, n in sizes.items()])
-        gate, up = matrix("mlp.gate_proj", inner, hidden), matrix("mlp.up_proj", inner, hidden)
-    qkv_bias = gate_up_bias = None
-    if s.qkv_bias:
-        biases = [vector("self_attn.q_proj.bias", queries), vector("self_attn.k_proj.bias", keys),
-                  vector("self_attn.v_proj.bias", keys)]
-        qkv_bias = np.concatenate([b for b in biases if b is not None])
-    if s.mlp_bias:
-        gate_up_bias = np.stack([_vector(checkpoint, f"{prefix}mlp.{p}_proj.bias", inner) for p in ("gate", "up")])
-    weights: dict[str, Any] = dict(
-        input_norm=norm("input_layernorm"),
-        qkv=pack(qkv.T, dtype), qkv_bias=qkv_bias,
-        q_norm=vector("self_attn.q_norm.weight", s.head_dim, s.qk_norm),
-        k_norm=vector("self_attn.k_norm.weight", s.head_dim, s.qk_norm),
-        out=pack(matrix("self_attn.o_proj", hidden, queries).T, dtype),
-        out_bias=vector("self_attn.o_proj.bias", hidden, s.o_bias),
-        post_attention_norm=norm("post_attention_layernorm", s.post_norms),
-        mlp_norm=norm("pre_feedforward_layernorm" if s.post_norms else "post_attention_layernorm"),
-        gate_up=pack_gated(gate.T, up.T, dtype), gate_up_bias=gate_up_bias,
-        down=pack(matrix("mlp.down_proj", hidden, inner).T, dtype),
-        down_bias=vector("mlp.down_proj.bias", hidden, s.mlp_bias),
-        post_mlp_norm=norm("post_feedforward_layernorm", s.post_norms),
-    )
-    block = DecoderBlock(
-        heads=s.n_heads, kv_heads=s.n_kv_heads, head_dim=s.head_dim, activation=s.activation, eps=s.norm_eps,
-        norm_offset=s.norm_weight_offset, residual_scale=s.residual_scale, attention_scale=s.attention_scale,
-        softcap=s.attention_softcap or 0.0, turned=s.rope_layers[i], **weights)
-    return block, sum(w.nbytes for w in weights.values() if w is not None)
+    def packed(self, name: str, rows: int, columns: int) -> PackedWeight:
+        return pack(self.matrix(name, rows, columns).T, self.dtype)
+
+    def qkv(self) -> PackedWeight:
+        if self.spec.fused:
+            return self.packed("self_attn.qkv_proj", self.queries + 2 * self.keys, self.spec.hidden_size)
+        sizes = {"q": self.queries, "k": self.keys, "v": self.keys}
+        parts = [self.matrix(f"self_attn.{p}_proj", n, self.spec.hidden_size) for p, n in sizes.items()]
+        return pack(np.concatenate(parts).T, self.dtype)
+
+    def gate_up(self) -> PackedWeight:
+        inner, hidden = self.spec.intermediate_size, self.spec.hidden_size
+        if self.spec.fused:
+            gate, up = np.split(self.matrix("mlp.gate_up_proj", 2 * inner, hidden), 2)
+        else:
+            gate, up = self.matrix("mlp.gate_proj", inner, hidden), self.matrix("mlp.up_proj", inner, hidden)
+        return pack_gated(gate.T, up.T, self.dtype)
+
+    def biases(self) -> dict[str, Floats | None]:
+        s, found = self.spec, {}
+        if s.qkv_bias:
+            sizes = {"q": self.queries, "k": self.keys, "v": self.keys}
+            found["qkv_bias"] = np.concatenate([_vector(self.checkpoint, f"{self.prefix}self_attn.{p}_proj.bias", n)
+                                                for p, n in sizes.items()])
+        if s.mlp_bias:
+            found["gate_up_bias"] = np.concatenate([
+                _vector(self.checkpoint, f"{self.prefix}mlp.{p}_proj.bias", s.intermediate_size) for p in ("gate", "up")])
+        return found | {"out_bias": self.vector("self_attn.o_proj.bias", s.hidden_size, s.o_bias),
+                        "down_bias": self.vector("mlp.down_proj.bias", s.hidden_size, s.mlp_bias)}
+
+    def norms(self) -> dict[str, Floats | None]:
+        s = self.spec
+        names = {"input_norm": ("input_layernorm", True),
+                 "post_attention_norm": ("post_attention_layernorm", s.post_norms),
+                 "mlp_norm": ("pre_feedforward_layernorm" if s.post_norms else "post_attention_layernorm", True),
+                 "post_mlp_norm": ("post_feedforward_layernorm", s.post_norms)}
+        found = {key: self.vector(f"{name}.weight", s.hidden_size, wanted) for key, (name, wanted) in names.items()}
+        return found | {f"{p}_norm": self.vector(f"self_attn.{p}_norm.weight", s.head_dim, s.qk_norm) for p in "qk"}
+
+    def block(self) -> tuple[DecoderBlock, int]:
+        """The block, and the bytes of its weights."""
+        s = self.spec
+        weights: dict[str, Any] = {
+            "qkv": self.qkv(), "out": self.packed("self_attn.o_proj", s.hidden_size, self.queries),
+            "gate_up": self.gate_up(), "down": self.packed("mlp.down_proj", s.hidden_size, s.intermediate_size),
+            **self.norms(), **self.biases()}
+        block = DecoderBlock(
+            heads=s.n_heads, kv_heads=s.n_kv_heads, head_dim=s.head_dim, activation=s.activation, eps=s.norm_eps,
+            norm_offset=s.norm_weight_offset, residual_scale=s.residual_scale, attention_scale=s.attention_scale,
+            softcap=s.attention_softcap or 0.0, turned=self.turned, **weights)
+        return block, sum(w.nbytes for w in weights.values() if w is not None)
 
 
 __all__ = ["DEFAULT_CONTEXT", "Decoder", "ModelCache"]

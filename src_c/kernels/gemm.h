@@ -11,8 +11,8 @@
  *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
  *     i4, i4z    the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
  *
- * float formats: an output is one chain over k in order. Integer formats: the integer sum over each group is exact, on
- * every ISA the same, and then  c += scale (sum - offset sum(x))  or  c += scale sum + min sum(x),  group by group;
+ * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the same,
+ * and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group;
  * x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence the same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
  *
@@ -65,9 +65,8 @@ typedef struct {
     ptrdiff_t step;
 } gemm_ahead;
 
-FC_INLINE gemm_ahead ahead_of(const struct fc_gemm *g, const char *w, ptrdiff_t bytes, ptrdiff_t line, ptrdiff_t row) {
-    const ptrdiff_t tiles = (g->m + FC_MR - 1) / FC_MR;
-    return (gemm_ahead){w + bytes + bytes / tiles * (row / FC_MR), line / tiles};
+FC_INLINE gemm_ahead ahead_of(const char *w, ptrdiff_t bytes, ptrdiff_t line, int tile, int tiles) {
+    return (gemm_ahead){w + bytes + bytes / tiles * tile, line / tiles};
 }
 
 FC_INLINE void ask(gemm_ahead *a, const int nv, ptrdiff_t panel_stride) {
@@ -99,16 +98,16 @@ FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
     (void)f;
     float one;
     memcpy(&one, x, 4);
-    return vf_fma(vf_set1(one), w, acc);
+    return vf_add_product(acc, vf_set1(one), w);
 }
 
 FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
-                          ptrdiff_t vector) {
+                          ptrdiff_t vector, int tile, int tiles) {
     const int parts = f == GEMM_BF16 ? BF16_PARTS : 1;
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride, line_stride = g->line_stride;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(g, vector);
-    gemm_ahead ahead = ahead_of(g, w, g->lines * line_stride, line_stride, row);
+    gemm_ahead ahead = ahead_of(w, g->lines * line_stride, line_stride, tile, tiles);
     vf acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
@@ -126,7 +125,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++)
-                    acc[i][j] = vf_here(float_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part));
+                    acc[i][j] = float_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part);
         }
     }
 #pragma GCC unroll 8
@@ -154,10 +153,10 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
     return vi_dot_i8(acc, w, xv);
 #else
 #ifdef FC_HAS_MADDUBS
-    if (f != GEMM_I8) return vi_add16(acc, vi_maddubs(w, xv));
+    if (f != GEMM_I8) return vi_add_maddubs(acc, w, xv);
 #endif
     (void)f;
-    return vi_madd16(acc, w, xv);
+    return vi_add_madd16(acc, w, xv);
 #endif
 }
 
@@ -177,72 +176,58 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++)
-                    acc[i][j] = vi_here(int_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part));
+                    acc[i][j] = int_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part);
         }
     }
 }
 
-/* The exact sum over one group. Products of nibbles are first summed in 16 bits where maddubs makes them: 8 of at most
- * 2 * 15 * 127 fit, which are those of 4 lines. start: what a row's sum begins with, -offset sum(x). */
-FC_INLINE void int_group(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const int32_t *start,
-                         ptrdiff_t ldstart, const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t panel_stride,
-                         ptrdiff_t lines, gemm_ahead *ahead) {
-#pragma GCC unroll 8
-    for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) acc[i][j] = (vi){0} + (f == GEMM_I4Z ? 0 : start[i * ldstart]);
+/* Products of nibbles that maddubs makes are summed in 16 bits first: 8 of at most 2 * 15 * 127 fit, those of 4 lines. */
 #if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
-    if (f != GEMM_I8) {
-        for (; lines > 0; lines -= 4, x += 32, w += 256) {
-            vi part[FC_MR][FC_NV_FEW];
-#pragma GCC unroll 8
-            for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-                for (int j = 0; j < nv; j++) part[i][j] = (vi){0};
-            int_lines(f, mr, nv, part, x, ldx, w, panel_stride, 4, ahead);
-#pragma GCC unroll 8
-            for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-                for (int j = 0; j < nv; j++) acc[i][j] = vi_madd16(acc[i][j], part[i][j], (vi){0} + 0x00010001);
-        }
-        return;
-    }
+enum { SHORT_SUMS = 1, SHORT_LINES = 4 };
+#else
+enum { SHORT_SUMS = 0, SHORT_LINES = 4 };
 #endif
-    int_lines(f, mr, nv, acc, x, ldx, w, panel_stride, lines, ahead);
-}
 
-/* scale and minimum of vector j; `line`: those of the block, from the tile's first vector on */
+/* 16 columns' scales, or (half 1) minima or the second scales, from `lane` on */
 FC_INLINE vf int_scale(gemm_format f, int half, const char *line, ptrdiff_t lane) {
     return f == GEMM_I8 ? vf_load(line + lane * 4) : vf_from_f16((const uint16_t *)(const void *)line + half * 16 + lane);
 }
 
+/* A block is one chunk of lines, or several: the two groups of an i4 block, or as much of an i4z group as 16 bits sum. */
 FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
-                        ptrdiff_t vector) {
-    const int halves = f == GEMM_I4 ? 2 : 1, x_size = f == GEMM_I8 ? FC_I8_X : FC_I4_X;
-    const ptrdiff_t lines = f == GEMM_I4 ? 4 : g->lines, k = lines * (f == GEMM_I8 ? 4 : 8);
+                        ptrdiff_t vector, int tile, int tiles) {
+    const int shorts = SHORT_SUMS && f != GEMM_I8, x_size = f == GEMM_I8 ? FC_I8_X : FC_I4_X;
+    const ptrdiff_t all_lines = f == GEMM_I4 ? 8 : g->lines;
+    const ptrdiff_t lines = f == GEMM_I4 || shorts ? SHORT_LINES : all_lines, chunks = all_lines / lines;
+    const ptrdiff_t x_step = lines * (f == GEMM_I8 ? 4 : 8) * x_size;
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, ldsums = g->ldsums, panel_stride = g->panel_stride;
-    const ptrdiff_t block = (halves * lines + 1) * 64, in_line = vector % FC_PER_PANEL * FC_BYTES;
+    const ptrdiff_t block = (all_lines + 1) * 64, in_line = vector % FC_PER_PANEL * FC_BYTES;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(g, vector);
-    const int32_t *sums = (const int32_t *)g->sums + row * ldsums;
-    gemm_ahead ahead = ahead_of(g, w, g->blocks * block, 64, row);
+    const int32_t *start = (const int32_t *)g->sums + row * ldsums; /* i4z: floats, the sums themselves */
+    gemm_ahead ahead = ahead_of(w, g->blocks * block, 64, tile, tiles);
     if (!g->accumulate) {
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) vf_store(c + i * ldc + j * FC_BYTES, vf_zero());
     }
-    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block)
-#pragma GCC unroll 2
-        for (int h = 0; h < halves; h++, x += k * x_size, sums++) {
+    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block, start += f == GEMM_I4 ? 2 : 1)
+        for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
+            const int half = f == GEMM_I4 ? (int)chunk : 0;
             vi acc[FC_MR][FC_NV_FEW];
-            int_group(f, mr, nv, acc, sums, ldsums, x, ldx, w + h * lines * 64, panel_stride, lines, &ahead);
             vf scale[FC_NV_FEW], min[FC_NV_FEW];
 #pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < nv; j++)
+                    acc[i][j] = (vi){0} + (f == GEMM_I4Z || shorts ? 0 : start[i * ldsums + half]);
+            int_lines(f, mr, nv, acc, x, ldx, w + chunk * lines * 64, panel_stride, lines, &ahead);
+#pragma GCC unroll 8
             for (int j = 0; j < nv; j++) {
-                const char *line = w - in_line + halves * lines * 64 + j / FC_PER_PANEL * panel_stride;
+                const char *line = w - in_line + all_lines * 64 + j / FC_PER_PANEL * panel_stride;
                 const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
-                scale[j] = int_scale(f, h, line, lane);
+                scale[j] = int_scale(f, half, line, lane);
                 min[j] = f == GEMM_I4Z ? int_scale(f, 1, line, lane) : vf_zero();
             }
 #pragma GCC unroll 8
@@ -250,48 +235,68 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++) {
                     char *to = c + i * ldc + j * FC_BYTES;
-                    vf sum = vf_fma(vf_from_int(acc[i][j]), scale[j], vf_load(to));
-                    if (f == GEMM_I4Z) sum = vf_fma(vf_set1(((const float *)sums)[i * ldsums]), min[j], sum);
-                    vf_store(to, sum);
+                    const vi from = (vi){0} + (f == GEMM_I4Z ? 0 : start[i * ldsums + half]);
+                    const vi sum = shorts ? vi_add_madd16(from, acc[i][j], (vi){0} + 0x00010001) : acc[i][j];
+                    vf y = vf_load(to);
+                    if (f == GEMM_I4Z && chunk == 0) y = vf_fma(vf_set1(((const float *)start)[i * ldsums]), min[j], y);
+                    vf_store(to, vf_fma(vf_from_int(sum), scale[j], y));
                 }
         }
 }
 
-/* ---- all rows and columns: tiles of FC_MR rows, then the rows that are left ---- */
+/* ---- all rows and columns ---- */
 
-FC_INLINE void gemm_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
-                         ptrdiff_t vector) {
-    if (f <= GEMM_BF16) float_tile(f, mr, nv, g, row, vector);
-    else int_tile(f, mr, nv, g, row, vector);
-}
+/* Each tile is a function of its own: gcc 12 finds registers for one loop, not for sixty in one function. */
+typedef void gemm_tile(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector, int tile, int tiles);
+#define FC_TILE(name, kind, format, mr, nv)                                                                            \
+    static __attribute__((noinline)) void name(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector, int tile,     \
+                                               int tiles) {                                                            \
+        kind##_tile(format, (mr) < FC_MR ? (mr) : FC_MR, nv, g, row, vector, tile, tiles);                             \
+    }
+#define FC_TILES(name, kind, format, nv)                                                                               \
+    FC_TILE(name##_1, kind, format, 1, nv)                                                                             \
+    FC_TILE(name##_2, kind, format, 2, nv)                                                                             \
+    FC_TILE(name##_3, kind, format, 3, nv)                                                                             \
+    FC_TILE(name##_4, kind, format, 4, nv)                                                                             \
+    FC_TILE(name##_5, kind, format, 5, nv)                                                                             \
+    FC_TILE(name##_6, kind, format, 6, nv)                                                                             \
+    static gemm_tile *const name[] = {NULL, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
 
-FC_INLINE void gemm_columns(gemm_format f, const int nv, const struct fc_gemm *g, ptrdiff_t vector) {
-    ptrdiff_t row = 0;
-    for (; row + FC_MR <= g->m; row += FC_MR) gemm_tile(f, FC_MR, nv, g, row, vector);
-    switch (g->m - row) {
-    case 5: gemm_tile(f, 5 < FC_MR ? 5 : 1, nv, g, row, vector); break;
-    case 4: gemm_tile(f, 4 < FC_MR ? 4 : 1, nv, g, row, vector); break;
-    case 3: gemm_tile(f, 3, nv, g, row, vector); break;
-    case 2: gemm_tile(f, 2, nv, g, row, vector); break;
-    case 1: gemm_tile(f, 1, nv, g, row, vector); break;
-    default: break;
+/* As few tiles as rows ask for, all of nearly the same height: a low one would wait for its own sums. */
+FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g, ptrdiff_t vector) {
+    const int tiles = (int)((g->m + FC_MR - 1) / FC_MR);
+    for (ptrdiff_t row = 0, rows, t = 0; t < tiles; t++, row += rows) {
+        rows = (g->m - row + tiles - t - 1) / (tiles - t);
+        by_rows[rows](g, row, vector, (int)t, tiles);
     }
 }
 
-FC_INLINE void gemm_any(gemm_format f, const struct fc_gemm *g) {
+/* one row: more columns at a time; all: whole tiles, then (with wide vectors) two panels, then one */
+FC_INLINE void gemm_all(gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[], gemm_tile *const one[],
+                        const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
     if (FC_NV_FEW > FC_NV && g->m == 1)
-        for (; v + FC_NV_FEW <= vectors; v += FC_NV_FEW) gemm_tile(f, 1, FC_NV_FEW, g, 0, v);
-    for (; v + FC_NV <= vectors; v += FC_NV) gemm_columns(f, FC_NV, g, v);
-    if (FC_NV > 2 && v + 2 <= vectors) {
-        gemm_columns(f, 2, g, v);
-        v += 2;
-    }
-    if (v < vectors) gemm_columns(f, 1, g, v);
+        for (; v + FC_NV_FEW <= vectors; v += FC_NV_FEW) few(g, 0, v, 0, 1);
+    for (; v + FC_NV <= vectors; v += FC_NV) gemm_columns(all, g, v);
+    for (; v + 2 <= vectors; v += 2) gemm_columns(two, g, v);
+    if (v < vectors) gemm_columns(one, g, v);
 }
 
-static void gemm_f32(const struct fc_gemm *g) { gemm_any(GEMM_F32, g); }
-static void gemm_bf16(const struct fc_gemm *g) { gemm_any(GEMM_BF16, g); }
-static void gemm_i8(const struct fc_gemm *g) { gemm_any(GEMM_I8, g); }
-static void gemm_i4(const struct fc_gemm *g) { gemm_any(GEMM_I4, g); }
-static void gemm_i4z(const struct fc_gemm *g) { gemm_any(GEMM_I4Z, g); }
+#if FC_BYTES == 64
+#define FC_GEMM(name, kind, format)                                                                                    \
+    FC_TILES(name##_tile, kind, format, FC_NV)                                                                         \
+    FC_TILES(name##_pair, kind, format, 2)                                                                             \
+    FC_TILES(name##_single, kind, format, 1)                                                                           \
+    static void name(const struct fc_gemm *g) { gemm_all(NULL, name##_tile, name##_pair, name##_single, g); }
+#else /* a tile's columns are whole panels, or parts of one: nothing is left over */
+#define FC_GEMM(name, kind, format)                                                                                    \
+    FC_TILES(name##_tile, kind, format, FC_NV)                                                                         \
+    FC_TILE(name##_few, kind, format, 1, FC_NV_FEW)                                                                    \
+    static void name(const struct fc_gemm *g) { gemm_all(name##_few, name##_tile, name##_tile, name##_tile, g); }
+#endif
+
+FC_GEMM(gemm_f32, float, GEMM_F32)
+FC_GEMM(gemm_bf16, float, GEMM_BF16)
+FC_GEMM(gemm_i8, int, GEMM_I8)
+FC_GEMM(gemm_i4, int, GEMM_I4)
+FC_GEMM(gemm_i4z, int, GEMM_I4Z)

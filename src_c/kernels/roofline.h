@@ -52,7 +52,7 @@ FC_INLINE vi peak_i8_step(vi acc, vi factor, vi x) {
     return vi_dot_i8(acc, factor, x);
 #else
     (void)factor;
-    return vi_madd16(acc, acc, x);
+    return vi_add_madd16(acc, acc, x);
 #endif
 }
 

@@ -1,7 +1,7 @@
-/* out = x W + bias + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of 64 columns.
+/* out = x W + bias + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of 64 to 256 columns.
  *
- * A tile's columns of W stay in L2 while blocks of rows pass under them; float32 accumulators live in a thread's
- * scratch [rows][64] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
+ * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
+ * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
  * threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are streamed
  * instead. Each packed format multiplies one form of x, the same for every M: float32; bfloat16; int8, one scale a row. */
 #include <stdint.h>
@@ -10,8 +10,9 @@
 #include "rows.h"
 
 enum {
-    TILE_PANELS = 4,     /* 64 columns */
-    TILE_BYTES = 256,    /* a row of accumulators */
+    MIN_PANELS = 4,      /* of a tile, for few rows, or many threads: 64 columns */
+    MAX_PANELS = 16,     /* many rows: what is read of x then serves 256 columns */
+    MANY_ROWS = 48,
     ROWS_A_BLOCK = 192,  /* x and accumulators of a block fill most of L2 */
     ROWS_IN_PLACE = 24,  /* up to here float32 x is multiplied where it lies */
     LOOSE_K = 512,       /* k packed on the fly at once: 128 KiB */
@@ -58,7 +59,7 @@ struct linear {
     const char *sums; /* X_QUANTIZED: (M, groups) of 4 bytes */
     const float *scales; /* X_QUANTIZED: (M); else NULL */
     ptrdiff_t groups;
-    ptrdiff_t panels, tiles, block_rows, blocks, kc;
+    ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, kc;
     size_t loose_bytes;
     fc_scratch normed; /* a thread: one row of x after its norm */
     fc_scratch scratch; /* a thread: loose panels, then accumulators */
@@ -134,7 +135,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     return status;
 }
 
-/* ---- one tile: up to 64 columns under a block of rows ---- */
+/* ---- one tile: its columns and a block of rows ---- */
 
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
 static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0, ptrdiff_t kc) {
@@ -152,7 +153,7 @@ static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t
                      ptrdiff_t rows) {
     const struct form *f = &l->form;
     const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_lines * 64;
-    struct fc_gemm g = {.c = acc, .ldc = TILE_BYTES, .ldx = l->ldx, .ldsums = l->groups, .panel_stride = panel_bytes,
+    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * 64, .ldx = l->ldx, .ldsums = l->groups, .panel_stride = panel_bytes,
                         .line_stride = 64, .m = rows, .panels = panels};
     for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
         ptrdiff_t kc = smaller(l->kc, l->k - k0);
@@ -178,7 +179,7 @@ static void store(const struct linear *l, const float *acc, ptrdiff_t column, pt
     const float *bias = a->bias ? a->bias + column : NULL;
     fc_cursor at;
     fc_cursor_at(&at, a->rows, row);
-    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += TILE_BYTES / 4) {
+    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += l->tile_panels * 16) {
         char *out = (char *)a->out + at.at[0] + skip;
         const float scale = l->scales ? l->scales[i] : 1.0f;
         if (a->gated) l->gated(out, acc, scale, bias, bias ? bias + a->n : NULL, columns);
@@ -191,7 +192,7 @@ static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     float *loose = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)loose + l->loose_bytes);
     for (ptrdiff_t i = begin; i < end; i++) {
-        ptrdiff_t panel = i / l->blocks * TILE_PANELS, panels = smaller(TILE_PANELS, l->panels - panel);
+        ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = smaller(l->tile_panels, l->panels - panel);
         ptrdiff_t row = i % l->blocks * l->block_rows, rows = smaller(l->block_rows, l->a->m - row);
         ptrdiff_t column = panel * (l->a->gated ? 8 : 16), columns = panels * (l->a->gated ? 8 : 16);
         multiply(l, acc, loose, panel, panels, row, rows);
@@ -200,25 +201,39 @@ static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 static double item_ns(const struct linear *l) {
-    double flops = 2.0 * (double)l->block_rows * (double)l->k * 64, bytes = (double)(l->k / l->form.block_k * l->form.block_lines) * 256;
+    const double columns = (double)(l->tile_panels * 16);
+    double flops = 2.0 * (double)l->block_rows * (double)l->k * columns;
+    double bytes = (double)(l->k / l->form.block_k * l->form.block_lines) * 4 * columns;
     return flops / 100 > bytes / 25 ? flops / 100 : bytes / 25;
+}
+
+/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. */
+static void cut(struct linear *l, int threads) {
+    const ptrdiff_t m = l->a->m, wanted = 4 * (ptrdiff_t)threads;
+    l->tile_panels = m > MANY_ROWS ? MAX_PANELS : MIN_PANELS;
+    l->block_rows = smaller(m, ROWS_A_BLOCK);
+    for (;;) {
+        l->tiles = (l->panels + l->tile_panels - 1) / l->tile_panels;
+        l->blocks = (m + l->block_rows - 1) / l->block_rows;
+        if (l->tiles * l->blocks >= wanted) return;
+        if (l->tile_panels > MIN_PANELS) l->tile_panels /= 2;
+        else if (l->block_rows > 48) l->block_rows = (l->block_rows / 2 + 5) / 6 * 6;
+        else return;
+    }
 }
 
 static fc_status by_tiles(struct linear *l) {
     const fc_linear_args *a = l->a;
     const int packed = a->layout < FC_ROWS;
     l->panels = a->gated ? (a->n + 15) / 16 * 2 : (a->n + 15) / 16;
-    l->tiles = (l->panels + TILE_PANELS - 1) / TILE_PANELS;
-    l->loose_bytes = packed ? 0 : (size_t)LOOSE_K * 64 * 4;
-    l->block_rows = smaller(a->m, ROWS_A_BLOCK);
-    l->blocks = 1;
-    int threads = fc_threads_for(l->tiles * a->m, item_ns(l) / (double)l->block_rows);
-    while (l->block_rows > 48 && l->tiles * ((a->m + l->block_rows - 1) / l->block_rows) < 4 * threads)
-        l->block_rows = (l->block_rows / 2 + 5) / 6 * 6;
-    l->blocks = (a->m + l->block_rows - 1) / l->block_rows;
-    ptrdiff_t items = l->tiles * l->blocks;
+    l->loose_bytes = packed ? 0 : (size_t)LOOSE_K * MAX_PANELS * 64;
+    cut(l, 1);
+    int threads = fc_threads_for(l->tiles * l->blocks * 64, item_ns(l) / 64);
+    cut(l, threads);
+    const ptrdiff_t items = l->tiles * l->blocks;
     if (threads > items) threads = (int)items;
-    if (fc_scratch_alloc(&l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * TILE_BYTES))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(&l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * l->tile_panels * 64)))
+        return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
     fc_scratch_free(&l->scratch);
     return status;

@@ -69,9 +69,21 @@ FC_INLINE void vf_transpose(vf r[8]) {
     }
 }
 
+FC_INLINE vf vf_add_product(vf acc, vf a, vf b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+    return acc;
+}
+FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) {
+    vi product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(a), "x"(b));
+    return acc;
+}
 #define FC_HAS_MADDUBS 1
-FC_INLINE vi vi_maddubs(vi u8, vi s8) { return (vi)_mm256_maddubs_epi16((__m256i)u8, (__m256i)s8); }
-FC_INLINE vi vi_madd16(vi acc, vi a, vi b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+FC_INLINE vi vi_add_maddubs(vi acc, vi u8, vi s8) {
+    vi product;
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(u8), "x"(s8));
+    return acc;
+}
 FC_INLINE __m128i vi_packed16(vi a) {
     return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
 }

@@ -30,7 +30,8 @@ FC_INLINE void vf_transpose(vf r[4]) {
     r[3] = (vf)vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
 }
 
-FC_INLINE vi vi_madd16(vi acc, vi a, vi b) {
+FC_INLINE vf vf_add_product(vf acc, vf a, vf b) { return vf_fma(a, b, acc); }
+FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) {
     int16x8_t p = (int16x8_t)a, q = (int16x8_t)b;
     int32x4_t low = vmull_s16(vget_low_s16(p), vget_low_s16(q)), high = vmull_high_s16(p, q);
     return acc + (vi)vpaddq_s32(low, high);
