@@ -59,14 +59,16 @@ FC_INLINE const char *again(const char *p) {
     return p;
 }
 
-/* Asks for a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. */
+/* Asks for a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. A
+ * tile that is alone reads as fast as memory gives, and asks for what it needs next. */
+enum { NEXT_BYTES = 2048 };
 typedef struct {
     const char *at;
     ptrdiff_t step;
 } gemm_ahead;
 
 FC_INLINE gemm_ahead ahead_of(const char *w, ptrdiff_t bytes, ptrdiff_t line, int tile, int tiles) {
-    return (gemm_ahead){w + bytes + bytes / tiles * tile, line / tiles};
+    return (gemm_ahead){w + (tiles == 1 ? NEXT_BYTES : bytes + bytes / tiles * tile), line / tiles};
 }
 
 FC_INLINE void ask(gemm_ahead *a, const int nv, ptrdiff_t panel_stride) {
