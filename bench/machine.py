@@ -4,8 +4,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,9 +45,11 @@ def copies(moved: int) -> int:
 
 
 def measure_limits(python: str = sys.executable, quick: bool = False) -> Limits:
-    """forge_c.roofline() in a process of its own, so that its threads do not stay in this one."""
+    """forge_c.roofline() in a process of its own, so that its threads do not stay in this one; started in this folder,
+    because python -c in the repository's would import the tree that is not built."""
     seconds, size = ("0.03", 64 << 20) if quick else ("0.1", 256 << 20)
-    done = subprocess.run([python, "-c", _ROOFLINE, seconds, str(size)], capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", _ROOFLINE, seconds, str(size)], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).resolve().parent)
     return json.loads(done.stdout)
 
 
@@ -84,3 +88,23 @@ def cpu_model() -> str:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Neighbours:
+    """How much of the processors went to others than this process's children since it was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of the clock, of processors at work or taken by the host, and of children that have ended."""
+        user, nice, system, _, _, irq, soft_irq, stolen = map(int, Path("/proc/stat").read_text().split()[1:9])
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return (time.monotonic(), (user + nice + system + irq + soft_irq + stolen) / os.sysconf("SC_CLK_TCK"),
+                children.ru_utime + children.ru_stime)
+
+    def share(self) -> float:
+        """0 to 1 of all processors' time."""
+        wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return max(0.0, busy - own) / wall / (os.cpu_count() or 1)

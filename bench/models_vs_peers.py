@@ -6,7 +6,7 @@
 VENV has torch, transformers and gguf; a peer that is not there is left out. In each round every implementation runs
 once in a process of its own, between two measurements of the machine's limits; a ratio is the median over rounds of
 the ratio within a round. Decoding starts from an empty cache, as llama-bench does it. GGUF files (4 GB) stay in
---cache.
+--cache. What others take of the processors meanwhile is told: a ratio from a busy machine says little.
 """
 from __future__ import annotations
 
@@ -173,19 +173,22 @@ def _rounds(entries: list[Entry], run: Run, peers: Peers, args: argparse.Namespa
         _say(f"round {number + 1}, {time.strftime('%X')}")
         before = machine.measure_limits(quick=args.quick)
         for entry in list(entries):
+            neighbours = machine.Neighbours()
             try:
                 tests = _measure(entry, run, peers)
             except RuntimeError as error:
                 _say(f"  {entry.name}: skipped: {error}")
                 entries.remove(entry)
                 continue
+            others = neighbours.share()
             for test in tests:
                 row = rows.setdefault((entry, test["test"]), peers_table.Row(entry, test["test"]))
-                row.samples[number] = test["tokens_per_second"]
+                row.samples[number], row.others[number] = test["tokens_per_second"], others
                 row.step_bytes = test.get("step_bytes")
                 if "version" in test:
                     versions[entry.implementation] = test["version"]
-            _say(f"  {entry.name}: " + ", ".join(f"{t['test']} {median(t['tokens_per_second']):.1f}" for t in tests))
+            rates = ", ".join(f"{t['test']} {median(t['tokens_per_second']):.1f}" for t in tests)
+            _say(f"  {entry.name}: {rates}; others took {100 * others:.0f} % of the processors")
         limits.append(machine.best_of(before, machine.measure_limits(quick=args.quick)))
         _say(f"  limits: {peers_table.limits_text(limits[-1:])}")
     return list(rows.values()), limits
@@ -215,6 +218,7 @@ def main() -> int:
         sys.exit("models_vs_peers.py: nothing has run")
     about = (f"{datetime.date.today()}: {machine.cpu_model()}, {machine.cores()} cores, {args.threads} threads; "
              f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {args.rounds} rounds; "
+             f"others took up to {100 * max(max(row.others.values()) for row in rows):.0f} % of the processors; "
              f"{peers_table.limits_text(limits)}; forge_c's kernels for {limits[0]['isa']}.")
     lines = [about, "", *peers_table.table(rows, limits, sizes)]
     print(*lines, sep="\n")

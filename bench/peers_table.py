@@ -57,10 +57,12 @@ class Sizes(NamedTuple):
 
 @dataclass
 class Row:
-    """One test of one entry: tokens per second of each run in each round; step_bytes if the implementation told."""
+    """One test of one entry: tokens per second of each run in each round, and how much of the processors others took
+    in the round; step_bytes if the implementation told."""
     entry: Entry
     test: str
     samples: dict[int, list[float]] = field(default_factory=dict)
+    others: dict[int, float] = field(default_factory=dict)
     step_bytes: int | None = None
 
     @property
@@ -92,8 +94,9 @@ class Row:
 
     def as_json(self, limits: Sequence[Limits], sizes: Sizes) -> dict[str, Any]:
         return {"implementation": self.entry.implementation, "format": self.entry.form, "batch": self.entry.batch,
-                "test": self.test, "tokens_per_second": self.samples, "step_bytes": self.step_bytes,
-                "median": median(self.rates.values()), "of_limit": self.share(limits, sizes)}
+                "test": self.test, "tokens_per_second": self.samples, "others": self.others,
+                "step_bytes": self.step_bytes, "median": median(self.rates.values()),
+                "of_limit": self.share(limits, sizes)}
 
 
 def _comparison(row: Row, rows: Mapping[tuple[Entry, str], Row]) -> tuple[list[float], str]:
