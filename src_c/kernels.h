@@ -94,7 +94,8 @@ struct fc_kernels {
      * integer ones */
     fc_dtype bf16_x;
     int i8_x, i4_x;
-    ptrdiff_t panel_bytes; /* of each panel of W that rows of x pass over at a time */
+    ptrdiff_t tile_rows;   /* rows that a line of W serves in registers */
+    ptrdiff_t panel_bytes; /* of each panel of W that more rows of x pass over at a time */
 #define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;
 #define FC_MEMBER(name, params) void(*name) params;
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)

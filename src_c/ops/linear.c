@@ -111,7 +111,9 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const ptrdiff_t block_bytes = l->form.block_lines * 64;
     copy->block = NULL;
     l->k = round_up(a->k, l->form.block_k);
-    l->kc = a->layout < FC_ROWS ? (fc_k->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k : LOOSE_K;
+    l->kc = a->layout >= FC_ROWS      ? LOOSE_K
+            : a->m <= fc_k->tile_rows ? (l->k ? l->k : 1)
+                                      : (fc_k->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k;
     if (!a->norm && a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
         l->k == a->k && a->rows->ndim <= 1) {
         l->x = a->x;
