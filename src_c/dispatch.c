@@ -19,12 +19,16 @@ static int has_f16c(void) {
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
+#ifdef FC_SOFTWARE_AVX512 /* tools/check_avx512.sh: these tables are AVX2 code then */
+#define CPU_HAS(feature) 1
+#else
+#define CPU_HAS(feature) __builtin_cpu_supports(feature)
+#endif
 static int has_avx512(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return has_avx2() && CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512dq") && CPU_HAS("avx512vl");
 }
 static int has_avx512_vnni_bf16(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    return has_avx512() && CPU_HAS("avx512vnni") && CPU_HAS("avx512bf16");
 }
 #endif
 static int always(void) { return 1; }

@@ -1,7 +1,9 @@
 /* AVX-512 with VNNI and BF16 dot products: Cooper Lake, Sapphire Rapids, Zen 4 and later. */
 #ifdef __x86_64__
 #include <immintrin.h>
-#ifdef __clang__
+#ifdef FC_SOFTWARE_AVX512
+#pragma GCC target("avx2,fma,f16c")
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")

@@ -94,6 +94,16 @@ FC_INLINE void vf_load_transposed(vf r[16], const char *p, ptrdiff_t ld) {
     }
 }
 
+#define FC_HAS_MADDUBS 1
+#ifdef FC_SOFTWARE_AVX512 /* tools/check_avx512.sh has no such registers: the same words in intrinsics */
+FC_INLINE vf vf_add_product(vf acc, vf a, vf b) { return vf_fma(a, b, acc); }
+FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+FC_INLINE vi vi_add_maddubs(vi acc, vi u8, vi s8) {
+    return (vi)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16((__m512i)u8, (__m512i)s8));
+}
+FC_INLINE vf vf_dot_bf16(vf acc, vu w, vu x) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x); }
+FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u8, (__m512i)s8); }
+#else
 FC_INLINE vf vf_add_product(vf acc, vf a, vf b) {
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
@@ -103,25 +113,23 @@ FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) {
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(a), "v"(b));
     return acc;
 }
-#define FC_HAS_MADDUBS 1
 FC_INLINE vi vi_add_maddubs(vi acc, vi u8, vi s8) {
     vi product;
     __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(u8), "v"(s8));
     return acc;
 }
 #ifdef FC_HAS_BF16_DOT
-/* acc + w[2i] x[2i] + w[2i+1] x[2i+1] */
 FC_INLINE vf vf_dot_bf16(vf acc, vu w, vu x) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
 #endif
 #ifdef FC_HAS_I8_DOT
-/* acc + sum of four u8 * s8 */
 FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
     return acc;
 }
+#endif
 #endif
 
 FC_INLINE void vi_put16(int16_t *p, vi a) { _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16((__m512i)a)); }
