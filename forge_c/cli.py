@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
         which.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
         if command is bench:
             which.add_argument("--shape", metavar="NAME", help="random weights of that size, such as llama-1.1b")
-        command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: %(default)s)")
+        command.add_argument("--dtype", default="auto",
+                             help="auto, float32, bfloat16, int8 or int4 (default: %(default)s)")
         command.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
     generate.add_argument("--prompt", default=None, help="text to continue; - reads it from stdin")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")

@@ -103,8 +103,8 @@ def _format(name: str, dtype: str, group_size: int | None) -> Format:
     unit, others = (32, "") if dtype == "int8" else (64, "32 or ")
     if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer) or not (
             0 < group_size <= _MAX_GROUP and (group_size % unit == 0 or (others and group_size == _SYMMETRIC_INT4))):
-        raise ValueError(f"{name}: group_size is {group_size}, expected {others}a multiple of {unit} up to {_MAX_GROUP} "
-                         f"for {dtype}")
+        raise ValueError(f"{name}: group_size is {group_size}, expected {others}a multiple of {unit} up to "
+                         f"{_MAX_GROUP} for {dtype}")
     return Format(dtype, int(group_size))
 
 
@@ -165,7 +165,7 @@ def _scale(name: str, f: Format, wanted: Floats) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         half = wanted.astype(np.float16)
     if not np.isfinite(half).all():
-        raise ValueError(f"{name}: weight needs a scale of {np.abs(wanted).max():.3g}, more than float16 and so int4 holds")
+        raise ValueError(f"{name}: weight needs a scale of {np.abs(wanted).max():.3g}, more than int4's float16 holds")
     return half
 
 
@@ -180,10 +180,10 @@ def _inverse(scale: Floats) -> Floats:
 def _put_lines(f: Format, out: Bytes, u: Bytes) -> None:
     """u (panels * 16, groups, group) into the lines of out (panels, blocks, block bytes)."""
     panels, blocks = out.shape[:2]
-    rows = u.reshape(panels, PANEL, blocks, -1)
+    rows: Bytes = u.reshape(panels, PANEL, blocks, -1)
     if f.dtype == "int4":
         eight = rows.reshape(panels, PANEL, blocks, -1, 2, 4)
-        rows = (eight[..., 0, :] | (eight[..., 1, :] << 4)).reshape(panels, PANEL, blocks, -1)
+        rows = (eight[..., 0, :] | (eight[..., 1, :] << np.uint8(4))).reshape(panels, PANEL, blocks, -1)
     fours = np.ascontiguousarray(rows).view(np.uint32)
     out.view(np.uint32)[:, :, :-16].reshape(panels, blocks, -1, PANEL)[...] = fours.transpose(0, 2, 3, 1)
 

@@ -34,11 +34,12 @@ print(peak, model.nbytes)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bfloat16 checkpoint of 230 MB."""
     path, draw = tmp_path_factory.mktemp("model"), RandomCheckpoint().take
-    shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "lm_head.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
+    table = (VOCAB, WIDTH)
+    shapes = {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": (WIDTH,)}
     for i in range(LAYERS):
-        layer = {"input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,), "self_attn.q_proj": (WIDTH, WIDTH),
-                 "self_attn.k_proj": (KEYS, WIDTH), "self_attn.v_proj": (KEYS, WIDTH), "self_attn.o_proj": (WIDTH, WIDTH),
-                 "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH), "mlp.down_proj": (WIDTH, INNER)}
+        layer = {"input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,), "mlp.down_proj": (WIDTH, INNER)}
+        layer |= {f"self_attn.{p}_proj": (n, WIDTH) for p, n in (("q", WIDTH), ("k", KEYS), ("v", KEYS), ("o", WIDTH))}
+        layer |= {f"mlp.{p}_proj": (INNER, WIDTH) for p in ("gate", "up")}
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     save_file({name: draw(name, shape) for name, shape in shapes.items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(dict(shape_config("llama-1.1b")) | SIZES))

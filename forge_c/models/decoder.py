@@ -68,7 +68,7 @@ class ModelCache:
 
     @contextmanager
     def growing(self, tokens: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the lengths, and make every row `tokens` longer if the block does not raise. ValueError without room."""
+        """Yield the lengths, and make every row `tokens` longer unless the block raises. ValueError without room."""
         start = self.lengths
         stop = self.layers[0]._stop(np.full(self.batch, tokens))
         for layer in self.layers:
@@ -218,8 +218,8 @@ class _LayerReader:
             found["qkv_bias"] = np.concatenate([_vector(self.checkpoint, f"{self.prefix}self_attn.{p}_proj.bias", n)
                                                 for p, n in sizes.items()])
         if s.mlp_bias:
-            found["gate_up_bias"] = np.concatenate([
-                _vector(self.checkpoint, f"{self.prefix}mlp.{p}_proj.bias", s.intermediate_size) for p in ("gate", "up")])
+            sides = [f"{self.prefix}mlp.{p}_proj.bias" for p in ("gate", "up")]
+            found["gate_up_bias"] = np.concatenate([_vector(self.checkpoint, n, s.intermediate_size) for n in sides])
         return found | {"out_bias": self.vector("self_attn.o_proj.bias", s.hidden_size, s.o_bias),
                         "down_bias": self.vector("mlp.down_proj.bias", s.hidden_size, s.mlp_bias)}
 

@@ -121,8 +121,9 @@ class Layer:
         return found
 
     def astype(self, dtype: str) -> Self:
-        """A new layer whose matrices are packed as `dtype` ("float32", "bfloat16", "int8" or "int4", see forge_c.pack); vectors
-        stay float32.
+        """A new layer whose matrices are packed as `dtype`; vectors stay float32.
+
+        dtype is "float32", "bfloat16", "int8" or "int4", see forge_c.pack.
 
         The two share only arrays that nothing can write to: assigning a weight of one leaves the other as it is.
         What a layer computes has the dtype of its input, whatever the format of its matrices.
