@@ -39,7 +39,9 @@ PANEL = 16
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 _DEFAULT_GROUP = {"float32": None, "bfloat16": None, "int8": 128, "int4": 64}
 _SYMMETRIC_INT4 = 32
-_MAX_GROUP = 1 << 16  # 255 * 127 * group stays below 2^31
+# The sum over a group stays exact: 255 * 127 * 2^16 < 2^31, and 15 * 127 * 2^13 < 2^24, for ISAs that add up parts of it
+# in float32.
+_MAX_GROUP = {"int8": 1 << 16, "int4": 1 << 13}
 _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -100,11 +102,11 @@ def _format(name: str, dtype: str, group_size: int | None) -> Format:
         if group_size is not None:
             raise ValueError(f"{name}: group_size is {group_size}, expected None for {dtype}")
         return Format(dtype, default)
-    unit, others = (32, "") if dtype == "int8" else (64, "32 or ")
+    (unit, others), most = (32, "") if dtype == "int8" else (64, "32 or "), _MAX_GROUP[dtype]
     if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer) or not (
-            0 < group_size <= _MAX_GROUP and (group_size % unit == 0 or (others and group_size == _SYMMETRIC_INT4))):
+            0 < group_size <= most and (group_size % unit == 0 or (others and group_size == _SYMMETRIC_INT4))):
         raise ValueError(f"{name}: group_size is {group_size}, expected {others}a multiple of {unit} up to "
-                         f"{_MAX_GROUP} for {dtype}")
+                         f"{most} for {dtype}")
     return Format(dtype, int(group_size))
 
 
@@ -158,7 +160,7 @@ def _grouped(name: str, f: Format, panels: int, blocks: int, columns: NDArray) -
         wide[:n, k:] = wide[:n, k - 1:k]  # what pads a group must not widen its range
     if not np.isfinite(wide).all():
         raise ValueError(f"{name}: weight holds a NaN or an infinity, which {f.dtype} cannot")
-    return wide.reshape(panels * PANEL, -1, group)
+    return wide.reshape(panels * PANEL, blocks * f.block_k // group, group)
 
 
 def _scale(name: str, f: Format, wanted: Floats) -> NDArray[np.float16]:
@@ -180,18 +182,19 @@ def _inverse(scale: Floats) -> Floats:
 def _put_lines(f: Format, out: Bytes, u: Bytes) -> None:
     """u (panels * 16, groups, group) into the lines of out (panels, blocks, block bytes)."""
     panels, blocks = out.shape[:2]
-    rows: Bytes = u.reshape(panels, PANEL, blocks, -1)
+    rows: Bytes = u.reshape(panels, PANEL, blocks, f.block_k)
     if f.dtype == "int4":
-        eight = rows.reshape(panels, PANEL, blocks, -1, 2, 4)
-        rows = (eight[..., 0, :] | (eight[..., 1, :] << np.uint8(4))).reshape(panels, PANEL, blocks, -1)
+        eight = rows.reshape(panels, PANEL, blocks, f.block_k // 8, 2, 4)
+        rows = (eight[..., 0, :] | (eight[..., 1, :] << np.uint8(4))).reshape(panels, PANEL, blocks, f.block_k // 2)
     fours = np.ascontiguousarray(rows).view(np.uint32)
-    out.view(np.uint32)[:, :, :-16].reshape(panels, blocks, -1, PANEL)[...] = fours.transpose(0, 2, 3, 1)
+    lines = out.view(np.uint32)[:, :, :-16].reshape(panels, blocks, f.block_k // f.k_per_line, PANEL)
+    lines[...] = fours.transpose(0, 2, 3, 1)
 
 
-def _per_group(out: Bytes, values: NDArray) -> NDArray:
+def _per_group(f: Format, out: Bytes, values: NDArray) -> NDArray:
     """values (panels * 16, groups) as (panels, blocks, groups of a block, 16)."""
     panels, blocks = out.shape[:2]
-    return values.reshape(panels, PANEL, blocks, -1).transpose(0, 2, 3, 1)
+    return values.reshape(panels, PANEL, blocks, f.block_k // (f.group or 1)).transpose(0, 2, 3, 1)
 
 
 def _put_int8(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
@@ -201,7 +204,7 @@ def _put_int8(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     q = np.rint(w * _inverse(scale)[:, :, None])
     np.clip(q, -127, 127, out=q)
     _put_lines(f, out, (q + np.float32(128)).astype(np.uint8))
-    out[:, :, -64:].view(np.float32)[...] = _per_group(out, scale)[:, :, 0]
+    out[:, :, -64:].view(np.float32)[...] = _per_group(f, out, scale)[:, :, 0]
 
 
 def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
@@ -214,7 +217,7 @@ def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     u = w * _inverse(scale)[:, :, None] + np.float32(8.5)
     np.clip(u, 0, 15, out=u)
     _put_lines(f, out, u.astype(np.uint8))
-    out[:, :, -64:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)[...] = _per_group(out, half)
+    out[:, :, -64:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)[...] = _per_group(f, out, half)
 
 
 def _put_int4z(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
@@ -227,7 +230,7 @@ def _put_int4z(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     np.clip(u, 0, 15, out=u)
     _put_lines(f, out, u.astype(np.uint8))
     params = out[:, :, -64:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)
-    params[:, :, 0], params[:, :, 1] = _per_group(out, scale)[:, :, 0], _per_group(out, minimum)[:, :, 0]
+    params[:, :, 0], params[:, :, 1] = _per_group(f, out, scale)[:, :, 0], _per_group(f, out, minimum)[:, :, 0]
 
 
 def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = None) -> PackedWeight:
@@ -299,7 +302,7 @@ def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
     out = _aligned(panels, f.panel_bytes(k))
     lines = out.reshape(panels, count, f.block_bytes)
     _put_lines(f, lines, u)
-    lines[:, :, -64:].view(np.float16).reshape(panels, count, 2, PANEL)[...] = _per_group(lines, scale)
+    lines[:, :, -64:].view(np.float16).reshape(panels, count, 2, PANEL)[...] = _per_group(f, lines, scale)
     return PackedWeight(out, shape, "int4", False, f.group)
 
 

@@ -74,6 +74,12 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float]] = {
     "linear": (lambda n, d, s: n + 2, 128 * SMALLEST_NORMAL),
     # The two products' bounds carry through act' <= 1.13 and the other factor. magnitude: see test_linear.
     "gated_linear": (lambda n, d, s: 1.13 * (n + 2) + 10, 128 * SMALLEST_NORMAL),
+    # n steps that add a group's exact sum to the chain, each one rounding or, unfused, one more for its product; a sum
+    # beyond 2^24 as float32; x's scale, and the product by it; bias, residual. magnitude: scale of x times the sum over
+    # groups of |scale sum(x u)| + |minimum sum(x)|, + |bias| + |residual|.
+    "quantized_linear": (lambda n, d, s: n + 6, 2.0**-149),
+    # As gated_linear, from the line above.
+    "quantized_gated_linear": (lambda n, d, s: 1.13 * (n + 6) + 10, 128 * SMALLEST_NORMAL),
     # Every score is a dot product of length d, scaled (and capped: 4 more); an error e in the scores is 2e in
     # the weights; exp 4, twice; n additions above and below; one rescale a key at most. magnitude: p @ |v|.
     "attention": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16, SMALLEST_NORMAL),

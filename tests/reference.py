@@ -184,6 +184,34 @@ def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, *,
         return y if residual is None else y + f64(residual)
 
 
+def quantized(x: ArrayLike) -> tuple[F64, F64]:
+    """(q, scale) of rows x (..., k) ~ scale q: scale = max|x| / 127, q the nearest whole number, ties to even."""
+    largest = np.max(np.abs(f64(x)), axis=-1, keepdims=True, initial=0.0)
+    return np.rint(f64(x) * 127 / np.where(largest == 0, 1.0, largest)), largest / 127
+
+
+def group_terms(q: ArrayLike, ints: ArrayLike, scale: ArrayLike, minimum: ArrayLike) -> F64:
+    """What each group adds to q W, W = scale ints + minimum: (2, groups, rows, n), scale sum(q ints), minimum sum(q).
+
+    q (rows, k); ints (groups, group, n), zero or not beyond k; scale, minimum (groups, n).
+    """
+    (groups, group, _), rows = np.shape(ints), len(np.asarray(q))
+    padded = np.zeros((rows, groups * group))
+    padded[:, :np.shape(q)[1]] = q
+    by_group = padded.reshape(rows, groups, group).transpose(1, 0, 2)
+    return np.stack([f64(scale)[:, None] * (by_group @ f64(ints)),
+                     f64(minimum)[:, None] * by_group.sum(axis=2, keepdims=True)])
+
+
+def quantized_linear(x: ArrayLike, ints: ArrayLike, weight_scale: ArrayLike, minimum: ArrayLike,
+                     bias: ArrayLike | None = None, *, residual: ArrayLike | None = None) -> F64:
+    """x W + bias + residual with x quantised row by row and W in groups, see group_terms."""
+    q, scale = quantized(x)
+    y = scale * group_terms(q, ints, weight_scale, minimum).sum(axis=(0, 1))
+    y = y if bias is None else y + f64(bias)
+    return y if residual is None else y + f64(residual)
+
+
 def gated_linear(x: ArrayLike, swished: ArrayLike, linear_: ArrayLike, bias: ArrayLike | None = None, *,
                  activation: str = "silu") -> F64:
     """act(x @ swished + bias[0]) * (x @ linear + bias[1])."""

@@ -252,7 +252,7 @@ CACHE = [
     Wrong(lambda o: fc.KVCache(0, 8, 2, 8), ValueError, "KVCache: batch is 0, expected at least 1"),
     Wrong(lambda o: fc.KVCache(1, 8.0, 2, 8), TypeError, "KVCache: max_seq_len is 8.0, expected an integer"),
     Wrong(lambda o: fc.KVCache(1, 8, 2, 8, dtype="float64"), ValueError,
-          "KVCache: dtype is 'float64', expected one of float32, bfloat16, int8, int4"),
+          "KVCache: dtype is 'float64', expected one of float32, bfloat16"),
     Wrong(lambda o: fc.KVCache(1, 2**62, 2, 8), ValueError,
           "KVCache: 1 x 2 x 4611686018427387904 x 8 float32 numbers cannot be addressed"),
     Wrong(lambda o: fc.kv_cache_nbytes(1, -1, 2, 8), ValueError,

@@ -33,7 +33,7 @@ cdef class PackedWeight:
         if cnp.PyArray_NBYTES(data) != panels * f.panel_bytes(self.k) or not cnp.PyArray_IS_C_CONTIGUOUS(data):
             raise ValueError(f"PackedWeight: data has {cnp.PyArray_NBYTES(data)} bytes, expected those that pack() "
                              f"makes for {self.shape}")
-        self.data = data.view()
+        self.data = data.reshape(-1).view(np.uint8).reshape(panels, f.panel_bytes(self.k))
         self.data.flags.writeable = False
 
     @property

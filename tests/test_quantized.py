@@ -1,0 +1,415 @@
+"""linear and gated_linear with int8 and int4 weights: against their integer arithmetic, and against x W in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product as pairs
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from conftest import DTYPES
+from guard import guarded, guarded_copy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from quantized import (FORMATS, SMALL_GROUPS, Array, check_gated, check_product, from_parts, has_minimum, normal,
+                       packed_as, parts)
+
+import forge_c as fc
+from forge_c import PackedWeight, gated_linear, linear
+
+ROWS = (*range(1, 18), 23, 24, 25, 191, 192, 193, 385)
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
+WIDTHS = (1, 2, 15, 16, 17, 31, 33, 47, 48, 63, 64, 65, 70, 130)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sizes(group: int, first: int = 0) -> Iterator[tuple[int, int]]:
+    """(k, n): k on both sides of whole vectors, lines, groups and blocks, each with a third of the widths."""
+    near = (1, 2, 3, 4, 7, 8, 9, 31, 33, group - 1, group, group + 1, 2 * group - 5, 2 * group, 2 * group + 3)
+    for i, k in enumerate(near if group < 8192 else (1, 33, 300)):
+        yield from ((k, n) for n in WIDTHS[(i + first) % 3::3])
+
+
+def gauss(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.standard_normal(shape, np.float32)
+
+
+# ---- against the reference --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes(isa, dtype, rng, name):
+    for i, (k, n) in enumerate(sizes(FORMATS[name][2])):
+        x, bias = normal(rng, 1 + i % 15, k, dtype=dtype), gauss(rng, n) if i % 2 else None
+        residual = normal(rng, len(x), n, dtype=dtype) if i % 3 == 0 else None
+        packed = packed_as(name, gauss(rng, k, n))
+        y = linear(x, packed, bias, residual=residual)
+        assert y.dtype == dtype and y.shape == (len(x), n)
+        check_product(y, x, parts(packed), bias, residual)
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_every_width(isa, rng, name):
+    for n in range(1, 72):
+        k = int(rng.integers(1, 2 * FORMATS[name][2] + 4))
+        x, packed = normal(rng, ROWS[n % 17], k), packed_as(name, gauss(rng, k, n))
+        check_product(linear(x, packed), x, parts(packed))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("m", "k", "n"), [(385, 70, 17), (193, 200, 70), (7, 4097, 33), (3, 9000, 49), (1, 9000, 130),
+                                           (25, 2049, 65)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_beyond_the_blocks(isa, rng, name, m, k, n, threads):
+    fc.set_num_threads(threads)
+    x, bias, residual = normal(rng, m, k), gauss(rng, n), gauss(rng, m, n)
+    packed = packed_as(name, gauss(rng, k, n))
+    check_product(linear(x, packed, bias, residual=residual), x, parts(packed), bias, residual)
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_bias_residual_and_out(isa, dtype, rng, name):
+    for m, (k, n) in pairs((1, 4, 9), ((33, 70), (64, 16), (7, 1), (300, 33))):
+        x, packed = normal(rng, m, k, dtype=dtype), packed_as(name, gauss(rng, k, n))
+        for bias_dtype, with_residual in pairs((None, *DTYPES.values()), (False, True)):
+            bias = None if bias_dtype is None else gauss(rng, n).astype(bias_dtype)
+            residual = gauss(rng, m, n).astype(dtype) if with_residual else None
+            y = linear(x, packed, bias, residual=residual)
+            check_product(y, x, parts(packed), bias, residual)
+            wide = np.full((m, n + 5), 7, dtype)
+            out = wide[::-1, 3:n + 3]
+            assert linear(x, packed, bias, residual=residual, out=out) is out and out.tobytes() == y.tobytes()
+            assert (wide[:, :3] == 7).all() and (wide[:, n + 3:] == 7).all()
+            if with_residual:
+                assert linear(x, packed, bias, residual=residual, out=residual) is residual
+                assert residual.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_inputs_no_outputs_no_rows(isa, dtype, rng, name):
+    for m, k, n in ((3, 0, 5), (3, 0, 16), (0, 0, 5), (3, 7, 0), (0, 7, 5), (3, 0, 0)):
+        x, w, bias, residual = (gauss(rng, *shape).astype(dtype) for shape in ((m, k), (k, n), (n,), (m, n)))
+        y = linear(x, packed_as(name, w), bias, residual=residual)
+        np.testing.assert_array_equal(y, (bias.astype(np.float32) + residual.astype(np.float32)).astype(dtype)[:m])
+        assert (gated_linear(x, packed_as(name, w, w)) == np.zeros((m, n))).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_gated_sizes(isa, dtype, rng, name, activation):
+    for i, (k, n) in enumerate(sizes(FORMATS[name][2], ACTIVATIONS.index(activation))):
+        x, packed = normal(rng, 1 + i % 15, k, dtype=dtype), packed_as(name, gauss(rng, k, n), gauss(rng, k, n))
+        bias = gauss(rng, 2, n) if i % 2 else None
+        y = gated_linear(x, packed, bias, activation=activation)
+        assert y.dtype == dtype and y.shape == (len(x), n)
+        check_gated(y, x, parts(packed), parts(packed, 1), bias, activation)
+        if i % 5 == 0:
+            out = np.full(y.shape, np.nan, dtype)
+            assert gated_linear(x, packed, bias, activation=activation, out=out) is out and out.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("m", "k", "n"), [(385, 40, 33), (2, 9000, 17), (26, 2049, 65)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_gated_beyond_the_blocks(isa, rng, name, m, k, n, activation):
+    x, bias = normal(rng, m, k) / np.float32(k**0.5), gauss(rng, 2, n)
+    packed = packed_as(name, gauss(rng, k, n), gauss(rng, k, n))
+    y = gated_linear(x, packed, bias, activation=activation)
+    check_gated(y, x, parts(packed), parts(packed, 1), bias, activation)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=60,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_call(isa, data):
+    draw = data.draw
+    name, dtype = draw(st.sampled_from(list(FORMATS))), DTYPES[draw(st.sampled_from(list(DTYPES)))]
+    m, k, n = draw(st.integers(0, 30)), draw(st.integers(1, 400)), draw(st.integers(0, 140))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    x, packed = normal(rng, m, k, dtype=dtype), packed_as(name, gauss(rng, k, n) * np.exp(gauss(rng, k, n)))
+    bias = gauss(rng, n) if draw(st.booleans()) else None
+    residual = normal(rng, m, n, dtype=dtype) if draw(st.booleans()) else None
+    y = linear(x, packed, bias, residual=residual)
+    assert y.shape == (m, n) and y.dtype == dtype
+    check_product(y, x, parts(packed), bias, residual)
+
+
+# ---- x is rounded to the nearest of 127 steps on either side ------------------------------------------
+
+
+def echo(k: int) -> PackedWeight:
+    """An identity whose scales are 1: linear gives each row of x as it was quantised, but for one rounding."""
+    u = np.full((k, k), 128, np.uint8)
+    np.fill_diagonal(u, 129)
+    return from_parts("int8", 32, u, np.ones((k // 32, k)))
+
+
+def test_x_is_rounded_to_the_nearest_step(isa, dtype, rng):
+    identity = echo(96)
+    for power in (-20, 0, 9):
+        x = (gauss(rng, 50, 96) * 2.0**power).astype(dtype)
+        q, scale = reference.quantized(x)
+        wide = reference.f64(linear(x.astype(np.float32), identity))
+        # Two roundings of x 127 / max|x|, then those of the scale and of the product.
+        assert (np.abs(wide - reference.f64(x)) <= scale * (0.5 + 127 * 2.0**-22)).all()
+        assert (np.abs(wide / scale - np.rint(wide / scale)) < 127 * 2.0**-22).all()
+        largest = np.abs(reference.f64(x)).argmax(axis=1)
+        assert (np.abs(np.rint(wide / scale))[np.arange(50), largest] == 127).all()
+
+
+def test_a_tie_goes_to_the_even_step(isa, dtype):
+    x = np.zeros((1, 96))
+    x[0, :11] = 127, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -126.5, 125.5, 126.5
+    y = linear((x / 2).astype(dtype), echo(96))
+    np.testing.assert_array_equal(2 * y[0, :11].astype(np.float32), [127, 0, 2, 2, 4, 0, -2, -2, -126, 126, 126])
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_a_row_of_zeros_gives_bias_and_residual(isa, dtype, rng, name):
+    packed, bias, residual = packed_as(name, gauss(rng, 150, 40)), gauss(rng, 40), gauss(rng, 7, 40).astype(dtype)
+    x = normal(rng, 7, 150, dtype=dtype)
+    x[[0, 4]] = 0
+    y = linear(x, packed, bias, residual=residual)
+    expected = (bias + residual[[0, 4]].astype(np.float32)).astype(dtype)
+    assert y[[0, 4]].tobytes() == expected.tobytes()
+    assert (linear(x, packed)[[0, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_a_row_with_a_nan_or_an_infinity_is_nan(isa, dtype, rng, name, special):
+    k, n = 150, 35
+    w, gate = gauss(rng, k, n), gauss(rng, k, n)
+    w[:, 3] = 0
+    calls: list[Callable[[Array], Array]] = [partial(linear, weight=packed_as(name, w))]
+    pair = packed_as(name, gate, w)
+    calls += [partial(gated_linear, weight=pair, activation=activation) for activation in ACTIVATIONS]
+    clean = normal(rng, 9, k, dtype=dtype)
+    for call, row, at in pairs(calls, (0, 6, 8), (0, 16, 149)):
+        x = clean.copy()
+        x[row, at] = special
+        y = call(x)
+        assert np.isnan(y[row].astype(np.float32)).all()
+        assert np.delete(y, row, 0).tobytes() == np.delete(call(clean), row, 0).tobytes()
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_tiny_x(isa, rng, name):
+    """A row whose largest value is under 2^-100 may count as zeros; every other is quantised as well as any."""
+    packed = packed_as(name, gauss(rng, 150, 35))
+    w = parts(packed)
+    for power in (-85, -99):
+        x = normal(rng, 5, 150) * np.float32(2.0**power)
+        check_product(linear(x, packed), x, w)
+    for power in (-101, -110, -121, -126, -140, -149):
+        x = normal(rng, 5, 150) * np.float32(2.0**power)
+        lost = np.minimum(np.abs(x).astype(np.float64).max(axis=1, keepdims=True), 2.0**-100)
+        bound = lost * np.abs(w.weight).sum(axis=0) * (1 + 2.0**-15) + 2.0**-149
+        assert (np.abs(linear(x, packed) - reference.linear(x, w.weight)) <= bound).all()
+    subnormal = np.full((1, 150), 2.0**-24, np.float16)
+    check_product(linear(subnormal.astype(np.float32), packed), subnormal, w)
+    check_product(linear(subnormal, packed), subnormal, w)
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_huge_x(isa, rng, name):
+    """Sums that leave float32 are infinite, and only those."""
+    for size in (2.0**100, 2.0**120, 2.0**126):
+        packed, x = packed_as(name, gauss(rng, 200, 40)), np.clip(normal(rng, 9, 200), -3, 3) * np.float32(size)
+        with np.errstate(over="ignore"):
+            y = linear(x, packed)
+        check_product(y, x, parts(packed))
+    assert np.isinf(y).any() and np.isfinite(y).any() and not np.isnan(y).any()
+    big = np.full((1, 100), 60000, np.float16)
+    assert (linear(big, packed_as(name, np.full((100, 3), 100, np.float32))) == np.inf).all()
+
+
+# ---- integers: the same on every ISA, and those of NumPy ------------------------------------------------
+
+
+def each_isa() -> Iterator[str]:
+    before = fc.isa()
+    try:
+        for name in fc.available_isas():
+            fc.use_isa(name)
+            yield name
+    finally:
+        fc.use_isa(before)
+
+
+def check_integers(dtype: str, group: int, q: Array, u: Array, scale: Any = 1.0, minimum: Any = 0.0) -> None:
+    """x = q, max|q| = 127 in each row, against u: everything but one group's conversion is exact in float32."""
+    groups, n = len(u) // group, u.shape[1]
+    least = has_minimum(dtype, group)
+    scales = np.broadcast_to(scale, (groups, n))
+    minima = np.broadcast_to(minimum, (groups, n))
+    packed = from_parts(dtype, group, u, scales, minima if least else None)
+    ints = u.astype(np.int64) - (0 if least else 128 if dtype == "int8" else 8)
+    by_group = q.astype(np.int64).reshape(len(q), groups, group).transpose(1, 0, 2)
+    sums = by_group @ ints.reshape(groups, group, n)
+    terms = sums.astype(np.float32) * scales[:, None]
+    if least:
+        terms = terms + by_group.sum(axis=2, keepdims=True) * minima[:, None]
+    if groups > 1:
+        unit = np.abs(np.where(scales == 0, 1, scales)).min() * (np.abs(minima[minima != 0]).min() if minima.any() else 1)
+        assert np.abs(terms).sum(axis=0).max() < 2.0**24 * unit, "inexact: this test would prove nothing"
+    expected = terms.astype(np.float64).sum(axis=0).astype(np.float32)
+    for name in each_isa():
+        for rows in (len(q), 1):
+            y = linear(q[:rows].astype(np.float32), packed)
+            np.testing.assert_array_equal(y, expected[:rows], err_msg=f"{name}, {rows} rows")
+            assert (y + np.float32(0)).tobytes() == (expected[:rows] + np.float32(0)).tobytes()
+
+
+def whole(rng: np.random.Generator, m: int, k: int) -> Array:
+    """Rows of whole numbers up to 127, and a 127 in each: x's scale is 1."""
+    q = rng.integers(-127, 128, (m, k))
+    q[np.arange(m), rng.integers(0, k, m)] = 127
+    return q
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_the_same_integers_on_every_isa(rng, name):
+    dtype, _, group = FORMATS[name]
+    for m, groups, n in ((1, 1, 1), (7, 2, 17), (13, 4, 70), (6, 10 if group < 100 else 4, 64)):
+        q, u = whole(rng, m, group * groups), rng.integers(0, 256 if dtype == "int8" else 16, (group * groups, n))
+        scale, minimum = 2.0 ** rng.integers(-1, 2, (groups, n)), rng.choice([-1.0, 1.0, 0.0], (groups, n))
+        check_integers(dtype, group, q, u, scale, minimum)
+
+
+PATTERNS: dict[str, Callable[[Array], Array]] = {  # of 0, 1, 2, ...: where x or u has its other value
+    "all": lambda i: i < 0, "every second": lambda i: i % 2 == 1, "pairs": lambda i: i // 2 % 2 == 1,
+    "fours": lambda i: i // 4 % 2 == 1, "eights": lambda i: i // 8 % 2 == 1, "halves": lambda i: i >= len(i) // 2,
+    "one": lambda i: i == 5, "every third": lambda i: i % 3 == 0,
+}
+
+
+@pytest.mark.parametrize(("dtype", "group"), [
+    ("int8", 32), ("int8", 64), ("int8", 128), ("int8", 65536), ("int4", 32), ("int4", 64), ("int4", 128), ("int4", 8192)])
+def test_sums_at_their_extremes(dtype, group):
+    """Every product as large as it can be, of one sign, or cancelling in each place where sums are narrower."""
+    top, i = 255 if dtype == "int8" else 15, np.arange(group)
+    q = np.stack([np.where(of(i), other, first) for of in PATTERNS.values()
+                  for first, other in ((127, -127), (-127, 127), (127, 0), (-127, 1))])
+    u = np.stack([np.where(of(i), other, first) for of in PATTERNS.values()
+                  for first, other in ((top, 0), (0, top), (top, 1))], axis=1)
+    assert (np.abs(q).max(axis=1) == 127).all()
+    check_integers(dtype, group, q, u, 1.0, -8.0)
+
+
+# ---- groups of W that are out of the ordinary -----------------------------------------------------------
+
+
+def odd_weights(rng: np.random.Generator, k: int, n: int) -> dict[str, Array]:
+    w, row = gauss(rng, k, n), np.arange(k)[:, None]
+    huge = w * np.float32(1e-3)
+    huge[rng.integers(0, k, n), np.arange(n)] = 5e3
+    return {
+        "all equal": np.full((k, n), 0.3, np.float32), "all equal, negative": np.full((k, n), -7.1, np.float32),
+        "zeros": np.zeros((k, n), np.float32), "zero groups": np.where(row // 32 % 2 == 0, w, 0),
+        "one huge value": huge, "alternating": np.where(row % 2 == 0, w.dtype.type(2.5), w.dtype.type(-2.5)) + 0 * w,
+        "positive": np.abs(w) + 10, "negative": -np.abs(w) - 10, "tiny": w * np.float32(1e-7),
+        "large": w * np.float32(5e3), "ramp": np.broadcast_to(np.float32(0.01) * row.astype(np.float32), (k, n)),
+    }
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_odd_groups_of_weights(isa, dtype, rng, name):
+    for k in (FORMATS[name][2], 300):
+        for kind, w in odd_weights(rng, k, 37).items():
+            packed = packed_as(name, w)
+            rows = normal(rng, 8, k, dtype=dtype)
+            rows[0], rows[1], rows[2] = 3, -3, np.where(np.arange(k) % 2 == 0, 3, -3)
+            rows[3] = 0
+            check_product(linear(rows.astype(np.float32), packed), rows, parts(packed)), kind
+
+
+# ---- the same bits ------------------------------------------------------------------------------------
+
+
+def calls(rng: np.random.Generator, name: str, k: int, n: int) -> list[Callable[[Array], Array]]:
+    w, gate, bias = gauss(rng, k, n), gauss(rng, k, n), gauss(rng, 2, n)
+    return [partial(linear, weight=packed_as(name, w), bias=bias[0]),
+            partial(gated_linear, weight=packed_as(name, gate, w), bias=bias)]
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_a_row_alone_is_the_row_in_any_batch(isa, dtype, rng, name):
+    for k, n in ((1, 5), (150, 37), (2 * FORMATS[name][2] + 3, 70)):
+        x = normal(rng, 385, k, dtype=dtype)
+        for call in calls(rng, name, k, n):
+            every = call(x)
+            assert np.concatenate([call(x[i:i + 1]) for i in range(len(x))]).tobytes() == every.tobytes()
+            for m in ROWS:
+                assert call(x[:m]).tobytes() == every[:m].tobytes(), (k, n, m)
+                assert call(x[385 - m:]).tobytes() == every[385 - m:].tobytes(), (k, n, m)
+
+
+@pytest.mark.parametrize("k", [4097, 9000])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_alone_beyond_the_blocks(isa, rng, name, k):
+    x = normal(rng, 14, k)
+    for call in calls(rng, name, k, 33):
+        every = call(x)
+        for row in (0, 5, 13):
+            assert call(x[row:row + 1]).tobytes() == every[row:row + 1].tobytes(), row
+            assert call(x[max(row - 4, 0):row + 1])[-1].tobytes() == every[row].tobytes(), row
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1500, 1500), (4, 300, 3000), (25, 1000, 300), (390, 300, 200)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_thread_count_gives_the_same_bits(isa, rng, each_thread_count, name, m, k, n):
+    x, both = normal(rng, m, k), calls(rng, name, k, n)
+    seen = [[call(x).tobytes() for call in both] for _ in each_thread_count()]
+    assert all(other == seen[0] for other in seen[1:])
+
+
+def views(x: Array) -> Iterator[Array]:
+    """Views of x (12, k) whose last axis is x's."""
+    k = x.shape[-1]
+    wide = np.full((12, k + 5), np.nan, x.dtype)
+    wide[:, 3:k + 3] = x
+    unaligned = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    unaligned[...] = x
+    yield from (x[0], x[:0], x[None], x[::-1], x[::3], wide[:, 3:k + 3], unaligned, np.broadcast_to(x[:1], x.shape))
+    cube = x.reshape(3, 4, k)
+    yield from (cube, cube.transpose(1, 0, 2), cube[::-1, 1::2], x.reshape(3, 2, 2, k)[:, ::-1], x[:, None])
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_x_of_any_shape_and_stride(isa, dtype, rng, name):
+    for k in (1, 33, 150):
+        x = normal(rng, 12, k, dtype=dtype)
+        for call, view in pairs(calls(rng, name, k, 21), views(x)):
+            before = view.tobytes()
+            y = call(view)
+            assert y.shape == (*view.shape[:-1], 21) and view.tobytes() == before
+            assert y.tobytes() == b"".join(call(row.copy()).tobytes() for row in view.reshape(-1, k))
+            out = np.zeros((*view.shape[:-1], 26), dtype)[..., 2:23]
+            assert call(view, out=out) is out and out.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_arrays_between_forbidden_pages(isa, rng, name, at_end):
+    for n in range(1, 36):
+        for i, k in enumerate((1, n, 36 - n, 2 * FORMATS[name][2] + 3 - n)):
+            x = normal(rng, (1, 3, 7)[(n // 3 + i) % 3], k, dtype=list(DTYPES.values())[(n + i) % 3])
+            bias, residual = gauss(rng, 2, n), normal(rng, len(x), n, dtype=x.dtype)
+            for gated in (False, True):
+                packed = packed_as(name, *(gauss(rng, k, n) for _ in range(1 + gated)))
+
+                def call(x, data, bias, residual, out, packed=packed):
+                    held = PackedWeight(data, packed.shape, packed.dtype, packed.gated, packed.group_size)
+                    return gated_linear(x, held, bias, out=out) if packed.gated else linear(
+                        x, held, bias, residual=residual, out=out)
+
+                arrays = (x, packed.data, bias if gated else bias[0], residual)
+                plain = call(*arrays, None)
+                out = guarded(plain.shape, plain.dtype, at_end=at_end)
+                call(*(guarded_copy(a, at_end=at_end) for a in arrays), out)
+                assert out.tobytes() == plain.tobytes(), (n, k, gated)
