@@ -118,12 +118,12 @@ def test_only_the_isa_files_hold_instructions_beyond_the_baseline():
 def test_negative_control_the_isa_files_do_hold_them(source, register):
     """The scan finds what it looks for, where it must be, and finds every file of the library."""
     assert {"functional.c", "dispatch.c", "threads.c", "base.c", "linear.c", "attention.c"} <= set(wide_instructions())
-    in_gemm = wide_instructions().get(source, {}).get("gemm_f32", [])
+    in_gemm = wide_instructions().get(source, {}).get("gemm_f32_tile_6", [])
     assert any(text.startswith("vfmadd") and register in text for text in in_gemm) or not on_x86()
 
 
 def test_each_vnni_file_uses_its_dot_product():
-    dots = {source: any("vdpbf16ps" in text for text in wide_instructions().get(source, {}).get("gemm_bf16", []))
+    dots = {source: any("vdpbf16ps" in text for text in wide_instructions().get(source, {}).get("gemm_bf16_tile_6", []))
             for source in ISA_FILES}
     assert dots == {"avx2.c": False, "avx512.c": False, "avx512_vnni_bf16.c": on_x86()}
 

@@ -149,6 +149,64 @@ static void check_linear(ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
     free(x), free(w), free(bias), free(y), free(columns), free(first);
 }
 
+/* Where column j of row k lies in a panel of packing.py's integer formats, and what turns it into W. */
+struct place {
+    int u;
+    double scale, zero, minimum;
+};
+static double half_at(const uint8_t *p) {
+    uint16_t bits;
+    float value;
+    memcpy(&bits, p, 2);
+    fc_convert(FC_F16, &value, &bits, 1);
+    return value;
+}
+static struct place place_of(fc_layout layout, ptrdiff_t group, const uint8_t *panel, ptrdiff_t k, ptrdiff_t j) {
+    const ptrdiff_t block = layout == FC_PACKED_I4 ? 64 : group, r = k % block;
+    const ptrdiff_t bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
+    const uint8_t *b = panel + k / block * (bytes + 64), *params = b + bytes;
+    if (layout == FC_PACKED_I8) {
+        float scale;
+        memcpy(&scale, params + j * 4, 4);
+        return (struct place){b[r / 4 * 64 + j * 4 + r % 4], scale, 128, 0};
+    }
+    const uint8_t both = b[r / 8 * 64 + j * 4 + r % 4];
+    const int u = r % 8 < 4 ? both & 15 : both >> 4;
+    if (layout == FC_PACKED_I4) return (struct place){u, half_at(params + r / 32 * 32 + j * 2), 8, 0};
+    return (struct place){u, half_at(params + j * 2), 0, half_at(params + 32 + j * 2)};
+}
+
+/* Any bytes are a weight, but for the scales; x is whole numbers up to 127, so that its scale is 1. */
+static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
+    const ptrdiff_t block = layout == FC_PACKED_I4 ? 64 : group, bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
+    const ptrdiff_t panels = (n + 15) / 16, stride = (k + block - 1) / block * (bytes + 64);
+    uint8_t *data = malloc((size_t)(panels * stride));
+    float *x = random_floats(m * k), *y = random_floats(m * n);
+    for (ptrdiff_t i = 0; i < panels * stride; i++) data[i] = (uint8_t)(int)(uniform() * 128 + 128);
+    for (uint8_t *b = data; b < data + panels * stride; b += bytes + 64)
+        for (int j = 0; j < 32; j++) {
+            const float wide = uniform();
+            const uint16_t half = (uint16_t)(0x2c00 + (int)(uniform() * 512 + 512));
+            if (layout == FC_PACKED_I8) memcpy(b + bytes + j / 2 * 4, &wide, 4);
+            else memcpy(b + bytes + j * 2, &half, 2);
+        }
+    for (ptrdiff_t i = 0; i < m * k; i++) x[i] = i % k ? rintf(x[i] * 127) : 127;
+    fc_rows rows = dense_rows(m, n * 4, k * 4);
+    fc_linear(&(fc_linear_args){.type = FC_F32, .out = y, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = layout,
+                                .weight = data, .group = group});
+    for (ptrdiff_t i = 0; i < m; i++)
+        for (ptrdiff_t j = 0; j < n; j++) {
+            double sum = 0, size = 0;
+            for (ptrdiff_t l = 0; l < k; l++) {
+                const struct place w = place_of(layout, group, data + j / 16 * stride, l, j % 16);
+                sum += x[i * k + l] * (w.scale * (w.u - w.zero) + w.minimum);
+                size += fabs(x[i * k + l]) * (fabs(w.scale * (w.u - w.zero)) + fabs(w.minimum));
+            }
+            expect(y[i * n + j], sum, (double)(k / 16 + 8) * U * size);
+        }
+    free(data), free(x), free(y);
+}
+
 /* Causal, grouped: query h reads head h / 2; the queries are the last q_len of kv_len positions. */
 static void check_attention(ptrdiff_t q_len, ptrdiff_t kv_len, ptrdiff_t d) {
     enum { H = 4, G = 2 };
@@ -201,6 +259,13 @@ int main(void) {
             for (ptrdiff_t n = 1; n <= 67; n += 11) check_linear(m, 3 * n + m, n);
         check_linear(33, 515, 130);
         report("linear");
+        for (ptrdiff_t m = 1; m <= 13; m++)
+            for (ptrdiff_t n = 1; n <= 67; n += 11) {
+                check_packed(FC_PACKED_I8, 128, m, 5 * n + m, n), check_packed(FC_PACKED_I8, 32, m, 3 * n + m, n);
+                check_packed(FC_PACKED_I4, 32, m, 5 * n + m, n), check_packed(FC_PACKED_I4Z, 64, m, 5 * n + m, n);
+            }
+        check_packed(FC_PACKED_I8, 128, 33, 2049, 50), check_packed(FC_PACKED_I4Z, 64, 33, 4099, 50);
+        report("int8, int4");
         for (ptrdiff_t d = 16; d <= 80; d += 13) check_attention(1, 40, d), check_attention(29, 300, d);
         report("attention");
     }
