@@ -137,9 +137,9 @@ def plot(component: str, rows: list[Row], path: Path) -> bool:
     return True
 
 
-def write(rows: list[Row], limits: Limits, machine: str, extra: list[str], folder: Path) -> Path:
-    """folder/benchmarks.md and folder/benchmarks/<component>.svg."""
-    lines = ["# Benchmarks", "", "Written by `make bench`. " + machine, "",
+def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder: Path, page: str) -> Path:
+    """folder/<page>.md and folder/<page>/<component>.svg."""
+    lines = ["# Benchmarks", "", about, "",
              "Every implementation runs in a process of its own, one after the other, in rounds; a time is the median "
              "over rounds of the median within a round, and spread is how far the rounds lie apart. Data is random. "
              "Unless a case fits in cache by nature, calls rotate through buffers that together exceed the last-level "
@@ -150,9 +150,9 @@ def write(rows: list[Row], limits: Limits, machine: str, extra: list[str], folde
     for component, group in groupby(rows, key=lambda r: r.component):
         mine = list(group)
         lines += ["", f"## {_TITLES[component]}", "", *table(mine, limits)]
-        if plot(component, mine, folder / "benchmarks" / f"{component}.svg"):
-            lines += ["", f"![{_TITLES[component]}: times as fast as NumPy](benchmarks/{component}.svg)"]
-    path = folder / "benchmarks.md"
+        if plot(component, mine, folder / page / f"{component}.svg"):
+            lines += ["", f"![{_TITLES[component]}: times as fast as NumPy]({page}/{component}.svg)"]
+    path = folder / f"{page}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -31,6 +31,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--python", action="append", default=[], metavar="IMPL=PATH", help="interpreter that has IMPL")
     parser.add_argument("--threads", type=int, help="for every implementation (default: as many as forge_c takes)")
     parser.add_argument("-k", dest="only", metavar="EXPRESSION", help="only the cases that pytest's -k selects")
+    parser.add_argument("--page", default="benchmarks", metavar="NAME", help="of the file (default: %(default)s.md)")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder to write (default: docs)")
     return parser.parse_args()
 
@@ -91,9 +92,13 @@ def main() -> int:
     if args.quick:
         print(_machine_line(limits, versions), *report.table(rows, limits), sep="\n")
         return 0
-    lines, _ = targets.measure(args.rounds, limits)
-    written = report.write(rows, limits, _machine_line(limits, versions),
-                           ["## Targets", "", "`python bench/targets.py` measures these alone.", "", *lines], args.out)
+    extra = []
+    if not args.only:
+        lines, _ = targets.measure(args.rounds, limits)
+        extra = ["## Targets", "", "`python bench/targets.py` measures these alone.", "", *lines]
+    command = f"python bench/run.py --page {args.page} -k '{args.only}'" if args.only else "make bench"
+    written = report.write(rows, limits, f"Written by `{command}`. {_machine_line(limits, versions)}", extra, args.out,
+                           args.page)
     print(written)
     return 0
 

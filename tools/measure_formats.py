@@ -50,7 +50,7 @@ def main() -> None:
         rate = sum(bits(model, source) for source in sources) / size
         base = base or rate
         print(f"| {name} | {model.nbytes / 1e6:.2f} MB | {rate:.4f} | {100 * (rate / base - 1):+.2f} % |", flush=True)
-        texts.append((name, model.generate(PROMPT, 160)))
+        texts.append((name, model.generate(PROMPT, 200, temperature=0.6, seed=2)))
     for name, text in texts:
         print(f"\n{name}:\n\n" + "".join(f"    {line}\n" for line in (PROMPT + text).splitlines()), end="")
 
