@@ -1,0 +1,430 @@
+"""pack to int8 and int4: how far each weight moves, which bytes come out, what is refused; from_q4_0."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import struct
+from itertools import product
+
+import numpy as np
+import pytest
+from conftest import DTYPES
+from guard import guarded_copy
+from quantized import FORMATS, SMALL_GROUPS, Array, from_parts, has_minimum, packed_as, parts
+
+from forge_c import PackedWeight, gated_linear, linear, pack, pack_gated
+from forge_c.packing import from_q4_0
+
+DEPTHS = (1, 2, 7, 31, 32, 33, 64, 65, 100, 127, 128, 129, 257)
+
+
+def gauss(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.standard_normal(shape, np.float32)
+
+
+def kinds(rng: np.random.Generator, k: int, n: int) -> dict[str, Array]:
+    w, row = gauss(rng, k, n), np.arange(k)[:, None]
+    one = w * 1e-3
+    one[rng.integers(0, k, n), np.arange(n)] = 4e3
+    found = {
+        "normal": w, "heavy tails": rng.standard_t(2, (k, n)).clip(-1e4, 1e4), "positive": np.abs(w) + 3,
+        "negative": -np.abs(w) - 3, "constant": np.full((k, n), 0.3), "ramp": np.broadcast_to(0.01 * row, (k, n)),
+        "alternating": np.where(row % 2 == 0, 1.5, -1.5) + 0 * w, "one huge": one, "tiny": w * 1e-6, "small": w * 1e-4,
+        "large": w * 5e3, "zeros": np.zeros((k, n)), "zero groups": np.where(row // 32 % 2 == 0, w, 0),
+        "by column": w * 2.0 ** rng.integers(-12, 12, n),
+    }
+    return {name: np.ascontiguousarray(a, np.float32) for name, a in found.items()}
+
+
+def in_groups(w: Array, group: int) -> Array:
+    """(groups, group, n) float64, the last group filled up with its last row."""
+    k = len(w)
+    return w[np.minimum(np.arange(-(-k // group) * group), k - 1)].astype(np.float64).reshape(-1, group, w.shape[1])
+
+
+def float16_error(a: Array) -> Array:
+    """Half a step of float16 at a; half a subnormal below."""
+    return np.maximum(np.abs(a) * 2.0**-11, 2.0**-25)
+
+
+# ---- how far a weight moves -----------------------------------------------------------------------------
+
+# Beside the step itself: w / scale is a product by a rounded reciprocal, so up to 127 * 3 * 2^-24 of a step.
+SLACK = 1 + 2.0**-14
+
+
+def allowed(name: str, w: Array) -> Array:
+    """(groups, n): the error that a format may make in each group of w (groups, group, n)."""
+    dtype, _, group = FORMATS[name]
+    low, high = w.min(axis=1), w.max(axis=1)
+    largest = np.maximum(high, -low)
+    if dtype == "int8":
+        return largest / 127 / 2 * SLACK
+    if not has_minimum(dtype, group):
+        # The value opposite to the largest may be 8 steps away, and 7 is the last: a whole step. The scale is float16,
+        # and 8 of its errors meet in the largest value.
+        return largest / 8 * SLACK + 8 * float16_error(largest / 8)
+    # Half a step of the range left by the rounded minimum, its rounding, and 15 times that of the scale.
+    base = float16_error(low)
+    step = (high - low + base) / 15
+    return step / 2 * SLACK + base + (15.5 * float16_error(step))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_weight_moves_by_half_a_step_at_most(rng, name):
+    group = FORMATS[name][2]
+    for k in DEPTHS if group < 8192 else (1, 300):
+        for kind, w in kinds(rng, k, 19).items():
+            back = packed_as(name, w).unpack()
+            error = np.abs(in_groups(back, min(group, 512)) - in_groups(w, min(group, 512)))
+            bound = allowed(name, in_groups(w, min(group, 512)))
+            assert (error.max(axis=1) <= bound).all(), (kind, k)
+
+
+def test_q4_0_rounds_to_the_nearest_step_but_at_its_end(rng):
+    """Every value up to 7.5 steps from zero, or on the side of the largest, moves by half a step."""
+    w = gauss(rng, 320, 33)
+    w.reshape(10, 32, 33)[:, 5] = 4  # the largest: steps of -1/2, exact in float16
+    np.clip(w, -3.75, 4, out=w)
+    assert np.abs(pack(w, "int4", group_size=32).unpack() - w).max() <= 0.25
+    w[7] = -3.875
+    assert np.abs(pack(w, "int4", group_size=32).unpack() - w).max() == 0.375
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_least_and_the_largest_value_of_a_group_are_kept(rng, name):
+    dtype, _, group = FORMATS[name]
+    w = gauss(rng, min(2 * group, 300), 20)
+    back, before = in_groups(packed_as(name, w).unpack(), min(group, 300)), in_groups(w, min(group, 300))
+    if has_minimum(dtype, group):
+        np.testing.assert_allclose(back.min(axis=1), before.min(axis=1), rtol=2.0**-11)
+        assert (np.abs(back.max(axis=1) - before.max(axis=1)) <= 16 * 2.0**-11 * np.ptp(before, axis=1)).all()
+    else:
+        at = np.abs(before).argmax(axis=1)[:, None]
+        rtol = 2.0**-11 if dtype == "int4" else 2.0**-22
+        np.testing.assert_allclose(np.take_along_axis(back, at, 1), np.take_along_axis(before, at, 1), rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_tiny_weights_become_zero_and_nothing_else(rng, dtype):
+    """Down to the least float32; where int8 has no inverse of its scale, a group is zero."""
+    for group, power in product((32, 64, 128), (-24, -26, -100, -121, -126, -133, -140, -149)):
+        w = gauss(rng, 130, 20) * np.float32(2.0**power)
+        error = np.abs(in_groups(pack(w, dtype, group_size=group).unpack(), group) - in_groups(w, group)).max(axis=1)
+        bound = allowed(f"{dtype}-{group}" if f"{dtype}-{group}" in FORMATS else dtype, in_groups(w, group))
+        zero = dtype == "int8" and power < -120
+        assert (error <= (np.abs(in_groups(w, group)).max(axis=1) if zero else bound)).all()
+
+
+# ---- which bytes ----------------------------------------------------------------------------------------
+
+
+def slowly(packed: PackedWeight) -> Array:
+    """The weight, read as the lines of packing.py's head say, one value after the other."""
+    (k, n), group, data = packed.shape, packed.group_size, packed.data.tobytes()
+    block = 64 if (packed.dtype, group) == ("int4", 32) else group
+    lines = block // (4 if packed.dtype == "int8" else 8)
+    panel_bytes = len(data) // -(-n // 16)
+    w = np.zeros((k, n))
+    for row, column in product(range(k), range(n)):
+        start = column // 16 * panel_bytes + row // block * (lines + 1) * 64
+        within, lane = row % block, column % 16
+        if packed.dtype == "int8":
+            u = data[start + within // 4 * 64 + lane * 4 + within % 4]
+            scale, = struct.unpack_from("<f", data, start + lines * 64 + lane * 4)
+            w[row, column] = scale * (u - 128)
+            continue
+        byte = data[start + within // 8 * 64 + lane * 4 + within % 4]
+        u = byte & 15 if within % 8 < 4 else byte >> 4
+        first, = struct.unpack_from("<e", data, start + lines * 64 + lane * 2)
+        second, = struct.unpack_from("<e", data, start + lines * 64 + 32 + lane * 2)
+        w[row, column] = (second if within >= 32 else first) * (u - 8) if group == 32 else first * u + second
+    return w
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_the_bytes_are_where_the_format_says(rng, name):
+    for k, n in ((1, 1), (70, 17), (FORMATS[name][2] + 5, 33)):
+        packed = packed_as(name, gauss(rng, k, n))
+        expected = slowly(packed)
+        np.testing.assert_array_equal(packed.unpack(), expected.astype(np.float32))
+        np.testing.assert_array_equal(parts(packed).weight, expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_shapes_and_dtypes(rng, name):
+    dtype, _, group = FORMATS[name]
+    block, lines = (64, 8) if group == 32 and dtype == "int4" else (group, group // (4 if dtype == "int8" else 8))
+    for k, n in product((1, 33, 64, 200), (0, 1, 16, 17, 65)):
+        w = gauss(rng, k, n)
+        packed, pair = packed_as(name, w), packed_as(name, w, w)
+        assert (packed.shape, packed.dtype, packed.group_size, packed.gated) == ((k, n), dtype, group, False)
+        assert packed.nbytes == -(-n // 16) * -(-k // block) * (lines + 1) * 64
+        assert (pair.shape, pair.gated, pair.nbytes) == ((k, 2 * n), True, 2 * packed.nbytes)
+        assert packed.nbytes == 0 or packed.data.ctypes.data % 64 == 0
+        for p, columns in ((packed, n), (pair, 2 * n)):
+            assert p.unpack().shape == (k, columns) and p.unpack().dtype == np.float32
+            assert not p.data.flags.writeable and p.data.flags.c_contiguous
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (0, 5), (0, 16), (5, 0)])
+def test_a_weight_of_nothing(name, k, n):
+    w = np.zeros((k, n), np.float32)
+    for packed, columns in ((packed_as(name, w), n), (packed_as(name, w, w), 2 * n)):
+        assert packed.nbytes == 0 and packed.unpack().shape == (k, columns) and packed.unpack().dtype == np.float32
+
+
+def test_bits_for_each_weight():
+    """What pack's docstring promises."""
+    w = np.zeros((256, 64), np.float32)
+    assert [pack(w, "int8").nbytes * 8 / w.size, pack(w, "int4").nbytes * 8 / w.size,
+            pack(w, "int4", group_size=32).nbytes * 8 / w.size] == [8.25, 4.5, 4.5]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packing_again_what_was_unpacked_gives_the_same_bytes(rng, name):
+    """So a layer may unpack and pack as often as it likes."""
+    for k, n in ((33, 17), (300, 48), (160, 33)):
+        packed = packed_as(name, gauss(rng, k, n))
+        again = packed_as(name, packed.unpack())
+        assert again.data.tobytes() == packed.data.tobytes(), (k, n)
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_packing_again_keeps_odd_values_too(rng, name):
+    """The values: the sign of a zero group's scale may change. Where a group's range is that of float16's own rounding
+    of its minimum, the minimum may change too: then they move no further than when packed first."""
+    dtype, _, group = FORMATS[name]
+    kept = ("normal", "heavy tails", "zeros", "zero groups", "alternating", "large")
+    for k, (kind, w) in product((1, 200, 257), kinds(rng, 257, 21).items()):
+        back = packed_as(name, w[:k]).unpack()
+        again = packed_as(name, back).unpack()
+        if not has_minimum(dtype, group) or (kind in kept and k == 200):
+            np.testing.assert_array_equal(again, back, err_msg=f"{kind}, {k}")
+        else:
+            error = np.abs(in_groups(again, group) - in_groups(back, group))
+            assert (error.max(axis=1) <= allowed(name, in_groups(back, group))).all(), (kind, k)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_pair_holds_what_both_sides_alone_would(rng, name):
+    for k, n in ((1, 1), (33, 16), (200, 37)):
+        a, b = gauss(rng, k, n), gauss(rng, k, n)
+        pair, sides = packed_as(name, a, b), (packed_as(name, a), packed_as(name, b))
+        assert pair.unpack().tobytes() == np.hstack([side.unpack() for side in sides]).tobytes()
+        panels = pair.data.reshape(-1, 2, pair.data.shape[-1])
+        for i, side in enumerate(sides):
+            assert panels[:, i].tobytes() == side.data.tobytes()
+            assert parts(pair, i).weight.tobytes() == parts(side).weight.tobytes()
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_any_strides_and_dtype(rng, dtype, name):
+    w = gauss(rng, 70, 37).astype(dtype)
+    expected = packed_as(name, w.astype(np.float32)).data.tobytes()
+    wide = np.full((75, 40), np.nan, dtype)
+    wide[2:72, 1:38] = w
+    unaligned = np.empty(w.nbytes + 1, np.uint8)[1:].view(dtype).reshape(w.shape)
+    unaligned[...] = w
+    fixed = w.copy()
+    fixed.flags.writeable = False
+    for laid in (w, np.asfortranarray(w), wide[2:72, 1:38], w[::-1].copy()[::-1], w.T[::-1].copy()[::-1].T, unaligned,
+                 fixed):
+        assert packed_as(name, laid).data.tobytes() == expected
+    assert packed_as(name, w.T).unpack().shape == (37, 70)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-32"])
+def test_any_thread_count_packs_the_same_bytes(rng, each_thread_count, name):
+    w = gauss(rng, 1030, 1100)
+    assert len({packed_as(name, w).data.tobytes() for _ in each_thread_count()}) == 1
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        w[1029, 1099] = np.nan
+        packed_as(name, w)
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+@pytest.mark.parametrize("at_end", [False, True])
+def test_packing_between_forbidden_pages(rng, name, at_end):
+    for k, n in product((1, 7, 33, 130), (1, 15, 16, 35)):
+        w = gauss(rng, k, n).astype(list(DTYPES.values())[n % 3])
+        held = guarded_copy(w, at_end=at_end)
+        assert packed_as(name, held).data.tobytes() == packed_as(name, w).data.tobytes()
+        packed = packed_as(name, w)
+        twin = PackedWeight(guarded_copy(packed.data, at_end=at_end), packed.shape, packed.dtype, False,
+                            packed.group_size)
+        assert twin.unpack().tobytes() == packed.unpack().tobytes()
+
+
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_a_pack_is_a_read_only_copy(rng, name):
+    w = gauss(rng, 40, 20)
+    packed = packed_as(name, w)
+    kept = packed.unpack()
+    w[:] = 0
+    assert packed.unpack().tobytes() == kept.tobytes() and packed.unpack().flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        packed.data[...] = 0
+    with pytest.raises(AttributeError):
+        packed.group_size = 32
+    dtype, _, group = FORMATS[name]
+    assert repr(packed) == f"PackedWeight(shape=(40, 20), dtype='{dtype}', group_size={group})"
+    assert repr(packed_as(name, w, w)) == (f"PackedWeight(shape=(40, 40), dtype='{dtype}', group_size={group}, "
+                                           "gated=True)")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_pickle_and_copy(isa, rng, name, gated):
+    packed, x = packed_as(name, *(gauss(rng, 133, 21) for _ in range(1 + gated))), gauss(rng, 5, 133)
+    multiply = gated_linear if gated else linear
+    twins = [pickle.loads(pickle.dumps(packed, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for twin in (*twins, copy.copy(packed), copy.deepcopy(packed)):
+        for attribute in ("shape", "dtype", "gated", "nbytes", "group_size"):
+            assert getattr(twin, attribute) == getattr(packed, attribute)
+        assert twin.data.tobytes() == packed.data.tobytes() and not twin.data.flags.writeable
+        assert multiply(x, twin).tobytes() == multiply(x, packed).tobytes()
+
+
+# ---- what is refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_that_is_not_finite(rng, dtype, name, special):
+    message = f"weight holds a NaN or an infinity, which {FORMATS[name][0]} cannot"
+    for row, column in ((0, 0), (69, 36), (33, 16)):
+        w = gauss(rng, 70, 37).astype(dtype)
+        w[row, column] = special
+        with pytest.raises(ValueError, match=f"^pack: {message}$"):
+            packed_as(name, w)
+        for pair in ((w, np.zeros_like(w)), (np.zeros_like(w), w)):
+            with pytest.raises(ValueError, match=f"^pack_gated: {message}$"):
+                packed_as(name, *pair)
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("int4-32", (65520 * 8, 0)), ("int4-32", (-65520 * 8, 0)), ("int4-32", (3e38, -3e38)), ("int4", (65520, 65520)),
+    ("int4", (-65520, 0)), ("int4", (0, 65520 * 15)), ("int4-128", (-60000, 3e38)), ("int4", (3e38, -3e38)),
+])
+def test_a_scale_that_float16_cannot_hold(name, values):
+    w = np.zeros((70, 17), np.float32)
+    w[:, 16] = np.where(np.arange(70) % 2, *values)
+    message = r"^pack: weight needs a scale of [\d.e+]+, more than float16 and so int4 holds$"
+    with pytest.raises(ValueError, match=message):
+        packed_as(name, w)
+    assert np.isfinite(pack(w, "int8").unpack()).all()
+
+
+def test_the_largest_scales_that_float16_holds():
+    for group, largest in ((32, 65504.0 * 8), (64, 65504.0)):
+        w = np.zeros((64, 3), np.float32)
+        w[::2, 0], w[1::2, 1] = largest, -largest
+        back = pack(w, "int4", group_size=group).unpack()
+        bound = allowed("int4" if group == 64 else "int4-32", in_groups(w, group))
+        assert (np.abs(in_groups(back, group) - in_groups(w, group)) <= bound[:, None]).all()
+
+
+X, W = np.ones((3, 4), np.float32), np.ones((4, 5), np.float32)
+GROUPS = {"int8": "a multiple of 32 up to 65536 for int8", "int4": "32 or a multiple of 64 up to 65536 for int4"}
+
+
+@pytest.mark.parametrize(("dtype", "group"), [
+    ("int8", 0), ("int8", -32), ("int8", 16), ("int8", 33), ("int8", 65568), ("int8", 32.0), ("int8", True),
+    ("int8", "32"), ("int4", 0), ("int4", -64), ("int4", 16), ("int4", 48), ("int4", 96), ("int4", 65600),
+    ("int4", 64.0), ("int4", False), ("int4", 2**70),
+])
+def test_a_group_size_that_does_not_fit(dtype, group):
+    for call, name in ((lambda: pack(W, dtype, group_size=group), "pack"),
+                       (lambda: pack_gated(W, W, dtype, group_size=group), "pack_gated")):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == f"{name}: group_size is {group}, expected {GROUPS[dtype]}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float_formats_have_no_groups(dtype):
+    with pytest.raises(ValueError, match=f"^pack: group_size is 64, expected None for {dtype}$"):
+        pack(W, dtype, group_size=64)
+    assert pack(W, dtype).group_size is None
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint16, np.int32])
+def test_a_group_size_of_any_whole_number_type(kind):
+    packed = pack(W, "int4", group_size=kind(64))
+    assert packed.group_size == 64 and type(packed.group_size) is int
+
+
+def test_data_of_another_size():
+    packed = pack(W, "int8")
+    for dtype, group in (("int8", 64), ("int4", 64)):
+        with pytest.raises(ValueError, match="expected those that pack"):
+            PackedWeight(packed.data, packed.shape, dtype, False, group)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-32"])
+def test_a_refused_call_writes_nothing(name):
+    out, packed, pair = np.full((3, 5), 7, np.float32), packed_as(name, W), packed_as(name, W, W)
+    for call in (lambda: linear(X[:, :3], packed, out=out), lambda: linear(X, pair, out=out),
+                 lambda: gated_linear(X, packed, out=out), lambda: linear(out[:, :4], packed, out=out),
+                 lambda: gated_linear(X, pair, W[0], out=out)):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+    assert (out == 7).all()
+
+
+# ---- Q4_0 -----------------------------------------------------------------------------------------------
+
+
+def block_q4_0(block: bytes) -> list[float]:
+    """32 weights from ggml's 18 bytes: a float16 scale; low nibbles are 0..15, high ones 16..31; scale (q - 8)."""
+    scale, = struct.unpack_from("<e", block)
+    q = [byte & 15 for byte in block[2:]] + [byte >> 4 for byte in block[2:]]
+    return [scale * (value - 8) for value in q]
+
+
+def random_blocks(rng: np.random.Generator, k: int, n: int, *, with_least: bool = False) -> Array:
+    blocks = rng.integers(0, 256, (n, k // 32, 18), np.uint8)
+    scale = rng.standard_normal((n, k // 32)).astype(np.float16)
+    blocks[..., :2] = scale[..., None].view(np.uint8)
+    if with_least:
+        np.put_along_axis(blocks, rng.integers(2, 18, (n, k // 32, 1)), np.uint8(0x50), 2)  # q = 0 and 5
+    return blocks
+
+
+SHAPES = [(32, 1), (32, 16), (64, 16), (96, 5), (128, 48), (256, 33), (32, 0), (0, 16)]
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_from_q4_0_is_value_for_value(isa, rng, k, n):
+    blocks = random_blocks(rng, k, n)
+    decoded = np.array([[value for block in row for value in block_q4_0(block.tobytes())] for row in blocks])
+    packed = from_q4_0(blocks, (k, n))
+    assert (packed.shape, packed.dtype, packed.group_size, packed.gated) == ((k, n), "int4", 32, False)
+    np.testing.assert_array_equal(packed.unpack(), decoded.reshape(n, k).T)
+    x = gauss(rng, 3, k)
+    assert linear(x, packed).tobytes() == linear(x, from_q4_0(np.asfortranarray(blocks), (k, n))).tobytes()
+    if k:
+        held = from_parts("int4", 32, parts(packed).ints.reshape(-1, n)[:k] + 8, parts(packed).scale[:k // 32])
+        assert linear(x, held).tobytes() == linear(x, packed).tobytes()
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_packing_the_decoded_weights_gives_the_same_bytes(rng, k, n):
+    """Where each block holds a -8, which both call the value of largest magnitude."""
+    packed = from_q4_0(random_blocks(rng, k, n, with_least=True), (k, n))
+    again = pack(packed.unpack(), "int4", group_size=32)
+    assert again.unpack().tobytes() == packed.unpack().tobytes()
+    assert again.data.tobytes() == packed.data.tobytes()
+
+
+@pytest.mark.parametrize(("blocks", "shape"), [
+    (np.zeros((5, 2, 18), np.int8), (64, 5)), (np.zeros((5, 2, 17), np.uint8), (64, 5)),
+    (np.zeros((2, 5, 18), np.uint8), (64, 5)), (np.zeros((5, 2, 18), np.uint8), (65, 5)),
+    (np.zeros((5, 36), np.uint8), (64, 5)), (np.zeros((5, 2, 18), np.uint8), (96, 5)),
+])
+def test_blocks_that_do_not_fit(blocks, shape):
+    with pytest.raises(ValueError, match=r"^from_q4_0: blocks has dtype u?int8 and shape .*expected uint8 \(5, "):
+        from_q4_0(blocks, shape)
