@@ -2,9 +2,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import quantized
 import reference as ref
 
-from forge_c import nn
+from forge_c import gated_linear, linear, nn, pack, pack_gated
 from forge_c.rotary import rope_table
 
 EPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -114,6 +115,17 @@ def test_linear(rng, weights, assert_close, dtype, n_in, n_out, bias):
         assert_close("linear", layer(x, **extra), expected, n=n_in, magnitude=magnitude)
 
 
+@pytest.mark.parametrize("packed", ["int8", "int4"])
+@pytest.mark.parametrize(("n_in", "n_out"), [(7, 5), (64, 33), (300, 130)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_in_integers(rng, weights, dtype, packed, n_in, n_out, bias):
+    layer = weights(nn.Linear(n_in, n_out, bias)).astype(packed)
+    x, residual = quantized.normal(rng, 6, n_in, dtype=dtype), values(rng, 6, n_out, dtype=dtype)
+    w = quantized.parts(pack(layer.weight, packed))
+    quantized.check_product(layer(x), x, w, layer.bias)
+    quantized.check_product(layer(x, residual=residual), x, w, layer.bias, residual)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 def test_embedding(rng, shape):
     layer, ids = nn.Embedding(11, 5, seed=0), rng.integers(0, 11, shape)
@@ -139,6 +151,18 @@ def test_gated_mlp(rng, weights, dtype, make, formula, width, hidden, bias):
     expected = ((ref.f64(x) @ gate + b_gate) * formula(ref.f64(x) @ up + b_up)) @ down + b_down
     check(layer(x), expected, width + 10, hidden + 10)
     check(layer(x, residual=x), expected + ref.f64(x), width + 10, hidden + 10)
+
+
+@pytest.mark.parametrize("packed", ["int8", "int4"])
+@pytest.mark.parametrize("make", [nn.SwiGLU, nn.GeGLU])
+@pytest.mark.parametrize(("width", "hidden"), [(7, 19), (64, 48), (133, 130)])
+def test_gated_mlp_in_integers(rng, weights, dtype, make, packed, width, hidden):
+    """The two calls, with the weights that the layer shows; the hidden row between them is quantised as any other."""
+    layer, x = weights(make(width, hidden)).astype(packed), values(rng, 2, 3, width, dtype=dtype)
+    bias, activation = np.stack([layer.b_up, layer.b_gate]), "silu" if make is nn.SwiGLU else "gelu"
+    inner = gated_linear(x, pack_gated(layer.W_up, layer.W_gate, packed), bias, activation=activation)
+    expected = linear(inner, pack(layer.W_down, packed), layer.b_down, residual=x)
+    assert layer(x, residual=x).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (1, 2), (512, 1365), (100, 266)])

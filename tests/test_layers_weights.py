@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import forge_c.nn
-from forge_c import nn
+from forge_c import nn, pack
 
 LAYERS = {
     "Linear": lambda **seed: nn.Linear(7, 33, **seed),
@@ -34,6 +34,9 @@ EXPECTED = {
         "attention.W_v": (24, 12), "attention.W_o": (24, 24), "ffn.W_up": (24, 64), "ffn.W_gate": (24, 64),
         "ffn.W_down": (64, 24)},
 }
+
+
+MULTIPLYING = [name for name in LAYERS if name != "Embedding"]
 
 
 @pytest.fixture(params=LAYERS)
@@ -213,6 +216,65 @@ def test_assigning_to_a_bfloat16_layer_rounds(rng):
     np.testing.assert_array_equal(layer.weight, weight.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", MULTIPLYING)
+def test_integer_formats_hold_what_pack_makes_of_each_matrix(rng, name, dtype):
+    layer = LAYERS[name](seed=0)
+    whole, x = layer.astype(dtype), example(layer, rng)
+    assert whole.dtype == dtype and layer.dtype == "float32"
+    for key, value in whole.parameters().items():
+        exact = layer.parameters()[key]
+        expected = pack(exact, dtype).unpack() if exact.ndim == 2 else exact
+        np.testing.assert_array_equal(value, expected, err_msg=key)
+    assert same(whole.astype(dtype).parameters(), whole.parameters())
+    assert whole.astype(dtype)(x).tobytes() == whole(x).tobytes()
+    assert same(whole.astype("float32").parameters(), whole.parameters())
+    for twin in (copy.copy(whole), copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert twin(x).tobytes() == whole(x).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", MULTIPLYING)
+def test_assigning_a_matrix_of_an_integer_layer_leaves_the_others(rng, name, dtype):
+    """Also those that are packed together with it."""
+    layer = LAYERS[name](seed=0).astype(dtype)
+    for key, value in layer.parameters().items():
+        others, new = layer.parameters(), rng.standard_normal(value.shape, np.float32)
+        setattr(*owner_of(layer, key), new)
+        after = layer.parameters()
+        np.testing.assert_array_equal(after.pop(key), pack(new, dtype).unpack() if new.ndim == 2 else new)
+        others.pop(key)
+        assert same(after, others), key
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", MULTIPLYING)
+def test_an_integer_layer_computes_nearly_the_same(rng, name, dtype):
+    """Weights uniform up to b have deviation b / sqrt 3 and move by b / 127 / sqrt 12 or b / 7.5 / sqrt 12; x, whose
+    largest value is at most five deviations, by 5 / 127 / sqrt 12: along at most six matrices."""
+    layer = LAYERS[name](seed=0)
+    x = example(layer, rng)
+    exact, whole = layer(x), layer.astype(dtype)(x)
+    of_w, of_x = {"int8": 1 / 254, "int4": 1 / 15}[dtype], 5 / 127 / 12**0.5
+    assert whole.dtype == np.float32
+    assert 0 < np.linalg.norm(whole - exact) < 6 * (of_w + of_x) * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_table_of_embeddings_has_no_integer_format(dtype):
+    with pytest.raises(ValueError, match=f"^Embedding.astype: dtype is '{dtype}', expected one of float32, bfloat16$"):
+        nn.Embedding(9, 5).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_matrix_that_is_not_finite_is_refused_and_the_layer_stays(dtype):
+    layer = nn.Linear(4, 3, seed=0).astype(dtype)
+    before = layer.parameters()
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        layer.weight = np.full((4, 3), np.nan)
+    assert same(layer.parameters(), before)
+
+
 @pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_and_pickles_compute_the_same(rng, make, remake):
     layer = make(seed=0)
@@ -222,7 +284,7 @@ def test_copies_and_pickles_compute_the_same(rng, make, remake):
 
 # ---- inputs -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "Embedding"])
+@pytest.mark.parametrize("name", MULTIPLYING)
 def test_float64_input_is_cast(rng, name):
     layer = LAYERS[name](seed=0)
     x = example(layer, rng)
@@ -231,9 +293,9 @@ def test_float64_input_is_cast(rng, name):
     assert layer.forward(x).tobytes() == layer(x).tobytes()
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "Embedding"])
+@pytest.mark.parametrize("name", MULTIPLYING)
 def test_the_result_has_the_inputs_dtype(rng, dtype, name):
-    for layer in (LAYERS[name](seed=0), LAYERS[name](seed=0).astype("bfloat16")):
+    for layer in (LAYERS[name](seed=0).astype(packed) for packed in ("float32", "bfloat16", "int8", "int4")):
         assert layer(example(layer, rng).astype(dtype)).dtype == dtype
 
 

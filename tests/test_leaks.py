@@ -79,6 +79,7 @@ def z(*shape: int) -> np.ndarray:
     return np.zeros(shape, F32)
 
 
+INT8, INT4 = fc.pack(np.zeros((4, 3), F32), "int8"), fc.pack(np.zeros((4, 3), F32), "int4")
 COLUMN, TABLE, PACKED = np.zeros((40, 3), F32)[:, 1:2], fc.rope_table(4, 8), fc.pack(z(4, 3))
 KV = z(1, 3, 2, 4)
 ODD = {
@@ -88,6 +89,7 @@ ODD = {
     "empty slices": lambda: (fc.swiglu(COLUMN[:0], COLUMN[:0]), fc.gelu(COLUMN[5:5]), fc.relu(COLUMN[:, :0])),
     "embedding": lambda: (fc.embedding([], COLUMN), fc.embedding([[1]], COLUMN), fc.embedding([0], z(2, 0))),
     "linear": lambda: (fc.linear(z(2, 0), z(0, 3)), fc.linear(z(0, 4), PACKED), fc.linear(z(1, 4), PACKED)),
+    "integers": lambda: (fc.linear(z(0, 4), INT8), fc.linear(z(1, 4), INT8), fc.linear(z(7, 4), INT4)),
     "rope": lambda: (fc.rope(z(1, 0, 4), TABLE), fc.rope(z(1, 2, 4), TABLE, positions=np.array([1, 0]))),
     "attention": lambda: (fc.attention(z(1, 1, 2, 4), z(1, 0, 2, 4), z(1, 0, 2, 4)),
                           fc.attention(z(1, 0, 2, 4), KV, KV, return_lse=True),
@@ -127,6 +129,8 @@ WRONG = {
     "cache full": failing(lambda: SMALL.append(KV, KV), ValueError),
     "cache made": failing(lambda: fc.KVCache(1, 8, 2, 4, dtype="int3"), ValueError),
     "pack": failing(lambda: fc.pack(z(4)), ValueError),
+    "pack int4": failing(lambda: fc.pack(z(4, 4) + F32(np.nan), "int4"), ValueError),
+    "group": failing(lambda: fc.pack(z(4, 4), "int8", group_size=7), ValueError),
 }
 
 
@@ -149,8 +153,8 @@ def test_nothing_piles_up_in_any_heap(name):
 
 def test_scratch_is_given_back(rng):
     """Calls that allocate megabytes inside; a single one kept would show."""
-    ops = [(OPS[name], OPS[name].make(rng, big=True)) for name in ("linear", "linear_packed_bf16", "attention",
-                                                                   "attention_decode")]
+    ops = [(OPS[name], OPS[name].make(rng, big=True)) for name in (
+        "linear", "linear_packed_bf16", "linear_packed_int8", "gated_linear_int4", "attention", "attention_decode")]
     assert piled_up(lambda: [op.run(arrays) for op, arrays in ops], 12)[0] < 1000
 
 
@@ -160,7 +164,8 @@ def test_caches_and_packed_weights_are_given_back():
         cache.append(np.ones((1, 300, 4, 64), F32), np.ones((1, 300, 4, 64), F32))
         fc.attention(np.ones((1, 1, 8, 64), F32), cache.copy())
         fc.pack(np.ones((256, 256), F32))
-        nn.SwiGLU(32, 64, seed=0).astype("bfloat16")
+        for dtype in ("bfloat16", "int8", "int4"):
+            nn.SwiGLU(32, 64, seed=0).astype(dtype)
 
     assert piled_up(call, 20)[0] < 1000
 

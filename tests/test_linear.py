@@ -84,6 +84,14 @@ LAYOUTS: dict[str, Callable[[Array], Any]] = {
 }
 
 
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+
+
+def laid_out(fmt: str, w: Array) -> Any:
+    """A layout of LAYOUTS, or a packed format."""
+    return pack(w, fmt) if fmt in FORMATS else LAYOUTS[fmt](w)
+
+
 def check_linear(got: Array, x: Array, w: Array, bias: Array | None = None, residual: Array | None = None) -> None:
     """`got` against the reference; the magnitude is the sum of the absolute values of all terms."""
     size = [None if a is None else np.abs(reference.f64(a)) for a in (x, w, bias, residual)]
@@ -193,8 +201,8 @@ def test_bias_residual_and_out(isa, dtype, rng, fmt):
 
 def test_a_strided_out_keeps_its_surroundings(isa, dtype, rng):
     x, w, residual = normal(rng, 2, 5, 33, dtype=dtype), normal(rng, 33, 19), normal(rng, 2, 5, 19, dtype=dtype)
-    expected = linear(x, w, residual=residual)
-    for weight in (w, np.asfortranarray(w), pack(w)):
+    for weight in (w, np.asfortranarray(w), pack(w), pack(w, "int8"), pack(w, "int4")):
+        expected = linear(x, weight, residual=residual)
         wide = np.full((5, 2, 24), 7, dtype)
         out = wide.transpose(1, 0, 2)[:, ::-1, 3:22]
         assert linear(x, weight, residual=residual, out=out) is out
@@ -222,10 +230,10 @@ def shapes_of_x(x: Array) -> Iterator[Array]:
 
 
 @pytest.mark.parametrize("k", [1, 16, 33])
-@pytest.mark.parametrize("fmt", ["rows", "columns", "packed", "bfloat16"])
+@pytest.mark.parametrize("fmt", ["rows", "columns", *FORMATS])
 def test_x_of_any_shape_and_stride(isa, dtype, rng, fmt, k):
     x, w, bias = normal(rng, 12, k, dtype=dtype), normal(rng, k, 21), normal(rng, 21)
-    weight = pack(w, "bfloat16") if fmt == "bfloat16" else LAYOUTS[fmt](w)
+    weight = laid_out(fmt, w)
     for view in shapes_of_x(x):
         before = view.tobytes()
         y = linear(view, weight, bias)
@@ -244,10 +252,10 @@ def multiplications(k: int, rng: np.random.Generator) -> dict[str, Callable[[Arr
     weights = {name: layout(w) for name, layout in LAYOUTS.items()} | {
         "float16_rows": w.astype(np.float16),
         "bfloat16_columns": np.asfortranarray(w.astype(BFLOAT16)),
-        "bfloat16": pack(w, "bfloat16"),
+        **{packed: pack(w, packed) for packed in FORMATS},
     }
     calls = {name: partial(linear, weight=weight, bias=bias[0]) for name, weight in weights.items()}
-    for packed in ("float32", "bfloat16"):
+    for packed in FORMATS:
         calls[f"gated_{packed}"] = partial(gated_linear, weight=pack_gated(gate, w, packed), bias=bias)
     return calls
 
@@ -283,7 +291,7 @@ def test_any_thread_count_gives_the_same_bits(isa, dtype, rng, each_thread_count
 @pytest.mark.parametrize(("m", "n"), [(1, 3000), (4, 3000), (390, 200)])
 def test_any_thread_count_with_many_outputs(isa, rng, each_thread_count, m, n):
     x, w, residual = normal(rng, m, 300), normal(rng, 300, n), normal(rng, m, n)
-    weights = (w, np.asfortranarray(w), pack(w), pack(w, "bfloat16"))
+    weights = (w, np.asfortranarray(w), *(pack(w, packed) for packed in FORMATS))
     seen = [[linear(x, weight, residual=residual).tobytes() for weight in weights] for _ in each_thread_count()]
     assert all(other == seen[0] for other in seen[1:])
 
@@ -315,7 +323,7 @@ def test_arrays_between_forbidden_pages(isa, rng, at_end, stored):
                 check_on_guarded_pages(call, at_end, x, w.T.copy() if turned else w, bias, residual)
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("at_end", [False, True])
 def test_packs_between_forbidden_pages(isa, rng, at_end, stored):
     for n in range(1, 36):
@@ -324,10 +332,11 @@ def test_packs_between_forbidden_pages(isa, rng, at_end, stored):
             x, bias = normal(rng, (1, 3, 7)[(n // 3 + i) % 3], k, dtype=dtype), normal(rng, 2, n)
             one = pack(normal(rng, k, n), stored)
             pair = pack_gated(normal(rng, k, n), normal(rng, k, n), stored)
-            check_on_guarded_pages(lambda x, data, bias, out, p=one: linear(
-                x, PackedWeight(data, p.shape, p.dtype), bias, out=out), at_end, x, one.data, bias[0])
-            check_on_guarded_pages(lambda x, data, bias, out, p=pair: gated_linear(
-                x, PackedWeight(data, p.shape, p.dtype, True), bias, out=out), at_end, x, pair.data, bias)
+            for packed, multiply, b in ((one, linear, bias[0]), (pair, gated_linear, bias)):
+                def call(x, data, bias, out, p=packed, multiply=multiply):
+                    held = PackedWeight(data, p.shape, p.dtype, p.gated, p.group_size)
+                    return multiply(x, held, bias, out=out)
+                check_on_guarded_pages(call, at_end, x, packed.data, b)
 
 
 # ---- NaN and infinity -------------------------------------------------------------------------------
@@ -376,7 +385,8 @@ def test_infinities_that_cancel_are_nan(isa, rng):
 
 def test_a_result_too_large_for_float16_is_infinite(isa):
     x = np.full((1, 100), 60000, np.float16)
-    for weight in (np.full((100, 3), 100, np.float32), pack(np.full((100, 3), 100, np.float32), "bfloat16")):
+    w = np.full((100, 3), 100, np.float32)
+    for weight in (w, *(pack(w, fmt) for fmt in FORMATS)):
         assert (linear(x, weight) == np.inf).all()
 
 
