@@ -212,7 +212,7 @@ def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     out = _blocks(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
     largest = np.abs(w).argmax(axis=2)
-    scale = np.take_along_axis(w, largest[:, :, None], axis=2)[:, :, 0] / np.float32(-8)
+    scale = np.take_along_axis(w, largest[:, :, None], axis=2)[:, :, 0] / np.float32(-8) + np.float32(0)  # no -0
     half = _scale(name, f, scale)
     u = w * _inverse(scale)[:, :, None] + np.float32(8.5)
     np.clip(u, 0, 15, out=u)
