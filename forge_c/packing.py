@@ -39,8 +39,8 @@ PANEL = 16
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 _DEFAULT_GROUP = {"float32": None, "bfloat16": None, "int8": 128, "int4": 64}
 _SYMMETRIC_INT4 = 32
-# The sum over a group stays exact: 255 * 127 * 2^16 < 2^31, and 15 * 127 * 2^13 < 2^24, for ISAs that add up parts of it
-# in float32.
+# The sum over a group stays exact: 255 * 127 * 2^16 < 2^31, and 15 * 127 * 2^13 < 2^24, for ISAs that add up parts of
+# it in float32.
 _MAX_GROUP = {"int8": 1 << 16, "int4": 1 << 13}
 _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

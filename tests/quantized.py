@@ -64,8 +64,8 @@ def places(dtype: str, group: int, k: int, n: int, *, sides: int = 1, side: int 
 
 @dataclass(frozen=True)
 class Parts:
-    """W = scale ints + minimum, group by group, or piece by piece; ints (groups, group, n), scale and minimum (groups, n),
-    all float64."""
+    """W = scale ints + minimum, group by group, or piece by piece; ints (groups, group, n), scale and minimum
+    (groups, n), all float64."""
 
     ints: Array
     scale: Array
@@ -95,13 +95,14 @@ def parts(packed: PackedWeight, side: int = 0) -> Parts:
     scale = read(at.scale)
     minimum = np.zeros(scale.shape) if at.minimum is None else read(at.minimum)
     ints = u.astype(np.float64) - (ZERO[dtype] if at.minimum is None else 0)
-    # An ISA that sums nibbles in 16 bits adds a group to the chain in pieces of 32: more roundings, of the pieces' size.
+    # An ISA that sums nibbles in 16 bits adds a group to the chain in pieces of 32: more roundings, of their size.
     piece = min(group, 32) if dtype == "int4" else group
     scale, minimum = (np.repeat(a, group // piece, axis=0) for a in (scale, minimum))
     return Parts(ints.reshape(len(scale), piece, n), scale, minimum, k)
 
 
-def from_parts(dtype: str, group: int, u: ArrayLike, scale: ArrayLike, minimum: ArrayLike | None = None) -> PackedWeight:
+def from_parts(dtype: str, group: int, u: ArrayLike, scale: ArrayLike,
+               minimum: ArrayLike | None = None) -> PackedWeight:
     """A weight of these bytes: u (k, n), k in whole groups; scale and minimum (groups, n)."""
     u, param = np.asarray(u, np.uint8), np.float32 if dtype == "int8" else np.float16
     k, n = u.shape
@@ -120,7 +121,7 @@ def from_parts(dtype: str, group: int, u: ArrayLike, scale: ArrayLike, minimum: 
 
 def steady(x: Array) -> Array:
     """x without the values whose rounding the kernel's float32 may decide otherwise than the reference: x 127 / max|x|
-    is off by two roundings there, 127 * 2^-23 at most, and those so close to halfway between two whole numbers are 0."""
+    is off by two roundings there, 127 * 2^-23 at most, and those so close to halfway between whole numbers are 0."""
     wide = reference.f64(x)
     largest = np.max(np.abs(wide), axis=-1, keepdims=True, initial=0.0)
     steps = np.abs(wide) * 127 / np.where(largest == 0, 1.0, largest)

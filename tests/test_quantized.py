@@ -14,8 +14,18 @@ from conftest import DTYPES
 from guard import guarded, guarded_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from quantized import (FORMATS, SMALL_GROUPS, Array, check_gated, check_product, from_parts, has_minimum, normal,
-                       packed_as, parts)
+from quantized import (
+    FORMATS,
+    SMALL_GROUPS,
+    Array,
+    check_gated,
+    check_product,
+    from_parts,
+    has_minimum,
+    normal,
+    packed_as,
+    parts,
+)
 
 import forge_c as fc
 from forge_c import PackedWeight, gated_linear, linear
@@ -255,7 +265,8 @@ def check_integers(dtype: str, group: int, q: Array, u: Array, scale: Any = 1.0,
     if least:
         terms = terms + by_group.sum(axis=2, keepdims=True) * minima[:, None]
     if groups > 1:
-        unit = np.abs(np.where(scales == 0, 1, scales)).min() * (np.abs(minima[minima != 0]).min() if minima.any() else 1)
+        least_minimum = np.abs(minima[minima != 0]).min() if minima.any() else 1
+        unit = np.abs(np.where(scales == 0, 1, scales)).min() * least_minimum
         assert np.abs(terms).sum(axis=0).max() < 2.0**24 * unit, "inexact: this test would prove nothing"
     expected = terms.astype(np.float64).sum(axis=0).astype(np.float32)
     for name in each_isa():
@@ -289,7 +300,8 @@ PATTERNS: dict[str, Callable[[Array], Array]] = {  # of 0, 1, 2, ...: where x or
 
 
 @pytest.mark.parametrize(("dtype", "group"), [
-    ("int8", 32), ("int8", 64), ("int8", 128), ("int8", 65536), ("int4", 32), ("int4", 64), ("int4", 128), ("int4", 8192)])
+    ("int8", 32), ("int8", 64), ("int8", 128), ("int8", 65536), ("int4", 32), ("int4", 64), ("int4", 128),
+    ("int4", 8192)])
 def test_sums_at_their_extremes(dtype, group):
     """Every product as large as it can be, of one sign, or cancelling in each place where sums are narrower."""
     top, i = 255 if dtype == "int8" else 15, np.arange(group)
