@@ -24,11 +24,14 @@ LONGROPE = {"max_position_embeddings": 128, "original_max_position_embeddings": 
     "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}}
 MODELS: dict[str, tuple[dict[str, Any], Any]] = {family: (small(family), np.float32) for family in FAMILIES} | {
     "bfloat16": (small(), BF16), "gemma2 bfloat16": (small("gemma2"), BF16),
+    "int8": (small(), BF16), "gemma2 int8": (small("gemma2"), BF16), "int4": (small(), np.float32),
     "dynamic": (small(**DYNAMIC), np.float32), "longrope": (small("phi3", **LONGROPE), np.float32),
     "biases": (small(attention_bias=True, mlp_bias=True), np.float32),
 }
 WIDE = {"hidden_size": 192, "intermediate_size": 320, "vocab_size": 257, "head_dim": 40}  # enough work for threads
-WIDE_MODELS = {"wide": (small("mistral", **WIDE), np.float32), "wide bfloat16": (small(**WIDE), BF16)}
+WIDE_MODELS = {"wide": (small("mistral", **WIDE), np.float32), "wide bfloat16": (small(**WIDE), BF16),
+               "wide int8": (small(**WIDE), BF16), "wide int4": (small("mistral", **WIDE), BF16)}
+QUANTIZED = ("int8", "int4")  # a name that ends so is packed so
 SAMPLED = {"temperature": 1.0, "top_k": 60, "top_p": 0.98, "repetition_penalty": 1.1, "seed": 7}
 BUSY = "KVCache: another thread is writing to this cache"
 
@@ -40,7 +43,8 @@ def model_of(tmp_path_factory) -> Callable[[str], Model]:
     def get(name: str) -> Model:
         if name not in made:
             config, stored = (MODELS | WIDE_MODELS)[name]
-            made[name] = load(write(tmp_path_factory.mktemp("model"), config, dtype=stored))
+            folder = write(tmp_path_factory.mktemp("model"), config, dtype=stored)
+            made[name] = load(folder, name.split()[-1] if name.endswith(QUANTIZED) else "auto")
         return made[name]
 
     return get

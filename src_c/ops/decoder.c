@@ -1,8 +1,5 @@
 /* Decoder blocks, op after op, inside one parallel region: no Python and no region between the ops of a token.
  * Which ops, and in what order, is all that this file knows. */
-#include <math.h>
-#include <stdlib.h>
-
 #include "rows.h"
 
 struct decode {
@@ -25,27 +22,26 @@ static fc_rows one_stride(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t x, ptrdiff_t 
     return (fc_rows){.ndim = 1, .shape = {rows}, .stride = {{out * 4}, {x * 4}, {residual * 4}}};
 }
 
-/* out (M, n) = norm(x (M, k)) W + bias + residual */
-static fc_status project(const struct decode *d, float *out, const float *x, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n,
-                         const float *norm, const float *residual, const fc_block *gated_by, const fc_block *block) {
+/* out (M, n) = norm(x (M, k)) W + bias + residual, or the gated pair */
+static fc_status project(const struct decode *d, const fc_block *b, float *out, const float *x, const fc_matrix *w,
+                         ptrdiff_t k, ptrdiff_t n, const float *norm, const float *residual, int gated) {
     const fc_rows rows = one_stride(d->batch * d->seq, n, k, n);
     return fc_linear(&(fc_linear_args){
         .type = FC_F32, .out = out, .x = x, .residual = residual, .rows = &rows, .m = d->batch * d->seq, .k = k, .n = n,
-        .layout = w->layout, .weight = w->data, .group = w->group, .norm = norm, .norm_eps = block->eps,
-        .norm_offset = block->norm_offset, .bias = w->bias, .gated = gated_by != NULL,
-        .activation = gated_by ? gated_by->activation : FC_RELU});
+        .layout = w->layout, .weight = w->data, .group = w->group, .norm = norm, .norm_eps = b->eps,
+        .norm_offset = b->norm_offset, .bias = w->bias, .gated = gated, .activation = b->activation});
 }
 
 /* x (M, hidden) += residual_scale * post(y (M, k) W) */
-static fc_status add_projection(const struct decode *d, const fc_block *block, const float *y, const fc_matrix *w,
+static fc_status add_projection(const struct decode *d, const fc_block *b, const float *y, const fc_matrix *w,
                                 ptrdiff_t k, const float *post) {
-    const ptrdiff_t rows = d->batch * d->seq, n = block->hidden;
-    if (!post && block->residual_scale == 1.0f) return project(d, d->x, y, w, k, n, NULL, d->x, NULL, block);
-    fc_status status = project(d, d->part, y, w, k, n, NULL, NULL, NULL, block);
+    const ptrdiff_t rows = d->batch * d->seq, n = b->hidden;
+    if (!post && b->residual_scale == 1.0f) return project(d, b, d->x, y, w, k, n, NULL, d->x, 0);
+    fc_status status = project(d, b, d->part, y, w, k, n, NULL, NULL, 0);
     const fc_rows each = {.ndim = 1, .shape = {rows}, .stride = {{n * 4}, {0}, {n * 4}, {0}}};
     if (status == FC_OK && post)
-        status = fc_rms_norm(FC_F32, d->part, NULL, d->part, NULL, post, &each, n, block->eps, block->norm_offset);
-    for (ptrdiff_t i = 0; status == FC_OK && i < rows * n; i++) d->x[i] += block->residual_scale * d->part[i];
+        status = fc_rms_norm(FC_F32, d->part, NULL, d->part, NULL, post, &each, n, b->eps, b->norm_offset);
+    for (ptrdiff_t i = 0; status == FC_OK && i < rows * n; i++) d->x[i] += b->residual_scale * d->part[i];
     return status;
 }
 
@@ -91,7 +87,7 @@ static fc_status attend(const struct decode *d, const fc_block *b, const fc_bloc
 
 static fc_status attention_part(const struct decode *d, const fc_block *b, const fc_block_cache *c) {
     const ptrdiff_t a = b->heads * b->head_dim, kv = b->kv_heads * b->head_dim;
-    fc_status status = project(d, d->qkv, d->x, &b->qkv, b->hidden, a + 2 * kv, b->input_norm, NULL, NULL, b);
+    fc_status status = project(d, b, d->qkv, d->x, &b->qkv, b->hidden, a + 2 * kv, b->input_norm, NULL, 0);
     if (status == FC_OK && b->q_norm) status = norm_heads(d, b, b->q_norm, 0, b->heads);
     if (status == FC_OK && b->k_norm) status = norm_heads(d, b, b->k_norm, b->heads, b->kv_heads);
     if (status == FC_OK && b->cos) status = turn(d, b);
@@ -103,7 +99,7 @@ static fc_status attention_part(const struct decode *d, const fc_block *b, const
 }
 
 static fc_status mlp_part(const struct decode *d, const fc_block *b) {
-    fc_status status = project(d, d->inner, d->x, &b->gate_up, b->hidden, b->inner, b->mlp_norm, NULL, b, b);
+    fc_status status = project(d, b, d->inner, d->x, &b->gate_up, b->hidden, b->inner, b->mlp_norm, NULL, 1);
     if (status == FC_OK) status = add_projection(d, b, d->inner, &b->down, b->inner, b->post_mlp_norm);
     return status;
 }
