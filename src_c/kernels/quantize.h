@@ -2,7 +2,7 @@
  * nearest even; sums[g] = -offset * sum of q over each group of k as int32, or with offset 0 the sum as float32, which
  * holds it exactly (a group has at most 2^16 values). q is int8, or, `wide`, int16 with each four in the order
  * 0 2 1 3 (see gemm.h). q and sums are zero from n to `padded`. A row with a NaN or an infinity gets the scale NaN; one
- * that is too small for 127 / max|x| to be finite counts as zero. */
+ * with nothing above 2^-100 counts as zero, so that 127 / max|x| is an ordinary number. */
 
 FC_INLINE void quantize_scale_any(fc_dtype t, float *scale, float *inverse, const void *x, ptrdiff_t n) {
     vf top = vf_zero(), poison = vf_zero();
