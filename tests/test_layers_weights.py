@@ -261,9 +261,10 @@ def test_an_integer_layer_computes_nearly_the_same(rng, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_a_table_of_embeddings_has_no_integer_format(dtype):
-    with pytest.raises(ValueError, match=f"^Embedding.astype: dtype is '{dtype}', expected one of float32, bfloat16$"):
-        nn.Embedding(9, 5).astype(dtype)
+def test_a_table_of_embeddings_beside_integer_formats_is_bfloat16(dtype):
+    table = nn.Embedding(5, 3, seed=0).astype(dtype)
+    assert table.dtype == dtype and table.weight.dtype.name == "bfloat16"
+    assert table([1, 4]).tobytes() == nn.Embedding(5, 3, seed=0).astype("bfloat16")([1, 4]).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
