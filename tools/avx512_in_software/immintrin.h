@@ -12,7 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define SOFT_INLINE static inline __attribute__((always_inline, unused, target("avx2,fma,f16c")))
+/* Not always_inline: the tables would take gcc three times as long. */
+#define SOFT_INLINE static inline __attribute__((unused, target("avx2,fma,f16c")))
 
 typedef float soft_f32 __attribute__((vector_size(64)));
 typedef int32_t soft_i32 __attribute__((vector_size(64)));
@@ -138,22 +139,22 @@ SOFT_INLINE float soft_reduce_add_ps(__m512 a) {
 /* vdpbf16ps: two fused products, the odd one first, each with denormals read as zeros, rounded to nearest even, and
  * flushed if still denormal after rounding to 24 bits of any exponent, in which 2^-126 (1 - 2^-25) is the first
  * number that is not. fmaf has rounded it on a coarser grid; near there the sum of 16-bit products is exact in double. */
-SOFT_INLINE float soft_flush(float a) { return __builtin_fabsf(a) < 0x1p-126f ? __builtin_copysignf(0.0f, a) : a; }
-SOFT_INLINE float soft_bf16(uint32_t high_half) {
-    float a;
-    memcpy(&a, &high_half, 4);
-    return soft_flush(a);
-}
-SOFT_INLINE float soft_fma_flushed(float a, float b, float c) {
-    float r = __builtin_fmaf(a, b, c);
-    if (__builtin_fabsf(r) <= 0x1p-126f && __builtin_fabs((double)a * b + c) < 0x1p-126 - 0x1p-151)
-        r = __builtin_copysignf(0.0f, r);
+SOFT(soft_f32, soft_u32, flush, (soft_u32 a), a[i] & (a[i] << 1 < 0x1000000 ? 0x80000000 : 0xffffffff))
+SOFT_INLINE soft_f32 soft_fma_flush(soft_f32 a, soft_f32 b, soft_f32 c) {
+    soft_f32 r;
+    int small = 0;
+    for (int i = 0; i < 16; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    for (int i = 0; i < 16; i++) small |= __builtin_fabsf(r[i]) <= 0x1p-126f;
+    if (small)
+        for (int i = 0; i < 16; i++)
+            if (__builtin_fabsf(r[i]) <= 0x1p-126f && __builtin_fabs((double)a[i] * b[i] + c[i]) < 0x1p-126 - 0x1p-151)
+                r[i] = __builtin_copysignf(0.0f, r[i]);
     return r;
 }
-SOFT(__m512, soft_f32, dpbf16_ps, (__m512 c, __m512bh a, __m512bh b),
-     soft_fma_flushed(soft_bf16(U32(a)[i] << 16), soft_bf16(U32(b)[i] << 16),
-                      soft_fma_flushed(soft_bf16(U32(a)[i] & 0xffff0000), soft_bf16(U32(b)[i] & 0xffff0000),
-                                       soft_flush(c[i]))))
+SOFT_INLINE __m512 soft_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
+    soft_f32 r = soft_fma_flush(soft_flush(U32(a) & 0xffff0000), soft_flush(U32(b) & 0xffff0000), soft_flush(U32(c)));
+    return (__m512)soft_fma_flush(soft_flush(U32(a) << 16), soft_flush(U32(b) << 16), r);
+}
 
 /* ---- integers ---- */
 
