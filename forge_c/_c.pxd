@@ -93,6 +93,34 @@ cdef extern from "forge.h" nogil:
     fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw,
                               ptrdiff_t k, ptrdiff_t n)
 
+    ctypedef enum fc_kv_type:
+        FC_KV_F32
+        FC_KV_BF16
+        FC_KV_I8
+    ctypedef struct fc_kv_cache:
+        fc_kv_type type
+        ptrdiff_t kv_heads, head_dim, v_dim
+        ptrdiff_t pages_a_row
+        void **pages
+        int ring
+    ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *cache)
+    ctypedef struct fc_append_args:
+        const fc_kv_cache *cache
+        fc_dtype type
+        const void *k
+        const void *v
+        ptrdiff_t k_stride[3]
+        ptrdiff_t v_stride[3]
+        ptrdiff_t batch, seq
+        const int64_t *start
+        const int64_t *count
+        const float *cos
+        const float *sin
+        ptrdiff_t half
+        int interleaved
+    fc_status fc_append(const fc_append_args *args)
+    fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v)
+
     ctypedef struct fc_attention_args:
         fc_dtype q_type, kv_type
         void *out
@@ -100,13 +128,13 @@ cdef extern from "forge.h" nogil:
         const void *q
         const void *k
         const void *v
+        const fc_kv_cache *cache
         ptrdiff_t batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim
         ptrdiff_t q_stride[3]
         ptrdiff_t k_stride[3]
         ptrdiff_t v_stride[3]
         ptrdiff_t out_stride[3]
         const int64_t *kv_lens
-        ptrdiff_t ring
         int causal
         ptrdiff_t window
         float scale, softcap
@@ -119,16 +147,6 @@ cdef extern from "forge.h" nogil:
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
 
-    ctypedef struct fc_append_args:
-        fc_dtype from_type, to_type
-        const void *from_ "from"
-        void *to
-        ptrdiff_t from_stride[3]
-        ptrdiff_t to_stride[3]
-        const int64_t *start
-        const int64_t *count
-        ptrdiff_t batch, seq, heads, n, ring
-    fc_status fc_append(const fc_append_args *args)
 
     ctypedef struct fc_matrix:
         fc_layout layout
@@ -150,14 +168,10 @@ cdef extern from "forge.h" nogil:
         const float *sin
         ptrdiff_t half
     ctypedef struct fc_block_cache:
-        fc_dtype type
-        void *k
-        void *v
-        ptrdiff_t k_stride[3]
-        ptrdiff_t v_stride[3]
-        ptrdiff_t ring, window
+        fc_kv_cache kv
+        ptrdiff_t window
     fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdiff_t n, float *x, ptrdiff_t batch,
-                        ptrdiff_t seq, const int64_t *start, const int64_t *positions)
+                        ptrdiff_t seq, const int64_t *start)
 
     ctypedef enum fc_peak:
         FC_PEAK_F32

@@ -1,34 +1,41 @@
 """The key/value cache: what attention reads about the tokens before the new ones.
 
-    k:  (batch, n_kv_heads, capacity, head_dim)     position p of a row lies in slot p,
-    v:  (batch, n_kv_heads, capacity, v_dim)        with a window in slot p % capacity
-
-Heads come before slots, so that the keys of one head lie side by side, as attention walks them. Rows may hold
-different numbers of tokens. Everything is allocated at the start; appending never moves what is there.
+Tokens lie in pages of KV_CHUNK slots, all heads of a row's 256 tokens to a page, in the panels that attention
+multiplies (src_c/forge.h has the picture). Each row has a list of pages: the token at position p lies in page
+p // KV_CHUNK, with a window in page p // KV_CHUNK % pages. Rows may hold different numbers of tokens. Everything is
+allocated at the start; appending never moves what is there. Pages that a fork shares are not written any more: who
+needs to, takes a copy of its own first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c.functional import KV_CHUNK, store_tokens
+from forge_c import cache_file
+from forge_c.functional import KV_CHUNK, KVPages
+from forge_c.rotary import RopeTable
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
 
-_STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_ACCEPTED = (*_STORED.values(), np.dtype(np.float16))
-_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_DECODED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.float32)}
+_ACCEPTED = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_SCALE = 4  # bytes, one for each token and head of an int8 cache
 _CACHE_LINE = 64
+
+Table = NDArray[np.uintp]
 
 
 def kv_cache_nbytes(
@@ -37,7 +44,7 @@ def kv_cache_nbytes(
     """Bytes of one layer's keys and values: 2 * batch * seq_len * n_kv_heads * head_dim * itemsize.
 
     Args:
-        dtype: "float64", "float32", "float16" or "bfloat16".
+        dtype: "float64", "float32", "float16", "bfloat16" or "int8", which adds a float32 scale a token and head.
 
     Raises:
         TypeError, ValueError: a size that is not an integer or is negative, or another dtype.
@@ -50,7 +57,12 @@ def kv_cache_nbytes(
         raise ValueError(f"kv_cache_nbytes: dtype is {name!r}, expected one of {', '.join(_ITEMSIZE)}")
     sizes = {"batch": batch, "seq_len": seq_len, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
     counts = [_checked_size("kv_cache_nbytes", size, value, least=0) for size, value in sizes.items()]
-    return 2 * math.prod(counts) * _ITEMSIZE[name]
+    return _nbytes(name, *counts[:3], 2 * counts[3])
+
+
+def _nbytes(dtype: str, batch: int, seq_len: int, heads: int, channels: int) -> int:
+    """channels: of a key and a value together."""
+    return batch * seq_len * heads * (channels * _ITEMSIZE[dtype] + (2 * _SCALE if dtype == "int8" else 0))
 
 
 class KVCache:
@@ -61,8 +73,10 @@ class KVCache:
         max_seq_len: the longest a row may become.
         n_kv_heads, head_dim: of the keys.
         v_dim: head_dim of the values, if it differs.
-        dtype: "float32" or "bfloat16"; what is appended is rounded to it.
+        dtype: "float32", "bfloat16" or "int8"; what is appended is rounded to it. int8 has one scale a token and head.
         window: keep only what a sliding window of that many keys needs: a ring, whatever max_seq_len is.
+        path: a new file to hold the pages, memory-mapped: the cache may be larger than the RAM. `flush` makes the file
+            complete, `KVCache.load` opens it again.
 
     One thread may write at a time: while one does, append and truncate raise RuntimeError in any other.
 
@@ -70,6 +84,7 @@ class KVCache:
         TypeError, ValueError: a size that is not a positive integer, an unknown dtype, or sizes whose product
             no computer can address.
         MemoryError: sizes that this computer cannot hold.
+        FileExistsError, OSError: path exists or cannot be written.
 
     >>> cache = KVCache(batch=1, max_seq_len=8, n_kv_heads=2, head_dim=4)
     >>> cache.append(np.ones((1, 3, 2, 4), np.float32), np.zeros((1, 3, 2, 4), np.float32))
@@ -80,7 +95,16 @@ class KVCache:
     (1, 3, 2, 4)
     """
 
-    __slots__ = ("_dtype", "_k", "_lengths", "_max_seq_len", "_v", "_window", "_writer", "_written")
+    __slots__ = ("_capacity", "_file", "_lengths", "_max_seq_len", "_memory", "_pages", "_shared", "_window", "_writer",
+                 "_written")
+
+    _pages: KVPages
+    _capacity: int  # slots of a row: max_seq_len, or the size of the ring
+    _memory: list[Any]  # what the pages lie in
+    _file: cache_file.PagesFile | None
+    _lengths: NDArray[np.int64]
+    _written: NDArray[np.int64]  # highest position ever written, plus 1: in a ring, those from this - capacity on survive
+    _shared: NDArray[np.int64]  # leading pages of a row that a fork shares
 
     def __init__(
         self,
@@ -92,29 +116,44 @@ class KVCache:
         v_dim: int | None = None,
         dtype: DTypeLike = "float32",
         window: int | None = None,
+        path: str | os.PathLike[str] | None = None,
     ) -> None:
         v_dim = head_dim if v_dim is None else v_dim
         sizes = {"batch": batch, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "v_dim": v_dim}
         rows, heads, k_dim, v_dim = (_checked_size("KVCache", name, size) for name, size in sizes.items())
-        self._dtype = _dtype_name(dtype)
-        if self._dtype not in _STORED:
-            raise ValueError(f"KVCache: dtype is {self._dtype!r}, expected one of {', '.join(_STORED)}")
-        self._max_seq_len = capacity = _checked_size("KVCache", "max_seq_len", max_seq_len)
-        self._window = None if window is None else _checked_size("KVCache", "window", window)
-        if self._window is not None:
-            # A whole append of KV_CHUNK tokens and the window before its first one fit, in whole chunks.
-            capacity = -(-min(capacity, self._window + KV_CHUNK) // KV_CHUNK) * KV_CHUNK
-        self._k = _zeros((rows, heads, capacity, k_dim), self._dtype)
-        self._v = _zeros((rows, heads, capacity, v_dim), self._dtype)
-        self._lengths = np.zeros(rows, np.int64)
-        # Highest position ever written, plus 1: in a ring, positions from _written - capacity on survive.
-        self._written = np.zeros(rows, np.int64)
+        name = _dtype_name(dtype)
+        if name not in _DECODED:
+            raise ValueError(f"KVCache: dtype is {name!r}, expected one of {', '.join(_DECODED)}")
+        room = _checked_size("KVCache", "max_seq_len", max_seq_len)
+        ring = None if window is None else _checked_size("KVCache", "window", window)
+        self._describe(name, heads, k_dim, v_dim, room, ring)
+        self._lengths, self._written, self._shared = (np.zeros(rows, np.int64) for _ in range(3))
         self._writer = threading.RLock()
+        self._file = None
+        if path is None:
+            self._memory, table = _new_pages(rows, self._pages_a_row, self._pages.page_nbytes)
+        else:
+            self._file = cache_file.create(path, self._header(), rows * self._pages_a_row, self._pages.page_nbytes)
+            self._memory, table = _pages_of(self._file.pages, rows)
+        self._pages = self._pages.with_table(table)
+
+    def _describe(self, dtype: str, heads: int, k_dim: int, v_dim: int, room: int, window: int | None) -> None:
+        """Everything but the pages and what is in them."""
+        self._max_seq_len = self._capacity = room
+        self._window = window
+        if window is not None:
+            # A whole append of KV_CHUNK tokens and the window before its first one fit, in whole chunks.
+            self._capacity = _round_up(min(room, window + KV_CHUNK), KV_CHUNK)
+        self._pages = KVPages(dtype, heads, k_dim, v_dim, window is not None)
+
+    @property
+    def _pages_a_row(self) -> int:
+        return -(-self._capacity // KV_CHUNK)
 
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return int(self._k.shape[0])
+        return int(self._lengths.shape[0])
 
     @property
     def max_seq_len(self) -> int:
@@ -124,22 +163,22 @@ class KVCache:
     @property
     def n_kv_heads(self) -> int:
         """Number of key/value heads."""
-        return int(self._k.shape[1])
+        return self._pages.kv_heads
 
     @property
     def head_dim(self) -> int:
         """Channels of a key."""
-        return int(self._k.shape[3])
+        return self._pages.head_dim
 
     @property
     def v_dim(self) -> int:
         """Channels of a value."""
-        return int(self._v.shape[3])
+        return self._pages.v_dim
 
     @property
     def dtype(self) -> str:
         """Name of the dtype that keys and values are kept in."""
-        return self._dtype
+        return self._pages.dtype
 
     @property
     def window(self) -> int | None:
@@ -149,12 +188,12 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Slots a row has: max_seq_len, or the size of the ring."""
-        return int(self._k.shape[2])
+        return self._capacity
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return int(self._k.nbytes + self._v.nbytes)
+        """Bytes of the keys and values that it has room for (pages are whole, of 256 tokens)."""
+        return _nbytes(self.dtype, self.batch, self.capacity, self.n_kv_heads, self.head_dim + self.v_dim)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -167,18 +206,16 @@ class KVCache:
         return int(self._lengths.max())
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
-        """`k, v = cache`: two read-only arrays (batch, seq, n_kv_heads, dim) in the cache's dtype.
+        """`k, v = cache`: two read-only copies (batch, seq, n_kv_heads, dim) in the cache's dtype, of int8 in float32.
 
-        Without a window they are views of all seq_len positions, with one copies of the last min(window,
-        seq_len). In a row shorter than seq_len, what follows its last token is unspecified.
+        Without a window all seq_len positions, with one the last min(window, seq_len). In a row shorter than seq_len,
+        what follows its last token is unspecified.
         """
         stop = self.seq_len
-        for store in (self._k, self._v):
-            if self._window is None:
-                held = store[:, :, :stop]
-            else:
-                held = store[:, :, np.arange(max(0, stop - self._window), stop) % self.capacity]
-            held = held.transpose(0, 2, 1, 3)
+        start = 0 if self._window is None else max(0, stop - self._window)
+        rows = [self._pages.read(b, start, stop - start) for b in range(self.batch)]
+        for part in zip(*rows, strict=True):
+            held = np.stack(part).astype(_DECODED[self.dtype], copy=False)
             held.flags.writeable = False
             yield held
 
@@ -186,21 +223,25 @@ class KVCache:
         window = "" if self._window is None else f", window={self._window}"
         return (
             f"KVCache(batch={self.batch}, seq_len={self.seq_len}, max_seq_len={self.max_seq_len}, "
-            f"n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}, dtype={self._dtype!r}{window})"
+            f"n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}, dtype={self.dtype!r}{window})"
         )
 
-    def append(self, k: ArrayLike, v: ArrayLike, *, lens: ArrayLike | None = None) -> None:
+    def append(self, k: ArrayLike, v: ArrayLike, *, lens: ArrayLike | None = None, rope: RopeTable | None = None,
+               interleaved: bool = False) -> None:
         """Add tokens at the end of every row, all of them or, when an error is raised, none.
 
         Args:
             k: (batch, tokens, n_kv_heads, head_dim), float32, float16 or bfloat16.
             v: (batch, tokens, n_kv_heads, v_dim), likewise.
             lens: (batch,) how many of the tokens each row takes, from the first on; all of them if None.
+            rope: a table by which keys are turned on their way, at the positions that they get; `interleaved` as in
+                forge_c.rope.
 
         Raises:
             TypeError: another dtype.
-            ValueError: wrong shapes, a row that would become longer than max_seq_len, or, with a window, more
-                than forge_c.functional.KV_CHUNK tokens at once.
+            ValueError: wrong shapes, a row that would become longer than max_seq_len, a file opened for reading, or,
+                with a window, more than forge_c.functional.KV_CHUNK tokens at once.
+            IndexError: a position outside the RoPE table.
             RuntimeError: another thread is writing.
         """
         k, v = self._checked("k", k, self.head_dim), self._checked("v", v, self.v_dim)
@@ -212,12 +253,43 @@ class KVCache:
                 f"KVCache.append: {tokens} tokens at once, expected at most {KV_CHUNK} in a ring"
             )
         added = np.full(self.batch, tokens) if lens is None else self._checked_lens(lens, tokens)
+        if k.dtype != v.dtype:
+            k, v = k.astype(np.float32), v.astype(np.float32)
         with self.writing():
             stop = self._stop(added)
-            np.maximum(self._written, stop, out=self._written)
-            for store, new in ((self._k, k), (self._v, v)):
-                store_tokens(store, new, self._lengths, added, self._window is not None)
+            if rope is not None:
+                self._check_table(rope, int(stop.max()))
+            self._claim(stop)
+            self._pages.append(k, v, self._lengths, added, rope, interleaved)
             self._lengths[:] = stop
+
+    def _check_table(self, rope: RopeTable, stop: int) -> None:
+        if not isinstance(rope, RopeTable):
+            raise TypeError(f"KVCache.append: rope is a {type(rope).__name__}, expected a RopeTable")
+        positions, half = rope.cos.shape
+        if 2 * half > self.head_dim:
+            raise ValueError(f"KVCache.append: rope turns {2 * half} channels, expected at most {self.head_dim}")
+        if stop > positions:
+            raise IndexError(f"KVCache.append: position {stop - 1} is outside the table of {positions}")
+
+    def _claim(self, stop: NDArray[np.int64]) -> None:
+        """Make what follows each row's tokens writable up to position `stop`."""
+        if self._file is not None and not self._file.writable:
+            raise ValueError(f"KVCache.append: {self._file.path} is open for reading only")
+        if self._shared.any():
+            for b in np.flatnonzero((stop > self._lengths) & (self._lengths // KV_CHUNK < self._shared)):
+                self._leave(int(b), int(self._lengths[b]))
+        np.maximum(self._written, stop, out=self._written)
+
+    def _leave(self, b: int, position: int) -> None:
+        """Replace row b's shared pages from `position` on by its own, with what is before `position` in them."""
+        first, last = position // KV_CHUNK, int(self._shared[b])
+        memory, fresh = _new_pages(1, last - first, self._pages.page_nbytes)
+        if position % KV_CHUNK:
+            memory[0][0] = _page_at(int(self._pages.table[b, first]), self._pages.page_nbytes)
+        self._memory.extend(memory)
+        self._pages.table[b, first:last] = fresh[0]
+        self._shared[b] = first
 
     def _stop(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
         """Lengths after `added` more tokens a row; ValueError if they do not fit."""
@@ -269,12 +341,107 @@ class KVCache:
         """
         if not 0 <= index(i) < self.batch:
             raise IndexError(f"KVCache.row: i is {i}, expected 0 to {self.batch - 1}")
-        row = object.__new__(KVCache)
-        row._dtype, row._window, row._max_seq_len = self._dtype, self._window, self._max_seq_len
-        row._k, row._v = self._k[i : i + 1], self._v[i : i + 1]
-        row._lengths, row._written = self._lengths[i : i + 1], self._written[i : i + 1]
-        row._writer = self._writer
-        return row
+        return self._like(self._pages.table[i : i + 1], self._memory, slice(i, i + 1))
+
+    def _like(self, table: Table, memory: list[Any], rows: slice | NDArray[np.int64]) -> KVCache:
+        """A cache of the same kind over other pages; a slice of rows shares lengths and lock with this one."""
+        twin = object.__new__(KVCache)
+        twin._window, twin._max_seq_len, twin._capacity = self._window, self._max_seq_len, self._capacity
+        twin._pages, twin._memory, twin._file = self._pages.with_table(table), memory, None
+        twin._lengths, twin._written, twin._shared = self._lengths[rows], self._written[rows], self._shared[rows]
+        twin._writer = threading.RLock()
+        if isinstance(rows, slice):
+            twin._writer, twin._file = self._writer, self._file
+        return twin
+
+    def fork(self, n: int) -> KVCache:
+        """n continuations of every row: a cache of batch * n rows, n for each of this one's, that begin with its tokens.
+
+        Full pages of KV_CHUNK tokens are shared, not copied; what is appended to either side afterwards is its own.
+        The few of a ring are copied.
+
+        Raises:
+            TypeError, ValueError: n is not a positive integer.
+            MemoryError: no room for the tokens to come.
+
+        >>> cache = KVCache(1, 1024, 2, 4)
+        >>> cache.append(np.ones((1, 300, 2, 4), np.float32), np.ones((1, 300, 2, 4), np.float32))
+        >>> cache.fork(3).lengths
+        array([300, 300, 300])
+        """
+        rows = np.repeat(np.arange(self.batch), _checked_size("KVCache.fork", "n", n))
+        with self.writing():
+            full = np.zeros_like(self._lengths) if self._window is not None else self._lengths // KV_CHUNK
+            # Rows of one shape: what the row with the fewest full pages must own, all do.
+            common = int(full.min())
+            memory, own = _new_pages(len(rows), self._pages_a_row - common, self._pages.page_nbytes)
+            table = np.concatenate([self._pages.table[rows, :common], own], axis=1)
+            twin = self._like(table, [*self._memory, *memory], rows)
+            twin._shared[:] = common
+            for i, b in enumerate(rows):
+                twin._copy_pages(i, self, int(b), common)
+            np.maximum(self._shared, common, out=self._shared)
+        return twin
+
+    def _copy_pages(self, i: int, source: KVCache, b: int, first: int) -> None:
+        """Row i's pages from `first` on, as far as they are used, from row b of a cache with pages of the same bytes."""
+        used = min(-(-int(source._written[b]) // KV_CHUNK), source._pages_a_row)
+        nbytes = self._pages.page_nbytes
+        for p in range(first, used):
+            _page_at(int(self._pages.table[i, p]), nbytes)[:] = _page_at(int(source._pages.table[b, p]), nbytes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a new file, for `load`. Pages that hold no token take no room on disk.
+
+        Raises:
+            FileExistsError, OSError: path exists or cannot be written.
+        """
+        with self.writing():
+            file = cache_file.create(path, self._header(), self.batch * self._pages_a_row, self._pages.page_nbytes)
+            twin = self._like(_pages_of(file.pages, self.batch)[1], [file.pages], np.arange(self.batch))
+            for b in range(self.batch):
+                twin._copy_pages(b, self, b, 0)
+            file.flush(self._header())
+
+    def flush(self) -> None:
+        """Write the lengths, and what is still on its way, to the file of a cache that has one.
+
+        Raises:
+            ValueError: the cache has no file, or one opened for reading only.
+        """
+        if self._file is None or not self._file.writable:
+            raise ValueError("KVCache.flush: the cache has no file that is open for writing")
+        with self.writing():
+            self._file.flush(self._header())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], mmap_mode: Literal["r", "r+"] | None = None) -> KVCache:
+        """The cache in a file that `save` or `flush` wrote.
+
+        mmap_mode: None reads it into memory. "r" and "r+" map the file, as numpy.load does: attention reads from the
+        disk what it needs, chunk by chunk, in any amount of memory. "r" refuses to append; with "r+" what is appended
+        goes to the file, and `flush` completes it.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no such file, damaged, or made by another version; or mmap_mode is something else.
+        """
+        header, file = cache_file.open_pages(path, mmap_mode)
+        cache = object.__new__(cls)
+        cache._describe(header.dtype, header.n_kv_heads, header.head_dim, header.v_dim, header.max_seq_len, header.window)
+        batch, nbytes = len(header.lengths), cache._pages.page_nbytes
+        file.check(header, batch * cache._pages_a_row, nbytes)
+        cache._lengths, cache._written = np.array(header.lengths, np.int64), np.array(header.written, np.int64)
+        cache._shared = np.zeros(batch, np.int64)
+        cache._writer, cache._file = threading.RLock(), file
+        cache._memory, table = _pages_of(file.pages, batch)
+        cache._pages = cache._pages.with_table(table)
+        return cache if mmap_mode is not None else cache.copy()
+
+    def _header(self) -> cache_file.Header:
+        return cache_file.Header(
+            self.dtype, self.n_kv_heads, self.head_dim, self.v_dim, self._max_seq_len, self._window,
+            tuple(self._lengths.tolist()), tuple(self._written.tolist()))
 
     def copy(self, max_seq_len: int | None = None) -> KVCache:
         """An independent cache with the same contents and room for at least as many tokens.
@@ -288,11 +455,11 @@ class KVCache:
         if room < self._max_seq_len:
             raise ValueError(f"KVCache.copy: max_seq_len is {room}, expected at least {self._max_seq_len}")
         sizes = (self.batch, room, self.n_kv_heads, self.head_dim)
-        twin = KVCache(*sizes, v_dim=self.v_dim, dtype=self._dtype, window=self._window)
+        twin = KVCache(*sizes, v_dim=self.v_dim, dtype=self.dtype, window=self._window)
         with self.writing():
             # A ring grows only while it is as long as max_seq_len, and such a ring has never wrapped.
-            used = min(int(self._written.max()), self.capacity)
-            twin._k[:, :, :used], twin._v[:, :, :used] = self._k[:, :, :used], self._v[:, :, :used]
+            for b in range(self.batch):
+                twin._copy_pages(b, self, b, 0)
             twin._lengths[:], twin._written[:] = self._lengths, self._written
         return twin
 
@@ -338,14 +505,28 @@ class KVCache:
         return counts.astype(np.int64)
 
 
-def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Zeros that begin on a cache line; the system hands out their pages when they are first written."""
-    nbytes = math.prod(shape) * _STORED[dtype].itemsize
-    if nbytes > sys.maxsize - _CACHE_LINE:
-        raise ValueError(f"KVCache: {' x '.join(map(str, shape))} {dtype} numbers cannot be addressed")
-    memory = np.zeros(nbytes + _CACHE_LINE, np.uint8)
+def _new_pages(rows: int, pages_a_row: int, page_nbytes: int) -> tuple[list[Any], Table]:
+    """Pages of zeros, which the system hands out when they are first written; (what they lie in, their table)."""
+    count = rows * pages_a_row
+    if count * page_nbytes > sys.maxsize - _CACHE_LINE:
+        raise ValueError(f"KVCache: {count} pages of {page_nbytes} bytes cannot be addressed")
+    memory = np.zeros(count * page_nbytes + _CACHE_LINE, np.uint8)
     offset = -memory.ctypes.data % _CACHE_LINE
-    return np.ndarray(shape, _STORED[dtype], memory, offset)
+    return _pages_of(memory[offset : offset + count * page_nbytes].reshape(count, page_nbytes), rows)
+
+
+def _pages_of(pages: NDArray[np.uint8], rows: int) -> tuple[list[Any], Table]:
+    """pages (rows * pages_a_row, page_nbytes), contiguous."""
+    table = pages.ctypes.data + np.arange(len(pages), dtype=np.uintp) * np.uintp(pages.shape[1])
+    return [pages], table.astype(np.uintp).reshape(rows, -1)
+
+
+def _page_at(address: int, nbytes: int) -> NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+def _round_up(a: int, unit: int) -> int:
+    return -(-a // unit) * unit
 
 
 def _dtype_name(dtype: DTypeLike) -> str:

@@ -29,8 +29,8 @@ include "border/norms.pxi"
 include "border/activations.pxi"
 include "border/rope.pxi"
 include "border/linear.pxi"
-include "border/attention.pxi"
 include "border/cache.pxi"
+include "border/attention.pxi"
 include "border/decoder.pxi"
 
 set_num_threads(default_threads()[0])
@@ -38,7 +38,7 @@ if os.environ.get("FORGE_C_ISA"):
     use_isa(os.environ["FORGE_C_ISA"])
 
 __all__ = [
-    "KV_CHUNK", "DecoderBlock", "PackedWeight", "attention", "available_isas", "decode", "embedding", "gated_linear",
+    "KV_CHUNK", "DecoderBlock", "KVPages", "PackedWeight", "attention", "available_isas", "decode", "embedding", "gated_linear",
     "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "pack_columns", "relu",
-    "rms_norm", "rope", "set_num_threads", "silu", "softmax", "store_tokens", "swiglu", "use_isa",
+    "rms_norm", "rope", "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
 ]

@@ -108,18 +108,52 @@ fc_status fc_linear(const fc_linear_args *args);
 fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
                           ptrdiff_t n);
 
+/* ---- key/value cache: pages of FC_KV_CHUNK slots, each row its own list of them ----
+ * The token at position p lies in page p / FC_KV_CHUNK, slot p % FC_KV_CHUNK; in a ring, in page
+ * p / FC_KV_CHUNK % pages_a_row. A page holds, 16 slots or channels to a line, as attention multiplies them:
+ *     K (G, 256 / 16, D / u, 16, u)    V (G, E / 16, 256 / u, 16, u)    and with FC_KV_I8 scales of K, V (2, G, 256)
+ * u = 2 for FC_KV_BF16, else 1; D is rounded up to a multiple of u, E to one of 16, with zeros. FC_KV_I8: a number is
+ * int8 times its token's and head's float32 scale, max / 127. */
+enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention.c */
+typedef enum { FC_KV_F32, FC_KV_BF16, FC_KV_I8 } fc_kv_type;
+typedef struct {
+    fc_kv_type type;
+    ptrdiff_t kv_heads, head_dim, v_dim;
+    ptrdiff_t pages_a_row;
+    void *const *pages;    /* (B, pages_a_row) */
+    int ring;
+} fc_kv_cache;
+ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *cache);
+
+/* Tokens into their slots, rounded to the cache's type; keys through RoPE on their way if there is a table. */
+typedef struct {
+    const fc_kv_cache *cache;
+    fc_dtype type;
+    const void *k, *v; /* (B, S, G, D), (B, S, G, E) */
+    ptrdiff_t k_stride[3], v_stride[3]; /* batch, token, head */
+    ptrdiff_t batch, seq;
+    const int64_t *start; /* (B) position of the first token */
+    const int64_t *count; /* (B) tokens to take, or NULL: all */
+    const float *cos, *sin; /* (max_seq_len, half) or NULL, read at the token's position */
+    ptrdiff_t half;
+    int interleaved;
+} fc_append_args;
+fc_status fc_append(const fc_append_args *args);
+
+/* The tokens at positions [start, start + seq) of row b as float32: k (seq, G, D), v (seq, G, E), contiguous. */
+fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v);
+
 /* ---- attention: out (B, S, H, E) = softmax(mask(cap(scale q k^T))) v ---- */
 
-enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention.c */
 typedef struct {
     fc_dtype q_type, kv_type; /* out has q_type */
     void *out;
     float *lse; /* (B, S, H) contiguous, or NULL */
-    const void *q, *k, *v;
+    const void *q, *k, *v;    /* k (B, T, G, D), v (B, T, G, E), */
+    const fc_kv_cache *cache; /* or, if not NULL, what this holds, and no k, v */
     ptrdiff_t batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim;
     ptrdiff_t q_stride[3], k_stride[3], v_stride[3], out_stride[3]; /* batch, position, head */
     const int64_t *kv_lens; /* (B) or NULL: kv_len */
-    ptrdiff_t ring;         /* 0, or: key at position p lies in slot p % ring, a multiple of FC_KV_CHUNK */
     int causal;
     ptrdiff_t window; /* 0: none */
     float scale, softcap; /* softcap 0: none */
@@ -134,18 +168,6 @@ fc_status fc_attention(const fc_attention_args *args);
 /* Exact union of two attentions over disjoint keys: rows of E values and one lse each; empty parts have lse -inf. */
 fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n);
-
-/* ---- key/value cache: tokens into their slots, rounded to the cache's dtype ---- */
-typedef struct {
-    fc_dtype from_type, to_type;
-    const void *from; /* (B, S, G, n), strides of batch, token, head */
-    void *to;         /* slot of position p: p, or p % ring */
-    ptrdiff_t from_stride[3], to_stride[3];
-    const int64_t *start; /* (B) position of the first token */
-    const int64_t *count; /* (B) tokens to take, or NULL: all */
-    ptrdiff_t batch, seq, heads, n, ring;
-} fc_append_args;
-fc_status fc_append(const fc_append_args *args);
 
 /* ---- decoder: blocks of  h = x + s post(attention(norm x)),  h + s post(mlp(norm h)) ----
  * Norms that are NULL are absent; q_norm and k_norm (D) act on each head, before RoPE, without offset.
@@ -166,15 +188,13 @@ typedef struct {
     ptrdiff_t half;
 } fc_block;
 typedef struct {
-    fc_dtype type;
-    void *k, *v; /* (B, G, slots, D) */
-    ptrdiff_t k_stride[3], v_stride[3]; /* batch, slot, head */
-    ptrdiff_t ring, window;             /* as in fc_attention_args */
+    fc_kv_cache kv;
+    ptrdiff_t window; /* as in fc_attention_args */
 } fc_block_cache;
 /* x (B, S, hidden), in place, through n blocks and caches; row b's tokens come after the start[b] that it holds.
- * positions (B, S): those of RoPE. One parallel region in all. FC_INTERRUPTED leaves x and the new slots undefined. */
+ * One parallel region in all. FC_INTERRUPTED leaves x and the new slots undefined. */
 fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdiff_t n, float *x, ptrdiff_t batch,
-                    ptrdiff_t seq, const int64_t *start, const int64_t *positions);
+                    ptrdiff_t seq, const int64_t *start);
 
 /* ---- roofline: work of a known size for the clock, on fc_get_num_threads() threads ---- */
 typedef enum { FC_PEAK_F32, FC_PEAK_BF16, FC_PEAK_I8 } fc_peak;

@@ -23,6 +23,13 @@ struct fc_gemm {
     int accumulate;   /* add to C instead of writing it */
 };
 
+/* A row of scores, and what stands between them and their weights; NULL: nothing. */
+struct fc_attention_row {
+    float *s;                                          /* (n) in: q k; out: weights */
+    const float *k_scale, *v_scale, *bias;             /* (n) */
+    float scale, softcap;
+};
+
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
                  float offset, int past_cache), out, h, x, residual, weight, n, eps, offset, past_cache)               \
@@ -50,11 +57,6 @@ struct fc_gemm {
                  int wide, int offset), q, sums, x, inverse, n, padded, group, wide, offset)                           \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
-    X(attention_panel, (float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d, const char *k,       \
-                        ptrdiff_t ldk, int more), scores, ld, q, rows, d, k, ldk, more)                                \
-    X(attention_weigh, (float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const char *v, ptrdiff_t ldv,          \
-                        ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate), o, ldo, p, ldp, v, ldv, rows, n, \
-      keys, accumulate)                                                                                                \
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
     X(linear_store, (void *out, const float *acc, float scale, const float *bias, const void *residual, ptrdiff_t n),  \
@@ -73,11 +75,13 @@ struct fc_gemm {
 #define FC_KERNELS(X)                                                                                                  \
     X(gemm_f32, (const struct fc_gemm *g))                                                                             \
     X(gemm_bf16, (const struct fc_gemm *g))                                                                            \
+    X(gemm_s8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
-    X(attention_row, (float *s, const float *bias, ptrdiff_t n, float softcap, float *max, float *sum))                \
+    X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
+    X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \

@@ -43,6 +43,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_if_lt(a, b, x, y)    a < b ? x : y
  *   vf_load_n, vf_store_n   the first n floats
  *   vf_from_f16, vf_from_bf16, vf_to_f16, vf_to_bf16     FC_N 16-bit values at p
+ *   vf_from_s8              FC_N signed bytes at p
  *   vf_scale2(a, n)         a * 2^n, n integral in [-160, 130], one rounding
  *   vf_transpose(r)         r[FC_N] as a square matrix, in place
  *   vf_load_transposed(r, p, ld)   r[j][i] = float j of row i, rows ld bytes apart
@@ -181,6 +182,22 @@ FC_INLINE vf vf_exp(vf x) {
     q = vf_fma(r, q, vf_set1(1.66665211e-1f));
     q = vf_fma(r, q, vf_set1(4.99999940e-1f));
     return vf_scale2(vf_fma(r * r, q, r) + vf_set1(1.0f), n);
+}
+
+/* The same for x <= 0 in half the operations: e^x = 2^n (1 + r (1 + r q(r))), one scale, 0 where 2^n is no normal float. */
+FC_INLINE vf vf_exp_negative(vf x) {
+    const vf magic = vf_set1(12582912.0f);
+    x = vf_max(vf_set1(-88.0f), x);
+    vf t = vf_fma(x, vf_set1(1.44269504f), magic), n = t - magic;
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_fma(r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
+    p = vf_fma(r, p, vf_set1(4.16683890e-2f));
+    p = vf_fma(r, p, vf_set1(1.66665211e-1f));
+    p = vf_fma(r, p, vf_set1(4.99999940e-1f));
+    p = vf_fma(r, p, vf_set1(1.0f));
+    p = vf_fma(r, p, vf_set1(1.0f));
+    return p * (vf)(((vi)t << 23) + 0x3f800000); /* the lowest bits of t are n */
 }
 
 /* 1 / (1 + e^-x), from e^-|x| so that neither end overflows */

@@ -20,6 +20,29 @@ def tokens(rng, batch: int, count: int, heads: int, dim: int, dtype="float32") -
     return rng.standard_normal((batch, count, heads, dim), np.float32).astype(dtype)
 
 
+def raw(cache: KVCache) -> bytes:
+    """Everything in the memory of a cache that shares none."""
+    return b"".join(memory.tobytes() for memory in cache._memory)
+
+
+def slots(cache: KVCache, page: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values (heads, KV_CHUNK, dim) of one page of a cache that shares none, read as forge.h draws it."""
+    heads, d, e, unit = cache.n_kv_heads, cache.head_dim, cache.v_dim, 2 if cache.dtype == "bfloat16" else 1
+    dtype = BFLOAT16 if cache.dtype == "bfloat16" else np.dtype(cache.dtype)
+    (pages,) = cache._memory
+    lines, panels = -(-d // unit), -(-e // 16)
+    sizes = [heads * KV_CHUNK * lines * unit, heads * KV_CHUNK * panels * 16]
+    flat = pages[page][: sum(sizes) * dtype.itemsize].view(dtype)
+    k = flat[: sizes[0]].reshape(heads, KV_CHUNK // 16, lines, 16, unit).transpose(0, 1, 3, 2, 4)
+    v = flat[sizes[0] :].reshape(heads, panels, KV_CHUNK // unit, 16, unit).transpose(0, 2, 4, 1, 3)
+    k, v = k.reshape(heads, KV_CHUNK, -1)[..., :d], v.reshape(heads, KV_CHUNK, -1)[..., :e]
+    if cache.dtype == "int8":
+        scales = pages[page][sum(sizes) : sum(sizes) + 8 * heads * KV_CHUNK].view(np.float32)
+        k_scale, v_scale = scales.reshape(2, heads, KV_CHUNK, 1)
+        return k * k_scale, v * v_scale
+    return k, v
+
+
 def snapshot(cache: KVCache) -> tuple[bytes, bytes, list[int]]:
     k, v = cache
     return k.tobytes(), v.tobytes(), cache.lengths.tolist()
@@ -45,11 +68,14 @@ def test_nbytes_of_a_cache_that_no_computer_holds_is_exact():
     assert kv_cache_nbytes(0, 4096, 8, 128) == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nbytes_is_what_is_allocated(dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_nbytes_is_what_there_is_room_for(dtype):
     cache = KVCache(3, 50, 2, 24, dtype=dtype)
     assert cache.nbytes == kv_cache_nbytes(3, 50, 2, 24, dtype)
-    assert KVCache(3, 50, 2, 24, v_dim=8, dtype=dtype).nbytes == cache.nbytes * 32 // 48
+    scales = 3 * 50 * 2 * 8 if dtype == "int8" else 0
+    assert KVCache(3, 50, 2, 24, v_dim=8, dtype=dtype).nbytes == (cache.nbytes - scales) * 32 // 48 + scales
+    whole = KVCache(3, 512, 2, 48, dtype=dtype)
+    assert whole.nbytes == whole._memory[0].nbytes
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -80,19 +106,55 @@ def test_attributes():
     assert repr(KVCache(1, 100, 3, 16, window=8)).endswith("dtype='float32', window=8)")
 
 
-def test_storage_begins_on_a_cache_line_and_is_contiguous():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("d", "e"), [(16, 16), (5, 21), (64, 80)])
+def test_pages_are_those_of_the_picture(rng, dtype, d, e):
+    """The bytes in memory, read by NumPy alone: whole panels, lone tokens, pairs and halves of pairs."""
+    k, v = tokens(rng, 1, 600, 3, d), tokens(rng, 1, 600, 3, e)
+    cache = KVCache(1, 600, 3, d, v_dim=e, dtype=dtype)
+    for begin, end in ((0, 1), (1, 40), (40, 43), (43, 300), (300, 301), (301, 600)):
+        cache.append(k[:, begin:end], v[:, begin:end])
+    for page in range(3):
+        begin, end = page * KV_CHUNK, min(600, (page + 1) * KV_CHUNK)
+        for got, given in zip(slots(cache, page), (k, v), strict=True):
+            got, given = got[:, : end - begin].swapaxes(0, 1), given[0, begin:end]
+            if dtype == "int8":
+                step = np.abs(given).max(-1, keepdims=True) / 127
+                assert (np.abs(got - given) <= step * (0.5 + 2**-16)).all()
+            else:
+                np.testing.assert_array_equal(got, given.astype(got.dtype))
+
+
+def test_int8_is_what_its_scale_says(rng):
+    k = tokens(rng, 2, 30, 2, 24)
+    k[0, 3] = 0.0
+    k[1, 4, 1, 7] = np.nan
+    k[1, 5, 0, 2] = -np.inf
+    cache = KVCache(2, 30, 2, 24, dtype="int8")
+    cache.append(k, 3 * k)
+    got_k, got_v = cache
+    assert got_k.dtype == got_v.dtype == np.float32
+    wrong = np.zeros((2, 30, 2), bool)
+    wrong[1, 4, 1] = wrong[1, 5, 0] = True
+    assert np.isnan(got_k[wrong]).any() and np.isnan(got_v[wrong]).any() and not np.isnan(got_k[~wrong]).any()
+    assert (got_k[0, 3] == 0).all()
+    scale = np.abs(k).max(-1, keepdims=True) / np.float32(127)
+    most = np.maximum(np.abs(k).max(-1, keepdims=True), np.float32(1e-30))[~wrong]
+    np.testing.assert_array_equal(got_k[~wrong], np.rint(k[~wrong] * (np.float32(127) / most)) * scale[~wrong])
+
+
+def test_storage_begins_on_a_cache_line():
     for batch in range(1, 6):
-        cache = KVCache(batch, 7, 3, 5, v_dim=9, dtype="bfloat16")
-        for store in (cache._k, cache._v):
-            assert store.ctypes.data % 64 == 0 and store.flags.c_contiguous
-        assert cache._k.shape == (batch, 3, 7, 5) and cache._v.shape == (batch, 3, 7, 9)
+        cache = KVCache(batch, 700, 3, 5, v_dim=9, dtype="bfloat16")
+        assert cache._pages.table.shape == (batch, 3) and (cache._pages.table % 64 == 0).all()
+        assert len(set(cache._pages.table.ravel().tolist())) == 3 * batch
 
 
-def test_views_are_read_only_and_lengths_is_a_copy(rng):
+def test_what_it_gives_is_a_read_only_copy(rng):
     cache = KVCache(2, 8, 1, 4)
     cache.append(tokens(rng, 2, 3, 1, 4), tokens(rng, 2, 3, 1, 4))
     k, v = cache
-    assert np.shares_memory(k, cache._k) and k.shape == (2, 3, 1, 4)
+    assert k.shape == (2, 3, 1, 4) and not np.shares_memory(k, cache._memory[0])
     assert not k.flags.writeable and not v.flags.writeable
     cache.lengths[:] = 0
     assert cache.lengths.tolist() == [3, 3]
@@ -144,7 +206,7 @@ def test_a_row_shares_memory_and_length(rng):
     np.testing.assert_array_equal(next(iter(cache))[1], k[0])
     cache.truncate([0, 2, 0])
     assert row.seq_len == 2
-    assert np.shares_memory(row._k, cache._k) and row._k.flags.c_contiguous
+    assert np.shares_memory(row._pages.table, cache._pages.table) and row._pages.table.shape == (1, 1)
 
 
 def test_a_batch_of_rows_equals_caches_of_one_row(rng):
@@ -214,7 +276,7 @@ def test_the_ring_holds_the_last_window(rng, window, chunk):
     np.testing.assert_array_equal(got_k, k[:, total - window :])
     np.testing.assert_array_equal(got_v, v[:, total - window :])
     assert cache.seq_len == total and not got_k.flags.writeable
-    assert not np.shares_memory(got_k, cache._k)
+    assert not np.shares_memory(got_k, cache._memory[0])
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -224,8 +286,11 @@ def test_position_p_lies_in_slot_p_modulo_capacity(rng, batch):
     cache = KVCache(batch, total, 1, 2, window=window)
     for begin in range(0, total, 200):
         cache.append(k[:, begin : begin + 200], k[:, begin : begin + 200])
-    for p in range(total - window, total):
-        np.testing.assert_array_equal(cache._k[:, 0, p % cache.capacity], k[:, p, 0])
+    pages = cache.capacity // KV_CHUNK
+    for b in range(batch):
+        for p in range(total - window, total):
+            page = slots(cache, b * pages + p // KV_CHUNK % pages)
+            np.testing.assert_array_equal(page[0][0, p % KV_CHUNK], k[b, p, 0])
 
 
 def test_before_a_whole_chunk_is_attended_its_whole_window_is_there(rng):
@@ -235,7 +300,8 @@ def test_before_a_whole_chunk_is_attended_its_whole_window_is_there(rng):
     for begin in range(0, total - KV_CHUNK, KV_CHUNK):
         cache.append(k[:, begin : begin + KV_CHUNK], k[:, begin : begin + KV_CHUNK])
         for p in range(max(0, begin - window + 1), begin + KV_CHUNK):
-            assert cache._k[0, 0, p % cache.capacity, 0] == k[0, p, 0, 0]
+            page = slots(cache, p % cache.capacity // KV_CHUNK)
+            assert page[0][0, p % KV_CHUNK, 0] == k[0, p, 0, 0]
 
 
 def test_ring_rows_of_different_lengths(rng):
@@ -312,7 +378,7 @@ def test_a_copy_continues_like_the_original(rng, window, larger):
     twin.append(k[:, 800:], k[:, 800:])
     cache.append(k[:, 800:], k[:, 800:])
     assert snapshot(twin) == snapshot(cache)
-    assert not np.shares_memory(twin._k, cache._k)
+    assert not np.shares_memory(twin._memory[0], cache._memory[0])
     before = snapshot(cache)
     twin.truncate(0)
     assert snapshot(cache) == before
@@ -358,11 +424,11 @@ def test_a_rejected_append_changes_nothing(k, v, lens, error, message):
     cache = KVCache(2, 6, 2, 4)
     cache.append(2 * GOOD, 3 * GOOD, lens=[1, 3])
     cache.append(4 * GOOD[:, :1], 5 * GOOD[:, :1])
-    before, stored = snapshot(cache), cache._k.tobytes() + cache._v.tobytes()
+    before, stored = snapshot(cache), raw(cache)
     with pytest.raises(error) as caught:
         cache.append(k, v, lens=lens)
     assert str(caught.value) == f"KVCache.append: {message}"
-    assert snapshot(cache) == before and cache._k.tobytes() + cache._v.tobytes() == stored
+    assert snapshot(cache) == before and raw(cache) == stored
 
 
 def test_a_ring_takes_one_chunk_at_once():
@@ -423,12 +489,12 @@ WRONG_CACHES = [
     (dict(head_dim="8"), TypeError, "head_dim is '8', expected an integer"),
     (dict(v_dim=0), ValueError, "v_dim is 0, expected at least 1"),
     (dict(window=0), ValueError, "window is 0, expected at least 1"),
-    (dict(dtype="int8"), ValueError, "dtype is 'int8', expected one of float32, bfloat16"),
-    (dict(dtype=np.float16), ValueError, "dtype is 'float16', expected one of float32, bfloat16"),
+    (dict(dtype="int4"), ValueError, "dtype is 'int4', expected one of float32, bfloat16, int8"),
+    (dict(dtype=np.float16), ValueError, "dtype is 'float16', expected one of float32, bfloat16, int8"),
     (
         dict(max_seq_len=2**62),
         ValueError,
-        "1 x 1 x 4611686018427387904 x 8 float32 numbers cannot be addressed",
+        "18014398509481984 pages of 24576 bytes cannot be addressed",
     ),
 ]
 
@@ -447,8 +513,8 @@ def test_other_wrong_calls():
             cache.row(i)
     with pytest.raises(ValueError, match="KVCache.copy: max_seq_len is 5, expected at least 6"):
         cache.copy(5)
-    with pytest.raises(ValueError, match="kv_cache_nbytes: dtype is 'int8', expected one of float64"):
-        kv_cache_nbytes(1, 1, 1, 1, "int8")
+    with pytest.raises(ValueError, match="kv_cache_nbytes: dtype is 'int4', expected one of float64"):
+        kv_cache_nbytes(1, 1, 1, 1, "int4")
     with pytest.raises(ValueError, match="kv_cache_nbytes: seq_len is -1, expected at least 0"):
         kv_cache_nbytes(1, -1, 1, 1)
 

@@ -49,45 +49,57 @@ cdef cnp.ndarray attention_mask(object mask, fc_attention_args *a):
     return m
 
 
-cdef int attention_shapes(fc_attention_args *a, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, int seq_axis,
-                          int head_axis) except -1:
-    """Sizes and strides of q (batch, seq, heads, dim) and of k, v with their sequence and heads on these axes."""
-    cdef ptrdiff_t batch = cnp.PyArray_DIM(q, 0)
+cdef int attention_queries(fc_attention_args *a, cnp.ndarray q) except -1:
+    """Sizes and strides of q (batch, seq, heads, dim)."""
     a.batch, a.q_len, a.heads, a.head_dim = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
-    a.kv_len, a.kv_heads, a.v_dim = k.shape[seq_axis], k.shape[head_axis], v.shape[3]
-    if k.shape[0] != batch or k.shape[3] != a.head_dim:
-        raise ValueError(f"attention: k has shape {shape_of(k)}, expected ({batch}, kv_len, kv_heads, {a.head_dim})")
-    if v.shape[0] != batch or v.shape[seq_axis] != a.kv_len or v.shape[head_axis] != a.kv_heads:
-        raise ValueError(f"attention: v has shape {shape_of(v)}, expected ({batch}, {a.kv_len}, {a.kv_heads}, v_dim)")
-    if a.kv_heads == 0 or a.heads % a.kv_heads:
-        raise ValueError(f"attention: q has {a.heads} heads, expected a multiple of k's {a.kv_heads} heads")
-    a.q_type, a.kv_type = <fc_dtype>dtype_index(q), <fc_dtype>dtype_index(k)
+    a.q_type, a.q = <fc_dtype>dtype_index(q), cnp.PyArray_DATA(q)
     a.q_stride[0], a.q_stride[1], a.q_stride[2] = q.strides[0], q.strides[1], q.strides[2]
-    a.k_stride[0], a.k_stride[1], a.k_stride[2] = k.strides[0], k.strides[seq_axis], k.strides[head_axis]
-    a.v_stride[0], a.v_stride[1], a.v_stride[2] = v.strides[0], v.strides[seq_axis], v.strides[head_axis]
-    a.q, a.k, a.v = cnp.PyArray_DATA(q), cnp.PyArray_DATA(k), cnp.PyArray_DATA(v)
     return 0
 
 
-cdef tuple attention_cache(object cache, fc_attention_args *a, cnp.ndarray q, object kv_lens, object window):
-    """(k, v, lengths) of a KVCache, which holds its keys as (batch, heads, slot, dim)."""
-    cdef cnp.ndarray k
-    cdef cnp.ndarray v
+cdef int attention_heads(fc_attention_args *a) except -1:
+    if a.kv_heads == 0 or a.heads % a.kv_heads:
+        raise ValueError(f"attention: q has {a.heads} heads, expected a multiple of k's {a.kv_heads} heads")
+    return 0
+
+
+cdef int attention_arrays(fc_attention_args *a, cnp.ndarray k, cnp.ndarray v) except -1:
+    """Sizes and strides of k, v (batch, seq, heads, dim)."""
+    a.kv_len, a.kv_heads, a.v_dim = k.shape[1], k.shape[2], v.shape[3]
+    if k.shape[0] != a.batch or k.shape[3] != a.head_dim:
+        raise ValueError(f"attention: k has shape {shape_of(k)}, expected ({a.batch}, kv_len, kv_heads, {a.head_dim})")
+    if v.shape[0] != a.batch or v.shape[1] != a.kv_len or v.shape[2] != a.kv_heads:
+        raise ValueError(f"attention: v has shape {shape_of(v)}, expected ({a.batch}, {a.kv_len}, {a.kv_heads}, v_dim)")
+    attention_heads(a)
+    a.kv_type = <fc_dtype>dtype_index(k)
+    a.k_stride[0], a.k_stride[1], a.k_stride[2] = k.strides[0], k.strides[1], k.strides[2]
+    a.v_stride[0], a.v_stride[1], a.v_stride[2] = v.strides[0], v.strides[1], v.strides[2]
+    a.k, a.v = cnp.PyArray_DATA(k), cnp.PyArray_DATA(v)
+    return 0
+
+
+cdef cnp.ndarray attention_cache(object cache, fc_attention_args *a, object kv_lens, object window):
+    """The lengths of a KVCache, whose pages go into a."""
+    cdef KVPages pages
     cdef cnp.ndarray lengths
     try:
-        k, v, lengths, held, capacity = cache._k, cache._v, cache._lengths, cache.window, cache.capacity
+        pages, lengths, held = cache._pages, cache._lengths, cache.window
     except AttributeError:
         raise TypeError(f"attention: v is None and k is a {type(cache).__name__}, expected arrays k and v, "
                         "or a KVCache as k") from None
     if kv_lens is not None:
         raise ValueError("attention: kv_lens is given with a KVCache, which knows its own lengths")
-    attention_shapes(a, q, k, v, 2, 1)
+    a.cache, a.kv_heads, a.v_dim = &pages.c, pages.c.kv_heads, pages.c.v_dim
+    if lengths.shape[0] != a.batch or pages.c.head_dim != a.head_dim:
+        raise ValueError(f"attention: q has shape ({a.batch}, {a.q_len}, {a.heads}, {a.head_dim}), expected batch "
+                         f"{lengths.shape[0]} and head_dim {pages.c.head_dim} as the KVCache")
+    attention_heads(a)
     a.kv_len = lengths.max() if a.batch else 0
     if held is not None:
         if window is not None and window > held:
             raise ValueError(f"attention: window is {window}, expected at most the cache's {held}")
-        a.ring, a.window = capacity, held
-    return k, v, lengths.copy()
+        a.window = held
+    return lengths.copy()
 
 
 def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None, softcap=None, sinks=None, kv_lens=None,
@@ -115,8 +127,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     cdef fc_attention_args a
     cdef fc_status status
     cdef cnp.ndarray qa = attention_input("q", q)
-    cdef cnp.ndarray ka
-    cdef cnp.ndarray va
+    cdef cnp.ndarray ka = None
+    cdef cnp.ndarray va = None
     cdef cnp.ndarray lens = None
     cdef cnp.ndarray ma = None
     cdef cnp.ndarray sa = None
@@ -130,12 +142,13 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
         raise ValueError(f"attention: window is {window}, expected at least 1")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap is {softcap}, expected a number > 0")
+    attention_queries(&a, qa)
     if v is None:
-        ka, va, lens = attention_cache(k, &a, qa, kv_lens, window)
+        lens = attention_cache(k, &a, kv_lens, window)
     else:
         ka, va = attention_input("k", k), attention_input("v", v)
         same_type("attention", "v", va, dtype_index(ka))
-        attention_shapes(&a, qa, ka, va, 1, 2)
+        attention_arrays(&a, ka, va)
         if kv_lens is not None:
             lens = attention_kv_lens(kv_lens, a.batch, a.kv_len)
     if mask is not None:
@@ -145,8 +158,9 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     y = result("attention", out, 4, dims, a.q_type)
     if out is not None:
         no_overlap("attention", "out", y, "q", qa, False)
-        no_overlap("attention", "out", y, "k", ka, False)
-        no_overlap("attention", "out", y, "v", va, False)
+        if v is not None:
+            no_overlap("attention", "out", y, "k", ka, False)
+            no_overlap("attention", "out", y, "v", va, False)
         if ma is not None:
             no_overlap("attention", "out", y, "mask", ma, False)
         if kv_lens is not None:

@@ -59,15 +59,9 @@ cdef class DecoderBlock:
 
 
 cdef int block_cache(fc_block_cache *c, object cache) except -1:
-    cdef cnp.ndarray k = cache._k
-    cdef cnp.ndarray v = cache._v
-    c.type = <fc_dtype>dtype_index(k)
-    c.k, c.v = cnp.PyArray_DATA(k), cnp.PyArray_DATA(v)
-    c.k_stride[0], c.k_stride[1], c.k_stride[2] = cnp.PyArray_STRIDE(k, 0), cnp.PyArray_STRIDE(k, 2), cnp.PyArray_STRIDE(k, 1)
-    c.v_stride[0], c.v_stride[1], c.v_stride[2] = cnp.PyArray_STRIDE(v, 0), cnp.PyArray_STRIDE(v, 2), cnp.PyArray_STRIDE(v, 1)
+    cdef KVPages pages = cache._pages
     window = cache.window
-    c.window = window or 0
-    c.ring = cnp.PyArray_DIM(k, 2) if window is not None else 0
+    c.kv, c.window = pages.c, window or 0
     return 0
 
 
@@ -83,11 +77,12 @@ def decode(cnp.ndarray x, list blocks, list caches, cnp.ndarray start, table):
     cdef DecoderBlock block
     cdef cnp.ndarray cos = table.cos
     cdef cnp.ndarray sin = table.sin
-    cdef cnp.ndarray positions = start[:, None] + np.arange(seq)
+    cdef ptrdiff_t last
     cdef fc_block *b
     cdef fc_block_cache *c
-    if seq and batch and positions.max() >= cnp.PyArray_DIM(cos, 0):
-        raise IndexError(f"decode: position {positions.max()} is outside the table of {cnp.PyArray_DIM(cos, 0)}")
+    last = start.max() + seq - 1 if batch else 0
+    if seq and last >= cnp.PyArray_DIM(cos, 0):
+        raise IndexError(f"decode: position {last} is outside the table of {cnp.PyArray_DIM(cos, 0)}")
     b = <fc_block *>malloc(n * (sizeof(fc_block) + sizeof(fc_block_cache)) + 1)
     if b == NULL:
         raise MemoryError("decode: no memory for scratch")
@@ -102,7 +97,7 @@ def decode(cnp.ndarray x, list blocks, list caches, cnp.ndarray start, table):
         if seq and batch:
             with nogil:
                 status = fc_decode(b, c, n, <float *>cnp.PyArray_DATA(x), batch, seq,
-                                   <const int64_t *>cnp.PyArray_DATA(start), <const int64_t *>cnp.PyArray_DATA(positions))
+                                   <const int64_t *>cnp.PyArray_DATA(start))
             check("decode", status)
     finally:
         free(b)

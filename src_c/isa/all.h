@@ -5,9 +5,9 @@
 #include "../kernels.h"
 
 #include "../kernels/activations.h"
-#include "../kernels/attention.h"
 #include "../kernels/convert.h"
 #include "../kernels/gemm.h"
+#include "../kernels/attention.h"
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
 #include "../kernels/panels.h"

@@ -5,121 +5,86 @@ static void bias_from_bool(float *bias, const uint8_t *mask, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) bias[i] = mask[i] ? 0.0f : -INFINITY;
 }
 
-FC_INLINE vf attention_score(vf s, const float *bias, ptrdiff_t i, ptrdiff_t n, float softcap) {
-    if (softcap > 0.0f) s = vf_set1(softcap) * vf_tanh(s / vf_set1(softcap));
-    return bias ? s + vf_get_upto(FC_F32, bias, i, n) : s;
+/* cap tanh(scale s k_scale / cap) + bias for lanes from i on */
+FC_INLINE vf attention_score(const struct fc_attention_row *r, ptrdiff_t i, ptrdiff_t n) {
+    vf s = vf_get_upto(FC_F32, r->s, i, n);
+    if (r->scale != 1.0f) s *= vf_set1(r->scale);
+    if (r->k_scale) s *= vf_get_upto(FC_F32, r->k_scale, i, n);
+    if (r->softcap > 0.0f) s = vf_set1(r->softcap) * vf_tanh(s / vf_set1(r->softcap));
+    return r->bias ? s + vf_get_upto(FC_F32, r->bias, i, n) : s;
 }
 
-/* s[n]: score -> cap tanh(score / cap) + bias -> e^(score - max); max and the sum of what s now holds.
+/* s[n]: score -> e^(score - max) v_scale; max, and the sum of e^(score - max).
  * A row with nothing to see leaves zeros and sum 0; NaN scores stay NaN, and make the sum NaN. */
-static void attention_row(float *s, const float *bias, ptrdiff_t n, float softcap, float *max, float *sum) {
+static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *max, float *sum) {
+    const int plain = r->scale == 1.0f && !r->k_scale && !r->bias && !(r->softcap > 0.0f);
     vf top = vf_set1(-INFINITY);
-    for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        vf v = attention_score(vf_get_upto(FC_F32, s, i, n), bias, i, n, softcap);
-        if (bias || softcap > 0.0f) vf_put_upto(FC_F32, s, i, v, n);
-        top = vf_max(top, i + FC_N <= n ? v : vf_fill_from(v, n - i, -INFINITY));
+    ptrdiff_t i = 0;
+    if (plain) {
+        for (; i + FC_N <= n; i += FC_N) top = vf_max(top, vf_load(r->s + i));
+        if (i < n) top = vf_max(top, vf_fill_from(vf_load_n(r->s + i, n - i), n - i, -INFINITY));
+    } else {
+        for (; i < n; i += FC_N) {
+            vf v = attention_score(r, i, n);
+            vf_put_upto(FC_F32, r->s, i, v, n);
+            top = vf_max(top, i + FC_N <= n ? v : vf_fill_from(v, n - i, -INFINITY));
+        }
     }
-    float m = vf_hmax(top);
-    vf shift = vf_set1(m == -INFINITY ? 0.0f : m), total = vf_zero();
-    for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        vf e = vf_exp(vf_get_upto(FC_F32, s, i, n) - shift);
-        vf_put_upto(FC_F32, s, i, e, n);
-        total += i + FC_N <= n ? e : vf_fill_from(e, n - i, 0.0f);
+    const float m = vf_hmax(top);
+    const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
+    vf total = vf_zero();
+    for (i = 0; i + FC_N <= n; i += FC_N) {
+        vf e = vf_exp_negative(vf_load(r->s + i) - shift);
+        total += e;
+        vf_store(r->s + i, r->v_scale ? e * vf_load(r->v_scale + i) : e);
+    }
+    if (i < n) {
+        vf e = vf_fill_from(vf_exp_negative(vf_load_n(r->s + i, n - i) - shift), n - i, 0.0f);
+        total += e;
+        vf_store_n(r->s + i, r->v_scale ? e * vf_load_n(r->v_scale + i, n - i) : e, n - i);
     }
     *max = m;
     *sum = vf_sum(total);
 }
 
-/* ---- a decode step: few rows, so memory is the limit ----
- * The chains over d and over keys are those of gemm_f32, hence the bits; only the order of reading memory differs. */
-
-/* Of the 16 rows of `bytes` bytes at w, ask for the part [done, done + step) of `all`. Never many at once:
- * what finds no free miss buffer is dropped. */
-FC_INLINE void ask_for_rows(const char *w, ptrdiff_t ldw, ptrdiff_t bytes, ptrdiff_t done, ptrdiff_t step,
-                            ptrdiff_t all) {
-    for (ptrdiff_t i = 16 * done / all; i < 16 * (done + step) / all; i++)
-        for (ptrdiff_t b = 0; b < bytes; b += 64) __builtin_prefetch(w + i * ldw + b, 0, 2);
+/* Vector j of the values of `key` in a panel of V at w. */
+FC_INLINE vf value_of(fc_kv_type type, const char *w, ptrdiff_t key, int j) {
+    if (type == FC_KV_F32) return vf_load(w + key * 64 + j * FC_BYTES);
+    if (type == FC_KV_I8) return vf_from_s8((const int8_t *)w + key * 16 + j * FC_N);
+    vu pair = (vu)vf_load(w + key / 2 * 64 + j * FC_BYTES);
+    return (vf)(key % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
 }
 
-/* scores[rows][16] = q k^T for 16 keys of d channels, d a multiple of FC_N: blocks of keys are transposed in registers
- * and multiplied there. The 16 keys after them are asked for meanwhile if `more`. */
-FC_INLINE void score_panel(fc_dtype t, const int rows, float *scores, ptrdiff_t ld, const float *q, ptrdiff_t d, const char *k,
-                           ptrdiff_t ldk, int more) {
-    for (int j0 = 0; j0 < 16; j0 += FC_N) {
-        vf acc[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) acc[r] = vf_zero();
-        for (ptrdiff_t i = 0; i < d; i += FC_N) {
-            vf block[FC_N];
-            if (more && j0 == 0) ask_for_rows(k + 16 * ldk, ldk, d * (t == FC_F32 ? 4 : 2), i, FC_N, d);
-            if (t != FC_F32 || ldk % 2048 == 0) {
-                /* Rows this far apart share a few sets of L1: each line is read once, not in quarters. */
-#pragma GCC unroll 16
-                for (int j = 0; j < FC_N; j++) block[j] = vf_get(t, k + (j0 + j) * ldk, i);
-                vf_transpose(block);
-            } else vf_load_transposed(block, k + j0 * ldk + i * 4, ldk);
-#pragma GCC unroll 16
-            for (int j = 0; j < FC_N; j++)
-#pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) acc[r] = vf_fma(vf_set1(q[r * d + i + j]), block[j], acc[r]);
+/* c (panels) += x[lo:hi) V[lo:hi) for one row, whatever lo and hi are: the chain of gemm's tile, and where pairs of keys
+ * are multiplied at once, half a pair with a zero for the other half. */
+FC_INLINE void ends_of(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, ptrdiff_t hi) {
+    const char *w = g->w;
+    for (ptrdiff_t p = 0; p < g->panels; p++, w += g->panel_stride)
+        for (int j = 0; j < FC_PER_PANEL; j++) {
+            float *c = g->c + p * 16 + j * FC_N;
+            vf acc = vf_load(c);
+#ifdef FC_HAS_BF16_DOT
+            if (type == FC_KV_BF16) {
+                for (ptrdiff_t key = lo / 2 * 2; key < hi; key += 2) {
+                    const uint32_t keep = (key >= lo ? 0xffffu : 0) | (key + 1 < hi ? 0xffff0000u : 0);
+                    uint32_t pair;
+                    memcpy(&pair, (const char *)g->x + key * 2, 4);
+                    acc = vf_dot_bf16(acc, (vu)vf_load(w + key / 2 * 64 + j * FC_BYTES) & keep, (vu){0} + (pair & keep));
+                }
+                vf_store(c, acc);
+                continue;
+            }
+#endif
+            for (ptrdiff_t key = lo; key < hi; key++)
+                acc = vf_add_product(acc, vf_set1(((const float *)g->x)[key]), value_of(type, w, key, j));
+            vf_store(c, acc);
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) vf_store(scores + r * ld + j0, acc[r]);
-    }
 }
 
-FC_INLINE void attention_panel_any(fc_dtype t, float *scores, ptrdiff_t ld, const float *q, ptrdiff_t rows, ptrdiff_t d,
-                                   const char *k, ptrdiff_t ldk, int more) {
-    switch (rows) {
-    case 1: score_panel(t, 1, scores, ld, q, d, k, ldk, more); break;
-    case 2: score_panel(t, 2, scores, ld, q, d, k, ldk, more); break;
-    case 3: score_panel(t, 3, scores, ld, q, d, k, ldk, more); break;
-    default: score_panel(t, 4, scores, ld, q, d, k, ldk, more); break;
-    }
-}
-
-enum { FC_WIDE = FC_BYTES == 64 ? 8 : 4 }; /* vectors of a row of V at once: two rows of o fill the registers */
-
-FC_INLINE void weigh_tile(fc_dtype t, const int rows, const int nv, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp,
-                          const char *v, ptrdiff_t ldv, ptrdiff_t column, ptrdiff_t keys, int accumulate) {
-    vf acc[2][FC_WIDE];
-    o += column;
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) acc[r][j] = accumulate ? vf_load(o + r * ldo + j * FC_N) : vf_zero();
-    for (; keys > 0; keys--, p++, v += ldv)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) {
-            vf wv = vf_get(t, v, column + j * FC_N);
-#pragma GCC unroll 2
-            for (int r = 0; r < rows; r++) acc[r][j] = vf_fma(vf_set1(p[r * ldp]), wv, acc[r][j]);
-        }
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) vf_store(o + r * ldo + j * FC_N, acc[r][j]);
-}
-
-FC_INLINE void weigh_rows(fc_dtype t, const int rows, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const char *v,
-                          ptrdiff_t ldv, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
-    ptrdiff_t j = 0;
-    for (; j + FC_WIDE * FC_N <= n; j += FC_WIDE * FC_N)
-        weigh_tile(t, rows, FC_WIDE, o, ldo, p, ldp, v, ldv, j, keys, accumulate);
-    for (; j < n; j += FC_N) weigh_tile(t, rows, 1, o, ldo, p, ldp, v, ldv, j, keys, accumulate);
-}
-
-/* o[rows][n] (+)= p[rows][keys] V, n a multiple of 16, rows of o and p ld floats apart, of V ldv bytes. Whole rows of V, in
- * the order of memory: that is what the hardware's prefetcher follows; 16 keys at a time, so that the next two rows find
- * them in L1. */
-FC_INLINE void attention_weigh_any(fc_dtype t, float *o, ptrdiff_t ldo, const float *p, ptrdiff_t ldp, const char *v,
-                                   ptrdiff_t ldv, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t keys, int accumulate) {
-    for (ptrdiff_t k = 0; k < keys; k += 16, p += 16, v += 16 * ldv, accumulate = 1) {
-        const ptrdiff_t block = keys - k < 16 ? keys - k : 16;
-        ptrdiff_t r = 0;
-        for (; r + 2 <= rows; r += 2) weigh_rows(t, 2, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
-        if (r < rows) weigh_rows(t, 1, o + r * ldo, ldo, p + r * ldp, ldp, v, ldv, n, block, accumulate);
-    }
+static void attention_ends(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi) {
+    if (type == FC_KV_F32) ends_of(FC_KV_F32, g, lo, hi);
+    else if (type == FC_KV_BF16) ends_of(FC_KV_BF16, g, lo, hi);
+    else ends_of(FC_KV_I8, g, lo, hi);
 }
 
 /* (o, max, sum) <- its union with a chunk's (o_part, max_part, sum_part); an empty chunk changes nothing. */

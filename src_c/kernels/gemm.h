@@ -7,6 +7,7 @@
  *     f32        x[k] w[k]                          float32                     k
  *     bf16       x[k] w[k] + x[k+1] w[k+1]          bfloat16 pairs              both at once, or, without the unit,
  *                                                   float32 (rounded)           k, k+1
+ *     s8         x[k] w[k], w signed bytes          float32                     k; a line is 16 bytes
  *     i8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
  *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
  *     i4, i4z    the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
@@ -45,11 +46,14 @@ enum { FC_I8_X = 2, FC_I4_X = 1 };
 enum { FC_I8_X = 2, FC_I4_X = 2 };
 #endif
 
-typedef enum { GEMM_F32, GEMM_BF16, GEMM_I8, GEMM_I4, GEMM_I4Z } gemm_format;
+typedef enum { GEMM_F32, GEMM_BF16, GEMM_S8, GEMM_I8, GEMM_I4, GEMM_I4Z } gemm_format;
+
+/* Bytes of a line that make one vector. */
+FC_INLINE ptrdiff_t vector_bytes(gemm_format f) { return f == GEMM_S8 ? FC_N : FC_BYTES; }
 
 /* Vector j of the tile's columns inside a line. */
-FC_INLINE const char *line_of(const char *w, ptrdiff_t panel_stride, int j) {
-    return w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * FC_BYTES;
+FC_INLINE const char *line_of(gemm_format f, const char *w, ptrdiff_t panel_stride, int j) {
+    return w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * vector_bytes(f);
 }
 
 /* The same address, but the compiler cannot know: a line is loaded again for each of its parts, since keeping all of
@@ -73,17 +77,18 @@ FC_INLINE gemm_ahead ahead_of(const char *w, ptrdiff_t bytes, ptrdiff_t line, in
 
 FC_INLINE void ask(gemm_ahead *a, const int nv, ptrdiff_t panel_stride) {
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j += FC_PER_PANEL) __builtin_prefetch(line_of(a->at, panel_stride, j), 0, 2);
+    for (int j = 0; j < nv; j += FC_PER_PANEL) __builtin_prefetch(line_of(GEMM_F32, a->at, panel_stride, j), 0, 2);
     a->at += a->step;
 }
 
-FC_INLINE const char *first_line(const struct fc_gemm *g, ptrdiff_t vector) {
-    return (const char *)g->w + vector / FC_PER_PANEL * g->panel_stride + vector % FC_PER_PANEL * FC_BYTES;
+FC_INLINE const char *first_line(gemm_format f, const struct fc_gemm *g, ptrdiff_t vector) {
+    return (const char *)g->w + vector / FC_PER_PANEL * g->panel_stride + vector % FC_PER_PANEL * vector_bytes(f);
 }
 
 /* ---- float formats ---- */
 
 FC_INLINE vf float_part(gemm_format f, int part, const char *line) {
+    if (f == GEMM_S8) return vf_from_s8((const int8_t *)line);
     if (f == GEMM_F32 || BF16_PARTS == 1) return vf_load(line);
     vu pair = (vu)vf_load(line);
     return (vf)(part == 0 ? pair << 16 : pair & 0xffff0000u);
@@ -108,7 +113,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
     const int parts = f == GEMM_BF16 ? BF16_PARTS : 1;
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride, line_stride = g->line_stride;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
-    const char *x = (const char *)g->x + row * ldx, *w = first_line(g, vector);
+    const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     gemm_ahead ahead = ahead_of(w, g->lines * line_stride, line_stride, tile, tiles);
     vf acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
@@ -122,7 +127,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
             const char *line = parts > 1 ? again(w) : w;
             vf wv[FC_NV_FEW];
 #pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) wv[j] = float_part(f, part, line_of(line, panel_stride, j));
+            for (int j = 0; j < nv; j++) wv[j] = float_part(f, part, line_of(f, line, panel_stride, j));
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -173,7 +178,7 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
             const char *line = parts > 1 ? again(w) : w;
             vi wv[FC_NV_FEW];
 #pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) wv[j] = int_part(f, part, line_of(line, panel_stride, j));
+            for (int j = 0; j < nv; j++) wv[j] = int_part(f, part, line_of(f, line, panel_stride, j));
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -205,7 +210,7 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, ldsums = g->ldsums, panel_stride = g->panel_stride;
     const ptrdiff_t block = (all_lines + 1) * 64, in_line = vector % FC_PER_PANEL * FC_BYTES;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
-    const char *x = (const char *)g->x + row * ldx, *w = first_line(g, vector);
+    const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     const int32_t *start = (const int32_t *)g->sums + row * ldsums; /* i4z: floats, the sums themselves */
     gemm_ahead ahead = ahead_of(w, g->blocks * block, 64, tile, tiles);
     if (!g->accumulate) {
@@ -299,6 +304,7 @@ FC_INLINE void gemm_all(gemm_tile *few, gemm_tile *const all[], gemm_tile *const
 
 FC_GEMM(gemm_f32, float, GEMM_F32)
 FC_GEMM(gemm_bf16, float, GEMM_BF16)
+FC_GEMM(gemm_s8, float, GEMM_S8)
 FC_GEMM(gemm_i8, int, GEMM_I8)
 FC_GEMM(gemm_i4, int, GEMM_I4)
 FC_GEMM(gemm_i4z, int, GEMM_I4Z)

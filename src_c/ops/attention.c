@@ -2,55 +2,81 @@
  *
  * A row's result is its chunks' partials (max, sum, o), each started fresh and folded in chunk order. A prompt
  * fed whole, in pieces or token by token, alone or in a batch, on any threads, runs that same arithmetic, hence the
- * same bits. Work is a block of queries of one key/value head (all R query heads of the group share its keys), or,
- * where blocks are too few, single chunks whose partials are folded afterwards.
+ * same bits. Keys and values are multiplied in the panels of a cache's page (kv.h); those of plain arrays are brought
+ * into such pages first. Work is a block of queries of one key/value head (all R query heads of the group share its
+ * keys), or, where blocks are too few, single chunks whose partials are folded afterwards.
  *
  * Keys outside a row's [lo, hi) (causal, window, kv_lens) are not multiplied at all: a NaN there changes nothing.
  * Keys hidden by `mask` weigh zero. No (S, T) matrix exists: scores are (block, 256). */
 #include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include "kv.h"
 #include "rows.h"
 
-enum { BLOCK_ROWS = 128, STRIP = 6, FEW_ROWS = 4, LD_SCORES = FC_KV_CHUNK + 16 };
+enum {
+    BLOCK_ROWS = 96,
+    STRIP = 6,      /* rows whose values are multiplied together */
+    SCORE_ROWS = 24, /* rows whose keys are, where rows end at different ones */
+    LD_SCORES = FC_KV_CHUNK + 16,
+    PACKED_BYTES = 64 << 20, /* of plain keys and values brought into pages at once, if one head has less */
+    PARTS_BYTES = 8 << 20    /* of partials at once: they stay in L3 */
+};
 
 struct attention {
     const fc_attention_args *a;
-    ptrdiff_t group;           /* R: query heads per key/value head */
-    ptrdiff_t block, blocks;   /* queries a block, blocks a sequence */
-    ptrdiff_t rows, e_padded;  /* rows of a block = block * R; E in whole panels */
-    ptrdiff_t chunks;          /* of the longest sequence */
-    int direct_v;              /* V's rows can be multiplied where they lie */
+    void (*gemm)(const struct fc_gemm *);
+    int halves;              /* queries and weights are bfloat16: the ISA multiplies pairs */
+    ptrdiff_t unit;          /* keys, or channels of a key, in a line */
+    ptrdiff_t group;         /* R: query heads per key/value head */
+    ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
+    ptrdiff_t rows, d_padded, e_padded; /* rows of a block = block * R; D in whole lines; E in whole panels */
+    /* The pages: a cache's, or, for plain arrays, those of pairs (b, g) from first_pair on, or a thread's one. */
+    fc_kv_cache kv;
+    ptrdiff_t first_pair, pairs;
+    int own_page;
     fc_scratch scratch;
-    float *parts;              /* split: (B, G, chunks) partials, each o (rows, e_padded), max (rows), sum (rows) */
+    /* one item a chunk: */
+    ptrdiff_t first_chunk, chunks; /* of the segment at hand */
+    float *parts;                  /* (B, G, chunks) partials: o (rows, e_padded), max (rows), sum (rows) */
+    float *folded;                 /* (B, G) likewise */
 };
 
-/* A thread's scratch, in floats. */
+/* A thread's scratch. */
 struct room {
-    float *q;       /* (rows, D), scaled */
-    float *keys;    /* panels [256/16][D][16] */
-    float *scores;  /* (rows, LD_SCORES) */
-    float *values;  /* (256, e_padded), unless direct_v */
+    char *q;       /* (rows, d_padded), float32 and scaled, or bfloat16 */
+    float *scores; /* (rows, LD_SCORES) */
     float *part, *part_max, *part_sum; /* (rows, e_padded), (rows), (rows) */
     float *o, *max, *sum;              /* the same, folded so far */
-    float *bias;    /* (256) */
+    float *bias;   /* (256) */
+    void *store;   /* of fc_kv_store */
+    void *page;    /* own_page */
 };
 
+static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
+static ptrdiff_t chunks_of(ptrdiff_t keys) { return (keys + FC_KV_CHUNK - 1) / FC_KV_CHUNK; }
+
 static ptrdiff_t room_floats(const struct attention *t) {
-    const ptrdiff_t d = t->a->head_dim;
-    return t->rows * (d + LD_SCORES + 2 * t->e_padded + 4) + FC_KV_CHUNK * (d + 1 + (t->direct_v ? 0 : t->e_padded)) + 128;
+    return t->rows * (t->d_padded + LD_SCORES + 2 * t->e_padded + 4) + FC_KV_CHUNK + 128;
+}
+static size_t store_bytes(const struct attention *t) { return t->a->cache ? 0 : (fc_kv_store_bytes(&t->kv) + 63) / 64 * 64; }
+static size_t room_bytes(const struct attention *t) {
+    return (size_t)room_floats(t) * 4 + store_bytes(t) + (t->own_page ? (size_t)fc_kv_page_bytes(&t->kv) : 0);
 }
 
 static struct room room_of(const struct attention *t, int rank) {
-    const ptrdiff_t d = t->a->head_dim;
     struct room r;
-    float *p = fc_scratch_of(&t->scratch, rank);
-    r.keys = p, p += FC_KV_CHUNK * d;
+    char *base = fc_scratch_of(&t->scratch, rank);
+    r.store = base;
+    r.page = base + store_bytes(t);
+    float *p = (float *)(void *)((char *)r.page + (t->own_page ? fc_kv_page_bytes(&t->kv) : 0));
     r.scores = p, p += t->rows * LD_SCORES;
-    r.values = p, p += t->direct_v ? 0 : FC_KV_CHUNK * t->e_padded;
     r.part = p, p += t->rows * t->e_padded;
     r.o = p, p += t->rows * t->e_padded;
-    r.q = p, p += t->rows * d;
+    r.q = (char *)p, p += t->rows * t->d_padded;
     r.bias = p, p += FC_KV_CHUNK;
     r.part_max = p, p += t->rows;
     r.part_sum = p, p += t->rows;
@@ -64,14 +90,16 @@ struct where {
     ptrdiff_t b, g, q0, queries, kv_len;
 };
 
-static struct where where_of(const struct attention *t, ptrdiff_t b, ptrdiff_t g, ptrdiff_t block) {
+static ptrdiff_t keys_of(const fc_attention_args *a, ptrdiff_t b) { return a->kv_lens ? a->kv_lens[b] : a->kv_len; }
+
+static struct where where_of(const struct attention *t, ptrdiff_t pair, ptrdiff_t block) {
     const fc_attention_args *a = t->a;
-    ptrdiff_t q0 = block * t->block, left = a->q_len - q0;
-    return (struct where){b, g, q0, left < t->block ? left : t->block, a->kv_lens ? a->kv_lens[b] : a->kv_len};
+    const ptrdiff_t b = pair / a->kv_heads, q0 = block * t->block;
+    return (struct where){b, pair % a->kv_heads, q0, smaller(t->block, a->q_len - q0), keys_of(a, b)};
 }
 
 /* Keys [lo, hi) that query q sees. */
-static void visible(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff_t q, ptrdiff_t *lo, ptrdiff_t *hi) {
+static inline void visible(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff_t q, ptrdiff_t *lo, ptrdiff_t *hi) {
     ptrdiff_t position = q + kv_len - a->q_len;
     *hi = a->causal && position + 1 < kv_len ? position + 1 : kv_len;
     *lo = a->window && position - a->window + 1 > 0 ? position - a->window + 1 : 0;
@@ -80,19 +108,61 @@ static void visible(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff_t q, p
 }
 
 /* The same inside the chunk of n keys that starts at key0. */
-static void visible_in(const fc_attention_args *a, const struct where *w, ptrdiff_t q, ptrdiff_t key0, ptrdiff_t n,
+static inline void visible_in(const fc_attention_args *a, const struct where *w, ptrdiff_t q, ptrdiff_t key0, ptrdiff_t n,
                        ptrdiff_t *lo, ptrdiff_t *hi) {
     visible(a, w->kv_len, q, lo, hi);
     *lo = *lo < key0 ? 0 : *lo - key0 < n ? *lo - key0 : n;
     *hi = *hi < key0 ? 0 : *hi - key0 < n ? *hi - key0 : n;
 }
 
-static void load_queries(const struct attention *t, const struct where *w, float *q) {
+/* Keys that any query of a sequence of kv_len sees. */
+static void visible_to_all(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff_t *lo, ptrdiff_t *hi) {
+    ptrdiff_t other;
+    visible(a, kv_len, 0, lo, &other);
+    visible(a, kv_len, a->q_len - 1, &other, hi);
+}
+
+static void load_queries(const struct attention *t, const struct where *w, char *q) {
     const fc_attention_args *a = t->a;
+    const ptrdiff_t size = t->halves ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
     for (ptrdiff_t i = 0; i < w->queries; i++)
-        for (ptrdiff_t r = 0; r < t->group; r++, q += a->head_dim)
-            fc_k->to_f32[a->q_type](q, (const char *)a->q + w->b * a->q_stride[0] + (w->q0 + i) * a->q_stride[1] +
-                                           (w->g * t->group + r) * a->q_stride[2], a->head_dim, a->scale);
+        for (ptrdiff_t r = 0; r < t->group; r++, q += t->d_padded * size) {
+            const char *from = (const char *)a->q + w->b * a->q_stride[0] + (w->q0 + i) * a->q_stride[1] +
+                               (w->g * t->group + r) * a->q_stride[2];
+            if (t->halves) fc_k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
+            else fc_k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
+            memset(q + a->head_dim * size, 0, (size_t)pad);
+        }
+}
+
+/* ---- plain arrays into pages ---- */
+
+static void store_chunk(const struct attention *t, ptrdiff_t pair, ptrdiff_t chunk, void *page, void *scratch) {
+    const fc_attention_args *a = t->a;
+    const ptrdiff_t b = pair / a->kv_heads, g = pair % a->kv_heads, key0 = chunk * FC_KV_CHUNK;
+    const ptrdiff_t n = smaller(FC_KV_CHUNK, keys_of(a, b) - key0);
+    const fc_kv_head head = fc_kv_head_at(&t->kv, page, 0);
+    const fc_append_args as = {.cache = &t->kv, .type = a->kv_type, .k_stride = {0, a->k_stride[1], 0},
+                               .v_stride = {0, a->v_stride[1], 0}};
+    fc_kv_store(&as, &head, 0, n, (const char *)a->k + b * a->k_stride[0] + key0 * a->k_stride[1] + g * a->k_stride[2],
+                (const char *)a->v + b * a->v_stride[0] + key0 * a->v_stride[1] + g * a->v_stride[2], 0, scratch);
+}
+
+static void pack_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct attention *t = ctx;
+    const struct room r = room_of(t, rank);
+    for (ptrdiff_t i = begin; i < end; i++) {
+        const ptrdiff_t pair = t->first_pair + i / t->kv.pages_a_row, chunk = i % t->kv.pages_a_row;
+        ptrdiff_t lo, hi;
+        visible_to_all(t->a, keys_of(t->a, pair / t->a->kv_heads), &lo, &hi);
+        if (chunk * FC_KV_CHUNK < hi && (chunk + 1) * FC_KV_CHUNK > lo) store_chunk(t, pair, chunk, t->kv.pages[i], r.store);
+    }
+}
+
+static fc_kv_head head_of(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t chunk) {
+    if (t->a->cache) return fc_kv_head_of(&t->kv, w->b, w->g, chunk);
+    if (t->own_page) return fc_kv_head_at(&t->kv, r->page, 0);
+    return fc_kv_head_of(&t->kv, w->b * t->a->kv_heads + w->g - t->first_pair, 0, chunk);
 }
 
 /* ---- one chunk ---- */
@@ -109,206 +179,149 @@ static const float *load_bias(const struct attention *t, const struct where *w, 
     return bias;
 }
 
-static const char *at(const void *kv, const ptrdiff_t *stride, const struct where *w, ptrdiff_t slot) {
-    return (const char *)kv + w->b * stride[0] + slot * stride[1] + w->g * stride[2];
+/* scores (rows [row, row + rows), keys [lo, hi) and those of their panels) = q k^T */
+static void score(const struct attention *t, const struct room *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows,
+                  ptrdiff_t lo, ptrdiff_t hi) {
+    const ptrdiff_t first = lo / 16, last = (hi + 15) / 16, ldq = t->d_padded * (t->halves ? 2 : 4);
+    if (hi <= lo) return;
+    t->gemm(&(struct fc_gemm){
+        .c = r->scores + row * LD_SCORES + first * 16, .ldc = LD_SCORES * 4, .x = r->q + row * ldq, .ldx = ldq,
+        .w = h->k + first * h->k_panel, .panel_stride = h->k_panel, .line_stride = h->line, .m = rows,
+        .panels = last - first, .lines = h->k_lines});
 }
 
-/* scores (rows, 16 [first, last)) = q (rows, d) times panels of keys */
-static void score_panels(const struct room *r, ptrdiff_t rows, ptrdiff_t d, ptrdiff_t first, ptrdiff_t last) {
-    fc_k->gemm_f32(&(struct fc_gemm){
-        .c = r->scores + first * 16, .ldc = LD_SCORES * 4, .x = r->q, .ldx = d * 4, .w = r->keys + first * 16 * d,
-        .panel_stride = d * 64, .line_stride = 64, .m = rows, .panels = last - first, .lines = d});
+/* scores [from, to) of a row -> weights, in the form that values are multiplied by */
+static void weights(const struct attention *t, const struct room *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t from,
+                    ptrdiff_t to, const float *bias) {
+    float *s = r->scores + row * LD_SCORES;
+    const struct fc_attention_row one = {
+        .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL, .v_scale = h->v_scale ? h->v_scale + from : NULL,
+        .bias = bias, .scale = t->halves ? t->a->scale : 1.0f, .softcap = t->a->softcap};
+    fc_k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
+    if (t->halves) fc_k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
-/* scores (rows, [lo, hi)) = q k^T, panel by panel of 16 keys */
-static void score(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t slot, ptrdiff_t lo,
-                  ptrdiff_t hi) {
+static void weights_of_block(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
+                             ptrdiff_t key0, ptrdiff_t n) {
     const fc_attention_args *a = t->a;
-    const ptrdiff_t d = a->head_dim, rows = w->queries * t->group, ld = a->k_stride[1], first = lo / 16, last = (hi + 15) / 16;
-    const char *k = at(a->k, a->k_stride, w, slot);
-    const int few = rows <= FEW_ROWS && d % 16 == 0;
-    for (ptrdiff_t p = first; p < last; p++) {
-        const ptrdiff_t begin = p * 16, keys = hi - begin < 16 ? hi - begin : 16;
-        float *panel = r->keys + begin * d;
-        if (few && keys == 16) {
-            fc_k->attention_panel[a->kv_type](r->scores + begin, LD_SCORES, r->q, rows, d, k + begin * ld, ld, hi - begin >= 32);
-            continue;
-        }
-        fc_k->panel_cols[a->kv_type](panel, k + begin * ld, ld, d, keys);
-        if (few) score_panels(r, rows, d, p, p + 1);
+    const float *bias = NULL;
+    for (ptrdiff_t row = 0; row < w->queries * t->group; row++) {
+        const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
+        ptrdiff_t from, to;
+        visible_in(a, w, q, key0, n, &from, &to);
+        if (a->mask && (row % t->group == 0 || a->mask_stride[1]))
+            bias = load_bias(t, w, q, head, key0 + from, to - from, r->bias);
+        weights(t, r, h, row, from, to, bias);
     }
-    if (!few) score_panels(r, rows, d, first, last);
 }
 
-/* part (rows [row, row + rows)) += scores[:, lo:hi) V[lo:hi) */
-static void weigh(const struct attention *t, const struct room *r, const float *v, ptrdiff_t ldv, ptrdiff_t row,
-                  ptrdiff_t rows, ptrdiff_t lo, ptrdiff_t hi, int accumulate) {
-    float *part = r->part + row * t->e_padded;
-    const float *p = r->scores + row * LD_SCORES + lo;
+/* part (rows [row, row + rows)) (+)= weights[:, lo:hi) V[lo:hi), whole lines */
+static void weigh_lines(const struct attention *t, const struct room *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows,
+                        ptrdiff_t lo, ptrdiff_t hi, int accumulate) {
     if (hi <= lo && accumulate) return;
-    if (rows <= FEW_ROWS && hi > lo)
-        fc_k->attention_weigh[FC_F32](part, t->e_padded, p, LD_SCORES, (const char *)(v + lo * ldv), ldv * 4, rows,
-                                      t->e_padded, hi - lo, accumulate);
-    else
-        fc_k->gemm_f32(&(struct fc_gemm){
-            .c = part, .ldc = t->e_padded * 4, .x = p, .ldx = LD_SCORES * 4, .w = v + lo * ldv, .panel_stride = 64,
-            .line_stride = ldv * 4, .m = rows, .panels = t->e_padded / 16, .lines = hi - lo, .accumulate = accumulate});
+    t->gemm(&(struct fc_gemm){
+        .c = r->part + row * t->e_padded, .ldc = t->e_padded * 4,
+        .x = (const char *)(r->scores + row * LD_SCORES) + lo * (t->halves ? 2 : 4), .ldx = LD_SCORES * 4,
+        .w = h->v + lo / t->unit * h->line, .panel_stride = h->v_panel, .line_stride = h->line, .m = rows,
+        .panels = t->e_padded / 16, .lines = (hi - lo) / t->unit, .accumulate = accumulate});
 }
 
-/* Rows whose keys differ: in strips, what all rows of a strip see at once, the ends of each row on its own.
- * Every row still takes its keys in order, so the bits are those of the whole. */
-static void weigh_strips(const struct attention *t, const struct where *w, const struct room *r, const float *v,
-                         ptrdiff_t ldv, ptrdiff_t key0, ptrdiff_t n) {
-    const ptrdiff_t rows = w->queries * t->group;
-    for (ptrdiff_t row = 0; row < rows; row += STRIP) {
-        ptrdiff_t count = rows - row < STRIP ? rows - row : STRIP, lo[STRIP], hi[STRIP], from = 0, to = n;
-        for (ptrdiff_t i = 0; i < count; i++) {
-            visible_in(t->a, w, w->q0 + (row + i) / t->group, key0, n, &lo[i], &hi[i]);
-            from = lo[i] > from ? lo[i] : from;
-            to = hi[i] < to ? hi[i] : to;
-        }
-        if (to < from) to = from;
-        for (ptrdiff_t i = 0; i < count; i++)
-            weigh(t, r, v, ldv, row + i, 1, lo[i], hi[i] < from ? hi[i] : from, 0);
-        weigh(t, r, v, ldv, row, count, from, to, 1);
-        for (ptrdiff_t i = 0; i < count; i++) weigh(t, r, v, ldv, row + i, 1, to, hi[i], 1);
-    }
+/* part (row) += weights[lo:hi) V[lo:hi) */
+static void weigh_ends(const struct attention *t, const struct room *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t lo,
+                       ptrdiff_t hi) {
+    if (hi > lo)
+        fc_k->attention_ends(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
+                                               .panel_stride = h->v_panel, .panels = t->e_padded / 16}, t->kv.type, lo, hi);
 }
 
-static const float *load_values(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t slot,
-                                ptrdiff_t lo, ptrdiff_t hi, ptrdiff_t *ldv) {
-    const fc_attention_args *a = t->a;
-    const char *v = at(a->v, a->v_stride, w, slot);
-    if (t->direct_v) {
-        *ldv = a->v_stride[1] / 4;
-        return (const float *)(const void *)v;
+/* part = weights V for rows: the keys that all of them see in whole lines and at once, the ends of each on its own: rows take
+ * their keys in order, so the bits are those of a row alone. */
+static void weigh_rows(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
+                       ptrdiff_t row, ptrdiff_t rows, ptrdiff_t key0, ptrdiff_t n) {
+    ptrdiff_t from, to, lo, hi, other;
+    visible_in(t->a, w, w->q0 + row / t->group, key0, n, &other, &to);
+    visible_in(t->a, w, w->q0 + (row + rows - 1) / t->group, key0, n, &from, &other);
+    const ptrdiff_t begin = round_up(from, t->unit), end = to / t->unit * t->unit > begin ? to / t->unit * t->unit : begin;
+    visible_in(t->a, w, w->q0 + row / t->group, key0, n, &lo, &other);
+    const int heads = lo < begin; /* some row begins before the common keys: the first does */
+    if (heads) memset(r->part + row * t->e_padded, 0, (size_t)(rows * t->e_padded) * 4);
+    for (ptrdiff_t i = row; heads && i < row + rows; i++) {
+        visible_in(t->a, w, w->q0 + i / t->group, key0, n, &lo, &hi);
+        weigh_ends(t, r, h, i, lo, smaller(hi, begin));
     }
-    *ldv = t->e_padded;
-    for (ptrdiff_t i = lo; i < hi; i++) {
-        float *to = r->values + i * t->e_padded;
-        fc_k->to_f32[a->kv_type](to, v + i * a->v_stride[1], a->v_dim, 1.0f);
-        for (ptrdiff_t j = a->v_dim; j < t->e_padded; j++) to[j] = 0.0f;
+    weigh_lines(t, r, h, row, rows, begin, end, heads);
+    for (ptrdiff_t i = row; i < row + rows; i++) {
+        visible_in(t->a, w, w->q0 + i / t->group, key0, n, &lo, &hi);
+        weigh_ends(t, r, h, i, lo > end ? lo : end, hi);
     }
-    return r->values;
 }
 
 /* part, part_max, part_sum of chunk c; returns 0 if the block sees none of it. */
 static int attend_chunk(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t c) {
     const fc_attention_args *a = t->a;
-    const ptrdiff_t key0 = c * FC_KV_CHUNK, rows = w->queries * t->group;
-    const ptrdiff_t n = w->kv_len - key0 < FC_KV_CHUNK ? w->kv_len - key0 : FC_KV_CHUNK;
-    ptrdiff_t lo, hi, first_hi, last_lo, slot = a->ring ? key0 % a->ring : key0, ldv;
+    const ptrdiff_t key0 = c * FC_KV_CHUNK, rows = w->queries * t->group, n = smaller(w->kv_len - key0, FC_KV_CHUNK);
+    ptrdiff_t lo, hi, first_hi, last_lo;
     visible_in(a, w, w->q0, key0, n, &lo, &first_hi);
     visible_in(a, w, w->q0 + w->queries - 1, key0, n, &last_lo, &hi);
     if (hi <= lo) return 0;
-    score(t, w, r, slot, lo, hi);
-    const float *bias = NULL;
-    for (ptrdiff_t row = 0; row < rows; row++) {
-        ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group, from, to;
-        visible_in(a, w, q, key0, n, &from, &to);
-        if (a->mask && (row % t->group == 0 || a->mask_stride[1]))
-            bias = load_bias(t, w, q, head, key0 + from, to - from, r->bias);
-        fc_k->attention_row(r->scores + row * LD_SCORES + from, bias, to - from, a->softcap, &r->part_max[row],
-                            &r->part_sum[row]);
+    if (t->own_page) store_chunk(t, w->b * a->kv_heads + w->g, c, r->page, r->store);
+    const fc_kv_head h = head_of(t, w, r, c);
+    const int same = first_hi == hi && last_lo == lo;
+    for (ptrdiff_t row = 0, count = same ? rows : SCORE_ROWS; row < rows; row += count) {
+        const ptrdiff_t these = smaller(count, rows - row);
+        ptrdiff_t from, to, other;
+        visible_in(a, w, w->q0 + row / t->group, key0, n, &from, &other);
+        visible_in(a, w, w->q0 + (row + these - 1) / t->group, key0, n, &other, &to);
+        score(t, r, &h, row, these, from, to);
     }
-    if (rows <= FEW_ROWS && a->v_dim % 16 == 0 && first_hi == hi && last_lo == lo) {
-        /* A decode step reads each value once: it is decoded on its way into the product, not into scratch. */
-        fc_k->attention_weigh[a->kv_type](r->part, t->e_padded, r->scores + lo, LD_SCORES,
-                                          at(a->v, a->v_stride, w, slot) + lo * a->v_stride[1], a->v_stride[1], rows,
-                                          t->e_padded, hi - lo, 0);
-        return 1;
-    }
-    const float *v = load_values(t, w, r, slot, lo, hi, &ldv);
-    if (first_hi == hi && last_lo == lo) weigh(t, r, v, ldv, 0, rows, lo, hi, 0);
-    else weigh_strips(t, w, r, v, ldv, key0, n);
+    weights_of_block(t, w, r, &h, key0, n);
+    for (ptrdiff_t row = 0, count = same ? rows : STRIP; row < rows; row += count)
+        weigh_rows(t, w, r, &h, row, smaller(count, rows - row), key0, n);
     return 1;
 }
 
 /* ---- the end of a row ---- */
 
-static void finish(const struct attention *t, const struct where *w, float *o, const float *max, const float *sum) {
+static void finish_row(const struct attention *t, const struct where *w, ptrdiff_t row, float *o, float top, float total) {
     const fc_attention_args *a = t->a;
-    for (ptrdiff_t row = 0; row < w->queries * t->group; row++, o += t->e_padded) {
-        ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
-        float top = max[row], total = sum[row], keep = 1.0f;
-        if (total == 0.0f) {
-            top = -INFINITY, keep = 0.0f;
-            for (ptrdiff_t j = 0; j < a->v_dim; j++) o[j] = 0.0f;
-        }
-        if (a->sinks && a->sinks[head] != -INFINITY) {
-            float sink = a->sinks[head], higher = sink > top ? sink : top;
-            keep = total == 0.0f ? 0.0f : expf(top - higher);
-            total = total * keep + expf(sink - higher);
-            top = higher;
-        }
-        if (a->lse) a->lse[(w->b * a->q_len + q) * a->heads + head] = total == 0.0f ? -INFINITY : top + logf(total);
-        fc_k->from_f32[a->q_type]((char *)a->out + w->b * a->out_stride[0] + q * a->out_stride[1] + head * a->out_stride[2],
-                                  o, a->v_dim, total == 0.0f ? 0.0f : keep / total);
+    const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
+    float keep = 1.0f;
+    if (total == 0.0f) {
+        top = -INFINITY, keep = 0.0f;
+        for (ptrdiff_t j = 0; j < a->v_dim; j++) o[j] = 0.0f;
     }
-}
-
-static void fold(const struct attention *t, ptrdiff_t rows, const struct room *r, const float *part, const float *part_max,
-                 const float *part_sum) {
-    for (ptrdiff_t row = 0; row < rows; row++)
-        fc_k->attention_fold(r->o + row * t->e_padded, &r->max[row], &r->sum[row], part + row * t->e_padded, part_max[row],
-                             part_sum[row], t->e_padded);
-}
-
-static void clear(const struct room *r, ptrdiff_t rows) {
-    for (ptrdiff_t i = 0; i < rows; i++) r->max[i] = -INFINITY, r->sum[i] = 0.0f;
+    if (a->sinks && a->sinks[head] != -INFINITY) {
+        float sink = a->sinks[head], higher = sink > top ? sink : top;
+        keep = total == 0.0f ? 0.0f : expf(top - higher);
+        total = total * keep + expf(sink - higher);
+        top = higher;
+    }
+    if (a->lse) a->lse[(w->b * a->q_len + q) * a->heads + head] = total == 0.0f ? -INFINITY : top + logf(total);
+    fc_k->from_f32[a->q_type]((char *)a->out + w->b * a->out_stride[0] + q * a->out_stride[1] + head * a->out_stride[2], o,
+                              a->v_dim, total == 0.0f ? 0.0f : keep / total);
 }
 
 /* ---- an item is a block of queries; later blocks see more keys, so they go first ---- */
 
 static void block_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
-    const fc_attention_args *a = t->a;
     const struct room r = room_of(t, rank);
-    const ptrdiff_t pairs = a->batch * a->kv_heads;
+    const ptrdiff_t pairs = t->a->cache ? t->a->batch * t->a->kv_heads : t->pairs;
     for (ptrdiff_t i = begin; i < end; i++) {
-        const struct where w = where_of(t, i % pairs / a->kv_heads, i % a->kv_heads, t->blocks - 1 - i / pairs);
+        const struct where w = where_of(t, t->first_pair + i % pairs, t->blocks - 1 - i / pairs);
+        const ptrdiff_t rows = w.queries * t->group;
         ptrdiff_t lo, hi, other;
-        visible(a, w.kv_len, w.q0, &lo, &other);
-        visible(a, w.kv_len, w.q0 + w.queries - 1, &other, &hi);
+        visible(t->a, w.kv_len, w.q0, &lo, &other);
+        visible(t->a, w.kv_len, w.q0 + w.queries - 1, &other, &hi);
         load_queries(t, &w, r.q);
-        clear(&r, t->rows);
-        for (ptrdiff_t c = lo / FC_KV_CHUNK; c * FC_KV_CHUNK < hi; c++)
-            if (attend_chunk(t, &w, &r, c)) fold(t, w.queries * t->group, &r, r.part, r.part_max, r.part_sum);
-        finish(t, &w, r.o, r.max, r.sum);
-    }
-}
-
-/* ---- an item is one chunk of keys; partials are folded in a second pass ---- */
-
-static ptrdiff_t part_floats(const struct attention *t) { return t->rows * (t->e_padded + 2); }
-
-static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct attention *t = ctx;
-    struct room r = room_of(t, rank);
-    for (ptrdiff_t i = begin; i < end; i++) {
-        /* All heads of a chunk before the next chunk: in (batch, seq, heads, dim) they share their pages. */
-        const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, pair = i % pairs, chunk = i / pairs;
-        const struct where w = where_of(t, pair / t->a->kv_heads, pair % t->a->kv_heads, 0);
-        r.part = t->parts + (pair * t->chunks + chunk) * part_floats(t);
-        r.part_max = r.part + t->rows * t->e_padded;
-        r.part_sum = r.part_max + t->rows;
-        load_queries(t, &w, r.q);
-        if (!attend_chunk(t, &w, &r, chunk))
-            for (ptrdiff_t row = 0; row < t->rows; row++) r.part_max[row] = -INFINITY, r.part_sum[row] = 0.0f;
-    }
-}
-
-static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct attention *t = ctx;
-    const struct room r = room_of(t, rank);
-    for (ptrdiff_t pair = begin; pair < end; pair++) {
-        const struct where w = where_of(t, pair / t->a->kv_heads, pair % t->a->kv_heads, 0);
-        clear(&r, t->rows);
-        for (ptrdiff_t c = 0; c < t->chunks; c++) {
-            const float *part = t->parts + (pair * t->chunks + c) * part_floats(t);
-            fold(t, t->rows, &r, part, part + t->rows * t->e_padded, part + t->rows * t->e_padded + t->rows);
+        for (ptrdiff_t row = 0; row < rows; row++) r.max[row] = -INFINITY, r.sum[row] = 0.0f;
+        for (ptrdiff_t c = lo / FC_KV_CHUNK; c * FC_KV_CHUNK < hi; c++) {
+            if (!attend_chunk(t, &w, &r, c)) continue;
+            for (ptrdiff_t row = 0; row < rows; row++)
+                fc_k->attention_fold(r.o + row * t->e_padded, &r.max[row], &r.sum[row], r.part + row * t->e_padded,
+                                     r.part_max[row], r.part_sum[row], t->e_padded);
         }
-        finish(t, &w, r.o, r.max, r.sum);
+        for (ptrdiff_t row = 0; row < rows; row++) finish_row(t, &w, row, r.o + row * t->e_padded, r.max[row], r.sum[row]);
     }
 }
 
@@ -316,53 +329,160 @@ static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 static double item_ns(const struct attention *t, ptrdiff_t keys) {
     double values = (double)keys * (double)(t->a->head_dim + t->a->v_dim);
     double flops = 2.0 * (double)t->rows * values, bytes = values * 4;
-    return (flops / 60 > bytes / 12 ? flops / 60 : bytes / 12) + 200;
+    return (flops / 80 > bytes / 20 ? flops / 80 : bytes / 20) + 200;
+}
+
+static fc_status attend_blocks(struct attention *t, ptrdiff_t pairs) {
+    const ptrdiff_t items = t->blocks * pairs, kv_len = t->a->kv_len;
+    const double ns = item_ns(t, t->a->window && t->a->window < kv_len ? t->a->window : kv_len);
+    return fc_dynamic(fc_threads_for(items, ns), items, ns, block_body, t);
+}
+
+/* Pages for `pairs` heads' keys and values; NULL without memory. */
+static void **new_pages(struct attention *t, ptrdiff_t pairs) {
+    const size_t count = (size_t)(pairs * t->kv.pages_a_row), bytes = (size_t)fc_kv_page_bytes(&t->kv);
+    if (count > SIZE_MAX / 2 / (bytes + sizeof(void *))) return NULL;
+    char *block = malloc(count * (bytes + sizeof(void *)) + 64);
+    if (!block) return NULL;
+    void **table = (void **)(void *)block;
+    char *first = (char *)(((uintptr_t)(table + count) + 63) / 64 * 64);
+    for (size_t i = 0; i < count; i++) table[i] = first + i * bytes;
+    t->kv.pages = table;
+    return table;
+}
+
+/* Heads' keys and values into pages, as many heads as PACKED_BYTES allow, then their blocks. */
+static fc_status pack_and_attend(struct attention *t) {
+    const ptrdiff_t all = t->a->batch * t->a->kv_heads, each = t->kv.pages_a_row * fc_kv_page_bytes(&t->kv);
+    const ptrdiff_t some = each > 0 && PACKED_BYTES / each < all ? (PACKED_BYTES / each > 0 ? PACKED_BYTES / each : 1) : all;
+    void **pages = new_pages(t, some);
+    fc_status status = pages ? FC_OK : FC_NO_MEMORY;
+    for (t->first_pair = 0; status == FC_OK && t->first_pair < all; t->first_pair += some) {
+        t->pairs = smaller(some, all - t->first_pair);
+        const ptrdiff_t items = t->pairs * t->kv.pages_a_row;
+        const double ns = (double)(smaller(FC_KV_CHUNK, t->a->kv_len) * (t->a->head_dim + t->a->v_dim)) * 0.4;
+        status = fc_static(fc_threads_for(items, ns), items, ns, pack_body, t);
+        if (status == FC_OK) status = attend_blocks(t, t->pairs);
+    }
+    free(pages);
+    return status;
 }
 
 static fc_status by_blocks(struct attention *t) {
-    const ptrdiff_t items = t->blocks * t->a->batch * t->a->kv_heads;
-    const double ns = item_ns(t, t->a->window && t->a->window < t->a->kv_len ? t->a->window : t->a->kv_len);
-    int threads = fc_threads_for(items, ns);
-    if (fc_scratch_alloc(&t->scratch, threads, (size_t)room_floats(t) * 4)) return FC_NO_MEMORY;
-    fc_status status = fc_dynamic(threads, items, ns, block_body, t);
+    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) return FC_NO_MEMORY;
+    fc_status status = t->a->cache ? attend_blocks(t, t->a->batch * t->a->kv_heads) : pack_and_attend(t);
     fc_scratch_free(&t->scratch);
     return status;
 }
 
-static fc_status by_chunks(struct attention *t, int threads) {
-    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, items = pairs * t->chunks;
+/* ---- an item is one chunk of keys; partials are folded after each segment of chunks ---- */
+
+static ptrdiff_t part_floats(const struct attention *t) { return t->rows * (t->e_padded + 2); }
+
+static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct attention *t = ctx;
+    struct room r = room_of(t, rank);
+    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
+    for (ptrdiff_t i = begin; i < end; i++) {
+        /* All heads of a chunk before the next chunk: in (batch, seq, heads, dim) they share their pages. */
+        const ptrdiff_t pair = i % pairs, chunk = i / pairs;
+        const struct where w = where_of(t, pair, 0);
+        r.part = t->parts + (pair * t->chunks + chunk) * part_floats(t);
+        r.part_max = r.part + t->rows * t->e_padded;
+        r.part_sum = r.part_max + t->rows;
+        load_queries(t, &w, r.q);
+        if (!attend_chunk(t, &w, &r, t->first_chunk + chunk))
+            for (ptrdiff_t row = 0; row < t->rows; row++) r.part_max[row] = -INFINITY, r.part_sum[row] = 0.0f;
+    }
+}
+
+/* An item is a row of a pair: its partials of the segment, in order. */
+static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct attention *t = ctx;
+    (void)rank;
+    for (ptrdiff_t i = begin; i < end; i++) {
+        const ptrdiff_t pair = i / t->rows, row = i % t->rows, maxima = t->rows * t->e_padded;
+        float *to = t->folded + pair * part_floats(t);
+        for (ptrdiff_t c = 0; c < t->chunks; c++) {
+            const float *part = t->parts + (pair * t->chunks + c) * part_floats(t);
+            fc_k->attention_fold(to + row * t->e_padded, to + maxima + row, to + maxima + t->rows + row,
+                                 part + row * t->e_padded, part[maxima + row], part[maxima + t->rows + row], t->e_padded);
+        }
+    }
+}
+
+static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t segment) {
+    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
+    fc_status status = FC_OK;
+    for (t->first_chunk = begin; t->first_chunk < end && status == FC_OK; t->first_chunk += segment) {
+        t->chunks = smaller(segment, end - t->first_chunk);
+        const double ns = item_ns(t, FC_KV_CHUNK), fold_ns = (double)(t->chunks * t->e_padded) * 0.1;
+        status = fc_dynamic(fc_threads_for(pairs * t->chunks, ns), pairs * t->chunks, ns, chunk_body, t);
+        if (status == FC_OK)
+            status = fc_static(fc_threads_for(pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
+    }
+    return status;
+}
+
+static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) {
+    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, bytes = pairs * part_floats(t) * 4;
+    const ptrdiff_t segment = smaller(end - begin, PARTS_BYTES / bytes > 8 ? PARTS_BYTES / bytes : 8);
     fc_scratch parts;
-    if (fc_scratch_alloc(&parts, 1, (size_t)(items * part_floats(t)) * 4)) return FC_NO_MEMORY;
-    if (fc_scratch_alloc(&t->scratch, threads, (size_t)room_floats(t) * 4)) {
+    t->own_page = !t->a->cache;
+    if (fc_scratch_alloc(&parts, 1, (size_t)(bytes * (segment + 1)))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) {
         fc_scratch_free(&parts);
         return FC_NO_MEMORY;
     }
-    t->parts = (float *)(void *)parts.base;
-    fc_status status = fc_dynamic(threads, items, item_ns(t, FC_KV_CHUNK), chunk_body, t);
-    if (status == FC_OK) fold_body(t, 0, pairs, 0);
+    t->folded = (float *)(void *)parts.base;
+    t->parts = t->folded + pairs * part_floats(t);
+    for (ptrdiff_t i = 0; i < pairs * part_floats(t); i++) t->folded[i] = i % part_floats(t) < t->rows * (t->e_padded + 1) ? -INFINITY : 0.0f;
+    fc_status status = attend_chunks(t, begin, end, segment);
+    for (ptrdiff_t pair = 0; pair < pairs && status == FC_OK; pair++) {
+        const struct where w = where_of(t, pair, 0);
+        float *o = t->folded + pair * part_floats(t), *max = o + t->rows * t->e_padded, *sum = max + t->rows;
+        for (ptrdiff_t row = 0; row < t->rows; row++) finish_row(t, &w, row, o + row * t->e_padded, max[row], sum[row]);
+    }
     fc_scratch_free(&t->scratch);
     fc_scratch_free(&parts);
     return status;
 }
 
-fc_status fc_attention(const fc_attention_args *a) {
-    struct attention t = {.a = a, .group = a->heads / a->kv_heads, .chunks = (a->kv_len + FC_KV_CHUNK - 1) / FC_KV_CHUNK};
-    if (a->kv_lens) {
-        t.chunks = 0;
-        for (ptrdiff_t b = 0; b < a->batch; b++) {
-            ptrdiff_t chunks = (a->kv_lens[b] + FC_KV_CHUNK - 1) / FC_KV_CHUNK;
-            if (chunks > t.chunks) t.chunks = chunks;
-        }
+/* ---- which ---- */
+
+/* How keys and values lie, and what multiplies them. Plain float16 becomes float32. */
+static void choose_pages(struct attention *t) {
+    const fc_attention_args *a = t->a;
+    if (a->cache) {
+        t->kv = *a->cache;
+    } else {
+        const ptrdiff_t pages = chunks_of(a->kv_len);
+        t->kv = (fc_kv_cache){.type = a->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32, .kv_heads = 1,
+                              .head_dim = a->head_dim, .v_dim = a->v_dim, .pages_a_row = pages};
     }
+    t->gemm = t->kv.type == FC_KV_F32 ? fc_k->gemm_f32 : t->kv.type == FC_KV_BF16 ? fc_k->gemm_bf16 : fc_k->gemm_s8;
+    t->halves = t->kv.type == FC_KV_BF16 && fc_k->bf16_x == FC_BF16;
+    t->unit = t->kv.type == FC_KV_BF16 ? 2 : 1;
+}
+
+fc_status fc_attention(const fc_attention_args *a) {
+    struct attention t = {.a = a, .group = a->heads / a->kv_heads};
+    choose_pages(&t);
     t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;
     if (t.block > a->q_len) t.block = a->q_len;
     t.blocks = (a->q_len + t.block - 1) / t.block;
     t.rows = t.block * t.group;
-    t.e_padded = (a->v_dim + 15) / 16 * 16;
-    t.direct_v = a->kv_type == FC_F32 && a->v_dim % 16 == 0 && a->v_stride[1] % 4 == 0;
-    const ptrdiff_t pairs = a->batch * a->kv_heads;
-    if (t.blocks == 1 && t.chunks > 1 && !a->window)
-        return by_chunks(&t, fc_threads_for(pairs * t.chunks, item_ns(&t, FC_KV_CHUNK)));
+    t.d_padded = round_up(a->head_dim, t.unit);
+    t.e_padded = round_up(a->v_dim, 16);
+    ptrdiff_t begin = PTRDIFF_MAX, end = 0;
+    for (ptrdiff_t b = 0; b < a->batch; b++) {
+        ptrdiff_t lo, hi;
+        visible_to_all(a, keys_of(a, b), &lo, &hi);
+        if (hi <= lo) continue;
+        if (lo / FC_KV_CHUNK < begin) begin = lo / FC_KV_CHUNK;
+        if (chunks_of(hi) > end) end = chunks_of(hi);
+    }
+    if (t.blocks == 1 && end - begin > 1) return by_chunks(&t, begin, end);
     return by_blocks(&t);
 }
 

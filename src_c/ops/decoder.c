@@ -8,8 +8,9 @@ struct decode {
     ptrdiff_t n;
     float *x; /* (B, S, hidden) */
     ptrdiff_t batch, seq;
-    const int64_t *start, *positions;
+    const int64_t *start;
     /* scratch */
+    int64_t *positions; /* (B, S) */
     int64_t *lens;  /* (B) tokens of a row with the new ones */
     int64_t longest;
     float *qkv;     /* (M, A + 2 C) */
@@ -55,34 +56,31 @@ static fc_status norm_heads(const struct decode *d, const fc_block *b, const flo
     return fc_rms_norm(FC_F32, from, NULL, from, NULL, weight, &rows, b->head_dim, b->eps, 0.0f);
 }
 
+/* RoPE on the queries; keys turn on their way into the cache */
 static fc_status turn(const struct decode *d, const fc_block *b) {
     const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4;
     return fc_rope(&(fc_rope_args){
         .type = FC_F32, .out = d->qkv, .x = d->qkv, .cos = b->cos, .sin = b->sin, .positions = d->positions,
-        .positions_stride = d->seq, .batch = d->batch, .seq = d->seq, .heads = b->heads + b->kv_heads,
-        .head_dim = b->head_dim, .half = b->half, .x_stride = {d->seq * row, row, b->head_dim * 4},
-        .out_stride = {d->seq * row, row, b->head_dim * 4}});
+        .positions_stride = d->seq, .batch = d->batch, .seq = d->seq, .heads = b->heads, .head_dim = b->head_dim,
+        .half = b->half, .x_stride = {d->seq * row, row, b->head_dim * 4}, .out_stride = {d->seq * row, row, b->head_dim * 4}});
 }
 
-static fc_status append(const struct decode *d, const fc_block *b, const fc_block_cache *c, const float *from, void *to,
-                        const ptrdiff_t *to_stride) {
-    const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4;
+static fc_status append(const struct decode *d, const fc_block *b, const fc_block_cache *c) {
+    const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4, head = b->head_dim * 4;
+    const float *k = d->qkv + b->heads * b->head_dim;
     return fc_append(&(fc_append_args){
-        .from_type = FC_F32, .to_type = c->type, .from = from, .to = to,
-        .from_stride = {d->seq * row, row, b->head_dim * 4}, .to_stride = {to_stride[0], to_stride[1], to_stride[2]},
-        .start = d->start, .batch = d->batch, .seq = d->seq, .heads = b->kv_heads, .n = b->head_dim, .ring = c->ring});
+        .cache = &c->kv, .type = FC_F32, .k = k, .v = k + b->kv_heads * b->head_dim, .k_stride = {d->seq * row, row, head},
+        .v_stride = {d->seq * row, row, head}, .batch = d->batch, .seq = d->seq, .start = d->start, .cos = b->cos,
+        .sin = b->sin, .half = b->half});
 }
 
 static fc_status attend(const struct decode *d, const fc_block *b, const fc_block_cache *c) {
     const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4, head = b->head_dim * 4;
     return fc_attention(&(fc_attention_args){
-        .q_type = FC_F32, .kv_type = c->type, .out = d->heads, .q = d->qkv, .k = c->k, .v = c->v, .batch = d->batch,
-        .q_len = d->seq, .kv_len = d->longest, .heads = b->heads, .kv_heads = b->kv_heads, .head_dim = b->head_dim,
-        .v_dim = b->head_dim, .q_stride = {d->seq * row, row, head},
-        .k_stride = {c->k_stride[0], c->k_stride[1], c->k_stride[2]},
-        .v_stride = {c->v_stride[0], c->v_stride[1], c->v_stride[2]},
-        .out_stride = {d->seq * b->heads * head, b->heads * head, head}, .kv_lens = d->lens, .ring = c->ring, .causal = 1,
-        .window = c->window, .scale = b->attention_scale, .softcap = b->softcap});
+        .q_type = FC_F32, .out = d->heads, .q = d->qkv, .cache = &c->kv, .batch = d->batch, .q_len = d->seq,
+        .kv_len = d->longest, .heads = b->heads, .kv_heads = b->kv_heads, .head_dim = b->head_dim, .v_dim = b->head_dim,
+        .q_stride = {d->seq * row, row, head}, .out_stride = {d->seq * b->heads * head, b->heads * head, head},
+        .kv_lens = d->lens, .causal = 1, .window = c->window, .scale = b->attention_scale, .softcap = b->softcap});
 }
 
 static fc_status attention_part(const struct decode *d, const fc_block *b, const fc_block_cache *c) {
@@ -91,8 +89,7 @@ static fc_status attention_part(const struct decode *d, const fc_block *b, const
     if (status == FC_OK && b->q_norm) status = norm_heads(d, b, b->q_norm, 0, b->heads);
     if (status == FC_OK && b->k_norm) status = norm_heads(d, b, b->k_norm, b->heads, b->kv_heads);
     if (status == FC_OK && b->cos) status = turn(d, b);
-    if (status == FC_OK) status = append(d, b, c, d->qkv + a, c->k, c->k_stride);
-    if (status == FC_OK) status = append(d, b, c, d->qkv + a + kv, c->v, c->v_stride);
+    if (status == FC_OK) status = append(d, b, c);
     if (status == FC_OK) status = attend(d, b, c);
     if (status == FC_OK) status = add_projection(d, b, d->heads, &b->out, a, b->post_attention_norm);
     return status;
@@ -116,8 +113,8 @@ static fc_status all_blocks(void *ctx) {
 }
 
 fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdiff_t n, float *x, ptrdiff_t batch,
-                    ptrdiff_t seq, const int64_t *start, const int64_t *positions) {
-    struct decode d = {blocks, caches, n, x, batch, seq, start, positions, NULL, 0, NULL, NULL, NULL, NULL};
+                    ptrdiff_t seq, const int64_t *start) {
+    struct decode d = {.blocks = blocks, .caches = caches, .n = n, .x = x, .batch = batch, .seq = seq, .start = start};
     size_t qkv = 0, heads = 0, inner = 0, part = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
         const fc_block *b = blocks + i;
@@ -129,15 +126,17 @@ fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdif
     }
     const size_t rows = (size_t)(batch * seq);
     fc_scratch scratch;
-    if (fc_scratch_alloc(&scratch, 1, (size_t)batch * 8 + rows * (qkv + heads + inner + part) * 4)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(&scratch, 1, ((size_t)batch + rows) * 8 + rows * (qkv + heads + inner + part) * 4)) return FC_NO_MEMORY;
     d.lens = (int64_t *)(void *)scratch.base;
-    d.qkv = (float *)(void *)(d.lens + batch);
+    d.positions = d.lens + batch;
+    d.qkv = (float *)(void *)(d.positions + rows);
     d.heads = d.qkv + rows * qkv;
     d.inner = d.heads + rows * heads;
     d.part = d.inner + rows * inner;
     for (ptrdiff_t b = 0; b < batch; b++) {
         d.lens[b] = start[b] + seq;
         if (d.lens[b] > d.longest) d.longest = d.lens[b];
+        for (ptrdiff_t i = 0; i < seq; i++) d.positions[b * seq + i] = start[b] + i;
     }
     fc_status status = fc_together(all_blocks, &d);
     fc_scratch_free(&scratch);

@@ -22,6 +22,9 @@ FC_INLINE void vf_to_f16(uint16_t *p, vf a) {
 FC_INLINE vf vf_from_bf16(const uint16_t *p) {
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
 }
+FC_INLINE vf vf_from_s8(const int8_t *p) {
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
 /* Round to nearest even in integers: vcvtneps2bf16 would flush denormals, and other ISAs would not. */
 FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
     __m512i u = (__m512i)a, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

@@ -1,0 +1,243 @@
+/* Tokens into the pages of a key/value cache, and out of them again. forge.h has the layout. */
+#include <string.h>
+
+#include "kv.h"
+#include "rows.h"
+
+enum { PANEL = 16 };
+
+static ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
+static ptrdiff_t unit_of(fc_kv_type type) { return type == FC_KV_BF16 ? 2 : 1; }
+static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : type == FC_KV_BF16 ? 2 : 1; }
+
+/* ---- where things lie ---- */
+
+static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
+    return FC_KV_CHUNK * round_up(c->head_dim, unit_of(c->type)) * value_bytes(c->type);
+}
+static ptrdiff_t values_bytes(const fc_kv_cache *c) { return FC_KV_CHUNK * round_up(c->v_dim, PANEL) * value_bytes(c->type); }
+
+ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) {
+    const ptrdiff_t scales = c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0;
+    return round_up(c->kv_heads * (keys_bytes(c) + values_bytes(c) + scales), 64);
+}
+
+fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
+    const ptrdiff_t keys = keys_bytes(c), values = values_bytes(c), unit = unit_of(c->type);
+    fc_kv_head h = {.k = (char *)page + g * keys, .v = (char *)page + c->kv_heads * keys + g * values};
+    h.k_lines = round_up(c->head_dim, unit) / unit;
+    h.line = PANEL * unit * value_bytes(c->type);
+    h.k_panel = h.k_lines * h.line;
+    h.v_panel = FC_KV_CHUNK / unit * h.line;
+    if (c->type == FC_KV_I8) {
+        h.k_scale = (float *)(void *)((char *)page + c->kv_heads * (keys + values)) + g * FC_KV_CHUNK;
+        h.v_scale = h.k_scale + c->kv_heads * FC_KV_CHUNK;
+    }
+    return h;
+}
+
+/* ---- in ---- */
+
+static ptrdiff_t widest(const fc_kv_cache *c) { return round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64); }
+
+/* 16 rows of float32, and one to convert or turn in */
+size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)(PANEL + 1) * (size_t)widest(c) * 4; }
+
+/* One channel of a key, or one key of a channel, is `size` bytes; its line-mates are `step` apart. */
+static void scatter(char *to, ptrdiff_t step, const char *from, ptrdiff_t size, ptrdiff_t n) {
+    if (size == 4) for (ptrdiff_t i = 0; i < n; i++) memcpy(to + i * step, from + i * 4, 4);
+    else if (size == 2) for (ptrdiff_t i = 0; i < n; i++) memcpy(to + i * step, from + i * 2, 2);
+    else for (ptrdiff_t i = 0; i < n; i++) to[i * step] = from[i];
+}
+
+/* row (n) of one token as the cache's type, in `to`; its scale, or 1 */
+static float encode(fc_kv_type type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n) {
+    float scale = 1.0f, inverse, sum;
+    if (type != FC_KV_I8) {
+        fc_convert_row(type == FC_KV_F32 ? FC_F32 : FC_BF16, to, from_type, from, n, 1.0f);
+        return scale;
+    }
+    fc_k->quantize_scale[from_type](&scale, &inverse, from, n);
+    fc_k->quantize[from_type](to, &sum, from, inverse, n, round_up(n, 64), round_up(n, 64), 0, 0);
+    return scale;
+}
+
+/* The key of one token, turned if there is a table, as rows of it: where, and in which dtype */
+static const void *turned(const fc_append_args *a, const void *key, int64_t position, float *room, fc_dtype *type) {
+    const ptrdiff_t d = a->cache->head_dim;
+    *type = a->type;
+    if (!a->cos) return key;
+    *type = FC_F32;
+    fc_k->to_f32[a->type](room, key, d, 1.0f);
+    (a->interleaved ? fc_k->rope_interleaved : fc_k->rope_half)[FC_F32](
+        room, room, a->cos + position * a->half, a->sin + position * a->half, a->half, d);
+    return room;
+}
+
+/* A whole panel: as words of 4 bytes, a channel or a pair of them, it is a transposition. */
+static void store_panel_of_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, const char *k,
+                                int64_t position, char *rows, float *room) {
+    const fc_kv_cache *c = a->cache;
+    const ptrdiff_t d = c->head_dim, ld = widest(c) * 4;
+    char *panel = h->k + slot / PANEL * h->k_panel;
+    if (c->type == FC_KV_F32 && !a->cos) {
+        fc_k->panel_cols[a->type]((float *)(void *)panel, k, a->k_stride[1], d, PANEL);
+        return;
+    }
+    for (ptrdiff_t i = 0; i < PANEL; i++) {
+        fc_dtype type;
+        const void *key = turned(a, k + i * a->k_stride[1], position + i, room, &type);
+        encode(c->type, rows + i * ld, type, key, d);
+        if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
+    }
+    fc_k->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
+}
+
+static void store_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, ptrdiff_t n, const char *k,
+                       int64_t position, char *rows, float *room) {
+    const fc_kv_cache *c = a->cache;
+    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type), d = c->head_dim;
+    for (ptrdiff_t i = 0; i < n;) {
+        const ptrdiff_t at = slot + i;
+        if (c->type != FC_KV_I8 && at % PANEL == 0 && n - i >= PANEL) {
+            store_panel_of_keys(a, h, at, k + i * a->k_stride[1], position + i, rows, room);
+            i += PANEL;
+            continue;
+        }
+        fc_dtype type;
+        const void *key = turned(a, k + i * a->k_stride[1], position + i, room, &type);
+        const float scale = encode(c->type, rows, type, key, d);
+        char *to = h->k + at / PANEL * h->k_panel + at % PANEL * unit * size;
+        scatter(to, h->line, rows, unit * size, d / unit);
+        if (d % unit) {
+            memcpy(to + d / unit * h->line, rows + (d - 1) * size, (size_t)size);
+            memset(to + d / unit * h->line + size, 0, (size_t)size);
+        }
+        if (h->k_scale) h->k_scale[at] = scale;
+        i++;
+    }
+}
+
+/* Values of one token, or, in bfloat16, of the two of a line */
+static void store_values(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, ptrdiff_t n, const char *v,
+                         char *rows) {
+    const fc_kv_cache *c = a->cache;
+    const ptrdiff_t size = value_bytes(c->type), e = c->v_dim, padded = round_up(e, PANEL), ld = widest(c) * 4;
+    for (ptrdiff_t i = 0, two; i < n; i += two) {
+        const ptrdiff_t at = slot + i;
+        two = c->type == FC_KV_BF16 && at % 2 == 0 && i + 1 < n ? 2 : 1;
+        for (ptrdiff_t j = 0; j < two; j++) {
+            const float scale = encode(c->type, rows + j * ld, a->type, v + (i + j) * a->v_stride[1], e);
+            memset(rows + j * ld + e * size, 0, (size_t)((padded - e) * size));
+            if (h->v_scale) h->v_scale[at] = scale;
+        }
+        for (ptrdiff_t p = 0; p < padded / PANEL; p++) {
+            char *line = h->v + p * h->v_panel, *row = rows + p * PANEL * size;
+            if (two == 2) {
+                uint16_t first[PANEL], second[PANEL];
+                uint32_t pairs[PANEL];
+                memcpy(first, row, sizeof first);
+                memcpy(second, row + ld, sizeof second);
+                for (int j = 0; j < PANEL; j++) pairs[j] = first[j] | (uint32_t)second[j] << 16;
+                memcpy(line + at / 2 * h->line, pairs, sizeof pairs);
+            } else if (c->type == FC_KV_BF16) {
+                scatter(line + at / 2 * h->line + at % 2 * 2, 4, row, 2, PANEL);
+            } else {
+                memcpy(line + at * h->line, row, (size_t)(PANEL * size));
+            }
+        }
+    }
+}
+
+void fc_kv_store(const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot, ptrdiff_t n, const char *k,
+                 const char *v, int64_t position, void *scratch) {
+    char *rows = scratch;
+    store_keys(args, head, slot, n, k, position, rows, (float *)(void *)(rows + PANEL * widest(args->cache) * 4));
+    store_values(args, head, slot, n, v, rows);
+}
+
+struct append {
+    const fc_append_args *a;
+    fc_scratch scratch;
+};
+
+/* An item is a run of up to FC_KV_CHUNK tokens of one row and head. */
+static ptrdiff_t runs_of(ptrdiff_t seq) { return (seq + FC_KV_CHUNK - 1) / FC_KV_CHUNK + 1; }
+
+static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct append *t = ctx;
+    const fc_append_args *a = t->a;
+    const fc_kv_cache *c = a->cache;
+    const ptrdiff_t runs = runs_of(a->seq);
+    for (ptrdiff_t i = begin; i < end; i++) {
+        const ptrdiff_t b = i / (c->kv_heads * runs), g = i / runs % c->kv_heads;
+        const int64_t first = a->start[b], stop = first + (a->count ? a->count[b] : a->seq);
+        const ptrdiff_t chunk = (ptrdiff_t)(first / FC_KV_CHUNK) + i % runs;
+        int64_t from = chunk * FC_KV_CHUNK, to = from + FC_KV_CHUNK;
+        if (from < first) from = first;
+        if (to > stop) to = stop;
+        if (from >= to) continue;
+        const fc_kv_head head = fc_kv_head_of(c, b, g, chunk);
+        fc_kv_store(a, &head, (ptrdiff_t)(from - chunk * FC_KV_CHUNK), (ptrdiff_t)(to - from),
+                    (const char *)a->k + b * a->k_stride[0] + (from - first) * a->k_stride[1] + g * a->k_stride[2],
+                    (const char *)a->v + b * a->v_stride[0] + (from - first) * a->v_stride[1] + g * a->v_stride[2], from,
+                    fc_scratch_of(&t->scratch, rank));
+    }
+}
+
+fc_status fc_append(const fc_append_args *args) {
+    const fc_kv_cache *c = args->cache;
+    struct append t = {.a = args};
+    const ptrdiff_t runs = runs_of(args->seq), items = args->batch * c->kv_heads * runs;
+    const double tokens = (double)args->seq / (double)runs;
+    const double ns = tokens * (double)(c->head_dim + c->v_dim) * 0.5 + 20;
+    const int threads = fc_threads_for(items, ns);
+    if (fc_scratch_alloc(&t.scratch, threads, fc_kv_store_bytes(c))) return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, items, ns, append_body, &t);
+    fc_scratch_free(&t.scratch);
+    return status;
+}
+
+/* ---- out ---- */
+
+static float decoded(fc_kv_type type, const char *p, float scale) {
+    if (type == FC_KV_I8) return (float)*(const signed char *)p * scale;
+    uint32_t bits = 0;
+    if (type == FC_KV_BF16) memcpy((char *)&bits + 2, p, 2);
+    else memcpy(&bits, p, 4);
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+struct read {
+    const fc_kv_cache *c;
+    ptrdiff_t b, start;
+    float *k, *v;
+};
+
+static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct read *r = ctx;
+    const fc_kv_cache *c = r->c;
+    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type);
+    (void)rank;
+    for (ptrdiff_t i = begin; i < end; i++) {
+        const ptrdiff_t position = r->start + i, slot = position % FC_KV_CHUNK;
+        for (ptrdiff_t g = 0; g < c->kv_heads; g++) {
+            const fc_kv_head h = fc_kv_head_of(c, r->b, g, position / FC_KV_CHUNK);
+            const char *key = h.k + slot / PANEL * h.k_panel + slot % PANEL * unit * size;
+            float *k = r->k + (i * c->kv_heads + g) * c->head_dim, *v = r->v + (i * c->kv_heads + g) * c->v_dim;
+            for (ptrdiff_t d = 0; d < c->head_dim; d++)
+                k[d] = decoded(c->type, key + d / unit * h.line + d % unit * size, h.k_scale ? h.k_scale[slot] : 1.0f);
+            for (ptrdiff_t e = 0; e < c->v_dim; e++)
+                v[e] = decoded(c->type, h.v + e / PANEL * h.v_panel + slot / unit * h.line + (e % PANEL * unit + slot % unit) * size,
+                               h.v_scale ? h.v_scale[slot] : 1.0f);
+        }
+    }
+}
+
+fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v) {
+    struct read r = {cache, b, start, k, v};
+    const double ns = (double)(cache->kv_heads * (cache->head_dim + cache->v_dim)) * 1.5 + 20;
+    return fc_static(fc_threads_for(seq, ns), seq, ns, read_body, &r);
+}
