@@ -133,7 +133,8 @@ class Model:
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None, *, dtype: str = "float32") -> ModelCache:
         """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096).
 
-        Layers with a sliding window keep only what the window needs. dtype "float32" or "bfloat16".
+        Layers with a sliding window keep only what the window needs. dtype "float32", "bfloat16" or
+        "int8", one scale a token and head.
         """
         return self._decoder.new_cache(batch, max_seq_len, dtype)
 

@@ -66,13 +66,18 @@ class ModelCache:
         """Row i alone, sharing memory and length with this cache."""
         return ModelCache([layer.row(i) for layer in self.layers], self.table)
 
+    def fork(self, n: int) -> ModelCache:
+        """n continuations of every row, sharing what is there; as KVCache.fork."""
+        with self.held():
+            return ModelCache([layer.fork(n) for layer in self.layers], self.table)
+
     @contextmanager
     def growing(self, tokens: int) -> Iterator[NDArray[np.int64]]:
         """Yield the lengths, and make every row `tokens` longer unless the block raises. ValueError without room."""
         start = self.lengths
         stop = self.layers[0]._stop(np.full(self.batch, tokens))
         for layer in self.layers:
-            np.maximum(layer._written, stop, out=layer._written)
+            layer._claim(stop)
         yield start
         for layer in self.layers:
             layer._lengths[:] = stop
@@ -131,7 +136,7 @@ class Decoder:
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None, dtype: str = "float32") -> ModelCache:
         """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096).
 
-        Layers with a sliding window keep no more than the window needs. dtype "float32" or "bfloat16".
+        Layers with a sliding window keep no more than the window needs. dtype "float32", "bfloat16" or "int8".
         """
         s = self.spec
         room = min(s.max_position_embeddings, DEFAULT_CONTEXT) if max_seq_len is None else max_seq_len

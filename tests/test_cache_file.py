@@ -1,0 +1,182 @@
+"""Caches in files: saved, loaded, mapped; larger than memory; and files that are no caches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import forge_c
+from forge_c.cache import KVCache
+
+
+def filled(rng: np.random.Generator, **options) -> KVCache:
+    """Rows of 700 and 350 tokens."""
+    cache = KVCache(2, 1000, 2, 16, v_dim=24, **options)
+    for begin in range(0, 700, 100):
+        k = rng.standard_normal((2, 100, 2, 40), np.float32)
+        cache.append(k[..., :16], k[..., 16:], lens=[100, 50])
+    return cache
+
+
+def contents(cache: KVCache) -> list[bytes]:
+    return [part.tobytes() for row in range(cache.batch) for part in cache.row(row)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("window", [None, 40, 300])
+@pytest.mark.parametrize("mode", [None, "r", "r+"])
+def test_what_is_saved_is_loaded(rng, tmp_path, dtype, window, mode):
+    cache = filled(rng, dtype=dtype, window=window)
+    cache.save(tmp_path / "cache.npy")
+    loaded = KVCache.load(tmp_path / "cache.npy", mode)
+    assert repr(loaded) == repr(cache) and loaded.lengths.tolist() == [700, 350]
+    assert contents(loaded) == contents(cache)
+    q = rng.standard_normal((2, 3, 4, 16), np.float32)
+    assert forge_c.attention(q, loaded, causal=True).tobytes() == forge_c.attention(q, cache, causal=True).tobytes()
+
+
+def test_a_mapped_cache_continues_in_its_file(rng, tmp_path):
+    cache = filled(rng)
+    cache.save(tmp_path / "cache.npy")
+    mapped = KVCache.load(tmp_path / "cache.npy", "r+")
+    k = rng.standard_normal((2, 100, 2, 40), np.float32)
+    for one in (cache, mapped):
+        one.append(k[..., :16], k[..., 16:])
+    assert KVCache.load(tmp_path / "cache.npy").lengths.tolist() == [700, 350]
+    mapped.flush()
+    del mapped
+    assert contents(KVCache.load(tmp_path / "cache.npy")) == contents(cache)
+
+
+def test_a_cache_that_lives_in_a_file(rng, tmp_path):
+    memory = np.random.default_rng(7)
+    on_disk = filled(np.random.default_rng(7), path=tmp_path / "new.npy")
+    assert contents(on_disk) == contents(filled(memory))
+    on_disk.flush()
+    assert contents(KVCache.load(tmp_path / "new.npy", "r")) == contents(on_disk)
+
+
+def test_a_fork_of_a_file_writes_elsewhere(rng, tmp_path):
+    filled(rng).save(tmp_path / "cache.npy")
+    before = (tmp_path / "cache.npy").read_bytes()
+    prompt = KVCache.load(tmp_path / "cache.npy", "r")
+    fork = prompt.fork(2)
+    k = rng.standard_normal((4, 100, 2, 40), np.float32)
+    fork.append(k[..., :16], k[..., 16:])
+    assert fork.lengths.tolist() == [800, 800, 450, 450]
+    assert (tmp_path / "cache.npy").read_bytes() == before
+
+
+def test_read_only_refuses_to_append_and_to_flush(rng, tmp_path):
+    cache = filled(rng)
+    cache.save(tmp_path / "cache.npy")
+    mapped = KVCache.load(tmp_path / "cache.npy", "r")
+    one = np.ones((2, 1, 2, 24), np.float32)
+    with pytest.raises(ValueError, match="KVCache.append: .*cache.npy is open for reading only"):
+        mapped.append(one[..., :16], one)
+    for refused in (mapped, cache):
+        with pytest.raises(ValueError, match="KVCache.flush: the cache has no file that is open for writing"):
+            refused.flush()
+    assert mapped.lengths.tolist() == [700, 350]
+    mapped.truncate(10)
+    assert mapped.lengths.tolist() == [10, 10]
+
+
+def test_an_existing_file_is_left_alone(rng, tmp_path):
+    path = tmp_path / "precious"
+    path.write_bytes(b"42")
+    with pytest.raises(FileExistsError):
+        filled(rng).save(path)
+    with pytest.raises(FileExistsError):
+        KVCache(1, 10, 1, 4, path=path)
+    assert path.read_bytes() == b"42"
+
+
+def test_pages_without_tokens_take_no_disk(tmp_path):
+    cache = KVCache(1, 2**20, 4, 64, path=tmp_path / "sparse.npy")
+    one = np.ones((1, 1, 4, 64), np.float32)
+    cache.append(one, one)
+    cache.flush()
+    assert (tmp_path / "sparse.npy").stat().st_size > 2**31
+    assert (tmp_path / "sparse.npy").stat().st_blocks * 512 < 2**22
+
+
+def header_changed(path, **changes) -> None:
+    """The JSON header of the file with other values."""
+    records = np.lib.format.open_memmap(path, mode="r+")
+    flat = records.reshape(-1)
+    text = json.dumps(json.loads(flat[:4096].tobytes().split(b"\0", 1)[0]) | changes).encode()
+    flat[:4096] = 0
+    flat[: len(text)] = np.frombuffer(text, np.uint8)
+    records.flush()
+
+
+@pytest.mark.parametrize("changes", [
+    {"lengths": [700]}, {"lengths": [700, -1]}, {"lengths": [700, 1001]}, {"lengths": [700, 3.5]}, {"lengths": []},
+    {"lengths": 3}, {"lengths": [[700], [350]]}, {"written": [700, 349]}, {"written": [2**70, 700]}, {"max_seq_len": 2000},
+    {"max_seq_len": 2**62}, {"n_kv_heads": 4}, {"n_kv_heads": 0}, {"head_dim": -16}, {"head_dim": 2**40}, {"v_dim": None},
+    {"dtype": "bfloat16"}, {"dtype": "object"}, {"window": 10}, {"window": 0}, {"window": "x"}, {"version": 2},
+    {"format": "other"}, {"more": 1},
+])
+@pytest.mark.parametrize("mode", [None, "r", "r+"])
+def test_a_damaged_header_is_an_error_that_names_the_file(tmp_path, changes, mode):
+    path = tmp_path / "cache.npy"
+    filled(np.random.default_rng(1)).save(path)
+    header_changed(path, **changes)
+    with pytest.raises(ValueError, match="KVCache.load: .*cache.npy"):
+        KVCache.load(path, mode)
+
+
+def test_a_truncated_or_foreign_file_is_an_error(rng, tmp_path):
+    path = tmp_path / "cache.npy"
+    filled(rng).save(path)
+    whole = path.read_bytes()
+    for size in (0, 5, 100, 128, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="KVCache.load: .*cache.npy"):
+            KVCache.load(path)
+    np.save(path, np.ones(1000))
+    with pytest.raises(ValueError, match="is no KVCache file"):
+        KVCache.load(path)
+    np.save(path, np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="is no KVCache file"):
+        KVCache.load(path)
+    with pytest.raises(FileNotFoundError):
+        KVCache.load(tmp_path / "absent")
+    with pytest.raises(ValueError, match="mmap_mode is 'w', expected"):
+        KVCache.load(path, "w")
+
+
+LARGER_THAN_MEMORY = """
+import resource, sys
+import numpy as np
+import forge_c
+from forge_c.cache import KVCache
+
+def peak_of(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) >> 10
+
+rng = np.random.default_rng(0)
+cache = KVCache(1, 2**17, 1, 256, dtype="float32", path=sys.argv[1])
+block = rng.standard_normal((1, 4096, 1, 256), np.float32)
+before = peak_of("RssAnon")
+resource.setrlimit(resource.RLIMIT_DATA, (peak_of("VmData") + 64 << 20,) * 2)
+for i in range(32):
+    cache.append(block * (i + 1), block)
+q = rng.standard_normal((1, 1, 4, 256), np.float32)
+y = forge_c.attention(q, cache, causal=True)
+print(peak_of("RssAnon") - before, bool(np.isfinite(y).all()), cache.nbytes >> 20)
+"""
+
+
+def test_attention_over_a_mapped_cache_needs_no_memory_of_its_size(tmp_path):
+    """256 MiB of keys and values with 64 MiB of data allowed: only the file's pages, which the system may drop, grow."""
+    done = subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, str(tmp_path / "big.npy")], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    grown, finite, nbytes = done.stdout.split()
+    assert int(grown) < 40 and finite == "True" and nbytes == "256"
