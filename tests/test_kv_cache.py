@@ -32,15 +32,14 @@ def slots(cache: KVCache, page: int) -> tuple[np.ndarray, np.ndarray]:
     dtype = BFLOAT16 if cache.dtype == "bfloat16" else np.dtype(cache.dtype)
     (pages,) = cache._memory
     lines, panels = -(-d // unit), -(-e // 16)
-    sizes = [heads * KV_CHUNK * lines * unit, heads * KV_CHUNK * panels * 16]
-    flat = pages[page][: sum(sizes) * dtype.itemsize].view(dtype)
-    k = flat[: sizes[0]].reshape(heads, KV_CHUNK // 16, lines, 16, unit).transpose(0, 1, 3, 2, 4)
-    v = flat[sizes[0] :].reshape(heads, panels, KV_CHUNK // unit, 16, unit).transpose(0, 2, 4, 1, 3)
-    k, v = k.reshape(heads, KV_CHUNK, -1)[..., :d], v.reshape(heads, KV_CHUNK, -1)[..., :e]
+    keys, values = (KV_CHUNK * n * dtype.itemsize for n in (lines * unit, panels * 16))
+    head = pages[page].reshape(heads, -1)
+    k = head[:, :keys].view(dtype).reshape(heads, KV_CHUNK // 16, lines, 16, unit).transpose(0, 1, 3, 2, 4)
+    v = head[:, keys : keys + values].view(dtype).reshape(heads, panels, KV_CHUNK // unit, 16, unit)
+    k, v = k.reshape(heads, KV_CHUNK, -1)[..., :d], v.transpose(0, 2, 4, 1, 3).reshape(heads, KV_CHUNK, -1)[..., :e]
     if cache.dtype == "int8":
-        scales = pages[page][sum(sizes) : sum(sizes) + 8 * heads * KV_CHUNK].view(np.float32)
-        k_scale, v_scale = scales.reshape(2, heads, KV_CHUNK, 1)
-        return k * k_scale, v * v_scale
+        scales = head[:, keys + values :].view(np.float32).reshape(heads, 2, KV_CHUNK, 1)
+        return k * scales[:, 0], v * scales[:, 1]
     return k, v
 
 

@@ -278,10 +278,19 @@ FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g,
     }
 }
 
+/* Panels this short, as those of keys and values are, follow each other in memory: few rows take one at a time, so that
+ * memory is read in order. Several would be as many streams, each too short for what fetches ahead. (Not bytes: one row
+ * would wait for its own sums.) */
+enum { SHORT_PANEL = 16384 };
+
 /* one row: more columns at a time; all: whole tiles, then (with wide vectors) two panels, then one */
 FC_INLINE void gemm_all(gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[], gemm_tile *const one[],
                         const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
+    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && g->line_stride == 64;
+    const int step = FC_NV < FC_PER_PANEL ? FC_NV : FC_PER_PANEL;
+    if (in_order)
+        for (; v + step <= vectors; v += step) gemm_columns(one, g, v);
     if (FC_NV_FEW > FC_NV && g->m == 1)
         for (; v + FC_NV_FEW <= vectors; v += FC_NV_FEW) few(g, 0, v, 0, 1);
     for (; v + FC_NV <= vectors; v += FC_NV) gemm_columns(all, g, v);

@@ -17,21 +17,23 @@ static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
 }
 static ptrdiff_t values_bytes(const fc_kv_cache *c) { return FC_KV_CHUNK * round_up(c->v_dim, PANEL) * value_bytes(c->type); }
 
-ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) {
-    const ptrdiff_t scales = c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0;
-    return round_up(c->kv_heads * (keys_bytes(c) + values_bytes(c) + scales), 64);
+static ptrdiff_t head_bytes(const fc_kv_cache *c) {
+    return round_up(keys_bytes(c) + values_bytes(c) + (c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0), 64);
 }
 
+ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return c->kv_heads * head_bytes(c); }
+
 fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
-    const ptrdiff_t keys = keys_bytes(c), values = values_bytes(c), unit = unit_of(c->type);
-    fc_kv_head h = {.k = (char *)page + g * keys, .v = (char *)page + c->kv_heads * keys + g * values};
+    const ptrdiff_t unit = unit_of(c->type);
+    fc_kv_head h = {.k = (char *)page + g * head_bytes(c)};
+    h.v = h.k + keys_bytes(c);
     h.k_lines = round_up(c->head_dim, unit) / unit;
     h.line = PANEL * unit * value_bytes(c->type);
     h.k_panel = h.k_lines * h.line;
     h.v_panel = FC_KV_CHUNK / unit * h.line;
     if (c->type == FC_KV_I8) {
-        h.k_scale = (float *)(void *)((char *)page + c->kv_heads * (keys + values)) + g * FC_KV_CHUNK;
-        h.v_scale = h.k_scale + c->kv_heads * FC_KV_CHUNK;
+        h.k_scale = (float *)(void *)(h.v + values_bytes(c));
+        h.v_scale = h.k_scale + FC_KV_CHUNK;
     }
     return h;
 }
