@@ -22,7 +22,8 @@ enum {
     SCORE_ROWS = 24, /* rows whose keys are, where rows end at different ones */
     LD_SCORES = FC_KV_CHUNK + 16,
     PACKED_BYTES = 64 << 20, /* of plain keys and values brought into pages at once, if one head has less */
-    PARTS_BYTES = 8 << 20    /* of partials at once: they stay in L3 */
+    PARTS_BYTES = 1 << 20,   /* of partials at once: they stay in L2 and L3 */
+    RUN = 4                  /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
 };
 
 struct attention {
@@ -39,7 +40,7 @@ struct attention {
     int own_page;
     fc_scratch scratch;
     /* one item a chunk: */
-    ptrdiff_t first_chunk, chunks; /* of the segment at hand */
+    ptrdiff_t first_chunk, chunks, run; /* of the segment at hand; chunks an item */
     float *parts;                  /* (B, G, chunks) partials: o (rows, e_padded), max (rows), sum (rows) */
     float *folded;                 /* (B, G) likewise */
 };
@@ -375,7 +376,7 @@ static fc_status by_blocks(struct attention *t) {
     return status;
 }
 
-/* ---- an item is one chunk of keys; partials are folded after each segment of chunks ---- */
+/* ---- an item is a run of chunks of keys; partials are folded after each segment of chunks ---- */
 
 static ptrdiff_t part_floats(const struct attention *t) { return t->rows * (t->e_padded + 2); }
 
@@ -383,7 +384,7 @@ static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     struct room r = room_of(t, rank);
     const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
-    for (ptrdiff_t i = begin; i < end; i++) {
+    for (ptrdiff_t i = begin * t->run; i < smaller(end * t->run, pairs * t->chunks); i++) {
         /* All heads of a chunk before the next chunk: in (batch, seq, heads, dim) they share their pages. */
         const ptrdiff_t pair = i % pairs, chunk = i / pairs;
         const struct where w = where_of(t, pair, 0);
@@ -417,7 +418,10 @@ static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t e
     for (t->first_chunk = begin; t->first_chunk < end && status == FC_OK; t->first_chunk += segment) {
         t->chunks = smaller(segment, end - t->first_chunk);
         const double ns = item_ns(t, FC_KV_CHUNK), fold_ns = (double)(t->chunks * t->e_padded) * 0.1;
-        status = fc_dynamic(fc_threads_for(pairs * t->chunks, ns), pairs * t->chunks, ns, chunk_body, t);
+        const int threads = fc_threads_for(pairs * t->chunks, ns);
+        t->run = smaller(RUN, (pairs * t->chunks + 8 * threads - 1) / (8 * threads));
+        const ptrdiff_t items = (pairs * t->chunks + t->run - 1) / t->run;
+        status = fc_dynamic(threads, items, ns * (double)t->run, chunk_body, t);
         if (status == FC_OK)
             status = fc_static(fc_threads_for(pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
     }
