@@ -184,18 +184,17 @@ FC_INLINE vf vf_exp(vf x) {
     return vf_scale2(vf_fma(r * r, q, r) + vf_set1(1.0f), n);
 }
 
-/* The same for x <= 0 in half the operations: e^x = 2^n (1 + r (1 + r q(r))), one scale, 0 where 2^n is no normal float. */
-FC_INLINE vf vf_exp_negative(vf x) {
+/* 2^x for x <= 0, as the weights of attention need it: 2^n (1 + r (c1 + ... + c6 r^5)), r = x - n exact, c minimax; 0 where
+ * 2^n is no normal float. A NaN stays one. */
+FC_INLINE vf vf_exp2_negative(vf x) {
     const vf magic = vf_set1(12582912.0f);
-    x = vf_max(vf_set1(-88.0f), x);
-    vf t = vf_fma(x, vf_set1(1.44269504f), magic), n = t - magic;
-    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
-    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
-    vf p = vf_fma(r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
-    p = vf_fma(r, p, vf_set1(4.16683890e-2f));
-    p = vf_fma(r, p, vf_set1(1.66665211e-1f));
-    p = vf_fma(r, p, vf_set1(4.99999940e-1f));
-    p = vf_fma(r, p, vf_set1(1.0f));
+    x = vf_max(vf_set1(-127.0f), x);
+    vf t = x + magic, r = x - (t - magic);
+    vf p = vf_fma(r, vf_set1(1.53533620e-4f), vf_set1(1.33988750e-3f));
+    p = vf_fma(r, p, vf_set1(9.61843692e-3f));
+    p = vf_fma(r, p, vf_set1(5.55033237e-2f));
+    p = vf_fma(r, p, vf_set1(0.240226477f));
+    p = vf_fma(r, p, vf_set1(0.693147182f));
     p = vf_fma(r, p, vf_set1(1.0f));
     return p * (vf)(((vi)t << 23) + 0x3f800000); /* the lowest bits of t are n */
 }

@@ -26,7 +26,7 @@ static double e_to(double x) { return exp(x > 700 ? 700 : x < -700 ? -700 : x); 
 /* F(name, largest x, ours, exact) */
 #define FUNCTIONS(F)                                                                                                   \
     F(exp, INFINITY, vf_exp(x), e_to(x))                                                                               \
-    F(exp_negative, 0, vf_exp_negative(x), e_to(x))                                                                    \
+    F(exp2_negative, 0, vf_exp2_negative(x), exp2(x))                                                                  \
     F(sigmoid, INFINITY, vf_sigmoid(x), 1 / (1 + e_to(-x)))                                                            \
     F(tanh, INFINITY, vf_tanh(x), tanh(x))                                                                             \
     F(silu, INFINITY, vf_activate(FC_SILU, x), x / (1 + e_to(-x)))                                                     \

@@ -14,37 +14,53 @@ FC_INLINE vf attention_score(const struct fc_attention_row *r, ptrdiff_t i, ptrd
     return r->bias ? s + vf_get_upto(FC_F32, r->bias, i, n) : s;
 }
 
-/* s[n]: score -> e^(score - max) v_scale; max, and the sum of e^(score - max).
- * A row with nothing to see leaves zeros and sum 0; NaN scores stay NaN, and make the sum NaN. */
-static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *max, float *sum) {
-    const int plain = r->scale == 1.0f && !r->k_scale && !r->bias && !(r->softcap > 0.0f);
-    vf top = vf_set1(-INFINITY);
+/* max of s[n], and of its tail's lanes */
+FC_INLINE vf max_of(const float *s, ptrdiff_t n) {
+    vf top[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) top[j] = vf_set1(-INFINITY);
     ptrdiff_t i = 0;
-    if (plain) {
-        for (; i + FC_N <= n; i += FC_N) top = vf_max(top, vf_load(r->s + i));
-        if (i < n) top = vf_max(top, vf_fill_from(vf_load_n(r->s + i, n - i), n - i, -INFINITY));
-    } else {
-        for (; i < n; i += FC_N) {
-            vf v = attention_score(r, i, n);
-            vf_put_upto(FC_F32, r->s, i, v, n);
-            top = vf_max(top, i + FC_N <= n ? v : vf_fill_from(v, n - i, -INFINITY));
-        }
-    }
-    const float m = vf_hmax(top);
-    const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
+    for (; i + 4 * FC_N <= n; i += 4 * FC_N)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) top[j] = vf_max(top[j], vf_load(s + i + j * FC_N));
+    for (; i + FC_N <= n; i += FC_N) top[0] = vf_max(top[0], vf_load(s + i));
+    if (i < n) top[0] = vf_max(top[0], vf_fill_from(vf_load_n(s + i, n - i), n - i, -INFINITY));
+    return vf_max(vf_max(top[0], top[1]), vf_max(top[2], top[3]));
+}
+
+/* 2^(units (s - shift)) */
+FC_INLINE vf weight(vf s, vf shift, float units) {
+    return vf_exp2_negative(units == 1.0f ? s - shift : (s - shift) * vf_set1(units));
+}
+
+/* s[n] <- 2^(units (s - shift)) v_scale; the sum before v_scale */
+FC_INLINE vf weights_of(float *s, const float *v_scale, ptrdiff_t n, vf shift, float units) {
     vf total = vf_zero();
-    for (i = 0; i + FC_N <= n; i += FC_N) {
-        vf e = vf_exp_negative(vf_load(r->s + i) - shift);
+    ptrdiff_t i = 0;
+    for (; i + FC_N <= n; i += FC_N) {
+        vf e = weight(vf_load(s + i), shift, units);
         total += e;
-        vf_store(r->s + i, r->v_scale ? e * vf_load(r->v_scale + i) : e);
+        vf_store(s + i, v_scale ? e * vf_load(v_scale + i) : e);
     }
     if (i < n) {
-        vf e = vf_fill_from(vf_exp_negative(vf_load_n(r->s + i, n - i) - shift), n - i, 0.0f);
+        vf e = vf_fill_from(weight(vf_load_n(s + i, n - i), shift, units), n - i, 0.0f);
         total += e;
-        vf_store_n(r->s + i, r->v_scale ? e * vf_load_n(r->v_scale + i, n - i) : e, n - i);
+        vf_store_n(s + i, v_scale ? e * vf_load_n(v_scale + i, n - i) : e, n - i);
     }
+    return total;
+}
+
+/* s[n]: score -> 2^(units (score - max)) v_scale; max, and the sum of 2^(units (score - max)).
+ * A row with nothing to see leaves zeros and sum 0; NaN scores stay NaN, and make the sum NaN. */
+static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *max, float *sum) {
+    float *s = r->s;
+    if (r->scale != 1.0f || r->k_scale || r->bias || r->softcap > 0.0f)
+        for (ptrdiff_t i = 0; i < n; i += FC_N) vf_put_upto(FC_F32, s, i, attention_score(r, i, n), n);
+    const float m = vf_hmax(max_of(s, n));
+    const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
     *max = m;
-    *sum = vf_sum(total);
+    *sum = vf_sum(r->v_scale || r->units != 1.0f ? weights_of(s, r->v_scale, n, shift, r->units)
+                                                 : weights_of(s, NULL, n, shift, 1.0f));
 }
 
 /* Vector j of the values of `key` in a panel of V at w. */
@@ -89,14 +105,16 @@ static void attention_ends(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t l
 
 /* (o, max, sum) <- its union with a chunk's (o_part, max_part, sum_part); an empty chunk changes nothing. */
 static void attention_fold(float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,
-                           ptrdiff_t n) {
+                           ptrdiff_t n, float units) {
     if (sum_part == 0.0f) return;
-    float top = *sum == 0.0f || *max < max_part ? max_part : *max;
-    float keep = *sum == 0.0f ? 0.0f : vf_exp(vf_set1(*max - top))[0], add = vf_exp(vf_set1(max_part - top))[0];
-    vf vkeep = vf_set1(keep), vadd = vf_set1(add);
+    const int first = *sum == 0.0f;
+    const float top = first || *max < max_part ? max_part : *max;
+    const float keep = first ? 0.0f : *max == top ? 1.0f : weight(vf_set1(*max), vf_set1(top), units)[0];
+    const float add = max_part == top ? 1.0f : weight(vf_set1(max_part), vf_set1(top), units)[0];
+    const vf vkeep = vf_set1(keep), vadd = vf_set1(add);
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        vf part = vf_get_upto(FC_F32, o_part, i, n) * vadd;
-        vf_put_upto(FC_F32, o, i, *sum == 0.0f ? part : vf_fma(vf_get_upto(FC_F32, o, i, n), vkeep, part), n);
+        const vf part = vf_load(o_part + i) * vadd;
+        vf_store(o + i, first ? part : vf_fma(vf_load(o + i), vkeep, part));
     }
     *sum = *sum * keep + sum_part * add;
     *max = top;
