@@ -18,6 +18,7 @@
 
 enum {
     BLOCK_ROWS = 96,
+    QUERIES_AHEAD = 4,
     STRIP = 6,      /* rows whose values are multiplied together */
     SCORE_ROWS = 24, /* rows whose keys are, where rows end at different ones */
     LD_SCORES = FC_KV_CHUNK + 16,
@@ -126,17 +127,22 @@ static void visible_to_all(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff
     visible(a, kv_len, a->q_len - 1, &other, hi);
 }
 
+/* Rows (query, head) of a block. A token's heads lie together and tokens far apart: the next ones are asked for. */
 static void load_queries(const struct attention *t, const struct where *w, char *q) {
     const fc_attention_args *a = t->a;
     const ptrdiff_t size = t->halves ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
-    for (ptrdiff_t i = 0; i < w->queries; i++)
-        for (ptrdiff_t r = 0; r < t->group; r++, q += t->d_padded * size) {
-            const char *from = (const char *)a->q + w->b * a->q_stride[0] + (w->q0 + i) * a->q_stride[1] +
-                               (w->g * t->group + r) * a->q_stride[2];
+    const ptrdiff_t bytes = t->group * a->head_dim * (a->q_type == FC_F32 ? 4 : 2);
+    const char *block = (const char *)a->q + w->b * a->q_stride[0] + w->q0 * a->q_stride[1] + w->g * t->group * a->q_stride[2];
+    for (ptrdiff_t i = 0; i < w->queries; i++) {
+        const char *from = block + i * a->q_stride[1];
+        for (ptrdiff_t at = 0; i + QUERIES_AHEAD < w->queries && at < bytes; at += 64)
+            __builtin_prefetch(from + QUERIES_AHEAD * a->q_stride[1] + at);
+        for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size) {
             if (t->halves) fc_k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
             else fc_k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, t->scale);
             memset(q + a->head_dim * size, 0, (size_t)pad);
         }
+    }
 }
 
 /* ---- plain arrays into pages ---- */
