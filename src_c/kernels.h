@@ -31,20 +31,25 @@ struct fc_attention_row {
     float units; /* log2(e), or 1 where scale has it already */
 };
 
+/* past: what is written goes past the caches */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset, int past_cache), out, h, x, residual, weight, n, eps, offset, past_cache)               \
+                 float offset, int past), out, h, x, residual, weight, n, eps, offset, past)                           \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
-                   ptrdiff_t n, float eps), out, h, x, residual, weight, bias, n, eps)                                 \
-    X(softmax, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                     \
-    X(relu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
-    X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
-    X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
-    X(gelu_tanh, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                   \
-    X(reglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
-    X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                  \
-    X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
-    X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)              \
+                   ptrdiff_t n, float eps, int past), out, h, x, residual, weight, bias, n, eps, past)                 \
+    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, int past), out, x, e, n, past)                        \
+    X(relu, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                        \
+    X(silu, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                        \
+    X(gelu, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                        \
+    X(gelu_tanh, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                   \
+    X(reglu, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,         \
+      past)                                                                                                            \
+    X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,        \
+      past)                                                                                                            \
+    X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,         \
+      past)                                                                                                            \
+    X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,    \
+      past)                                                                                                            \
     X(rope_half, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim),        \
       out, x, cos, sin, half, dim)                                                                                     \
     X(rope_interleaved, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim), \
@@ -80,6 +85,7 @@ struct fc_attention_row {
     X(gemm_i8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
+    X(stream, (void *out, const void *from, ptrdiff_t bytes))                                                          \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \

@@ -54,6 +54,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vi_add_madd16(acc, a, b)       int16 lanes: acc + a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
  *   vi_put8, vi_put16       FC_N int32 lanes, small enough, as int8 or int16 at p
  * and where the ISA has them
+ *   FC_HAS_BF16_PAIR  vf_bf16_pair(a, b)      2 FC_N bfloat16 values, cheaper than one vector after the other
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
  *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
  *   FC_HAS_MADDUBS   vi_add_maddubs(acc, u8, s8)  int16 lanes: acc + the sum of two products of bytes, which must fit
@@ -108,6 +109,47 @@ FC_INLINE void vf_put_n(fc_dtype t, void *p, ptrdiff_t i, vf a, ptrdiff_t n) {
     uint16_t part[FC_N];
     vf_put(t, part, 0, a);
     memcpy((uint16_t *)p + i, part, (size_t)n * 2);
+}
+
+/* a and b as 2 FC_N values of a 16-bit type */
+FC_INLINE vf vf_halves(fc_dtype t, vf a, vf b) {
+#ifdef FC_HAS_BF16_PAIR
+    if (t == FC_BF16) return vf_bf16_pair(a, b);
+#endif
+    uint16_t both[2 * FC_N];
+    vf_put(t, both, 0, a);
+    vf_put(t, both, FC_N, b);
+    return vf_load(both);
+}
+
+/* a and b to 2 FC_N neighbours from i on; `past`: past the caches, p + i being a multiple of FC_BYTES */
+FC_INLINE void vf_put2(fc_dtype t, void *p, ptrdiff_t i, vf a, vf b, int past) {
+    if (t != FC_F32) {
+        const vf both = vf_halves(t, a, b);
+        char *to = (char *)p + i * 2;
+        if (past) vf_stream((float *)(void *)to, both);
+        else vf_store(to, both);
+    } else if (past) {
+        vf_stream((float *)p + i, a);
+        vf_stream((float *)p + i + FC_N, b);
+    } else {
+        vf_store((float *)p + i, a);
+        vf_store((float *)p + i + FC_N, b);
+    }
+}
+
+/* Asks for what lies `ahead` bytes after element i of p, which may be beyond its end: rows follow each other. The
+ * processor's own fetching stops at each page. */
+FC_INLINE void vf_ask(fc_dtype t, const void *p, ptrdiff_t i, ptrdiff_t ahead, int past) {
+    const char *at = (const char *)p + i * (t == FC_F32 ? 4 : 2) + ahead;
+    if (past) __builtin_prefetch(at, 0, 2);
+}
+
+/* Elements of p before the first from which vf_put2 may go past the caches: 0 if it does not, n if it never can. */
+FC_INLINE ptrdiff_t vf_head(fc_dtype t, const void *p, ptrdiff_t n, int past) {
+    const uintptr_t size = t == FC_F32 ? 4 : 2, bytes = -(uintptr_t)p % FC_BYTES;
+    if (!past) return 0;
+    return bytes % size || (ptrdiff_t)(bytes / size) > n ? n : (ptrdiff_t)(bytes / size);
 }
 
 /* A full vector where one fits at i, else the last n - i elements and zeros. */
@@ -199,10 +241,33 @@ FC_INLINE vf vf_exp2_negative(vf x) {
     return p * (vf)(((vi)t << 23) + 0x3f800000); /* the lowest bits of t are n */
 }
 
-/* 1 / (1 + e^-x), from e^-|x| so that neither end overflows */
-FC_INLINE vf vf_sigmoid(vf x) {
-    vf e = vf_exp(-vf_abs(x));
-    return vf_if_lt(x, vf_zero(), e, vf_set1(1.0f)) / (vf_set1(1.0f) + e);
+/* e^r and, in the lowest bits of *t, n, where x = n ln2 + r: e^x = 2^n e^r. -127 ln2 <= x <= 129 ln2. */
+FC_INLINE vf vf_exp_parts(vf x, vf *t) {
+    const vf magic = vf_set1(12582912.0f);
+    *t = vf_fma(x, vf_set1(1.44269504f), magic);
+    vf n = *t - magic;
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_fma(r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
+    p = vf_fma(r, p, vf_set1(4.16683890e-2f));
+    p = vf_fma(r, p, vf_set1(1.66665211e-1f));
+    p = vf_fma(r, p, vf_set1(4.99999940e-1f));
+    p = vf_fma(r, p, vf_set1(1.0f));
+    return vf_fma(r, p, vf_set1(1.0f));
+}
+
+/* e^x for x <= 0 in fewer operations than vf_exp: 0 where 2^n is no normal float, under 2^-126.5. */
+FC_INLINE vf vf_exp_negative(vf x) {
+    vf t, p = vf_exp_parts(vf_max(vf_set1(-88.0f), x), &t);
+    return p * (vf)(((vi)t << 23) + 0x3f800000);
+}
+
+/* x / (1 + e^-u): x silu-ed by u. e^-u is carried as twice its half, which does not overflow before x / (1 + e^-u) is
+ * under 3e-39 |x|; then the result is 0. */
+FC_INLINE vf vf_times_sigmoid(vf x, vf u) {
+    vf t, p = vf_exp_parts(vf_min(vf_set1(89.0f), vf_max(vf_set1(-87.0f), -u)), &t);
+    vf half = p * (vf)(((vi)t << 23) + 0x3f000000);
+    return x / vf_fma(half, vf_set1(2.0f), vf_set1(1.0f));
 }
 
 /* |x| < 0.625: x + x^3 p(x^2);  else sign(x) (1 - 2 / (e^(2|x|) + 1)) */

@@ -26,8 +26,9 @@ static double e_to(double x) { return exp(x > 700 ? 700 : x < -700 ? -700 : x); 
 /* F(name, largest x, ours, exact) */
 #define FUNCTIONS(F)                                                                                                   \
     F(exp, INFINITY, vf_exp(x), e_to(x))                                                                               \
+    F(exp_negative, 0, vf_exp_negative(x), e_to(x))                                                                    \
     F(exp2_negative, 0, vf_exp2_negative(x), exp2(x))                                                                  \
-    F(sigmoid, INFINITY, vf_sigmoid(x), 1 / (1 + e_to(-x)))                                                            \
+    F(sigmoid, INFINITY, vf_times_sigmoid(vf_set1(1.0f), x), 1 / (1 + e_to(-x)))                                                            \
     F(tanh, INFINITY, vf_tanh(x), tanh(x))                                                                             \
     F(silu, INFINITY, vf_activate(FC_SILU, x), x / (1 + e_to(-x)))                                                     \
     F(gelu, INFINITY, vf_activate(FC_GELU, x), 0.5 * x * erfc(-x * M_SQRT1_2))                                         \

@@ -68,18 +68,29 @@ static __attribute__((noinline, unused)) float layer_norm_wide(fc_dtype t, const
     return (float)(inv / *pre);
 }
 
+FC_INLINE vf layer_norm_scaled(fc_dtype t, const void *x, ptrdiff_t i, ptrdiff_t n, vf first, vf mean, vf scale,
+                               const float *weight, const float *bias) {
+    vf v = (vf_get_upto(t, x, i, n) * first - mean) * scale;
+    if (weight) v *= vf_get_upto(FC_F32, weight, i, n);
+    return bias ? v + vf_get_upto(FC_F32, bias, i, n) : v;
+}
+
 FC_INLINE void layer_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
-                              const float *bias, ptrdiff_t n, float eps) {
+                              const float *bias, ptrdiff_t n, float eps, int past) {
     float mean = layer_norm_sum(t, h, x, residual, n) / (float)n, pre = 1.0f, inv;
     if (residual) x = h;
     float sum = layer_norm_sum_squares(t, x, mean, n);
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
     else inv = layer_norm_wide(t, x, n, eps, &mean, &pre);
     vf m = vf_set1(mean), scale = vf_set1(inv), first = vf_set1(pre);
-    for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        vf v = (vf_get_upto(t, x, i, n) * first - m) * scale;
-        if (weight) v *= vf_get_upto(FC_F32, weight, i, n);
-        if (bias) v += vf_get_upto(FC_F32, bias, i, n);
-        vf_put_upto(t, out, i, v, n);
+    const ptrdiff_t head = vf_head(t, out, n, past);
+    ptrdiff_t i = 0;
+    for (; i < head; i += FC_N) vf_put_upto(t, out, i, layer_norm_scaled(t, x, i, head, first, m, scale, weight, bias), head);
+    for (i = head; i + 2 * FC_N <= n; i += 2 * FC_N) {
+        vf_ask(t, x, i, n * (t == FC_F32 ? 4 : 2), past);
+        vf_put2(t, out, i, layer_norm_scaled(t, x, i, n, first, m, scale, weight, bias),
+                layer_norm_scaled(t, x, i + FC_N, n, first, m, scale, weight, bias), past);
     }
+    for (; i < n; i += FC_N) vf_put_upto(t, out, i, layer_norm_scaled(t, x, i, n, first, m, scale, weight, bias), n);
+    if (past) vf_stream_end();
 }

@@ -42,29 +42,26 @@ static __attribute__((noinline, unused)) float rms_wide_inverse(fc_dtype t, cons
     return (float)(inv / *pre);
 }
 
-FC_INLINE vf rms_scaled(fc_dtype t, const void *x, ptrdiff_t i, vf first, vf scale, vf plus, const float *weight) {
-    vf v = vf_get(t, x, i) * first * scale;
-    return weight ? v * (plus + vf_load(weight + i)) : v;
+FC_INLINE vf rms_scaled(fc_dtype t, const void *x, ptrdiff_t i, ptrdiff_t n, vf first, vf scale, vf plus, const float *weight) {
+    vf v = vf_get_upto(t, x, i, n) * first * scale;
+    return weight ? v * (plus + vf_get_upto(FC_F32, weight, i, n)) : v;
 }
 
-/* past_cache: the result is too large for the caches, so its lines are written without being read first. */
 FC_INLINE void rms_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
-                            ptrdiff_t n, float eps, float offset, int past_cache) {
+                            ptrdiff_t n, float eps, float offset, int past) {
     float sum = rms_sum_squares(t, h, x, residual, n), pre = 1.0f, inv;
     if (residual) x = h;
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
     else inv = rms_wide_inverse(t, x, n, eps, &pre);
     vf scale = vf_set1(inv), first = vf_set1(pre), plus = vf_set1(offset);
+    const ptrdiff_t head = vf_head(t, out, n, past);
     ptrdiff_t i = 0;
-    if (t == FC_F32 && past_cache && n >= FC_N && (uintptr_t)out % 4 == 0) {
-        vf_store(out, rms_scaled(t, x, 0, first, scale, plus, weight));
-        for (i = (ptrdiff_t)(-(uintptr_t)out % FC_BYTES / 4); i + FC_N <= n; i += FC_N)
-            vf_stream((float *)out + i, rms_scaled(t, x, i, first, scale, plus, weight));
-        vf_stream_end();
+    for (; i < head; i += FC_N) vf_put_upto(t, out, i, rms_scaled(t, x, i, head, first, scale, plus, weight), head);
+    for (i = head; i + 2 * FC_N <= n; i += 2 * FC_N) {
+        vf_ask(t, x, i, n * (t == FC_F32 ? 4 : 2), past);
+        vf_put2(t, out, i, rms_scaled(t, x, i, n, first, scale, plus, weight),
+                rms_scaled(t, x, i + FC_N, n, first, scale, plus, weight), past);
     }
-    for (; i + FC_N <= n; i += FC_N) vf_put(t, out, i, rms_scaled(t, x, i, first, scale, plus, weight));
-    if (i < n) {
-        vf v = vf_get_n(t, x, i, n - i) * first * scale;
-        vf_put_n(t, out, i, weight ? v * (plus + vf_load_n(weight + i, n - i)) : v, n - i);
-    }
+    for (; i < n; i += FC_N) vf_put_upto(t, out, i, rms_scaled(t, x, i, n, first, scale, plus, weight), n);
+    if (past) vf_stream_end();
 }

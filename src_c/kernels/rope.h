@@ -10,7 +10,20 @@ FC_INLINE void rope_copy_tail(fc_dtype t, void *out, const void *x, ptrdiff_t fr
 
 FC_INLINE void rope_half_any(fc_dtype t, void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half,
                              ptrdiff_t dim) {
-    for (ptrdiff_t i = 0; i < half; i += FC_N) {
+    ptrdiff_t i = 0;
+    for (; i + 2 * FC_N <= half; i += 2 * FC_N) {
+        vf y[2], z[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const ptrdiff_t at = i + j * FC_N;
+            vf a = vf_get(t, x, at), b = vf_get(t, x, half + at), c = vf_load(cos + at), s = vf_load(sin + at);
+            y[j] = vf_fma(a, c, -(b * s));
+            z[j] = vf_fma(b, c, a * s);
+        }
+        vf_put2(t, out, i, y[0], y[1], 0);
+        vf_put2(t, out, half + i, z[0], z[1], 0);
+    }
+    for (; i < half; i += FC_N) {
         ptrdiff_t n = half - i < FC_N ? half - i : FC_N;
         vf a = vf_get_upto(t, x, i, half), b = vf_get_upto(t, x, half + i, half + i + n);
         vf c = vf_get_upto(FC_F32, cos, i, half), s = vf_get_upto(FC_F32, sin, i, half);

@@ -1,17 +1,18 @@
 /* Elementwise activations and gated products. A row may be the whole array: it is cut into blocks. */
 #include "rows.h"
 
-enum { BLOCK = 8192 };
-static const double NS[FC_ACTIVATIONS] = {[FC_RELU] = 0.15, [FC_SILU] = 0.5, [FC_GELU] = 0.9, [FC_GELU_TANH] = 0.6};
+enum { BLOCK = 4096 };
+static const double NS[FC_ACTIVATIONS] = {[FC_RELU] = 0.15, [FC_SILU] = 0.4, [FC_GELU] = 0.9, [FC_GELU_TANH] = 0.5};
 
 struct elementwise {
-    void (*unary)(void *out, const void *x, ptrdiff_t n);
-    void (*binary)(void *out, const void *gated, const void *linear, ptrdiff_t n);
+    void (*unary)(void *out, const void *x, ptrdiff_t n, int past);
+    void (*binary)(void *out, const void *gated, const void *linear, ptrdiff_t n, int past);
     char *out;
     const char *a, *b;
     const fc_rows *rows;
     ptrdiff_t n, blocks;
-    size_t size;
+    ptrdiff_t size;
+    int past;
 };
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -20,23 +21,24 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     (void)rank;
     fc_cursor_at(&c, e->rows, begin / e->blocks);
     for (ptrdiff_t i = begin; i < end; i++) {
-        ptrdiff_t from = i % e->blocks * BLOCK, n = e->n - from < BLOCK ? e->n - from : BLOCK;
-        ptrdiff_t skip = from * (ptrdiff_t)e->size;
-        if (e->unary) e->unary(e->out + c.at[0] + skip, e->a + c.at[1] + skip, n);
-        else e->binary(e->out + c.at[0] + skip, e->a + c.at[1] + skip, e->b + c.at[2] + skip, n);
+        const ptrdiff_t from = i % e->blocks * BLOCK, n = e->n - from < BLOCK ? e->n - from : BLOCK, skip = from * e->size;
+        char *out = e->out + c.at[0] + skip;
+        if (e->unary) e->unary(out, e->a + c.at[1] + skip, n, e->past);
+        else e->binary(out, e->a + c.at[1] + skip, e->b + c.at[2] + skip, n, e->past);
         if (from + n == e->n) fc_cursor_next(&c);
     }
 }
 
 static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
-    ptrdiff_t items = fc_rows_count(e->rows) * e->blocks;
-    double ns = ns_each * (double)(e->n < BLOCK ? e->n : BLOCK);
-    e->size = type == FC_F32 ? 4 : 2;
+    const ptrdiff_t count = fc_rows_count(e->rows), items = count * e->blocks;
+    const double ns = ns_each * (double)(e->n < BLOCK ? e->n : BLOCK);
+    e->size = fc_size_of(type);
+    e->past = fc_past_cache((double)count * (double)(e->n * e->size), e->out == e->a || e->out == e->b);
     return fc_static(fc_threads_for(items, ns), items, ns, body, e);
 }
 
 fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
-    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, ptrdiff_t) = {
+    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, ptrdiff_t, int) = {
         [FC_RELU] = fc_k->relu[type],
         [FC_SILU] = fc_k->silu[type],
         [FC_GELU] = fc_k->gelu[type],
@@ -48,7 +50,7 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
 
 fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
                  ptrdiff_t n) {
-    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, const void *, ptrdiff_t) = {
+    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, const void *, ptrdiff_t, int) = {
         [FC_RELU] = fc_k->reglu[type],
         [FC_SILU] = fc_k->swiglu[type],
         [FC_GELU] = fc_k->geglu[type],

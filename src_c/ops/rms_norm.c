@@ -1,9 +1,6 @@
 /* RMSNorm and its fused residual form over rows. */
 #include "rows.h"
 
-/* Values of a result that no cache keeps until it is read. */
-enum { PAST_CACHE = 4 << 20 };
-
 struct rms_norm {
     fc_dtype type;
     char *out, *h;
@@ -12,7 +9,7 @@ struct rms_norm {
     const fc_rows *rows;
     ptrdiff_t n;
     float eps, offset;
-    int past_cache;
+    int past;
 };
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -22,15 +19,14 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     fc_cursor_at(&c, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c))
         fc_k->rms_norm[a->type](a->out + c.at[0], a->h ? a->h + c.at[1] : NULL, a->x + c.at[2],
-                                a->residual ? a->residual + c.at[3] : NULL, a->weight, a->n, a->eps, a->offset,
-                                a->past_cache);
+                              a->residual ? a->residual + c.at[3] : NULL, a->weight, a->n, a->eps, a->offset, a->past);
 }
 
 fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                       const fc_rows *rows, ptrdiff_t n, float eps, float offset) {
     struct rms_norm a = {type, out, h, x, residual, weight, rows, n, eps, offset, 0};
-    ptrdiff_t count = fc_rows_count(rows);
-    a.past_cache = out != x && out != residual && (double)count * (double)n > PAST_CACHE;
-    double ns = (double)n * (residual ? 0.3 : 0.15) + 20;
+    const ptrdiff_t count = fc_rows_count(rows);
+    const double ns = (double)n * (residual ? 0.3 : 0.15) + 20;
+    a.past = fc_past_cache((double)count * (double)(n * fc_size_of(type)), out == x || out == residual);
     return fc_static(fc_threads_for(count, ns), count, ns, body, &a);
 }

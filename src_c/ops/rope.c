@@ -1,24 +1,38 @@
 /* Rotary embedding: one item is one position of one sequence, all its heads. */
 #include "rows.h"
 
+struct rope {
+    const fc_rope_args *a;
+    ptrdiff_t head_bytes;
+    fc_scratch room; /* a thread: all heads of a token, if they go past the caches; a head alone ends inside a line */
+};
+
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const fc_rope_args *a = ctx;
+    const struct rope *t = ctx;
+    const fc_rope_args *a = t->a;
     void (*turn)(void *, const void *, const float *, const float *, ptrdiff_t, ptrdiff_t) =
         a->interleaved ? fc_k->rope_interleaved[a->type] : fc_k->rope_half[a->type];
-    (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
-        ptrdiff_t b = i / a->seq, s = i % a->seq;
-        int64_t p = a->positions ? a->positions[b * a->positions_stride + s] : a->start_pos + s;
+        const ptrdiff_t b = i / a->seq, s = i % a->seq, step = t->room.block ? t->head_bytes : a->out_stride[2];
+        const int64_t p = a->positions ? a->positions[b * a->positions_stride + s] : a->start_pos + s;
         const char *x = (const char *)a->x + b * a->x_stride[0] + s * a->x_stride[1];
         char *out = (char *)a->out + b * a->out_stride[0] + s * a->out_stride[1];
-        for (ptrdiff_t h = 0; h < a->heads; h++, x += a->x_stride[2], out += a->out_stride[2])
-            turn(out, x, a->cos + p * a->half, a->sin + p * a->half, a->half, a->head_dim);
+        char *to = t->room.block ? fc_scratch_of(&t->room, rank) : out;
+        for (ptrdiff_t h = 0; h < a->heads; h++)
+            turn(to + h * step, x + h * a->x_stride[2], a->cos + p * a->half, a->sin + p * a->half, a->half, a->head_dim);
+        if (t->room.block) fc_k->stream(out, to, a->heads * t->head_bytes);
     }
 }
 
-fc_status fc_rope(const fc_rope_args *args) {
-    fc_rope_args a = *args;
-    ptrdiff_t items = a.batch * a.seq;
-    double ns = (double)(a.heads * a.head_dim) * 0.2 + 10;
-    return fc_static(fc_threads_for(items, ns), items, ns, body, &a);
+fc_status fc_rope(const fc_rope_args *a) {
+    struct rope t = {.a = a, .head_bytes = a->head_dim * fc_size_of(a->type)};
+    const ptrdiff_t items = a->batch * a->seq;
+    const double ns = (double)(a->heads * a->head_dim) * 0.2 + 10;
+    const int threads = fc_threads_for(items, ns), together = a->heads == 1 || a->out_stride[2] == t.head_bytes;
+    if (together && fc_past_cache((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
+        fc_scratch_alloc(&t.room, threads, (size_t)(a->heads * t.head_bytes)))
+        return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, items, ns, body, &t);
+    fc_scratch_free(&t.room);
+    return status;
 }

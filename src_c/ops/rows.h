@@ -5,6 +5,8 @@
 #include "../kernels.h"
 #include "../threads.h"
 
+static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
+
 typedef struct {
     const fc_rows *rows;
     ptrdiff_t index[FC_MAX_AXES];
@@ -35,6 +37,11 @@ static inline void fc_cursor_next(fc_cursor *c) {
         c->index[d] = 0;
     }
 }
+
+/* Whether a result is so large that no cache keeps it until it is read: then it is written past them, and its lines need
+ * not be read first. In place they are there anyway. */
+enum { FC_PAST_CACHE = 16 << 20 };
+static inline int fc_past_cache(double bytes, int in_place) { return bytes > FC_PAST_CACHE && !in_place; }
 
 /* to[n] = from[n] * scale, from any storage type to any */
 void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale);

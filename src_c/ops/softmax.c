@@ -7,20 +7,28 @@ struct softmax {
     const char *x;
     const fc_rows *rows;
     ptrdiff_t n;
+    int past;
+    fc_scratch exps; /* a thread: (n), where out cannot hold them */
 };
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct softmax *a = ctx;
     fc_cursor c;
-    (void)rank;
     fc_cursor_at(&c, a->rows, begin);
-    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c))
-        fc_k->softmax[a->type](a->out + c.at[0], a->x + c.at[1], a->n);
+    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
+        void *out = a->out + c.at[0];
+        fc_k->softmax[a->type](out, a->x + c.at[1], a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n, a->past);
+    }
 }
 
 fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
-    struct softmax a = {type, out, x, rows, n};
-    ptrdiff_t count = fc_rows_count(rows);
-    double ns = (double)n * 0.8 + 20;
-    return fc_static(fc_threads_for(count, ns), count, ns, body, &a);
+    struct softmax a = {.type = type, .out = out, .x = x, .rows = rows, .n = n};
+    const ptrdiff_t count = fc_rows_count(rows);
+    const double ns = (double)n * 0.5 + 20;
+    const int threads = fc_threads_for(count, ns);
+    a.past = fc_past_cache((double)count * (double)(n * fc_size_of(type)), out == x);
+    if ((type != FC_F32 || a.past) && fc_scratch_alloc(&a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, count, ns, body, &a);
+    fc_scratch_free(&a.exps);
+    return status;
 }

@@ -26,13 +26,21 @@ FC_INLINE vf vf_from_bf16(const uint16_t *p) {
 FC_INLINE vf vf_from_s8(const int8_t *p) {
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
 }
-FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
+/* The 16 high bits of round-to-nearest-even(a), NaN kept quiet, in each 32-bit lane. */
+FC_INLINE __m256i vf_bf16_bits(vf a) {
     __m256i u = (__m256i)a, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
     __m256 nan = _mm256_cmp_ps((__m256)a, (__m256)a, _CMP_UNORD_Q);
-    r = (__m256i)_mm256_blendv_ps((__m256)r, (__m256)quiet, nan);
+    __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    return _mm256_srli_epi32((__m256i)_mm256_blendv_ps((__m256)r, (__m256)quiet, nan), 16);
+}
+FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
+    __m256i r = vf_bf16_bits(a);
     _mm_storeu_si128((void *)p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+}
+#define FC_HAS_BF16_PAIR 1
+FC_INLINE vf vf_bf16_pair(vf a, vf b) {
+    return (vf)_mm256_permute4x64_epi64(_mm256_packus_epi32(vf_bf16_bits(a), vf_bf16_bits(b)), 0xD8);
 }
 
 /* In two steps, so that 2^n1 and 2^n2 are normal floats for every n that vf_exp makes. */
