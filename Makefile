@@ -26,4 +26,6 @@ lint: $(VENV)/built
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info forge_c/*.so forge_c/functional.c forge_c/include
+	rm -rf $(VENV) build *.egg-info forge_c/*.so forge_c/functional.c forge_c/include \
+		examples/c_pipeline/decode examples/cython_pipeline/build examples/cython_pipeline/*.so \
+		examples/cython_pipeline/block.c

@@ -1,8 +1,7 @@
-"""Builds the one extension module: Cython over every C file of src_c. Options live in pyproject.toml."""
+"""Builds libforge_c.so from every C file of src_c, and the extension module over it. Options live in pyproject.toml."""
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -12,6 +11,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+LIBRARY = "forge_c.libforge_c"
 FLAGS = ["-std=gnu11", "-O2", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # For tools/check_avx512.sh alone: the AVX-512 tables as AVX2 code, many times slower.
 if os.environ.get("FORGE_C_SOFTWARE_AVX512") == "1":
@@ -19,7 +19,11 @@ if os.environ.get("FORGE_C_SOFTWARE_AVX512") == "1":
 
 
 class BuildExt(build_ext):
-    """Adds OpenMP where the compiler has it, and records the flags for show_config()."""
+    """Names the library plainly, adds OpenMP where the compiler has it, and records the flags for show_config()."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        plain = fullname.replace(".", "/") + ".so"
+        return plain if LIBRARY.endswith(fullname) else super().get_ext_filename(fullname)
 
     def compiles(self, flags: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -30,24 +34,36 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         openmp = ["-fopenmp"] if not os.environ.get("FORGE_C_NO_OPENMP") and self.compiles(["-fopenmp"]) else []
-        for extension in self.extensions:
-            extension.extra_compile_args = FLAGS + openmp
-            extension.extra_link_args = openmp
-            extension.define_macros.append(("FC_BUILD_FLAGS", f'"{" ".join(FLAGS + openmp)}"'))
+        library, module = self.extensions
+        library.extra_compile_args = FLAGS + openmp
+        library.extra_link_args += openmp
+        library.define_macros = [("FC_BUILD_FLAGS", f'"{" ".join(FLAGS + openmp)}"')]
+        module.extra_compile_args = FLAGS
+        module.library_dirs.append(str(Path(self.get_ext_fullpath(LIBRARY)).parent))
         super().build_extensions()
 
 
-extension = Extension(
+library = Extension(
+    LIBRARY,
+    sorted(glob("src_c/**/*.c", recursive=True)),
+    depends=glob("src_c/**/*.h", recursive=True),
+    include_dirs=["src_c"],
+    libraries=["m"],
+    # Its own functions are called directly, as if they were not exported.
+    extra_link_args=["-Wl,-soname,libforge_c.so", "-Wl,-Bsymbolic-functions"],
+)
+module = Extension(
     "forge_c.functional",
-    ["forge_c/functional.pyx", *sorted(glob("src_c/**/*.c", recursive=True))],
-    depends=[*glob("src_c/**/*.h", recursive=True), *glob("forge_c/border/*.pxi"), "forge_c/_c.pxd"],
+    ["forge_c/functional.pyx"],
+    depends=["src_c/forge.h", *glob("forge_c/border/*.pxi"), "forge_c/_c.pxd"],
     include_dirs=["src_c", numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
-    libraries=[] if sys.platform == "win32" else ["m"],
+    libraries=["forge_c"],
+    runtime_library_dirs=["$ORIGIN"],
 )
 
 # forge_c.get_include(): the C API travels inside the package.
 Path("forge_c/include").mkdir(exist_ok=True)
 shutil.copy("src_c/forge.h", "forge_c/include")
 
-setup(ext_modules=cythonize([extension], include_path=["."]), cmdclass={"build_ext": BuildExt})
+setup(ext_modules=[library, *cythonize(module, include_path=["."])], cmdclass={"build_ext": BuildExt})

@@ -26,7 +26,7 @@ _HOME = {
 }
 _SUBPACKAGES = ("models", "nn")
 
-__all__ = ["__version__", "get_include", *_SUBPACKAGES, *_HOME]
+__all__ = ["__version__", "get_include", "get_library_dir", *_SUBPACKAGES, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
@@ -45,3 +45,8 @@ def __dir__() -> list[str]:
 def get_include() -> str:
     """The folder of forge.h, for C and Cython code that calls the kernels directly."""
     return str(Path(__file__).parent / "include")
+
+
+def get_library_dir() -> str:
+    """The folder of libforge_c.so, for C and Cython code: -L<folder> -lforge_c -Wl,-rpath,<folder>."""
+    return str(Path(__file__).parent)

@@ -7,6 +7,7 @@ cdef extern from "forge.h" nogil:
         FC_F32
         FC_F16
         FC_BF16
+        FC_DTYPES
     ctypedef enum fc_status:
         FC_OK
         FC_NO_MEMORY
@@ -41,6 +42,7 @@ cdef extern from "forge.h" nogil:
         FC_SILU
         FC_GELU
         FC_GELU_TANH
+        FC_ACTIVATIONS
     fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n)
     fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear,
                      const fc_rows *rows, ptrdiff_t n)

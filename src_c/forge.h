@@ -16,6 +16,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 typedef enum { FC_F32, FC_F16, FC_BF16, FC_DTYPES } fc_dtype;
 typedef enum { FC_OK, FC_NO_MEMORY, FC_INTERRUPTED } fc_status;
@@ -203,6 +204,7 @@ double fc_peak_ops(fc_peak what, ptrdiff_t iterations); /* operations done (mult
 fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum);
 fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -1,16 +1,22 @@
-"""What the shared library asks for, offers and contains, read with binutils."""
+"""What libforge_c.so and the extension module ask for, offer and contain, read with binutils."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
+from c_api import constants, structs
+from c_api import functions as declared
 
+import forge_c
 from forge_c import functional
 
-LIBRARY = functional.__file__
+LIBRARY, MODULE = str(Path(forge_c.get_library_dir(), "libforge_c.so")), functional.__file__
+HEADER = Path(forge_c.get_include(), "forge.h")
+both = pytest.mark.parametrize("file", [LIBRARY, MODULE], ids=lambda path: Path(path).name)
 ISA_FILES = ("avx2.c", "avx512.c", "avx512_vnni_bf16.c")
 
 ENDS_OR_PRINTS = re.compile(
@@ -23,22 +29,22 @@ CHANGES_THE_PROCESS = re.compile(
     r"|sched_setaffinity|pthread_setaffinity_np|setpriority|nice")
 
 
-def tool(*command: str) -> str:
-    return subprocess.run([*command, LIBRARY], capture_output=True, text=True, check=True).stdout
+def tool(file: str, *command: str) -> str:
+    return subprocess.run([*command, file], capture_output=True, text=True, check=True).stdout
 
 
 @cache
-def imported() -> frozenset[str]:
-    """The library's undefined dynamic symbols, without their versions."""
-    lines = tool("nm", "-D", "--undefined-only").splitlines()
+def imported(file: str) -> frozenset[str]:
+    """The undefined dynamic symbols, without their versions."""
+    lines = tool(file, "nm", "-D", "--undefined-only").splitlines()
     return frozenset(line.split()[-1].split("@")[0] for line in lines)
 
 
 @cache
-def functions() -> dict[int, tuple[str, str]]:
+def functions(file: str) -> dict[int, tuple[str, str]]:
     """Address -> (source file, name) of every function: local symbols follow the FILE symbol of their source."""
     found, source = {}, ""
-    for line in tool("readelf", "-sW").split(".symtab", 1)[1].splitlines():
+    for line in tool(file, "readelf", "-sW").split(".symtab", 1)[1].splitlines():
         fields = line.split()
         if len(fields) < 8:
             source = "" if fields[3:4] == ["FILE"] else source
@@ -50,30 +56,32 @@ def functions() -> dict[int, tuple[str, str]]:
 
 
 @cache
-def wide_instructions() -> dict[str, dict[str, list[str]]]:
+def wide_instructions(file: str) -> dict[str, dict[str, list[str]]]:
     """Source file -> function -> instructions that need more than the x86-64 baseline."""
     wide = re.compile(r"^\s*[0-9a-f]+:\s+(?P<text>(v(?!er[rw]|m)\w+|.*%[yz]mm|.*%k[0-7]|andn|bextr|bzhi|mulx|pdep|pext"
                       r"|rorx|sarx|shlx|shrx|blsi|blsr|blsmsk|tzcnt|lzcnt|popcnt|movbe|crc32)\b.*)")
-    result: dict[str, dict[str, list[str]]] = {source: {} for source, _ in functions().values()}
+    result: dict[str, dict[str, list[str]]] = {source: {} for source, _ in functions(file).values()}
     held: list[str] = []
-    for line in tool("objdump", "-d", "--no-show-raw-insn", "--section=.text").splitlines():
+    for line in tool(file, "objdump", "-d", "--no-show-raw-insn", "--section=.text").splitlines():
         head = re.match(r"^([0-9a-f]+) <(.*)>:$", line)
         if head:
-            source, name = functions().get(int(head[1], 16), ("", head[2]))
+            source, name = functions(file).get(int(head[1], 16), ("", head[2]))
             held = result.setdefault(source, {}).setdefault(name, [])
         elif match := wide.match(line):
             held.append(match["text"])
     return result
 
 
-def test_nothing_ends_the_process_or_prints():
-    assert imported() >= {"malloc", "free", "memcpy"}
-    assert {name for name in imported() if ENDS_OR_PRINTS.fullmatch(name)} == set()
+@both
+def test_nothing_ends_the_process_or_prints(file):
+    assert imported(file) >= {"malloc", "free"}
+    assert {name for name in imported(file) if ENDS_OR_PRINTS.fullmatch(name)} == set()
 
 
-def test_nothing_changes_the_state_of_the_process():
-    assert {name for name in imported() if CHANGES_THE_PROCESS.fullmatch(name)} == set()
-    assert not any("fast_math" in name for _, name in functions().values())
+@both
+def test_nothing_changes_the_state_of_the_process(file):
+    assert {name for name in imported(file) if CHANGES_THE_PROCESS.fullmatch(name)} == set()
+    assert not any("fast_math" in name for _, name in functions(file).values())
 
 
 @pytest.mark.parametrize(("pattern", "names"), [
@@ -85,30 +93,72 @@ def test_the_lists_know_what_they_are_for(pattern, names):
     assert not any(pattern.fullmatch(name) for name in ("omp_get_max_threads", "expf", "PyErr_Format", "memset"))
 
 
-def test_the_only_name_offered_is_the_module():
-    assert [line.split()[-1] for line in tool("nm", "-D", "--defined-only").splitlines()] == ["PyInit_functional"]
+def offered(file: str) -> list[str]:
+    return [line.split()[-1] for line in tool(file, "nm", "-D", "--defined-only").splitlines()]
 
 
-def test_each_library_needed_is_a_system_one():
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "-dW"))
+def test_the_library_offers_what_the_header_declares():
+    assert len(offered(LIBRARY)) > 20
+    assert offered(LIBRARY) == sorted(declared(HEADER.read_text()))
+
+
+@pytest.mark.parametrize("part", [declared, structs, constants])
+def test_the_mirror_for_cython_says_what_the_header_says(part):
+    """Cython takes the mirror's word for types, and what it lacks cannot be reached."""
+    header, mirror = part(HEADER.read_text()), part(Path(HEADER.parents[1], "_c.pxd").read_text())
+    assert len(header) > 5
+    assert mirror == header
+
+
+def test_the_module_offers_itself():
+    assert offered(MODULE) == ["PyInit_functional"]
+
+
+def test_the_module_has_no_kernels_of_its_own():
+    """One state for Python, C and Cython: whatever the module calls comes from the library."""
+    used = {name for name in imported(MODULE) if name.startswith("fc_")}
+    assert used >= {"fc_linear", "fc_use_isa", "fc_set_num_threads"} and used <= set(offered(LIBRARY))
+    assert not any(name.startswith("fc_") for _, name in functions(MODULE).values())
+
+
+def test_the_library_calls_itself_directly():
+    """Through the PLT another library's function of the same name could take a call."""
+    assert set(re.findall(r"<(fc_\w+)@plt>", tool(LIBRARY, "objdump", "-d", "--no-show-raw-insn"))) == set()
+
+
+@both
+def test_each_library_needed_is_a_system_one_or_ours(file):
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", tool(file, "readelf", "-dW"))
     allowed = r"lib(c|m|pthread|gomp|omp|iomp5|gcc_s|python3.*)\.so.*|ld-linux.*"
-    assert [name for name in needed if not re.fullmatch(allowed, name)] == []
-    assert sum(bool(re.match(r"lib(g|i)?omp", name)) for name in needed) == (functional._openmp() != "none")
+    assert [name for name in needed if not re.fullmatch(allowed, name)] == ["libforge_c.so"] * (file == MODULE)
+    openmp = file == LIBRARY and functional._openmp() != "none"
+    assert sum(bool(re.match(r"lib(g|i)?omp", name)) for name in needed) == openmp
 
 
-def test_no_executable_stack_and_no_text_relocations():
-    stack = next(line for line in tool("readelf", "-lW").splitlines() if "GNU_STACK" in line)
+def test_the_library_beside_the_module_is_the_one_that_is_loaded():
+    """Wherever the package lies, and under the name that `-lforge_c` finds."""
+    run_path = re.findall(r"\(RUNPATH\).*\[(.*)\]", tool(MODULE, "readelf", "-dW"))
+    assert "$ORIGIN" in run_path[0].split(":")
+    assert "(SONAME)             Library soname: [libforge_c.so]" in tool(LIBRARY, "readelf", "-dW")
+    loaded = set(re.findall(r"/.*libforge_c.*", Path("/proc/self/maps").read_text()))
+    assert loaded == {str(Path(LIBRARY).resolve())}
+
+
+@both
+def test_no_executable_stack_and_no_text_relocations(file):
+    stack = next(line for line in tool(file, "readelf", "-lW").splitlines() if "GNU_STACK" in line)
     assert "E" not in stack.split()[6]
-    assert "TEXTREL" not in tool("readelf", "-dW")
+    assert "TEXTREL" not in tool(file, "readelf", "-dW")
 
 
 def on_x86() -> bool:
-    return "X86-64" in tool("readelf", "-hW")
+    return "X86-64" in tool(LIBRARY, "readelf", "-hW")
 
 
-def test_only_the_isa_files_hold_instructions_beyond_the_baseline():
+@both
+def test_only_the_isa_files_hold_instructions_beyond_the_baseline(file):
     """A vector instruction anywhere else would be a crash on an older CPU, before or past the dispatch."""
-    outside = {(source, name): found[:3] for source, named in wide_instructions().items() if source not in ISA_FILES
+    outside = {(source, name): found[:3] for source, named in wide_instructions(file).items() if source not in ISA_FILES
                for name, found in named.items() if found}
     assert outside == {} or not on_x86()
 
@@ -116,33 +166,37 @@ def test_only_the_isa_files_hold_instructions_beyond_the_baseline():
 @pytest.mark.parametrize(("source", "register"), [("avx2.c", "%ymm"), ("avx512.c", "%zmm"),
                                                   ("avx512_vnni_bf16.c", "%zmm")])
 def test_negative_control_the_isa_files_do_hold_them(source, register):
-    """The scan finds what it looks for, where it must be, and finds every file of the library."""
-    assert {"functional.c", "dispatch.c", "threads.c", "base.c", "linear.c", "attention.c"} <= set(wide_instructions())
-    in_gemm = wide_instructions().get(source, {}).get("gemm_f32_tile_6", [])
+    """The scan finds what it looks for, where it must be, and finds every file."""
+    assert {"dispatch.c", "threads.c", "base.c", "linear.c", "attention.c"} <= set(wide_instructions(LIBRARY))
+    assert "functional.c" in wide_instructions(MODULE)
+    in_gemm = wide_instructions(LIBRARY).get(source, {}).get("gemm_f32_tile_6", [])
     assert any(text.startswith("vfmadd") and register in text for text in in_gemm) or not on_x86()
 
 
 def test_each_vnni_file_uses_its_dot_product():
-    dots = {source: any("vdpbf16ps" in text for text in wide_instructions().get(source, {}).get("gemm_bf16_tile_6", []))
+    found = wide_instructions(LIBRARY)
+    dots = {source: any("vdpbf16ps" in text for text in found.get(source, {}).get("gemm_bf16_tile_6", []))
             for source in ISA_FILES}
     assert dots == {"avx2.c": False, "avx512.c": False, "avx512_vnni_bf16.c": on_x86()}
 
 
-def test_what_runs_at_load_is_baseline_code():
+@both
+def test_what_runs_at_load_is_baseline_code(file):
     """Constructors run before any dispatch: none of them may come from an ISA file."""
-    section = re.search(r"\.init_array\s+\S+\s+([0-9a-f]+)\s+\S+\s+([0-9a-f]+)", tool("readelf", "-SW"))
+    section = re.search(r"\.init_array\s+\S+\s+([0-9a-f]+)\s+\S+\s+([0-9a-f]+)", tool(file, "readelf", "-SW"))
     assert section
     start, size = int(section[1], 16), int(section[2], 16)
-    relocations = re.findall(r"^([0-9a-f]+)\s+[0-9a-f]+ R_\w+_RELATIVE\s+([0-9a-f]+)", tool("readelf", "-rW"), re.M)
-    run = [functions()[int(to, 16)] for at, to in relocations if start <= int(at, 16) < start + size]
-    assert ("dispatch.c", "choose_best") in run
+    relative = r"^([0-9a-f]+)\s+[0-9a-f]+ R_\w+_RELATIVE\s+([0-9a-f]+)"
+    relocations = re.findall(relative, tool(file, "readelf", "-rW"), re.M)
+    run = [functions(file)[int(to, 16)] for at, to in relocations if start <= int(at, 16) < start + size]
+    assert (("dispatch.c", "choose_best") in run) == (file == LIBRARY)
     assert [source for source, _ in run if source in ISA_FILES] == []
 
 
 def test_only_dispatch_names_the_tables_of_the_isas():
     """Kernels are reached through the table in use; every one of them is local to its file."""
-    symbols = [line.split() for line in tool("nm").splitlines()]
+    symbols = [line.split() for line in tool(LIBRARY, "nm").splitlines()]
     tables = [name for *_, kind, name in symbols if name.startswith("fc_kernels_")]
     assert sorted(tables) == sorted(f"fc_kernels_{name}" for name in ("base", "avx2", "avx512", "avx512_vnni_bf16")) \
         or not on_x86()
-    assert {name for *_, kind, name in symbols if kind == "T"} == {"PyInit_functional"}
+    assert {name for *_, kind, name in symbols if kind == "T"} == set(offered(LIBRARY))

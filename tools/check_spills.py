@@ -84,8 +84,8 @@ def main() -> int:
     if len(sys.argv) > 1:
         library = sys.argv[1]
     else:
-        from forge_c import functional
-        library = functional.__file__
+        from forge_c import get_library_dir
+        library = f"{get_library_dir()}/libforge_c.so"
     found = [loop for name, body in functions(library) for loop in loops(name, body) if loop.products >= 4]
     print(f"{'function':26} instructions  vector  products  stack stores  stack loads")
     for loop in found:

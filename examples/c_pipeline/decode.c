@@ -1,0 +1,118 @@
+/* A stack of LLaMA blocks that is fed its own output, token by token, in C alone.
+ *     make && ./decode [FILE]        FILE gets what the last block made of each token, (TOKENS, HIDDEN) float32
+ * Weights are random numbers in the shape of a checkpoint's: (out_features, in_features). */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "forge.h"
+
+enum { LAYERS = 4, HIDDEN = 256, INNER = 688, HEADS = 8, KV_HEADS = 2, HEAD_DIM = 32, TOKENS = 64 };
+enum { PANEL = 16, HALF = HEAD_DIM / 2, QUERIES = HEADS * HEAD_DIM, KEYS = KV_HEADS * HEAD_DIM };
+static const float EPS = 1e-6f;
+
+static void *zeros(ptrdiff_t bytes) {
+    const size_t lines = ((size_t)bytes + 63) / 64 * 64;
+    void *p = aligned_alloc(64, lines);
+    if (!p) exit(1);
+    return memset(p, 0, lines);
+}
+
+/* (n) from -scale to scale */
+static float *random_floats(ptrdiff_t n, double scale) {
+    static uint64_t state = 1;
+    float *p = zeros(n * 4);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        p[i] = (float)(((double)(state >> 40) / (1 << 23) - 1) * scale);
+    }
+    return p;
+}
+
+/* A weight (n, k) into panels (n / 16, k, 16), panel_stride bytes apart. */
+static void pack(char *panels, ptrdiff_t panel_stride, ptrdiff_t k, ptrdiff_t n) {
+    float *w = random_floats(n * k, sqrt(3.0 / (double)k));
+    if (fc_pack_columns(FC_F32, panels, panel_stride, w, k * 4, k, n) != FC_OK) exit(1);
+    free(w);
+}
+
+/* x (M, k) -> (M, n) */
+static fc_matrix matrix(ptrdiff_t k, ptrdiff_t n) {
+    const ptrdiff_t panel = k * PANEL * 4;
+    char *panels = zeros((n + PANEL - 1) / PANEL * panel);
+    pack(panels, panel, k, n);
+    return (fc_matrix){.layout = FC_PACKED_F32, .data = panels};
+}
+
+/* x (M, k) -> silu(x gate) * (x up), (M, n): panels of the two take turns */
+static fc_matrix gated_pair(ptrdiff_t k, ptrdiff_t n) {
+    const ptrdiff_t panel = k * PANEL * 4;
+    char *panels = zeros((n + PANEL - 1) / PANEL * 2 * panel);
+    pack(panels, 2 * panel, k, n);
+    pack(panels + panel, 2 * panel, k, n);
+    return (fc_matrix){.layout = FC_PACKED_F32, .data = panels};
+}
+
+/* One row with room for `slots` tokens: k, v (1, KV_HEADS, slots, HEAD_DIM) float32 */
+static fc_block_cache new_cache(ptrdiff_t slots) {
+    const ptrdiff_t token = HEAD_DIM * 4, head = slots * token, row = KV_HEADS * head;
+    return (fc_block_cache){.type = FC_F32, .k = zeros(row), .v = zeros(row),
+                            .k_stride = {row, token, head}, .v_stride = {row, token, head}};
+}
+
+/* cos, sin (positions, HALF) of position * 10000^(-2 pair / HEAD_DIM) */
+static void angles(float *cosine, float *sine, ptrdiff_t positions) {
+    for (ptrdiff_t i = 0; i < positions * HALF; i++) {
+        const double angle = (double)(i / HALF) * pow(10000, -2.0 * (double)(i % HALF) / HEAD_DIM);
+        cosine[i] = (float)cos(angle), sine[i] = (float)sin(angle);
+    }
+}
+
+static double seconds(void) {
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+int main(int argc, char **argv) {
+    float *ones = zeros(HIDDEN * 4), *cosine = zeros(TOKENS * HALF * 4), *sine = zeros(TOKENS * HALF * 4);
+    for (ptrdiff_t i = 0; i < HIDDEN; i++) ones[i] = 1;
+    angles(cosine, sine, TOKENS);
+
+    fc_block blocks[LAYERS];
+    fc_block_cache caches[LAYERS];
+    for (int i = 0; i < LAYERS; i++) {
+        blocks[i] = (fc_block){.hidden = HIDDEN, .inner = INNER, .heads = HEADS, .kv_heads = KV_HEADS,
+                               .head_dim = HEAD_DIM, .input_norm = ones, .mlp_norm = ones, .activation = FC_SILU,
+                               .eps = EPS, .residual_scale = 1, .attention_scale = (float)(1 / sqrt(HEAD_DIM)),
+                               .cos = cosine, .sin = sine, .half = HALF};
+        blocks[i].qkv = matrix(HIDDEN, QUERIES + 2 * KEYS);
+        blocks[i].out = matrix(QUERIES, HIDDEN);
+        blocks[i].gate_up = gated_pair(HIDDEN, INNER);
+        blocks[i].down = matrix(INNER, HIDDEN);
+        caches[i] = new_cache(TOKENS);
+    }
+
+    float *x = random_floats(HIDDEN, 1), *out = zeros(TOKENS * HIDDEN * 4);
+    const fc_rows one_row = {.ndim = 0};
+    const double start = seconds();
+    for (int64_t t = 0; t < TOKENS; t++) {
+        if (fc_decode(blocks, caches, LAYERS, x, 1, 1, &t, &t) != FC_OK) return 1;
+        memcpy(out + t * HIDDEN, x, HIDDEN * 4);
+        fc_rms_norm(FC_F32, x, NULL, x, NULL, ones, &one_row, HIDDEN, EPS, 0);
+    }
+    const double rate = TOKENS / (seconds() - start);
+
+    double checksum = 0;
+    for (ptrdiff_t i = 0; i < TOKENS * HIDDEN; i++) checksum += out[i];
+    printf("%s, %d threads: %d tokens at %.0f a second, checksum %.6f\n", fc_isa(), fc_get_num_threads(), TOKENS, rate,
+           checksum);
+    if (argc > 1) {
+        FILE *file = fopen(argv[1], "wb");
+        if (!file || fwrite(out, 4, TOKENS * HIDDEN, file) != TOKENS * HIDDEN || fclose(file)) return 1;
+    }
+    return 0;
+}
