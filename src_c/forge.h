@@ -122,7 +122,7 @@ typedef struct {
     fc_kv_type type;
     ptrdiff_t kv_heads, head_dim, v_dim;
     ptrdiff_t pages_a_row;
-    void *const *pages;    /* (B, pages_a_row) */
+    void **pages;          /* (B, pages_a_row) */
     int ring;
 } fc_kv_cache;
 ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *cache);

@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "accuracy.md").read_text()
 
 
 def softmax_of_two(x):
-    """The share of x beside 0: sigmoid(x), which is e^x itself where 1 + e^x is 1."""
+    """The share of x beside 0, which is e^x itself where 1 + e^x is 1."""
     return fc.softmax(np.stack([x, np.zeros_like(x)], axis=-1))[:, 0]
 
 
@@ -29,7 +29,6 @@ def capped_score(x):
 # Up to which x the public function shows the elementary one; the function; the formula.
 CASES = {
     "exp": (-17.5, softmax_of_two, np.exp),
-    "sigmoid": (np.inf, softmax_of_two, lambda x: 1 / (1 + np.exp(-x))),
     "tanh": (np.inf, capped_score, np.tanh),
     "silu": (np.inf, fc.silu, ref.silu),
     "gelu": (np.inf, fc.gelu, ref.gelu),

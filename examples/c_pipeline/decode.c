@@ -56,11 +56,14 @@ static fc_matrix gated_pair(ptrdiff_t k, ptrdiff_t n) {
     return (fc_matrix){.layout = FC_PACKED_F32, .data = panels};
 }
 
-/* One row with room for `slots` tokens: k, v (1, KV_HEADS, slots, HEAD_DIM) float32 */
-static fc_block_cache new_cache(ptrdiff_t slots) {
-    const ptrdiff_t token = HEAD_DIM * 4, head = slots * token, row = KV_HEADS * head;
-    return (fc_block_cache){.type = FC_F32, .k = zeros(row), .v = zeros(row),
-                            .k_stride = {row, token, head}, .v_stride = {row, token, head}};
+/* One row with room for `tokens` tokens, in pages of FC_KV_CHUNK */
+static fc_block_cache new_cache(ptrdiff_t tokens) {
+    fc_block_cache cache = {.kv = {.type = FC_KV_F32, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .v_dim = HEAD_DIM}};
+    cache.kv.pages_a_row = (tokens + FC_KV_CHUNK - 1) / FC_KV_CHUNK;
+    void **pages = zeros(cache.kv.pages_a_row * (ptrdiff_t)sizeof *pages);
+    for (ptrdiff_t i = 0; i < cache.kv.pages_a_row; i++) pages[i] = zeros(fc_kv_page_bytes(&cache.kv));
+    cache.kv.pages = pages;
+    return cache;
 }
 
 /* cos, sin (positions, HALF) of position * 10000^(-2 pair / HEAD_DIM) */
@@ -100,7 +103,7 @@ int main(int argc, char **argv) {
     const fc_rows one_row = {.ndim = 0};
     const double start = seconds();
     for (int64_t t = 0; t < TOKENS; t++) {
-        if (fc_decode(blocks, caches, LAYERS, x, 1, 1, &t, &t) != FC_OK) return 1;
+        if (fc_decode(blocks, caches, LAYERS, x, 1, 1, &t) != FC_OK) return 1;
         memcpy(out + t * HIDDEN, x, HIDDEN * 4);
         fc_rms_norm(FC_F32, x, NULL, x, NULL, ones, &one_row, HIDDEN, EPS, 0);
     }

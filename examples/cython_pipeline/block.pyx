@@ -53,13 +53,19 @@ cdef class Block:
         return m
 
     cdef void new_cache(self) except *:
-        """One row with room for self.room tokens: k, v (1, kv_heads, room, head_dim)."""
-        cdef ptrdiff_t token = self.c.head_dim * 4, head = self.room * token, row = self.c.kv_heads * head
+        """One row with room for self.room tokens, in pages of FC_KV_CHUNK."""
         memset(&self.cache, 0, sizeof(self.cache))
-        self.cache.type = _c.FC_F32
-        self.cache.k, self.cache.v = self.zeros(row // 4), self.zeros(row // 4)
-        self.cache.k_stride[0], self.cache.k_stride[1], self.cache.k_stride[2] = row, token, head
-        self.cache.v_stride[0], self.cache.v_stride[1], self.cache.v_stride[2] = row, token, head
+        self.cache.kv.type, self.cache.kv.kv_heads = _c.FC_KV_F32, self.c.kv_heads
+        self.cache.kv.head_dim, self.cache.kv.v_dim = self.c.head_dim, self.c.head_dim
+        self.cache.kv.pages_a_row = (self.room + _c.FC_KV_CHUNK - 1) // _c.FC_KV_CHUNK
+        cdef ptrdiff_t i, page = _c.fc_kv_page_bytes(&self.cache.kv) // 4
+        cdef float *memory = self.zeros(self.cache.kv.pages_a_row * page)
+        table = np.empty(self.cache.kv.pages_a_row, np.uintp)
+        cdef size_t[::1] pages = table
+        for i in range(self.cache.kv.pages_a_row):
+            pages[i] = <size_t>(memory + i * page)
+        self.held.append(table)
+        self.cache.kv.pages = <void **>&pages[0]
 
     def decode(self, first, int tokens):
         """What the block makes of `first` (hidden) and then, token by token, of the RMSNorm of its last output:
@@ -76,7 +82,7 @@ cdef class Block:
         with nogil:
             for t in range(tokens):
                 memcpy(&out[t, 0], &x[0], n * sizeof(float))
-                status = _c.fc_decode(&self.c, &self.cache, 1, &out[t, 0], 1, 1, &self.length, &self.length)
+                status = _c.fc_decode(&self.c, &self.cache, 1, &out[t, 0], 1, 1, &self.length)
                 if status != _c.FC_OK:
                     break
                 self.length += 1
