@@ -70,6 +70,8 @@ class PatternMask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.contiguous:  # generate() asks for it; the real mask is
+            return args[0]
         if func not in _LOOKS_OUTSIDE:
             args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, PatternMask) else a, (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -186,8 +188,8 @@ def _unmasked(module: torch.nn.Module, q_len: int, kv_len: int, is_causal: bool 
               sliding_window: int | None) -> dict[str, Any]:
     """causal and window where there is no mask to say it."""
     if getattr(module, "is_causal", True) if is_causal is None else is_causal:
-        return {"causal": True, "window": sliding_window}
-    if sliding_window is not None and sliding_window < max(q_len, kv_len):
+        return {"causal": True, "window": sliding_window or None}
+    if sliding_window and sliding_window < max(q_len, kv_len):
         raise ValueError(f"{NAME} attention: sliding_window is {sliding_window} over {kv_len} keys and not causal, "
                          "expected an attention_mask that says which keys are in the window")
     return {}

@@ -77,8 +77,9 @@ class Patch:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not all(map(_plain, self.linears())) or not takes(args[0], *self.weights()):
             return self.original(*args, **kwargs)
-        held = {f"weight {i}": w for i, w in enumerate(self.weights()) if w is not None}
-        check_no_grad(type(self.module).__name__, x=args[0], **held)
+        if torch.is_grad_enabled():
+            weights = {f"weight {i}": w for i, w in enumerate(self.weights()) if w is not None}
+            check_no_grad(type(self.module).__name__, x=args[0], **weights)
         return self.run(args[0])
 
 
@@ -377,13 +378,15 @@ class RopeSite:
         self.users.add(user)
         self.names["apply_rotary_pos_emb"] = self.replacement
         self._installed[id(self.names)] = self
+        weakref.finalize(user, self.leave).atexit = False
 
     @classmethod
-    def leave(cls, user: Patch) -> None:
+    def leave(cls, user: Patch | None = None) -> None:
         """A user less, everywhere; a file without users gets its own function back, unless another took the place."""
         for key, site in list(cls._installed.items()):
-            site.users.discard(user)
-            if not site.users:
+            if user is not None:
+                site.users.discard(user)
+            if not list(site.users):  # iteration passes over the dead, len() may not
                 if site.names["apply_rotary_pos_emb"] is site.replacement:
                     site.names["apply_rotary_pos_emb"] = site.original
                 del cls._installed[key]
