@@ -40,6 +40,7 @@ class BuildExt(build_ext):
         library.define_macros = [("FC_BUILD_FLAGS", f'"{" ".join(FLAGS + openmp)}"')]
         module.extra_compile_args = FLAGS
         module.library_dirs.append(str(Path(self.get_ext_fullpath(LIBRARY)).parent))
+        self.parallel = False  # the library first
         super().build_extensions()
 
 
