@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -633,3 +635,29 @@ def test_a_refused_call_says_why_and_writes_nothing(case):
         call(out)
     assert message in str(caught.value)
     assert (out == 7).all()
+
+
+# ---- memory -----------------------------------------------------------------------------------------
+
+LONG_PROMPT = """
+import resource
+import numpy as np
+import forge_c as fc
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((1, 32768, heads, 16), np.float32) for heads in (2, 1, 1))
+fc.attention(q[:, :64], k[:, :64], v[:, :64], causal=True)
+before, out = peak(), np.zeros_like(q)
+fc.attention(q, k, v, causal=True, out=out)
+print(peak() - before)
+"""
+
+
+def test_a_prompt_of_32768_tokens_takes_no_memory_of_its_square():
+    """Scores would be 8 GiB, one bit for each 256 MiB; a copy of keys and values is 4 MiB, the result itself as much."""
+    done = subprocess.run([sys.executable, "-c", LONG_PROMPT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 24
