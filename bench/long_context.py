@@ -2,9 +2,9 @@
 
     python bench/long_context.py [--prefill 131072] [--decode 1048576] [--folder /tmp]
 
-One layer's attention of the 1.1B LLaMA shape: 32 query and 4 key/value heads of 64. Prefill goes in chunks of 512 tokens
-through a bfloat16 KVCache; decode attends to a bfloat16 cache in a memory-mapped file, keys turned by RoPE at positions up
-to a million. The tables of RoPE are those of the library.
+One layer's attention of the 1.1B LLaMA shape: 32 query and 4 key/value heads of 64. Prefill goes in chunks of 512
+tokens through a bfloat16 KVCache; decode attends to a bfloat16 cache in a memory-mapped file, keys turned by RoPE at
+positions up to a million.
 """
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def row_error(q: np.ndarray, out: np.ndarray, cache: fc.KVCache, position: int) 
         stop = min(start + BLOCK, position + 1)
         k, v = (part.astype(np.float64) for part in cache._pages.read(0, start, stop - start))
         most = max(most, float(np.abs(v).max()))
-        scores = np.einsum("ghd,tgd->ght", q.astype(np.float64).reshape(KV_HEADS, group, DIM), k).reshape(HEADS, -1) * scale
+        heads = q.astype(np.float64).reshape(KV_HEADS, group, DIM)
+        scores = np.einsum("ghd,tgd->ght", heads, k).reshape(HEADS, -1) * scale
         new = np.maximum(top, scores.max(axis=1))
         p, keep = np.exp(scores - new[:, None]), np.exp(top - new)
         total, top = total * keep + p.sum(axis=1), new
@@ -91,9 +92,9 @@ def decode(tokens: int, rng: np.random.Generator, folder: Path, table: fc.RopeTa
     grown, limit = memory("RssAnon") - anonymous, fc.roofline(0.1)["read_gbs"]
     error = row_error(q[0, 0], out[0, 0], cache, tokens - 1)
     best = min(steps[1:])
-    print(f"decode against {tokens} tokens in a mapped file of {cache.nbytes / 2**20:.0f} MB: first {steps[0] * 1e3:.0f} ms, "
-          f"then {best * 1e3:.1f} ms, {cache.nbytes / best / 1e9:.1f} GB/s (read limit {limit:.1f}); private memory grown by "
-          f"{grown:.0f} MB; error {error:.1e} max|v|; filling the file took {filled:.0f} s", flush=True)
+    print(f"decode against {tokens} tokens in a mapped file of {cache.nbytes / 2**20:.0f} MB: first "
+          f"{steps[0] * 1e3:.0f} ms, then {best * 1e3:.1f} ms, {cache.nbytes / best / 1e9:.1f} GB/s (read limit "
+          f"{limit:.1f}); private memory grown by {grown:.0f} MB; error {error:.1e} max|v|; filling the file took {filled:.0f} s", flush=True)
     del cache
     path.unlink()
 

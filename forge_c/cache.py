@@ -10,7 +10,6 @@ needs to, takes a copy of its own first.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import sys
 import threading
@@ -56,8 +55,10 @@ def kv_cache_nbytes(
     if name not in _ITEMSIZE:
         raise ValueError(f"kv_cache_nbytes: dtype is {name!r}, expected one of {', '.join(_ITEMSIZE)}")
     sizes = {"batch": batch, "seq_len": seq_len, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
-    counts = [_checked_size("kv_cache_nbytes", size, value, least=0) for size, value in sizes.items()]
-    return _nbytes(name, *counts[:3], 2 * counts[3])
+    rows, tokens, heads, dim = (
+        _checked_size("kv_cache_nbytes", size, value, least=0) for size, value in sizes.items()
+    )
+    return _nbytes(name, rows, tokens, heads, 2 * dim)
 
 
 def _nbytes(dtype: str, batch: int, seq_len: int, heads: int, channels: int) -> int:
@@ -103,7 +104,8 @@ class KVCache:
     _memory: list[Any]  # what the pages lie in
     _file: cache_file.PagesFile | None
     _lengths: NDArray[np.int64]
-    _written: NDArray[np.int64]  # highest position ever written, plus 1: in a ring, those from this - capacity on survive
+    # Highest position ever written, plus 1: in a ring, positions from _written - capacity on survive.
+    _written: NDArray[np.int64]
     _shared: NDArray[np.int64]  # leading pages of a row that a fork shares
 
     def __init__(
@@ -355,7 +357,7 @@ class KVCache:
         return twin
 
     def fork(self, n: int) -> KVCache:
-        """n continuations of every row: a cache of batch * n rows, n for each of this one's, that begin with its tokens.
+        """n continuations of every row: a cache of batch * n rows, n for each of this one's, with its tokens.
 
         Full pages of KV_CHUNK tokens are shared, not copied; what is appended to either side afterwards is its own.
         The few of a ring are copied.
@@ -384,7 +386,7 @@ class KVCache:
         return twin
 
     def _copy_pages(self, i: int, source: KVCache, b: int, first: int) -> None:
-        """Row i's pages from `first` on, as far as they are used, from row b of a cache with pages of the same bytes."""
+        """Row i's pages from `first` on, those in use, from row b of a cache with pages of the same bytes."""
         used = min(-(-int(source._written[b]) // KV_CHUNK), source._pages_a_row)
         nbytes = self._pages.page_nbytes
         for p in range(first, used):
@@ -428,7 +430,8 @@ class KVCache:
         """
         header, file = cache_file.open_pages(path, mmap_mode)
         cache = object.__new__(cls)
-        cache._describe(header.dtype, header.n_kv_heads, header.head_dim, header.v_dim, header.max_seq_len, header.window)
+        h = header
+        cache._describe(h.dtype, h.n_kv_heads, h.head_dim, h.v_dim, h.max_seq_len, h.window)
         batch, nbytes = len(header.lengths), cache._pages.page_nbytes
         file.check(header, batch * cache._pages_a_row, nbytes)
         cache._lengths, cache._written = np.array(header.lengths, np.int64), np.array(header.written, np.int64)

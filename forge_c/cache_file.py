@@ -77,8 +77,9 @@ class PagesFile:
     def check(self, header: Header, count: int, page_nbytes: int) -> None:
         """ValueError unless it has `count` pages of page_nbytes."""
         first = _header_records(len(header.lengths), page_nbytes)
-        if self.records.shape != (first + count, page_nbytes):
-            raise ValueError(f"KVCache.load: {self.path} has records {self.records.shape}, expected {(first + count, page_nbytes)}")
+        expected = (first + count, page_nbytes)
+        if self.records.shape != expected:
+            raise ValueError(f"KVCache.load: {self.path} has records {self.records.shape}, expected {expected}")
         self.records, self.pages = self.records[:first], self.records[first:]
 
 

@@ -445,7 +445,8 @@ def test_a_cache_is_the_arrays_in_it(isa, dtype, rng, stored, kv_len):
 @pytest.mark.parametrize("kv_len", [1, 20, 256, 300, 700])
 def test_an_int8_cache_is_the_numbers_that_it_gives(isa, dtype, rng, kv_len):
     for q_len in {1, min(kv_len, 40)}:
-        q, k, v = normal(rng, 2, q_len, 6, 24, dtype=dtype), normal(rng, 2, kv_len, 3, 24), normal(rng, 2, kv_len, 3, 20)
+        q = normal(rng, 2, q_len, 6, 24, dtype=dtype)
+        k, v = normal(rng, 2, kv_len, 3, 24), normal(rng, 2, kv_len, 3, 20)
         k[:, kv_len // 2] = 0
         kept = filled(k, v, 100, dtype="int8")
         for options in ({}, {"causal": True}, {"causal": True, "window": 40},
@@ -458,14 +459,15 @@ def test_an_int8_cache_is_the_numbers_that_it_gives(isa, dtype, rng, kv_len):
 
 
 def test_float32_queries_on_a_bfloat16_cache(isa, rng):
-    """Where the ISA multiplies pairs of bfloat16, queries are rounded to it as the keys were; elsewhere they are exact."""
+    """Where the ISA multiplies pairs of bfloat16, queries are rounded as the keys were; elsewhere they are exact."""
     for q_len, kv_len in ((1, 700), (33, 300)):
         q, k, v = normal(rng, 1, q_len, 8, 64), normal(rng, 1, kv_len, 2, 64), normal(rng, 1, kv_len, 2, 64)
         kept = filled(k, v, 256, dtype="bfloat16")
         pairs = fc.isa().endswith("bf16")
         want = expected(q.astype(BFLOAT16) if pairs else q, *kept, causal=True)
         got = attention(q, kept, causal=True)
-        check_close("attention_pairs" if pairs else "attention", got, want[0], magnitude=want[2], n=kv_len, d=64, s=want[3])
+        op = "attention_pairs" if pairs else "attention"
+        check_close(op, got, want[0], magnitude=want[2], n=kv_len, d=64, s=want[3])
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -503,7 +505,7 @@ def test_rows_of_a_cache_have_their_own_lengths(isa, rng):
 @pytest.mark.parametrize("chunk", [1, 3, 16, 100, 256])
 @pytest.mark.parametrize("window", [None, 40, 300])
 def test_a_prompt_in_chunks_is_the_whole_prompt(isa, rng, chunk, window):
-    """From arrays, from a cache of everything, and from bfloat16 and int8 caches that are rings if there is a window."""
+    """From arrays, from a cache of everything, and from bfloat16 and int8 caches: rings, if there is a window."""
     fc.set_num_threads(3 if chunk == 100 else 1)
     total = 300 if chunk < 16 else 620
     q, k, v = qkv(rng, 1, total, total, 4, 2, 8, 20)
@@ -657,7 +659,7 @@ print(peak() - before)
 
 
 def test_a_prompt_of_32768_tokens_takes_no_memory_of_its_square():
-    """Scores would be 8 GiB, one bit for each 256 MiB; a copy of keys and values is 4 MiB, the result itself as much."""
+    """Scores would be 8 GiB, one bit for each 256 MiB; a copy of keys and values is 4 MiB, the result too."""
     done = subprocess.run([sys.executable, "-c", LONG_PROMPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 24

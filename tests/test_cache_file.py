@@ -16,7 +16,7 @@ from forge_c.cache import KVCache
 def filled(rng: np.random.Generator, **options) -> KVCache:
     """Rows of 700 and 350 tokens."""
     cache = KVCache(2, 1000, 2, 16, v_dim=24, **options)
-    for begin in range(0, 700, 100):
+    for _ in range(7):
         k = rng.standard_normal((2, 100, 2, 40), np.float32)
         cache.append(k[..., :16], k[..., 16:], lens=[100, 50])
     return cache
@@ -117,8 +117,10 @@ def header_changed(path, **changes) -> None:
 
 @pytest.mark.parametrize("changes", [
     {"lengths": [700]}, {"lengths": [700, -1]}, {"lengths": [700, 1001]}, {"lengths": [700, 3.5]}, {"lengths": []},
-    {"lengths": 3}, {"lengths": [[700], [350]]}, {"written": [700, 349]}, {"written": [2**70, 700]}, {"max_seq_len": 2000},
-    {"max_seq_len": 2**62}, {"n_kv_heads": 4}, {"n_kv_heads": 0}, {"head_dim": -16}, {"head_dim": 2**40}, {"v_dim": None},
+    {"lengths": 3}, {"lengths": [[700], [350]]}, {"written": [700, 349]}, {"written": [2**70, 700]},
+    {"max_seq_len": 2000},
+    {"max_seq_len": 2**62}, {"n_kv_heads": 4}, {"n_kv_heads": 0}, {"head_dim": -16}, {"head_dim": 2**40},
+    {"v_dim": None},
     {"dtype": "bfloat16"}, {"dtype": "object"}, {"window": 10}, {"window": 0}, {"window": "x"}, {"version": 2},
     {"format": "other"}, {"more": 1},
 ])
@@ -174,7 +176,7 @@ print(peak_of("RssAnon") - before, bool(np.isfinite(y).all()), cache.nbytes >> 2
 
 
 def test_attention_over_a_mapped_cache_needs_no_memory_of_its_size(tmp_path):
-    """256 MiB of keys and values with 64 MiB of data allowed: only the file's pages, which the system may drop, grow."""
+    """256 MiB of keys and values with 64 MiB of data allowed: only the file's pages grow, which the system may drop."""
     done = subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, str(tmp_path / "big.npy")], capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stderr

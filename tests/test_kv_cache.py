@@ -706,7 +706,8 @@ def test_a_row_of_a_forked_cache_leaves_shared_pages_alone(rng):
 
 def test_wrong_forks():
     cache = KVCache(1, 8, 1, 4)
-    for n, error, message in ((0, ValueError, "n is 0, expected at least 1"), (1.5, TypeError, "n is 1.5, expected an integer")):
+    wrong = ((0, ValueError, "n is 0, expected at least 1"), (1.5, TypeError, "n is 1.5, expected an integer"))
+    for n, error, message in wrong:
         with pytest.raises(error) as caught:
             cache.fork(n)
         assert str(caught.value) == f"KVCache.fork: {message}"
