@@ -94,7 +94,8 @@ def decode(tokens: int, rng: np.random.Generator, folder: Path, table: fc.RopeTa
     best = min(steps[1:])
     print(f"decode against {tokens} tokens in a mapped file of {cache.nbytes / 2**20:.0f} MB: first "
           f"{steps[0] * 1e3:.0f} ms, then {best * 1e3:.1f} ms, {cache.nbytes / best / 1e9:.1f} GB/s (read limit "
-          f"{limit:.1f}); private memory grown by {grown:.0f} MB; error {error:.1e} max|v|; filling the file took {filled:.0f} s", flush=True)
+          f"{limit:.1f}); private memory grown by {grown:.0f} MB; error {error:.1e} max|v|; filling the file took "
+          f"{filled:.0f} s", flush=True)
     del cache
     path.unlink()
 
