@@ -83,8 +83,8 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float]] = {
     # Every score is a dot product of length d, scaled (and capped: 4 more); an error e in the scores is 2e in
     # the weights; exp 4, twice; n additions above and below; one rescale a key at most. magnitude: p @ |v|.
     "attention": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16, SMALLEST_NORMAL),
-    # As above where the ISA multiplies pairs of bfloat16: a weight is rounded to 8 bits, 2^-9 = 2^15 2^-24.
-    "attention_pairs": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16 + 2**15, 128 * SMALLEST_NORMAL),
+    # As above where the ISA multiplies pairs of bfloat16: a weight is rounded to 8 bits, 2^-8 = 2^16 2^-24.
+    "attention_pairs": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16 + 2**16, 128 * SMALLEST_NORMAL),
     # The log of a sum of n terms, absolute. magnitude: 1 + |lse|.
     "lse": (lambda n, d, s: (d + 8) * (1 + s) + n + 8, 0.0),
     # Two weights from exp of a rounded difference (p |log p| < 0.37), two products, a sum, a division.
