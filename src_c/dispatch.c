@@ -1,5 +1,7 @@
 /* Which ISA runs: a list, best first, and one pointer. Chosen at load time by CPUID and XGETBV
- * (__builtin_cpu_supports covers both); FORGE_C_ISA is read by the Python border, not here. */
+ * (__builtin_cpu_supports covers both); FORGE_C_ISA chooses another; that it names none is for the
+ * Python border to say. */
+#include <stdlib.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <cpuid.h>
@@ -79,4 +81,6 @@ __attribute__((constructor)) static void choose_best(void) {
 #endif
     for (int i = NUM_ISAS - 1; i >= 0; i--)
         if (isas[i].runs_here()) fc_k = isas[i].table;
+    const char *wanted = getenv("FORGE_C_ISA");
+    if (wanted) fc_use_isa(wanted);
 }
