@@ -88,7 +88,8 @@ def blocks_in_float64(x: NDArray[np.float64], layers: list[list[NDArray[np.float
 def test_the_c_program_computes_what_the_reference_says(c_pipeline):
     said = run(c_pipeline, "./decode", "tokens")
     got = np.fromfile(c_pipeline / "tokens", np.float32).reshape(TOKENS, HIDDEN)
-    found = re.fullmatch(rf"{os.environ.get('FORGE_C_ISA') or fc.available_isas()[0]}, \d+ threads: 64 tokens at \d+ a second, checksum (.*)\n", said)
+    isa = os.environ.get("FORGE_C_ISA") or fc.available_isas()[0]
+    found = re.fullmatch(rf"{isa}, \d+ threads: 64 tokens at \d+ a second, checksum (.*)\n", said)
     assert found and float(found[1]) == pytest.approx(got.sum(dtype=float), abs=1e-6)
 
     sizes = [n * k for n, k in SHAPES]
