@@ -360,7 +360,7 @@ class KVCache:
         """n continuations of every row: a cache of batch * n rows, n for each of this one's, with its tokens.
 
         Full pages of KV_CHUNK tokens are shared, not copied; what is appended to either side afterwards is its own.
-        The few of a ring are copied.
+        The few of a ring are copied, and so are those of a file that is open for writing: it must keep its own.
 
         Raises:
             TypeError, ValueError: n is not a positive integer.
@@ -373,7 +373,8 @@ class KVCache:
         """
         rows = np.repeat(np.arange(self.batch), _checked_size("KVCache.fork", "n", n))
         with self.writing():
-            full = np.zeros_like(self._lengths) if self._window is not None else self._lengths // KV_CHUNK
+            keeps_its_own = self._window is not None or (self._file is not None and self._file.writable)
+            full = np.zeros_like(self._lengths) if keeps_its_own else self._lengths // KV_CHUNK
             # Rows of one shape: what the row with the fewest full pages must own, all do.
             common = int(full.min())
             memory, own = _new_pages(len(rows), self._pages_a_row - common, self._pages.page_nbytes)
@@ -409,10 +410,12 @@ class KVCache:
         """Write the lengths, and what is still on its way, to the file of a cache that has one.
 
         Raises:
-            ValueError: the cache has no file, or one opened for reading only.
+            ValueError: the cache has no file, or one opened for reading only, or is a row of one that has.
         """
         if self._file is None or not self._file.writable:
             raise ValueError("KVCache.flush: the cache has no file that is open for writing")
+        if self._pages.table.size != len(self._file.pages):
+            raise ValueError("KVCache.flush: this is a row, expected the cache that has the file")
         with self.writing():
             self._file.flush(self._header())
 

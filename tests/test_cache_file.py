@@ -71,6 +71,29 @@ def test_a_fork_of_a_file_writes_elsewhere(rng, tmp_path):
     assert (tmp_path / "cache.npy").read_bytes() == before
 
 
+def test_a_file_keeps_its_own_pages_whatever_forks_do(rng, tmp_path):
+    cache = filled(rng)
+    cache.save(tmp_path / "cache.npy")
+    mapped = KVCache.load(tmp_path / "cache.npy", "r+")
+    fork = mapped.fork(1)
+    before = contents(fork)
+    k = rng.standard_normal((2, 100, 2, 40), np.float32)
+    for one in (cache, mapped):
+        one.truncate(10)
+        one.append(k[..., :16], k[..., 16:])
+    mapped.flush()
+    assert contents(fork) == before
+    assert contents(KVCache.load(tmp_path / "cache.npy")) == contents(mapped) == contents(cache)
+
+
+def test_a_row_cannot_write_the_header_of_its_file(rng, tmp_path):
+    cache = filled(rng, path=tmp_path / "cache.npy")
+    with pytest.raises(ValueError, match="KVCache.flush: this is a row, expected the cache that has the file"):
+        cache.row(1).flush()
+    cache.flush()
+    assert contents(KVCache.load(tmp_path / "cache.npy")) == contents(cache)
+
+
 def test_read_only_refuses_to_append_and_to_flush(rng, tmp_path):
     cache = filled(rng)
     cache.save(tmp_path / "cache.npy")

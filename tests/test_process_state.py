@@ -80,7 +80,7 @@ print("left alone")
 
 
 def test_negative_control_a_library_that_flushes_subnormals_is_noticed():
-    """What a library built with -ffast-math does when it is loaded: FTZ and DAZ on."""
+    """What a library linked with crtfastmath.o does when it is loaded: FTZ and DAZ on."""
     assert run_script(WATCH + """
 before = floating_point()
 state = (ctypes.c_uint32 * 64)()
