@@ -17,9 +17,10 @@ from transformers.initialization import no_init_weights
 _WARM_UP = 8  # tokens decoded before the clock starts
 
 
-def _model(config: dict[str, Any]) -> LlamaForCausalLM:
+def random_model(config: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
+    """With random weights, attention by sdpa."""
     with no_init_weights():  # theirs takes half a minute
-        model = LlamaForCausalLM._from_config(LlamaConfig(**config), dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = LlamaForCausalLM._from_config(LlamaConfig(**config), dtype=dtype, attn_implementation="sdpa")
     block = 0.02 * torch.randn(1 << 22)
     for weight in (p.data for p in model.parameters() if p.dim() == 2):
         for piece in weight.view(-1).split(block.numel() // 2):
@@ -40,7 +41,7 @@ def _rates(tokens: int, work: Callable[[], None], repeats: int) -> list[float]:
 @torch.inference_mode()
 def main(config: dict[str, Any], prompt: int, new: int, repeats: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    model = _model(config)
+    model = random_model(config, torch.bfloat16)
     ids = torch.randint(config["vocab_size"], (1, max(prompt, new)))
 
     def prefill() -> None:

@@ -20,8 +20,8 @@ from typing import Any
 
 import machine
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.initialization import no_init_weights
+from model_torch import random_model
+from transformers import DynamicCache, LlamaForCausalLM
 
 import forge_c
 from forge_c.integrations.transformers import accelerate
@@ -45,18 +45,6 @@ def _arguments() -> argparse.Namespace:
     args = p.parse_args()
     args.variants = args.variants or ["none", args.dtype]
     return args
-
-
-def _model(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    config = LlamaConfig(**dict(SHAPES["llama-1.1b"]) | {"num_hidden_layers": layers})
-    with no_init_weights():  # theirs takes half a minute
-        model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    block = 0.02 * torch.randn(1 << 22)
-    for weight in (p.data for p in model.parameters() if p.dim() == 2):
-        for piece in weight.view(-1).split(block.numel() // 2):
-            start = int(torch.randint(block.numel() // 2, ()))
-            piece.copy_(block[start:start + piece.numel()])
-    return model.eval()
 
 
 def _twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -91,7 +79,7 @@ def main() -> int:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     forge_c.set_num_threads(args.threads)
-    stock = _model(args.layers, getattr(torch, args.dtype))
+    stock = random_model(dict(SHAPES["llama-1.1b"]) | {"num_hidden_layers": args.layers}, getattr(torch, args.dtype))
     models: dict[str, Any] = {_SDPA: stock}
     for form in args.variants:
         start = time.perf_counter()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Patch:
+class Patch(ABC):
     """One module's forward, replaced. `counted` names the field of Swaps that counts it."""
 
     counted = ""
@@ -67,8 +68,9 @@ class Patch:
     def weights(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(w for layer in self.linears() for w in (layer.weight, layer.bias))
 
+    @abstractmethod
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """The module's result by our kernels."""
 
     def nbytes(self) -> int:
         """Memory of packed copies, made if they are not there yet."""
