@@ -61,6 +61,18 @@ class Patch(ABC):
         if getattr(vars(self.module).get("forward"), "__self__", None) is self:
             del self.module.forward
 
+    def nbytes(self) -> int:
+        """Memory of packed copies, made if they are not there yet."""
+        return 0
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does instead."""
+
+
+class Computed(Patch):
+    """A module of one input whose result we compute: `run`, where the input and the weights are ours to take."""
+
     def linears(self) -> tuple[nn.Module, ...]:
         """The layers whose products `run` computes itself."""
         return ()
@@ -70,11 +82,7 @@ class Patch(ABC):
 
     @abstractmethod
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The module's result by our kernels."""
-
-    def nbytes(self) -> int:
-        """Memory of packed copies, made if they are not there yet."""
-        return 0
+        """The module's result."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not all(map(_plain, self.linears())) or not takes(args[0], *self.weights()):
@@ -99,7 +107,7 @@ def _unpatched(module: nn.Module) -> bool:
     return len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
-class Norm(Patch):
+class Norm(Computed):
     """An RMSNorm. weight (dim,)."""
 
     counted = "norms"
@@ -162,7 +170,7 @@ def _array(t: torch.Tensor | None) -> NDArray[Any] | None:
     return None if t is None else array(t)
 
 
-class Linear(Patch):
+class Linear(Computed):
     """A torch Linear; `form` is the format that it is packed in, None for torch's weight as it lies."""
 
     counted = "linears"
@@ -193,7 +201,7 @@ def linear(module: nn.Module, form: str | None) -> Linear | None:
     return Linear(module, form) if _plain(module) and _ours(module.weight) else None
 
 
-class GatedMLP(Patch):
+class GatedMLP(Computed):
     """down(f(gate(x)) * up(x)); gate and up are two Linears, or one whose first half is the gate."""
 
     counted = "mlps"
@@ -280,7 +288,7 @@ def _probe(rows: int, weight: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(x).to(weight.dtype)
 
 
-def _agree(patch: Patch, x: torch.Tensor, near: Callable[[torch.Tensor, torch.Tensor, torch.dtype], Any]) -> bool:
+def _agree(patch: Computed, x: torch.Tensor, near: Callable[[torch.Tensor, torch.Tensor, torch.dtype], Any]) -> bool:
     """Whether the patch computes what the module does: near(got, wanted, dtype) in float32."""
     try:
         with torch.no_grad():
