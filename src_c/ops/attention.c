@@ -33,7 +33,7 @@ struct attention {
     const fc_attention_args *a;
     void (*gemm)(const struct fc_gemm *);
     int halves;              /* queries and weights are bfloat16: the ISA multiplies pairs */
-    float scale, units;      /* weights are 2^(units score); units is log2(e), or 1 where scale has it: if nothing else is added */
+    float scale, units;      /* weights are 2^(units score); units is log2(e), or 1 where scale has it: unless a cap or floats follow */
     ptrdiff_t unit;          /* keys, or channels of a key, in a line */
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
@@ -485,7 +485,7 @@ static void choose_pages(struct attention *t) {
 fc_status fc_attention(const fc_attention_args *a) {
     struct attention t = {.a = a, .group = a->heads / a->kv_heads};
     choose_pages(&t);
-    const int plain = !(a->softcap > 0.0f) && !a->mask;
+    const int plain = !(a->softcap > 0.0f) && (!a->mask || a->mask_is_bool);
     t.scale = plain ? a->scale * LOG2_E : a->scale;
     t.units = plain ? 1.0f : LOG2_E;
     t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;
