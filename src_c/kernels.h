@@ -28,7 +28,6 @@ struct fc_attention_row {
     float *s; /* (n) in: q k; out: weights */
     const float *k_scale, *v_scale, *bias;             /* (n) */
     float scale, softcap;
-    float units; /* log2(e), or 1 where scale has it already */
 };
 
 /* past: what is written goes past the caches */
@@ -90,7 +89,7 @@ struct fc_attention_row {
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
-                       ptrdiff_t n, float units))                                                                      \
+                       ptrdiff_t n))                                                                                   \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
     X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \

@@ -28,29 +28,27 @@ FC_INLINE vf max_of(const float *s, ptrdiff_t n) {
     return vf_max(vf_max(top[0], top[1]), vf_max(top[2], top[3]));
 }
 
-/* 2^(units (s - shift)) */
-FC_INLINE vf weight(vf s, vf shift, float units) {
-    return vf_exp2_negative(units == 1.0f ? s - shift : (s - shift) * vf_set1(units));
-}
+/* e^(s - shift) */
+FC_INLINE vf weight(vf s, vf shift) { return vf_exp2_negative((s - shift) * vf_set1(1.44269504f)); }
 
-/* s[n] <- 2^(units (s - shift)) v_scale; the sum before v_scale */
-FC_INLINE vf weights_of(float *s, const float *v_scale, ptrdiff_t n, vf shift, float units) {
+/* s[n] <- e^(s - shift) v_scale; the sum before v_scale */
+FC_INLINE vf weights_of(float *s, const float *v_scale, ptrdiff_t n, vf shift) {
     vf total = vf_zero();
     ptrdiff_t i = 0;
     for (; i + FC_N <= n; i += FC_N) {
-        vf e = weight(vf_load(s + i), shift, units);
+        vf e = weight(vf_load(s + i), shift);
         total += e;
         vf_store(s + i, v_scale ? e * vf_load(v_scale + i) : e);
     }
     if (i < n) {
-        vf e = vf_fill_from(weight(vf_load_n(s + i, n - i), shift, units), n - i, 0.0f);
+        vf e = vf_fill_from(weight(vf_load_n(s + i, n - i), shift), n - i, 0.0f);
         total += e;
         vf_store_n(s + i, v_scale ? e * vf_load_n(v_scale + i, n - i) : e, n - i);
     }
     return total;
 }
 
-/* s[n]: score -> 2^(units (score - max)) v_scale; max, and the sum of 2^(units (score - max)).
+/* s[n]: score -> e^(score - max) v_scale; max, and the sum of e^(score - max).
  * A row with nothing to see leaves zeros and sum 0; NaN scores stay NaN, and make the sum NaN. */
 static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *max, float *sum) {
     float *s = r->s;
@@ -59,8 +57,7 @@ static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *
     const float m = vf_hmax(max_of(s, n));
     const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
     *max = m;
-    *sum = vf_sum(r->v_scale || r->units != 1.0f ? weights_of(s, r->v_scale, n, shift, r->units)
-                                                 : weights_of(s, NULL, n, shift, 1.0f));
+    *sum = vf_sum(r->v_scale ? weights_of(s, r->v_scale, n, shift) : weights_of(s, NULL, n, shift));
 }
 
 /* Vector j of the values of `key` in a panel of V at w. */
@@ -105,12 +102,12 @@ static void attention_ends(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t l
 
 /* (o, max, sum) <- its union with a chunk's (o_part, max_part, sum_part); an empty chunk changes nothing. */
 static void attention_fold(float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,
-                           ptrdiff_t n, float units) {
+                           ptrdiff_t n) {
     if (sum_part == 0.0f) return;
     const int first = *sum == 0.0f;
     const float top = first || *max < max_part ? max_part : *max;
-    const float keep = first ? 0.0f : *max == top ? 1.0f : weight(vf_set1(*max), vf_set1(top), units)[0];
-    const float add = max_part == top ? 1.0f : weight(vf_set1(max_part), vf_set1(top), units)[0];
+    const float keep = first ? 0.0f : *max == top ? 1.0f : weight(vf_set1(*max), vf_set1(top))[0];
+    const float add = max_part == top ? 1.0f : weight(vf_set1(max_part), vf_set1(top))[0];
     const vf vkeep = vf_set1(keep), vadd = vf_set1(add);
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
         const vf part = vf_load(o_part + i) * vadd;

@@ -27,13 +27,10 @@ enum {
     RUN = 4                  /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
 };
 
-static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
-
 struct attention {
     const fc_attention_args *a;
     void (*gemm)(const struct fc_gemm *);
     int halves;              /* queries and weights are bfloat16: the ISA multiplies pairs */
-    float scale, units;      /* weights are 2^(units score); units is log2(e), or 1 where scale has it: unless a cap or floats follow */
     ptrdiff_t unit;          /* keys, or channels of a key, in a line */
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
@@ -139,7 +136,7 @@ static void load_queries(const struct attention *t, const struct where *w, char 
             __builtin_prefetch(from + QUERIES_AHEAD * a->q_stride[1] + at);
         for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size) {
             if (t->halves) fc_k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
-            else fc_k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, t->scale);
+            else fc_k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
             memset(q + a->head_dim * size, 0, (size_t)pad);
         }
     }
@@ -207,8 +204,8 @@ static void weights(const struct attention *t, const struct room *r, const fc_kv
     const struct fc_attention_row one = {
         .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL, .v_scale = h->v_scale ? h->v_scale + from : NULL,
         .bias = bias,
-        .scale = t->halves ? t->scale : 1.0f,
-        .softcap = t->a->softcap, .units = t->units};
+        .scale = t->halves ? t->a->scale : 1.0f,
+        .softcap = t->a->softcap};
     fc_k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
     if (t->halves) fc_k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
@@ -298,7 +295,6 @@ static void finish_row(const struct attention *t, const struct where *w, ptrdiff
     const fc_attention_args *a = t->a;
     const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
     float keep = 1.0f;
-    if (t->units == 1.0f) top *= LN_2; /* it was in powers of two */
     if (total == 0.0f) {
         top = -INFINITY, keep = 0.0f;
         for (ptrdiff_t j = 0; j < a->v_dim; j++) o[j] = 0.0f;
@@ -332,7 +328,7 @@ static void block_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
             if (!attend_chunk(t, &w, &r, c)) continue;
             for (ptrdiff_t row = 0; row < rows; row++)
                 fc_k->attention_fold(r.o + row * t->e_padded, &r.max[row], &r.sum[row], r.part + row * t->e_padded,
-                                     r.part_max[row], r.part_sum[row], t->e_padded, t->units);
+                                     r.part_max[row], r.part_sum[row], t->e_padded);
         }
         for (ptrdiff_t row = 0; row < rows; row++) finish_row(t, &w, row, r.o + row * t->e_padded, r.max[row], r.sum[row]);
     }
@@ -419,8 +415,7 @@ static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         for (ptrdiff_t c = 0; c < t->chunks; c++) {
             const float *part = t->parts + (pair * t->chunks + c) * part_floats(t);
             fc_k->attention_fold(to + row * t->e_padded, to + maxima + row, to + maxima + t->rows + row,
-                                 part + row * t->e_padded, part[maxima + row], part[maxima + t->rows + row], t->e_padded,
-                                 t->units);
+                                 part + row * t->e_padded, part[maxima + row], part[maxima + t->rows + row], t->e_padded);
         }
     }
 }
@@ -485,9 +480,6 @@ static void choose_pages(struct attention *t) {
 fc_status fc_attention(const fc_attention_args *a) {
     struct attention t = {.a = a, .group = a->heads / a->kv_heads};
     choose_pages(&t);
-    const int plain = !(a->softcap > 0.0f) && (!a->mask || a->mask_is_bool);
-    t.scale = plain ? a->scale * LOG2_E : a->scale;
-    t.units = plain ? 1.0f : LOG2_E;
     t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;
     if (t.block > a->q_len) t.block = a->q_len;
     t.blocks = (a->q_len + t.block - 1) / t.block;
