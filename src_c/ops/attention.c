@@ -57,8 +57,6 @@ struct room {
     void *page;    /* own_page */
 };
 
-static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
 static ptrdiff_t chunks_of(ptrdiff_t keys) { return (keys + FC_KV_CHUNK - 1) / FC_KV_CHUNK; }
 
 static ptrdiff_t room_floats(const struct attention *t) {
@@ -97,7 +95,7 @@ static ptrdiff_t keys_of(const fc_attention_args *a, ptrdiff_t b) { return a->kv
 static struct where where_of(const struct attention *t, ptrdiff_t pair, ptrdiff_t block) {
     const fc_attention_args *a = t->a;
     const ptrdiff_t b = pair / a->kv_heads, q0 = block * t->block;
-    return (struct where){b, pair % a->kv_heads, q0, smaller(t->block, a->q_len - q0), keys_of(a, b)};
+    return (struct where){b, pair % a->kv_heads, q0, fc_smaller(t->block, a->q_len - q0), keys_of(a, b)};
 }
 
 /* Keys [lo, hi) that query q sees. */
@@ -128,7 +126,7 @@ static void visible_to_all(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff
 static void load_queries(const struct attention *t, const struct where *w, char *q) {
     const fc_attention_args *a = t->a;
     const ptrdiff_t size = t->halves ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
-    const ptrdiff_t bytes = t->group * a->head_dim * (a->q_type == FC_F32 ? 4 : 2);
+    const ptrdiff_t bytes = t->group * a->head_dim * fc_size_of(a->q_type);
     const char *block = (const char *)a->q + w->b * a->q_stride[0] + w->q0 * a->q_stride[1] + w->g * t->group * a->q_stride[2];
     for (ptrdiff_t i = 0; i < w->queries; i++) {
         const char *from = block + i * a->q_stride[1];
@@ -147,7 +145,7 @@ static void load_queries(const struct attention *t, const struct where *w, char 
 static void store_chunk(const struct attention *t, ptrdiff_t pair, ptrdiff_t chunk, void *page, void *scratch) {
     const fc_attention_args *a = t->a;
     const ptrdiff_t b = pair / a->kv_heads, g = pair % a->kv_heads, key0 = chunk * FC_KV_CHUNK;
-    const ptrdiff_t n = smaller(FC_KV_CHUNK, keys_of(a, b) - key0);
+    const ptrdiff_t n = fc_smaller(FC_KV_CHUNK, keys_of(a, b) - key0);
     const fc_kv_head head = fc_kv_head_at(&t->kv, page, 0);
     const fc_append_args as = {.cache = &t->kv, .type = a->kv_type, .k_stride = {0, a->k_stride[1], 0},
                                .v_stride = {0, a->v_stride[1], 0}};
@@ -250,13 +248,13 @@ static void weigh_rows(const struct attention *t, const struct where *w, const s
     ptrdiff_t from, to, lo, hi, other;
     visible_in(t->a, w, w->q0 + row / t->group, key0, n, &other, &to);
     visible_in(t->a, w, w->q0 + (row + rows - 1) / t->group, key0, n, &from, &other);
-    const ptrdiff_t begin = round_up(from, t->unit), end = to / t->unit * t->unit > begin ? to / t->unit * t->unit : begin;
+    const ptrdiff_t begin = fc_round_up(from, t->unit), end = to / t->unit * t->unit > begin ? to / t->unit * t->unit : begin;
     visible_in(t->a, w, w->q0 + row / t->group, key0, n, &lo, &other);
     const int heads = lo < begin; /* some row begins before the common keys: the first does */
     if (heads) memset(r->part + row * t->e_padded, 0, (size_t)(rows * t->e_padded) * 4);
     for (ptrdiff_t i = row; heads && i < row + rows; i++) {
         visible_in(t->a, w, w->q0 + i / t->group, key0, n, &lo, &hi);
-        weigh_ends(t, r, h, i, lo, smaller(hi, begin));
+        weigh_ends(t, r, h, i, lo, fc_smaller(hi, begin));
     }
     weigh_lines(t, r, h, row, rows, begin, end, heads);
     for (ptrdiff_t i = row; i < row + rows; i++) {
@@ -268,7 +266,7 @@ static void weigh_rows(const struct attention *t, const struct where *w, const s
 /* part, part_max, part_sum of chunk c; returns 0 if the block sees none of it. */
 static int attend_chunk(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t c) {
     const fc_attention_args *a = t->a;
-    const ptrdiff_t key0 = c * FC_KV_CHUNK, rows = w->queries * t->group, n = smaller(w->kv_len - key0, FC_KV_CHUNK);
+    const ptrdiff_t key0 = c * FC_KV_CHUNK, rows = w->queries * t->group, n = fc_smaller(w->kv_len - key0, FC_KV_CHUNK);
     ptrdiff_t lo, hi, first_hi, last_lo;
     visible_in(a, w, w->q0, key0, n, &lo, &first_hi);
     visible_in(a, w, w->q0 + w->queries - 1, key0, n, &last_lo, &hi);
@@ -277,7 +275,7 @@ static int attend_chunk(const struct attention *t, const struct where *w, const 
     const fc_kv_head h = head_of(t, w, r, c);
     const int same = first_hi == hi && last_lo == lo;
     for (ptrdiff_t row = 0, count = same ? rows : SCORE_ROWS; row < rows; row += count) {
-        const ptrdiff_t these = smaller(count, rows - row);
+        const ptrdiff_t these = fc_smaller(count, rows - row);
         ptrdiff_t from, to, other;
         visible_in(a, w, w->q0 + row / t->group, key0, n, &from, &other);
         visible_in(a, w, w->q0 + (row + these - 1) / t->group, key0, n, &other, &to);
@@ -285,7 +283,7 @@ static int attend_chunk(const struct attention *t, const struct where *w, const 
     }
     weights_of_block(t, w, r, &h, key0, n);
     for (ptrdiff_t row = 0, count = same ? rows : STRIP; row < rows; row += count)
-        weigh_rows(t, w, r, &h, row, smaller(count, rows - row), key0, n);
+        weigh_rows(t, w, r, &h, row, fc_smaller(count, rows - row), key0, n);
     return 1;
 }
 
@@ -367,9 +365,9 @@ static fc_status pack_and_attend(struct attention *t) {
     void **pages = new_pages(t, some);
     fc_status status = pages ? FC_OK : FC_NO_MEMORY;
     for (t->first_pair = 0; status == FC_OK && t->first_pair < all; t->first_pair += some) {
-        t->pairs = smaller(some, all - t->first_pair);
+        t->pairs = fc_smaller(some, all - t->first_pair);
         const ptrdiff_t items = t->pairs * t->kv.pages_a_row;
-        const double ns = (double)(smaller(FC_KV_CHUNK, t->a->kv_len) * (t->a->head_dim + t->a->v_dim)) * 0.4;
+        const double ns = (double)(fc_smaller(FC_KV_CHUNK, t->a->kv_len) * (t->a->head_dim + t->a->v_dim)) * 0.4;
         status = fc_static(fc_threads_for(items, ns), items, ns, pack_body, t);
         if (status == FC_OK) status = attend_blocks(t, t->pairs);
     }
@@ -392,7 +390,7 @@ static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     struct room r = room_of(t, rank);
     const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
-    for (ptrdiff_t i = begin * t->run; i < smaller(end * t->run, pairs * t->chunks); i++) {
+    for (ptrdiff_t i = begin * t->run; i < fc_smaller(end * t->run, pairs * t->chunks); i++) {
         /* All heads of a chunk before the next chunk: in (batch, seq, heads, dim) they share their pages. */
         const ptrdiff_t pair = i % pairs, chunk = i / pairs;
         const struct where w = where_of(t, pair, 0);
@@ -424,10 +422,10 @@ static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t e
     const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
     fc_status status = FC_OK;
     for (t->first_chunk = begin; t->first_chunk < end && status == FC_OK; t->first_chunk += segment) {
-        t->chunks = smaller(segment, end - t->first_chunk);
+        t->chunks = fc_smaller(segment, end - t->first_chunk);
         const double ns = item_ns(t, FC_KV_CHUNK), fold_ns = (double)(t->chunks * t->e_padded) * 0.1;
         const int threads = fc_threads_for(pairs * t->chunks, ns);
-        t->run = smaller(RUN, (pairs * t->chunks + 8 * threads - 1) / (8 * threads));
+        t->run = fc_smaller(RUN, (pairs * t->chunks + 8 * threads - 1) / (8 * threads));
         const ptrdiff_t items = (pairs * t->chunks + t->run - 1) / t->run;
         status = fc_dynamic(threads, items, ns * (double)t->run, chunk_body, t);
         if (status == FC_OK)
@@ -438,7 +436,7 @@ static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t e
 
 static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) {
     const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, bytes = pairs * part_floats(t) * 4;
-    const ptrdiff_t segment = smaller(end - begin, PARTS_BYTES / bytes > 8 ? PARTS_BYTES / bytes : 8);
+    const ptrdiff_t segment = fc_smaller(end - begin, PARTS_BYTES / bytes > 8 ? PARTS_BYTES / bytes : 8);
     fc_scratch parts;
     t->own_page = !t->a->cache;
     if (fc_scratch_alloc(&parts, 1, (size_t)(bytes * (segment + 1)))) return FC_NO_MEMORY;
@@ -448,7 +446,8 @@ static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) 
     }
     t->folded = (float *)(void *)parts.base;
     t->parts = t->folded + pairs * part_floats(t);
-    for (ptrdiff_t i = 0; i < pairs * part_floats(t); i++) t->folded[i] = i % part_floats(t) < t->rows * (t->e_padded + 1) ? -INFINITY : 0.0f;
+    for (ptrdiff_t i = 0; i < pairs * part_floats(t); i++) /* maxima -inf, sums 0 */
+        t->folded[i] = i % part_floats(t) < t->rows * (t->e_padded + 1) ? -INFINITY : 0.0f;
     fc_status status = attend_chunks(t, begin, end, segment);
     for (ptrdiff_t pair = 0; pair < pairs && status == FC_OK; pair++) {
         const struct where w = where_of(t, pair, 0);
@@ -484,8 +483,8 @@ fc_status fc_attention(const fc_attention_args *a) {
     if (t.block > a->q_len) t.block = a->q_len;
     t.blocks = (a->q_len + t.block - 1) / t.block;
     t.rows = t.block * t.group;
-    t.d_padded = round_up(a->head_dim, t.unit);
-    t.e_padded = round_up(a->v_dim, 16);
+    t.d_padded = fc_round_up(a->head_dim, t.unit);
+    t.e_padded = fc_round_up(a->v_dim, 16);
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;
     for (ptrdiff_t b = 0; b < a->batch; b++) {
         ptrdiff_t lo, hi;
@@ -496,36 +495,4 @@ fc_status fc_attention(const fc_attention_args *a) {
     }
     if (t.blocks == 1 && end - begin > 1) return by_chunks(&t, begin, end);
     return by_blocks(&t);
-}
-
-/* ---- merging ---- */
-
-struct merge {
-    fc_dtype type;
-    char *out;
-    float *lse;
-    const char *a, *b;
-    const float *lse_a, *lse_b;
-    ptrdiff_t n, size;
-};
-
-static void merge_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct merge *m = ctx;
-    (void)rank;
-    for (ptrdiff_t i = begin; i < end; i++) {
-        /* A NaN on either side must win. */
-        float la = m->lse_a[i], lb = m->lse_b[i], top = la > lb || la != la ? la : lb, wa = 0.0f, wb = 0.0f;
-        if (top != -INFINITY) wa = expf(la - top), wb = expf(lb - top);
-        float total = wa + wb;
-        fc_k->merge[m->type](m->out + i * m->n * m->size, m->a + i * m->n * m->size, m->b + i * m->n * m->size,
-                             total == 0.0f ? 0.0f : wa / total, total == 0.0f ? 0.0f : wb / total, m->n);
-        m->lse[i] = total == 0.0f ? -INFINITY : top + logf(total);
-    }
-}
-
-fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
-                             const float *lse_b, ptrdiff_t rows, ptrdiff_t n) {
-    struct merge m = {type, out, lse, a, b, lse_a, lse_b, n, type == FC_F32 ? 4 : 2};
-    double ns = (double)n * 0.3 + 40;
-    return fc_static(fc_threads_for(rows, ns), rows, ns, merge_body, &m);
 }

@@ -11,7 +11,7 @@ fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n) {
 }
 
 void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale) {
-    const ptrdiff_t from_size = from_type == FC_F32 ? 4 : 2, to_size = to_type == FC_F32 ? 4 : 2;
+    const ptrdiff_t from_size = fc_size_of(from_type), to_size = fc_size_of(to_type);
     if (to_type == from_type && scale == 1.0f) {
         memcpy(to, from, (size_t)(n * to_size));
         return;

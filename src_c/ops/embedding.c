@@ -12,7 +12,7 @@ struct embedding {
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct embedding *a = ctx;
-    const ptrdiff_t out_size = a->out_type == FC_F32 ? 4 : 2;
+    const ptrdiff_t out_size = fc_size_of(a->out_type);
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++)
         fc_convert_row(a->out_type, a->out + i * a->n * out_size, a->table_type, a->table + a->ids[i] * a->ldtable, a->n,

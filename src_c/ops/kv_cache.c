@@ -6,19 +6,18 @@
 
 enum { PANEL = 16 };
 
-static ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
 static ptrdiff_t unit_of(fc_kv_type type) { return type == FC_KV_BF16 ? 2 : 1; }
 static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : type == FC_KV_BF16 ? 2 : 1; }
 
 /* ---- where things lie ---- */
 
 static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
-    return FC_KV_CHUNK * round_up(c->head_dim, unit_of(c->type)) * value_bytes(c->type);
+    return FC_KV_CHUNK * fc_round_up(c->head_dim, unit_of(c->type)) * value_bytes(c->type);
 }
-static ptrdiff_t values_bytes(const fc_kv_cache *c) { return FC_KV_CHUNK * round_up(c->v_dim, PANEL) * value_bytes(c->type); }
+static ptrdiff_t values_bytes(const fc_kv_cache *c) { return FC_KV_CHUNK * fc_round_up(c->v_dim, PANEL) * value_bytes(c->type); }
 
 static ptrdiff_t head_bytes(const fc_kv_cache *c) {
-    return round_up(keys_bytes(c) + values_bytes(c) + (c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0), 64);
+    return fc_round_up(keys_bytes(c) + values_bytes(c) + (c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0), 64);
 }
 
 ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return c->kv_heads * head_bytes(c); }
@@ -27,7 +26,7 @@ fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
     const ptrdiff_t unit = unit_of(c->type);
     fc_kv_head h = {.k = (char *)page + g * head_bytes(c)};
     h.v = h.k + keys_bytes(c);
-    h.k_lines = round_up(c->head_dim, unit) / unit;
+    h.k_lines = fc_round_up(c->head_dim, unit) / unit;
     h.line = PANEL * unit * value_bytes(c->type);
     h.k_panel = h.k_lines * h.line;
     h.v_panel = FC_KV_CHUNK / unit * h.line;
@@ -40,7 +39,7 @@ fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
 
 /* ---- in ---- */
 
-static ptrdiff_t widest(const fc_kv_cache *c) { return round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64); }
+static ptrdiff_t widest(const fc_kv_cache *c) { return fc_round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64); }
 
 /* 16 rows of float32, and one to convert or turn in */
 size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)(PANEL + 1) * (size_t)widest(c) * 4; }
@@ -60,7 +59,7 @@ static float encode(fc_kv_type type, void *to, fc_dtype from_type, const void *f
         return scale;
     }
     fc_k->quantize_scale[from_type](&scale, &inverse, from, n);
-    fc_k->quantize[from_type](to, &sum, from, inverse, n, round_up(n, 64), round_up(n, 64), 0, 0);
+    fc_k->quantize[from_type](to, &sum, from, inverse, n, fc_round_up(n, 64), fc_round_up(n, 64), 0, 0);
     return scale;
 }
 
@@ -124,7 +123,7 @@ static void store_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t s
 static void store_values(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, ptrdiff_t n, const char *v,
                          char *rows) {
     const fc_kv_cache *c = a->cache;
-    const ptrdiff_t size = value_bytes(c->type), e = c->v_dim, padded = round_up(e, PANEL), ld = widest(c) * 4;
+    const ptrdiff_t size = value_bytes(c->type), e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
     for (ptrdiff_t i = 0, two; i < n; i += two) {
         const ptrdiff_t at = slot + i;
         two = c->type == FC_KV_BF16 && at % 2 == 0 && i + 1 < n ? 2 : 1;

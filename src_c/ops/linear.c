@@ -21,10 +21,6 @@ enum {
     STREAM_K = 64        /* and this many k at a time: 256 KiB */
 };
 
-static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
-static ptrdiff_t size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
-
 /* ---- what a layout asks for ---- */
 
 typedef enum { X_F32, X_BF16, X_ROUNDED, X_QUANTIZED } x_form; /* X_ROUNDED: float32 with bfloat16 values */
@@ -43,7 +39,7 @@ static struct form form_of(const fc_linear_args *a) {
     const fc_dtype half = fc_k->bf16_x;
     const ptrdiff_t g = a->group;
     switch (a->layout) {
-    case FC_PACKED_BF16: return (struct form){fc_k->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, size_of(half), 2, 1, 2, 1, 0};
+    case FC_PACKED_BF16: return (struct form){fc_k->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, fc_size_of(half), 2, 1, 2, 1, 0};
     case FC_PACKED_I8: return (struct form){fc_k->gemm_i8, X_QUANTIZED, fc_k->i8_x, g, g / 4 + 1, g, g / 4, 128};
     case FC_PACKED_I4: return (struct form){fc_k->gemm_i4, X_QUANTIZED, fc_k->i4_x, 64, 9, 32, 4, 8};
     case FC_PACKED_I4Z: return (struct form){fc_k->gemm_i4z, X_QUANTIZED, fc_k->i4_x, g, g / 8 + 1, g, g / 8, 0};
@@ -71,8 +67,8 @@ struct linear {
 /* Row i, k0 .. k0 + kc - 1 of it, to where the kernel looks for it; zeros from K on. */
 static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, ptrdiff_t k0, float inverse) {
     const fc_linear_args *a = l->a;
-    const ptrdiff_t padded = smaller(l->kc, l->k - k0), n = smaller(padded, a->k - k0);
-    const char *from = row + k0 * size_of(a->type);
+    const ptrdiff_t padded = fc_smaller(l->kc, l->k - k0), n = fc_smaller(padded, a->k - k0);
+    const char *from = row + k0 * fc_size_of(a->type);
     void *to = (void *)(l->x + k0 / l->kc * l->x_block + i * l->ldx);
     switch (l->form.x) {
     case X_F32: fc_k->to_f32[a->type](to, from, n, 1.0f); break;
@@ -110,7 +106,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t block_bytes = l->form.block_lines * 64;
     copy->block = NULL;
-    l->k = round_up(a->k, l->form.block_k);
+    l->k = fc_round_up(a->k, l->form.block_k);
     l->kc = a->layout >= FC_ROWS      ? LOOSE_K
             : a->m <= fc_k->tile_rows ? (l->k ? l->k : 1)
                                       : (fc_k->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k;
@@ -121,7 +117,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
         l->x_block = l->kc * l->form.x_size;
         return FC_OK;
     }
-    l->ldx = smaller(l->kc, l->k) * l->form.x_size;
+    l->ldx = fc_smaller(l->kc, l->k) * l->form.x_size;
     l->x_block = a->m * l->ldx;
     l->groups = l->form.x == X_QUANTIZED ? l->k / l->form.group_k : 0;
     size_t values = (size_t)(l->x_block * ((l->k + l->kc - 1) / l->kc)), sums = (size_t)(a->m * l->groups) * 4;
@@ -131,7 +127,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     l->scales = l->form.x == X_QUANTIZED ? (float *)(void *)(copy->base + values + sums) : NULL;
     const double ns = (double)a->k * (a->norm ? 0.4 : 0.2) + 20;
     const int threads = fc_threads_for(a->m, ns);
-    if (a->norm && fc_scratch_alloc(&l->normed, threads, (size_t)(a->k * size_of(a->type)))) return FC_NO_MEMORY;
+    if (a->norm && fc_scratch_alloc(&l->normed, threads, (size_t)(a->k * fc_size_of(a->type)))) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, a->m, ns, convert_rows, l);
     fc_scratch_free(&l->normed);
     return status;
@@ -142,9 +138,9 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
 static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0, ptrdiff_t kc) {
     const fc_linear_args *a = l->a;
-    const ptrdiff_t size = size_of(a->weight_type);
+    const ptrdiff_t size = fc_size_of(a->weight_type);
     for (ptrdiff_t p = 0; p < count; p++, to += kc * 16) {
-        ptrdiff_t column = (first + p) * 16, n = smaller(16, a->n - column);
+        ptrdiff_t column = (first + p) * 16, n = fc_smaller(16, a->n - column);
         const char *w = a->weight;
         if (a->layout == FC_ROWS) fc_k->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
         else fc_k->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
@@ -158,7 +154,7 @@ static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t
     struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * 64, .ldx = l->ldx, .ldsums = l->groups, .panel_stride = panel_bytes,
                         .line_stride = 64, .m = rows, .panels = panels};
     for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
-        ptrdiff_t kc = smaller(l->kc, l->k - k0);
+        ptrdiff_t kc = fc_smaller(l->kc, l->k - k0);
         g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;
         g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_lines * 64;
         g.blocks = kc / f->block_k;
@@ -177,7 +173,7 @@ static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t
 static void store(const struct linear *l, const float *acc, ptrdiff_t column, ptrdiff_t columns, ptrdiff_t row,
                   ptrdiff_t rows) {
     const fc_linear_args *a = l->a;
-    const ptrdiff_t skip = column * size_of(a->type);
+    const ptrdiff_t skip = column * fc_size_of(a->type);
     const float *bias = a->bias ? a->bias + column : NULL;
     fc_cursor at;
     fc_cursor_at(&at, a->rows, row);
@@ -194,11 +190,11 @@ static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     float *loose = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)loose + l->loose_bytes);
     for (ptrdiff_t i = begin; i < end; i++) {
-        ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = smaller(l->tile_panels, l->panels - panel);
-        ptrdiff_t row = i % l->blocks * l->block_rows, rows = smaller(l->block_rows, l->a->m - row);
+        ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = fc_smaller(l->tile_panels, l->panels - panel);
+        ptrdiff_t row = i % l->blocks * l->block_rows, rows = fc_smaller(l->block_rows, l->a->m - row);
         ptrdiff_t column = panel * (l->a->gated ? 8 : 16), columns = panels * (l->a->gated ? 8 : 16);
         multiply(l, acc, loose, panel, panels, row, rows);
-        store(l, acc, column, smaller(columns, l->a->n - column), row, rows);
+        store(l, acc, column, fc_smaller(columns, l->a->n - column), row, rows);
     }
 }
 
@@ -213,7 +209,7 @@ static double item_ns(const struct linear *l) {
 static void cut(struct linear *l, int threads) {
     const ptrdiff_t m = l->a->m, wanted = 4 * (ptrdiff_t)threads;
     l->tile_panels = m > MANY_ROWS ? MAX_PANELS : MIN_PANELS;
-    l->block_rows = smaller(m, ROWS_A_BLOCK);
+    l->block_rows = fc_smaller(m, ROWS_A_BLOCK);
     for (;;) {
         l->tiles = (l->panels + l->tile_panels - 1) / l->tile_panels;
         l->blocks = (m + l->block_rows - 1) / l->block_rows;
@@ -251,16 +247,16 @@ static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0
 static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     const fc_linear_args *a = l->a;
-    const ptrdiff_t size = size_of(a->type), w_size = size_of(a->weight_type), width = l->block_rows;
+    const ptrdiff_t size = fc_size_of(a->type), w_size = fc_size_of(a->weight_type), width = l->block_rows;
     float *acc = fc_scratch_of(&l->scratch, rank);
     for (ptrdiff_t i = begin; i < end; i++) {
-        ptrdiff_t column = i * width, n = smaller(width, a->n - column);
+        ptrdiff_t column = i * width, n = fc_smaller(width, a->n - column);
         for (ptrdiff_t j = 0; j < a->m * width; j++) acc[j] = 0.0f;
         for (ptrdiff_t k0 = 0; k0 < a->k; k0 += STREAM_K)
             for (ptrdiff_t row = 0; row < a->m; row++)
                 fc_k->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
                                                 (const char *)a->weight + k0 * a->ldw + column * w_size, a->ldw,
-                                                smaller(STREAM_K, a->k - k0), n);
+                                                fc_smaller(STREAM_K, a->k - k0), n);
         fc_cursor at;
         fc_cursor_at(&at, a->rows, 0);
         for (ptrdiff_t row = 0; row < a->m; row++, fc_cursor_next(&at))
@@ -272,9 +268,9 @@ static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 static fc_status by_streams(struct linear *l) {
     const fc_linear_args *a = l->a;
-    const double ns = (double)(a->k * size_of(a->weight_type) * 64) / 20;
+    const double ns = (double)(a->k * fc_size_of(a->weight_type) * 64) / 20;
     int threads = fc_threads_for((a->n + 63) / 64, ns);
-    l->block_rows = smaller(STREAM_COLUMNS, ((a->n + threads - 1) / threads + 63) / 64 * 64);
+    l->block_rows = fc_smaller(STREAM_COLUMNS, ((a->n + threads - 1) / threads + 63) / 64 * 64);
     ptrdiff_t items = (a->n + l->block_rows - 1) / l->block_rows;
     if (fc_scratch_alloc(&l->scratch, threads, (size_t)(a->m * l->block_rows * 4))) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / 64), stream_body, l);
