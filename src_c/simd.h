@@ -262,12 +262,13 @@ FC_INLINE vf vf_exp_negative(vf x) {
     return p * (vf)(((vi)t << 23) + 0x3f800000);
 }
 
-/* x / (1 + e^-u): x silu-ed by u. e^-u is carried as twice its half, which does not overflow before x / (1 + e^-u) is
- * under 3e-39 |x|; then the result is 0. */
+/* x / (1 + e^-u) as  x s / (s + e^-u s),  s = 2^-(n/2) where e^-u = 2^n e^r is large: nothing overflows, and the result
+ * underflows once and gradually. Where -u > 176, s is 0. */
 FC_INLINE vf vf_times_sigmoid(vf x, vf u) {
-    vf t, p = vf_exp_parts(vf_min(vf_set1(89.0f), vf_max(vf_set1(-87.0f), -u)), &t);
-    vf half = p * (vf)(((vi)t << 23) + 0x3f000000);
-    return x / vf_fma(half, vf_set1(2.0f), vf_set1(1.0f));
+    vf t, p = vf_exp_parts(vf_min(vf_set1(176.4f), vf_max(vf_set1(-87.0f), -u)), &t);
+    const vi n = (vi)t - 0x4b400000, half = (n & ~(n >> 31)) >> 1;
+    const vf s = (vf)((127 - half) << 23);
+    return x * s / (s + p * (vf)((n - half + 127) << 23));
 }
 
 /* |x| < 0.625: x + x^3 p(x^2);  else sign(x) (1 - 2 / (e^(2|x|) + 1)) */

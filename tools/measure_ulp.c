@@ -23,12 +23,19 @@ enum { BLOCK = 1024 }; /* numbers of one sign and exponent */
 /* libm takes its time over results that do not fit float64, and they all mean 0 or infinity here. */
 static double e_to(double x) { return exp(x > 700 ? 700 : x < -700 ? -700 : x); }
 
+/* softmax of (x, 0), as kernels/softmax.h makes it: the first of the two */
+FC_INLINE vf first_of_two(vf x) {
+    vf top = vf_max(x, vf_zero()), e = vf_exp_negative(x - top);
+    return e * (vf_set1(1.0f) / (e + vf_exp_negative(-top)));
+}
+
 /* F(name, largest x, ours, exact) */
 #define FUNCTIONS(F)                                                                                                   \
     F(exp, INFINITY, vf_exp(x), e_to(x))                                                                               \
     F(exp_negative, 0, vf_exp_negative(x), e_to(x))                                                                    \
     F(exp2_negative, 0, vf_exp2_negative(x), exp2(x))                                                                  \
-    F(sigmoid, INFINITY, vf_times_sigmoid(vf_set1(1.0f), x), 1 / (1 + e_to(-x)))                                                            \
+    F(sigmoid, INFINITY, vf_times_sigmoid(vf_set1(1.0f), x), 1 / (1 + e_to(-x)))                                       \
+    F(softmax, INFINITY, first_of_two(x), 1 / (1 + e_to(-x)))                                                          \
     F(tanh, INFINITY, vf_tanh(x), tanh(x))                                                                             \
     F(silu, INFINITY, vf_activate(FC_SILU, x), x / (1 + e_to(-x)))                                                     \
     F(gelu, INFINITY, vf_activate(FC_GELU, x), 0.5 * x * erfc(-x * M_SQRT1_2))                                         \
