@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "forge_c.KVCache"
 _HEADER_BYTES, _ROW_BYTES = 1024, 64  # room for the header: fixed, and for the numbers of each row
 _MOST = 2**40  # of any size; rows are at most _MOST_ROWS

@@ -15,8 +15,8 @@ struct fc_gemm {
     ptrdiff_t ldx;
     const void *sums; /* integer formats: (m, groups) of 4 bytes, what `quantize` makes; ldsums elements */
     ptrdiff_t ldsums;
-    const void *w; /* panel p at p * panel_stride, its lines line_stride apart */
-    ptrdiff_t panel_stride, line_stride;
+    const void *w; /* panel p at p * panel_stride */
+    ptrdiff_t panel_stride;
     ptrdiff_t m, panels;
     ptrdiff_t lines;  /* float formats: all of them; integer formats: those of a group */
     ptrdiff_t blocks; /* integer formats: blocks of a panel */
@@ -26,8 +26,10 @@ struct fc_gemm {
 /* A row of scores, and what stands between them and their weights; NULL: nothing. */
 struct fc_attention_row {
     float *s; /* (n) in: q k; out: weights */
-    const float *k_scale, *v_scale, *bias;             /* (n) */
+    const float *k_scale, *v_scale, *bias; /* (n) */
     float scale, softcap;
+    int16_t *q; /* (n), with v_scale: weights v_scale ~ *w_scale q; q may begin where s does */
+    float *w_scale;
 };
 
 /* past: what is written goes past the caches */
@@ -57,7 +59,8 @@ struct fc_attention_row {
     X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
-    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n), scale, inverse, x, n)                \
+    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float most), scale, inverse, x, n,      \
+      most)                                                                                                           \
     X(quantize, (void *q, void *sums, const void *x, float inverse, ptrdiff_t n, ptrdiff_t padded, ptrdiff_t group,    \
                  int wide, int offset), q, sums, x, inverse, n, padded, group, wide, offset)                           \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
@@ -87,6 +90,7 @@ struct fc_attention_row {
     X(stream, (void *out, const void *from, ptrdiff_t bytes))                                                          \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
+    X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                      \
     X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \

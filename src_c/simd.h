@@ -43,7 +43,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_if_lt(a, b, x, y)    a < b ? x : y
  *   vf_load_n, vf_store_n   the first n floats
  *   vf_from_f16, vf_from_bf16, vf_to_f16, vf_to_bf16     FC_N 16-bit values at p
- *   vf_from_s8              FC_N signed bytes at p
+ *   vi_from_s8              2 FC_N signed bytes at p as int16 lanes
  *   vf_scale2(a, n)         a * 2^n, n integral in [-160, 130], one rounding
  *   vf_transpose(r)         r[FC_N] as a square matrix, in place
  *   vf_load_transposed(r, p, ld)   r[j][i] = float j of row i, rows ld bytes apart
@@ -51,12 +51,14 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_dup(p)               p[0] p[0] p[1] p[1] ...  from FC_N/2 floats
  *   vf_swap(a)              a[1] a[0] a[3] a[2] ...
  *   vf_add_product(acc, a, b)      acc + a*b as vf_fma; see below
- *   vi_add_madd16(acc, a, b)       int16 lanes: acc + a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
+ *   vi_madd16(a, b)                int16 lanes: a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
+ *   vi_add_madd16(acc, a, b)       acc + that; see below
  *   vi_put8, vi_put16       FC_N int32 lanes, small enough, as int8 or int16 at p
  * and where the ISA has them
  *   FC_HAS_BF16_PAIR  vf_bf16_pair(a, b)      2 FC_N bfloat16 values, cheaper than one vector after the other
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
  *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
+ *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
  *   FC_HAS_MADDUBS   vi_add_maddubs(acc, u8, s8)  int16 lanes: acc + the sum of two products of bytes, which must fit
  *
  * The words that add products to an accumulator are for tiles that fill the registers. On x86 they are one or two

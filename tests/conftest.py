@@ -99,10 +99,11 @@ TOLERANCES = {
 
 
 def check_close(op: str, got: Any, expected: Any, *, magnitude: Any = None, n: float = 0, d: float = 0,
-                s: float = 0, roundings: float = 0) -> None:
+                s: float = 0, roundings: float = 0, more: Any = 0) -> None:
     """Fail unless `got` is `expected` within TOLERANCES[op, its dtype], NaN and Inf at the same places.
 
     roundings: inputs that were themselves rounded to the result's dtype on the way, in half ulps.
+    more: what other roundings of inputs can do to the result, absolute.
     """
     t, expected = TOLERANCES[op, got.dtype.name], np.asarray(expected)
     assert got.shape == expected.shape, f"{op}: shape {got.shape}, expected {expected.shape}"
@@ -110,6 +111,7 @@ def check_close(op: str, got: Any, expected: Any, *, magnitude: Any = None, n: f
     np.testing.assert_array_equal(np.isnan(value), np.isnan(expected), f"{op}: NaN at other places")
     with np.errstate(invalid="ignore"):
         work = 2.0**-24 * t.roundings(n, d, s) * (np.abs(expected) if magnitude is None else magnitude) + t.floor
+        work = work + more
         bound = work + (1 + roundings) * t.half_ulp * (np.abs(expected) + work) + t.half_subnormal
         overflows = np.isfinite(expected) & (np.abs(expected) + bound >= t.largest)
         right = (value == expected) | (np.abs(value - expected) <= bound) | np.isnan(expected)

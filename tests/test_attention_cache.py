@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from conftest import DTYPES, check_close
 from test_attention import BFLOAT16, INF, Array, bits, expected, multiplies_pairs, normal, qkv
 
@@ -38,6 +39,23 @@ def test_a_cache_is_the_arrays_in_it(isa, dtype, rng, stored, kv_len):
             assert bits(attention(q, *kept, return_lse=True, **options)) == want
 
 
+def integer_roundings(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
+    """What an int8 cache's products may add to a score, and (b, i, h, v_dim) to the output by way of the weights.
+
+    q is rounded to a multiple of max|q| / 32767; a weight times its token's scale, max|v| / 127, to one of the largest
+    such product / 32767.
+    """
+    (_, _, heads, dim), kv_len = q.shape, k.shape[1]
+    k, v = (np.repeat(np.asarray(a, np.float64), heads // a.shape[2], axis=2) for a in (k, v))
+    length = np.abs(k).sum(axis=-1).max(axis=1)[:, None]
+    score = np.abs(q.astype(np.float64)).max(axis=-1) * dim**-0.5 / 32767 / 2 * length
+    each = np.broadcast_to(np.eye(kv_len)[None, :, None], (*k.shape[:3], kv_len))
+    scale = np.moveaxis(np.abs(v).max(axis=-1) / 127, 1, -1)[:, None]
+    weight = (reference.attention(q, k, each, **options)[0] * scale).max(axis=-1)
+    integers = (np.abs(v) * 127 / np.abs(v).max(axis=-1, keepdims=True)).sum(axis=1)[:, None]
+    return score, weight[..., None] / 32767 / 2 * integers
+
+
 @pytest.mark.parametrize("kv_len", [1, 20, 256, 300, 700])
 def test_an_int8_cache_is_the_numbers_that_it_gives(isa, dtype, rng, kv_len):
     for q_len in {1, min(kv_len, 40)}:
@@ -49,9 +67,39 @@ def test_an_int8_cache_is_the_numbers_that_it_gives(isa, dtype, rng, kv_len):
                         {"mask": rng.random((2, 1, q_len, kv_len)) < 0.8, "sinks": normal(rng, 6), "softcap": 5.0}):
             got = attention(q, kept, return_lse=True, **options)
             want = expected(q, *kept, **options)
-            # Two roundings more for each scale: of a score, and of a weight.
-            check_close("attention", got[0], want[0], magnitude=want[2], n=kv_len + 2, d=24 + 2, s=want[3])
-            check_close("lse", got[1], want[1], magnitude=1 + np.abs(want[1]), n=kv_len, d=24 + 2, s=want[3][..., 0])
+            score, weights = integer_roundings(q, *kept, **options)
+            # Two roundings more for each scale: of a score, and of a weight. An error e in scores is 2e in weights.
+            check_close("attention", got[0], want[0], magnitude=want[2], n=kv_len + 2, d=24 + 2, s=want[3],
+                        more=2 * score[..., None] * want[2] + weights)
+            check_close("lse", got[1], want[1], magnitude=1 + np.abs(want[1]), n=kv_len, d=24 + 2, s=want[3][..., 0],
+                        more=score)
+
+
+@pytest.mark.parametrize("dim", [1, 15, 512, 1030])
+def test_the_largest_integers_do_not_overflow(isa, rng, dim):
+    """Every product of the same sign and as large as can be: over the channels of a key, and over 256 keys."""
+    q, k, v = np.ones((1, 3, 2, dim), np.float32), np.ones((1, 600, 1, dim), np.float32), normal(rng, 1, 600, 1, dim)
+    v[:, :256] = -2.0
+    out, lse = attention(q, filled(k, v, 600, dtype="int8"), causal=True, return_lse=True, scale=1.0)
+    np.testing.assert_allclose(lse[0, :, 0], dim + np.log([598, 599, 600]), rtol=2e-4)
+    first = filled(k[:, :256], v[:, :256], 256, dtype="int8")
+    np.testing.assert_allclose(attention(q, first, causal=True), -2, rtol=1e-5)
+
+
+def test_a_nan_in_an_int8_cache_reaches_who_sees_it(isa, rng):
+    k, v, q = normal(rng, 1, 300, 1, 16), normal(rng, 1, 300, 1, 16), normal(rng, 1, 10, 2, 16)
+    clean = attention(q, filled(k, v, 300, dtype="int8"), causal=True, window=5)
+    for broken in (k, v):
+        kept = broken[0, 294, 0, 3]
+        broken[0, 294, 0, 3] = np.nan
+        got = attention(q, filled(k, v, 300, dtype="int8"), causal=True, window=5)
+        broken[0, 294, 0, 3] = kept
+        sees = np.arange(290, 300)
+        sees = (sees >= 294) & (sees < 299)
+        assert np.isnan(got[0, sees]).all() and got[0, ~sees].tobytes() == clean[0, ~sees].tobytes()
+    q[0, 4, 1, 2] = np.inf
+    got = attention(q, filled(k, v, 300, dtype="int8"), causal=True, window=5)
+    assert np.isnan(got[0, 4, 1]).all() and np.isnan(got).sum() == 16
 
 
 def test_float32_queries_on_a_bfloat16_cache(isa, rng):

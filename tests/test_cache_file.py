@@ -144,7 +144,7 @@ def header_changed(path, **changes) -> None:
     {"max_seq_len": 2000},
     {"max_seq_len": 2**62}, {"n_kv_heads": 4}, {"n_kv_heads": 0}, {"head_dim": -16}, {"head_dim": 2**40},
     {"v_dim": None},
-    {"dtype": "bfloat16"}, {"dtype": "object"}, {"window": 10}, {"window": 0}, {"window": "x"}, {"version": 2},
+    {"dtype": "bfloat16"}, {"dtype": "object"}, {"window": 10}, {"window": 0}, {"window": "x"}, {"version": 1},
     {"format": "other"}, {"more": 1},
 ])
 @pytest.mark.parametrize("mode", [None, "r", "r+"])

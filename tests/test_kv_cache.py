@@ -27,7 +27,7 @@ def raw(cache: KVCache) -> bytes:
 
 def slots(cache: KVCache, page: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values (heads, KV_CHUNK, dim) of one page of a cache that shares none, read as forge.h draws it."""
-    heads, d, e, unit = cache.n_kv_heads, cache.head_dim, cache.v_dim, 2 if cache.dtype == "bfloat16" else 1
+    heads, d, e, unit = cache.n_kv_heads, cache.head_dim, cache.v_dim, 1 if cache.dtype == "float32" else 2
     dtype = BFLOAT16 if cache.dtype == "bfloat16" else np.dtype(cache.dtype)
     (pages,) = cache._memory
     lines, panels = -(-d // unit), -(-e // 16)

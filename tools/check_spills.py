@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-KERNELS = re.compile(r"(gemm_(f32|bf16|i8|i4|i4z)_(tile|pair|single|few)|attention_(panel|weigh))\w*")
+KERNELS = re.compile(r"(gemm_(f32|bf16|s8|i8|i4|i4z)_(tile|pair|single|few)|attention_(panel|weigh))\w*")
 PRODUCTS = re.compile(r"vfn?madd|vdpbf16ps|vpdpbusd|vpmaddwd|vpmaddubsw|pmaddwd|mulps")
 STACK = re.compile(r"-?(0x)?[0-9a-f]*\(%r[sb]p")
 

@@ -28,42 +28,72 @@ FC_INLINE vf max_of(const float *s, ptrdiff_t n) {
     return vf_max(vf_max(top[0], top[1]), vf_max(top[2], top[3]));
 }
 
+/* s[n] <- scale s k_scale */
+FC_INLINE void scale_scores(const struct fc_attention_row *r, ptrdiff_t n) {
+    const vf scale = vf_set1(r->scale);
+    ptrdiff_t i = 0;
+    for (; i + FC_N <= n; i += FC_N) vf_store(r->s + i, vf_load(r->s + i) * scale * vf_load(r->k_scale + i));
+    if (i < n) vf_store_n(r->s + i, vf_load_n(r->s + i, n - i) * scale * vf_load_n(r->k_scale + i, n - i), n - i);
+}
+
 /* e^(s - shift) */
 FC_INLINE vf weight(vf s, vf shift) { return vf_exp2_negative((s - shift) * vf_set1(1.44269504f)); }
 
-/* s[n] <- e^(s - shift) v_scale; the sum before v_scale */
-FC_INLINE vf weights_of(float *s, const float *v_scale, ptrdiff_t n, vf shift) {
+/* s[n] <- e^(s - shift); the sum */
+FC_INLINE vf weights_of(float *s, ptrdiff_t n, vf shift) {
     vf total = vf_zero();
     ptrdiff_t i = 0;
     for (; i + FC_N <= n; i += FC_N) {
         vf e = weight(vf_load(s + i), shift);
         total += e;
-        vf_store(s + i, v_scale ? e * vf_load(v_scale + i) : e);
+        vf_store(s + i, e);
     }
     if (i < n) {
         vf e = vf_fill_from(weight(vf_load_n(s + i, n - i), shift), n - i, 0.0f);
         total += e;
-        vf_store_n(s + i, v_scale ? e * vf_load_n(v_scale + i, n - i) : e, n - i);
+        vf_store_n(s + i, e, n - i);
     }
     return total;
 }
 
-/* s[n]: score -> e^(score - max) v_scale; max, and the sum of e^(score - max).
+/* q[n] w_scale ~ e^(s - shift) v_scale; the sum before v_scale */
+FC_INLINE vf integer_weights_of(const struct fc_attention_row *r, ptrdiff_t n, vf shift) {
+    const vf total = weights_of(r->s, n, shift);
+    vf most = vf_zero(), poison = vf_zero();
+    ptrdiff_t i = 0;
+    for (; i + FC_N <= n; i += FC_N) {
+        vf w = vf_load(r->s + i) * vf_load(r->v_scale + i);
+        most = vf_max(w, most);
+        poison += w * 0.0f;
+        vf_store(r->s + i, w);
+    }
+    if (i < n) {
+        vf w = vf_load_n(r->s + i, n - i) * vf_load_n(r->v_scale + i, n - i);
+        most = vf_max(w, most);
+        poison += w * 0.0f;
+        vf_store_n(r->s + i, w, n - i);
+    }
+    float inverse;
+    quantize_scales(r->w_scale, &inverse, vf_hmax(most), vf_sum(poison), 32767.0f);
+    put_s16(r->q, r->s, n, inverse);
+    return total;
+}
+
+/* s[n]: score -> e^(score - max), and, with v_scale, q and w_scale from that; max, and the sum of e^(score - max).
  * A row with nothing to see leaves zeros and sum 0; NaN scores stay NaN, and make the sum NaN. */
 static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *max, float *sum) {
-    float *s = r->s;
-    if (r->scale != 1.0f || r->k_scale || r->bias || r->softcap > 0.0f)
-        for (ptrdiff_t i = 0; i < n; i += FC_N) vf_put_upto(FC_F32, s, i, attention_score(r, i, n), n);
-    const float m = vf_hmax(max_of(s, n));
+    if (r->bias || r->softcap > 0.0f || (r->scale != 1.0f && !r->k_scale))
+        for (ptrdiff_t i = 0; i < n; i += FC_N) vf_put_upto(FC_F32, r->s, i, attention_score(r, i, n), n);
+    else if (r->k_scale) scale_scores(r, n);
+    const float m = vf_hmax(max_of(r->s, n));
     const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
     *max = m;
-    *sum = vf_sum(r->v_scale ? weights_of(s, r->v_scale, n, shift) : weights_of(s, NULL, n, shift));
+    *sum = vf_sum(r->v_scale ? integer_weights_of(r, n, shift) : weights_of(r->s, n, shift));
 }
 
 /* Vector j of the values of `key` in a panel of V at w. */
 FC_INLINE vf value_of(fc_kv_type type, const char *w, ptrdiff_t key, int j) {
     if (type == FC_KV_F32) return vf_load(w + key * 64 + j * FC_BYTES);
-    if (type == FC_KV_I8) return vf_from_s8((const int8_t *)w + key * 16 + j * FC_N);
     vu pair = (vu)vf_load(w + key / 2 * 64 + j * FC_BYTES);
     return (vf)(key % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
 }
@@ -96,8 +126,7 @@ FC_INLINE void ends_of(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, p
 
 static void attention_ends(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi) {
     if (type == FC_KV_F32) ends_of(FC_KV_F32, g, lo, hi);
-    else if (type == FC_KV_BF16) ends_of(FC_KV_BF16, g, lo, hi);
-    else ends_of(FC_KV_I8, g, lo, hi);
+    else ends_of(FC_KV_BF16, g, lo, hi);
 }
 
 /* (o, max, sum) <- its union with a chunk's (o_part, max_part, sum_part); an empty chunk changes nothing. */

@@ -7,14 +7,15 @@
  *     f32        x[k] w[k]                          float32                     k
  *     bf16       x[k] w[k] + x[k+1] w[k+1]          bfloat16 pairs              both at once, or, without the unit,
  *                                                   float32 (rounded)           k, k+1
- *     s8         x[k] w[k], w signed bytes          float32                     k; a line is 16 bytes
+ *     s8         x[k] w[k] + x[k+1] w[k+1],         int16 pairs                 both at once; a line is 32 bytes
+ *                w signed bytes
  *     i8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
  *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
  *     i4, i4z    the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
  *
  * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the same,
- * and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group;
- * x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence the same bits.
+ * and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum  over
+ * all lines, which must fit; x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence the same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
  *
  * While the rows of X pass over a block of W, the bytes after it are asked for, so that memory and arithmetic overlap. */
@@ -48,8 +49,9 @@ enum { FC_I8_X = 2, FC_I4_X = 2 };
 
 typedef enum { GEMM_F32, GEMM_BF16, GEMM_S8, GEMM_I8, GEMM_I4, GEMM_I4Z } gemm_format;
 
-/* Bytes of a line that make one vector. */
-FC_INLINE ptrdiff_t vector_bytes(gemm_format f) { return f == GEMM_S8 ? FC_N : FC_BYTES; }
+/* Bytes of a line that make one vector, and all of them. */
+FC_INLINE ptrdiff_t vector_bytes(gemm_format f) { return f == GEMM_S8 ? FC_BYTES / 2 : FC_BYTES; }
+FC_INLINE ptrdiff_t line_bytes(gemm_format f) { return f == GEMM_S8 ? 32 : 64; }
 
 /* Vector j of the tile's columns inside a line. */
 FC_INLINE const char *line_of(gemm_format f, const char *w, ptrdiff_t panel_stride, int j) {
@@ -64,15 +66,16 @@ FC_INLINE const char *again(const char *p) {
 }
 
 /* Asks for a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. A
- * tile that is alone reads as fast as memory gives, and asks for what it needs next. */
-enum { NEXT_BYTES = 2048 };
+ * tile that is alone reads as fast as memory gives, and asks for what it needs next: against s8 further away, since
+ * between its products and the next ones a row of weights takes longer than the bytes it is for. */
+FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f == GEMM_S8 ? 8192 : 2048; }
 typedef struct {
     const char *at;
     ptrdiff_t step;
 } gemm_ahead;
 
-FC_INLINE gemm_ahead ahead_of(const char *w, ptrdiff_t bytes, ptrdiff_t line, int tile, int tiles) {
-    return (gemm_ahead){w + (tiles == 1 ? NEXT_BYTES : bytes + bytes / tiles * tile), line / tiles};
+FC_INLINE gemm_ahead ahead_of(gemm_format f, const char *w, ptrdiff_t bytes, int tile, int tiles) {
+    return (gemm_ahead){w + (tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile), line_bytes(f) / tiles};
 }
 
 FC_INLINE void ask(gemm_ahead *a, const int nv, ptrdiff_t panel_stride) {
@@ -88,7 +91,6 @@ FC_INLINE const char *first_line(gemm_format f, const struct fc_gemm *g, ptrdiff
 /* ---- float formats ---- */
 
 FC_INLINE vf float_part(gemm_format f, int part, const char *line) {
-    if (f == GEMM_S8) return vf_from_s8((const int8_t *)line);
     if (f == GEMM_F32 || BF16_PARTS == 1) return vf_load(line);
     vu pair = (vu)vf_load(line);
     return (vf)(part == 0 ? pair << 16 : pair & 0xffff0000u);
@@ -111,16 +113,16 @@ FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
 FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
                           ptrdiff_t vector, int tile, int tiles) {
     const int parts = f == GEMM_BF16 ? BF16_PARTS : 1;
-    const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride, line_stride = g->line_stride;
+    const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    gemm_ahead ahead = ahead_of(w, g->lines * line_stride, line_stride, tile, tiles);
+    gemm_ahead ahead = ahead_of(f, w, g->lines * line_bytes(f), tile, tiles);
     vf acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) acc[i][j] = g->accumulate ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
-    for (ptrdiff_t lines = g->lines; lines > 0; lines--, x += 4 * parts, w += line_stride) {
+    for (ptrdiff_t lines = g->lines; lines > 0; lines--, x += 4 * parts, w += line_bytes(f)) {
         ask(&ahead, nv, panel_stride);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
@@ -144,6 +146,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
 /* ---- integer formats ---- */
 
 FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
+    if (f == GEMM_S8) return vi_from_s8((const int8_t *)line);
     vu w = (vu)vf_load(line);
     const int wide = f == GEMM_I8 ? FC_I8_X == 2 : FC_I4_X == 2;
     if (f != GEMM_I8) w = ((wide ? part / 2 : part) == 0 ? w : w >> 4) & 0x0f0f0f0fu;
@@ -156,9 +159,10 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
     memcpy(&four, x, 4);
     vi xv = (vi){0} + four;
 #ifdef FC_HAS_I8_DOT
-    (void)f;
+    if (f == GEMM_S8) return vi_dot_i16(acc, w, xv);
     return vi_dot_i8(acc, w, xv);
 #else
+    if (f == GEMM_S8) return acc + vi_madd16(w, xv); /* here gcc orders them well by itself */
 #ifdef FC_HAS_MADDUBS
     if (f != GEMM_I8) return vi_add_maddubs(acc, w, xv);
 #endif
@@ -170,8 +174,8 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
 /* acc += `lines` lines of every row */
 FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
                          const char *w, ptrdiff_t panel_stride, ptrdiff_t lines, gemm_ahead *ahead) {
-    const int parts = (f == GEMM_I8 ? 1 : 2) * (f == GEMM_I8 ? FC_I8_X : FC_I4_X);
-    for (; lines > 0; lines--, x += 4 * parts, w += 64) {
+    const int parts = f == GEMM_S8 ? 1 : f == GEMM_I8 ? FC_I8_X : 2 * FC_I4_X;
+    for (; lines > 0; lines--, x += 4 * parts, w += line_bytes(f)) {
         ask(ahead, nv, panel_stride);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
@@ -212,7 +216,7 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     const int32_t *start = (const int32_t *)g->sums + row * ldsums; /* i4z: floats, the sums themselves */
-    gemm_ahead ahead = ahead_of(w, g->blocks * block, 64, tile, tiles);
+    gemm_ahead ahead = ahead_of(f, w, g->blocks * block, tile, tiles);
     if (!g->accumulate) {
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++)
@@ -251,6 +255,23 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
         }
 }
 
+FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
+                         ptrdiff_t vector, int tile, int tiles) {
+    const char *w = first_line(f, g, vector);
+    char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
+    gemm_ahead ahead = ahead_of(f, w, g->lines * line_bytes(f), tile, tiles);
+    vi acc[FC_MR][FC_NV_FEW];
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) acc[i][j] = (vi){0};
+    int_lines(f, mr, nv, acc, (const char *)g->x + row * g->ldx, g->ldx, w, g->panel_stride, g->lines, &ahead);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) vf_store(c + i * g->ldc + j * FC_BYTES, vf_from_int(acc[i][j]));
+}
+
 /* ---- all rows and columns ---- */
 
 /* Each tile is a function of its own: gcc 12 finds registers for one loop, not for sixty in one function. */
@@ -279,15 +300,15 @@ FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g,
 }
 
 /* Panels this short, as those of keys and values are, follow each other in memory: few rows take one at a time, so that
- * memory is read in order. Several would be as many streams, each too short for what fetches ahead. (Not bytes: one row
- * would wait for its own sums.) */
+ * memory is read in order. Several would be as many streams, each too short for what fetches ahead. (Not bytes under
+ * one row: half a line is too little work for a loop.) */
 enum { SHORT_PANEL = 16384 };
 
 /* one row: more columns at a time; all: whole tiles, then (with wide vectors) two panels, then one */
-FC_INLINE void gemm_all(gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[], gemm_tile *const one[],
+FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[], gemm_tile *const one[],
                         const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
-    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && g->line_stride == 64;
+    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !(f == GEMM_S8 && g->m == 1);
     const int step = FC_NV < FC_PER_PANEL ? FC_NV : FC_PER_PANEL;
     if (in_order)
         for (; v + step <= vectors; v += step) gemm_columns(one, g, v);
@@ -303,17 +324,17 @@ FC_INLINE void gemm_all(gemm_tile *few, gemm_tile *const all[], gemm_tile *const
     FC_TILES(name##_tile, kind, format, FC_NV)                                                                         \
     FC_TILES(name##_pair, kind, format, 2)                                                                             \
     FC_TILES(name##_single, kind, format, 1)                                                                           \
-    static void name(const struct fc_gemm *g) { gemm_all(NULL, name##_tile, name##_pair, name##_single, g); }
+    static void name(const struct fc_gemm *g) { gemm_all(format, NULL, name##_tile, name##_pair, name##_single, g); }
 #else /* a tile's columns are whole panels, or parts of one: nothing is left over */
 #define FC_GEMM(name, kind, format)                                                                                    \
     FC_TILES(name##_tile, kind, format, FC_NV)                                                                         \
     FC_TILE(name##_few, kind, format, 1, FC_NV_FEW)                                                                    \
-    static void name(const struct fc_gemm *g) { gemm_all(name##_few, name##_tile, name##_tile, name##_tile, g); }
+    static void name(const struct fc_gemm *g) { gemm_all(format, name##_few, name##_tile, name##_tile, name##_tile, g); }
 #endif
 
 FC_GEMM(gemm_f32, float, GEMM_F32)
 FC_GEMM(gemm_bf16, float, GEMM_BF16)
-FC_GEMM(gemm_s8, float, GEMM_S8)
+FC_GEMM(gemm_s8, pair, GEMM_S8)
 FC_GEMM(gemm_i8, int, GEMM_I8)
 FC_GEMM(gemm_i4, int, GEMM_I4)
 FC_GEMM(gemm_i4z, int, GEMM_I4Z)

@@ -27,10 +27,16 @@ enum {
     RUN = 4                  /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
 };
 
+/* FLOATS: float32. BF16: where the ISA multiplies pairs of bfloat16. INT16, against int8: each query, and each row of a chunk's
+ * weights, has a scale; the sums of products are exact. */
+enum form { FLOATS, BF16, INT16 };
+
 struct attention {
     const fc_attention_args *a;
     void (*gemm)(const struct fc_gemm *);
-    int halves;              /* queries and weights are bfloat16: the ISA multiplies pairs */
+    enum form form;          /* of queries and weights */
+    ptrdiff_t x_size;        /* their bytes */
+    float most;              /* INT16: of a query's channel, so that the sums of its products fit */
     ptrdiff_t unit;          /* keys, or channels of a key, in a line */
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
@@ -48,7 +54,8 @@ struct attention {
 
 /* A thread's scratch. */
 struct room {
-    char *q;       /* (rows, d_padded), float32 and scaled, or bfloat16 */
+    char *q;       /* (rows, d_padded), scaled unless bfloat16; int16 ones lie as far apart as float32 */
+    float *q_scale, *w_scale; /* (rows), INT16 */
     float *scores; /* (rows, LD_SCORES) */
     float *part, *part_max, *part_sum; /* (rows, e_padded), (rows), (rows) */
     float *o, *max, *sum;              /* the same, folded so far */
@@ -60,7 +67,7 @@ struct room {
 static ptrdiff_t chunks_of(ptrdiff_t keys) { return (keys + FC_KV_CHUNK - 1) / FC_KV_CHUNK; }
 
 static ptrdiff_t room_floats(const struct attention *t) {
-    return t->rows * (t->d_padded + LD_SCORES + 2 * t->e_padded + 4) + FC_KV_CHUNK + 128;
+    return t->rows * (t->d_padded + LD_SCORES + 2 * t->e_padded + 6) + FC_KV_CHUNK + 128;
 }
 static size_t store_bytes(const struct attention *t) { return t->a->cache ? 0 : (fc_kv_store_bytes(&t->kv) + 63) / 64 * 64; }
 static size_t room_bytes(const struct attention *t) {
@@ -80,6 +87,8 @@ static struct room room_of(const struct attention *t, int rank) {
     r.bias = p, p += FC_KV_CHUNK;
     r.part_max = p, p += t->rows;
     r.part_sum = p, p += t->rows;
+    r.q_scale = p, p += t->rows;
+    r.w_scale = p, p += t->rows;
     r.max = p, p += t->rows;
     r.sum = p;
     return r;
@@ -123,19 +132,22 @@ static void visible_to_all(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff
 }
 
 /* Rows (query, head) of a block. A token's heads lie together and tokens far apart: the next ones are asked for. */
-static void load_queries(const struct attention *t, const struct where *w, char *q) {
+static void load_queries(const struct attention *t, const struct where *w, const struct room *to) {
     const fc_attention_args *a = t->a;
-    const ptrdiff_t size = t->halves ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
+    const ptrdiff_t size = t->form == BF16 ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
     const ptrdiff_t bytes = t->group * a->head_dim * fc_size_of(a->q_type);
+    char *q = to->q;
+    float *scale = to->q_scale;
     const char *block = (const char *)a->q + w->b * a->q_stride[0] + w->q0 * a->q_stride[1] + w->g * t->group * a->q_stride[2];
     for (ptrdiff_t i = 0; i < w->queries; i++) {
         const char *from = block + i * a->q_stride[1];
         for (ptrdiff_t at = 0; i + QUERIES_AHEAD < w->queries && at < bytes; at += 64)
             __builtin_prefetch(from + QUERIES_AHEAD * a->q_stride[1] + at);
-        for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size) {
-            if (t->halves) fc_k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
+        for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size, scale++) {
+            if (t->form == BF16) fc_k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
             else fc_k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
             memset(q + a->head_dim * size, 0, (size_t)pad);
+            if (t->form == INT16) fc_k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->most);
         }
     }
 }
@@ -187,11 +199,11 @@ static const float *load_bias(const struct attention *t, const struct where *w, 
 /* scores (rows [row, row + rows), keys [lo, hi) and those of their panels) = q k^T */
 static void score(const struct attention *t, const struct room *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows,
                   ptrdiff_t lo, ptrdiff_t hi) {
-    const ptrdiff_t first = lo / 16, last = (hi + 15) / 16, ldq = t->d_padded * (t->halves ? 2 : 4);
+    const ptrdiff_t first = lo / 16, last = (hi + 15) / 16, ldq = t->d_padded * (t->form == BF16 ? 2 : 4);
     if (hi <= lo) return;
     t->gemm(&(struct fc_gemm){
         .c = r->scores + row * LD_SCORES + first * 16, .ldc = LD_SCORES * 4, .x = r->q + row * ldq, .ldx = ldq,
-        .w = h->k + first * h->k_panel, .panel_stride = h->k_panel, .line_stride = h->line, .m = rows,
+        .w = h->k + first * h->k_panel, .panel_stride = h->k_panel, .m = rows,
         .panels = last - first, .lines = h->k_lines});
 }
 
@@ -202,10 +214,12 @@ static void weights(const struct attention *t, const struct room *r, const fc_kv
     const struct fc_attention_row one = {
         .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL, .v_scale = h->v_scale ? h->v_scale + from : NULL,
         .bias = bias,
-        .scale = t->halves ? t->a->scale : 1.0f,
-        .softcap = t->a->softcap};
+        .scale = t->form == FLOATS ? 1.0f : t->form == BF16 ? t->a->scale : r->q_scale[row],
+        .softcap = t->a->softcap,
+        .q = (int16_t *)(void *)s + from,
+        .w_scale = &r->w_scale[row]};
     fc_k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
-    if (t->halves) fc_k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
+    if (t->form == BF16) fc_k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
 static void weights_of_block(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
@@ -228,8 +242,8 @@ static void weigh_lines(const struct attention *t, const struct room *r, const f
     if (hi <= lo && accumulate) return;
     t->gemm(&(struct fc_gemm){
         .c = r->part + row * t->e_padded, .ldc = t->e_padded * 4,
-        .x = (const char *)(r->scores + row * LD_SCORES) + lo * (t->halves ? 2 : 4), .ldx = LD_SCORES * 4,
-        .w = h->v + lo / t->unit * h->line, .panel_stride = h->v_panel, .line_stride = h->line, .m = rows,
+        .x = (const char *)(r->scores + row * LD_SCORES) + lo * t->x_size, .ldx = LD_SCORES * 4,
+        .w = h->v + lo / t->unit * h->line, .panel_stride = h->v_panel, .m = rows,
         .panels = t->e_padded / 16, .lines = (hi - lo) / t->unit, .accumulate = accumulate});
 }
 
@@ -239,6 +253,26 @@ static void weigh_ends(const struct attention *t, const struct room *r, const fc
     if (hi > lo)
         fc_k->attention_ends(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
                                                .panel_stride = h->v_panel, .panels = t->e_padded / 16}, t->kv.type, lo, hi);
+}
+
+/* part = w_scale weights V for rows: zeros stand for keys that some of them do not see. Integer sums have no order. */
+static void weigh_integers(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
+                           ptrdiff_t row, ptrdiff_t rows, ptrdiff_t key0, ptrdiff_t n) {
+    ptrdiff_t from, to, begin, end, other;
+    visible_in(t->a, w, w->q0 + row / t->group, key0, n, &begin, &other);
+    visible_in(t->a, w, w->q0 + (row + rows - 1) / t->group, key0, n, &other, &end);
+    begin = begin / t->unit * t->unit, end = fc_round_up(end, t->unit);
+    for (ptrdiff_t i = row; i < row + rows; i++) {
+        int16_t *weight = (int16_t *)(void *)(r->scores + i * LD_SCORES);
+        visible_in(t->a, w, w->q0 + i / t->group, key0, n, &from, &to);
+        memset(weight + begin, 0, (size_t)(from - begin) * sizeof *weight);
+        memset(weight + to, 0, (size_t)(end - to) * sizeof *weight);
+    }
+    weigh_lines(t, r, h, row, rows, begin, end, 0);
+    for (ptrdiff_t i = row; i < row + rows; i++) {
+        float *part = r->part + i * t->e_padded;
+        fc_k->from_f32[FC_F32](part, part, t->e_padded, r->w_scale[i]);
+    }
 }
 
 /* part = weights V for rows: the keys that all of them see in whole lines and at once, the ends of each on its own: rows take
@@ -283,7 +317,7 @@ static int attend_chunk(const struct attention *t, const struct where *w, const 
     }
     weights_of_block(t, w, r, &h, key0, n);
     for (ptrdiff_t row = 0, count = same ? rows : STRIP; row < rows; row += count)
-        weigh_rows(t, w, r, &h, row, fc_smaller(count, rows - row), key0, n);
+        (t->form == INT16 ? weigh_integers : weigh_rows)(t, w, r, &h, row, fc_smaller(count, rows - row), key0, n);
     return 1;
 }
 
@@ -320,7 +354,7 @@ static void block_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         ptrdiff_t lo, hi, other;
         visible(t->a, w.kv_len, w.q0, &lo, &other);
         visible(t->a, w.kv_len, w.q0 + w.queries - 1, &other, &hi);
-        load_queries(t, &w, r.q);
+        load_queries(t, &w, &r);
         for (ptrdiff_t row = 0; row < rows; row++) r.max[row] = -INFINITY, r.sum[row] = 0.0f;
         for (ptrdiff_t c = lo / FC_KV_CHUNK; c * FC_KV_CHUNK < hi; c++) {
             if (!attend_chunk(t, &w, &r, c)) continue;
@@ -397,7 +431,7 @@ static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         r.part = t->parts + (pair * t->chunks + chunk) * part_floats(t);
         r.part_max = r.part + t->rows * t->e_padded;
         r.part_sum = r.part_max + t->rows;
-        load_queries(t, &w, r.q);
+        load_queries(t, &w, &r);
         if (!attend_chunk(t, &w, &r, t->first_chunk + chunk))
             for (ptrdiff_t row = 0; row < t->rows; row++) r.part_max[row] = -INFINITY, r.part_sum[row] = 0.0f;
     }
@@ -472,8 +506,9 @@ static void choose_pages(struct attention *t) {
                               .head_dim = a->head_dim, .v_dim = a->v_dim, .pages_a_row = pages};
     }
     t->gemm = t->kv.type == FC_KV_F32 ? fc_k->gemm_f32 : t->kv.type == FC_KV_BF16 ? fc_k->gemm_bf16 : fc_k->gemm_s8;
-    t->halves = t->kv.type == FC_KV_BF16 && fc_k->bf16_x == FC_BF16;
-    t->unit = t->kv.type == FC_KV_BF16 ? 2 : 1;
+    t->form = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && fc_k->bf16_x == FC_BF16 ? BF16 : FLOATS;
+    t->x_size = t->form == FLOATS ? 4 : 2;
+    t->unit = t->kv.type == FC_KV_F32 ? 1 : 2;
 }
 
 fc_status fc_attention(const fc_attention_args *a) {
@@ -485,6 +520,7 @@ fc_status fc_attention(const fc_attention_args *a) {
     t.rows = t.block * t.group;
     t.d_padded = fc_round_up(a->head_dim, t.unit);
     t.e_padded = fc_round_up(a->v_dim, 16);
+    t.most = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (t.d_padded > 0 ? t.d_padded : 1));
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;
     for (ptrdiff_t b = 0; b < a->batch; b++) {
         ptrdiff_t lo, hi;

@@ -6,7 +6,7 @@
 
 enum { PANEL = 16 };
 
-static ptrdiff_t unit_of(fc_kv_type type) { return type == FC_KV_BF16 ? 2 : 1; }
+static ptrdiff_t unit_of(fc_kv_type type) { return type == FC_KV_F32 ? 1 : 2; }
 static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : type == FC_KV_BF16 ? 2 : 1; }
 
 /* ---- where things lie ---- */
@@ -58,7 +58,7 @@ static float encode(fc_kv_type type, void *to, fc_dtype from_type, const void *f
         fc_convert_row(type == FC_KV_F32 ? FC_F32 : FC_BF16, to, from_type, from, n, 1.0f);
         return scale;
     }
-    fc_k->quantize_scale[from_type](&scale, &inverse, from, n);
+    fc_k->quantize_scale[from_type](&scale, &inverse, from, n, 127.0f);
     fc_k->quantize[from_type](to, &sum, from, inverse, n, fc_round_up(n, 64), fc_round_up(n, 64), 0, 0);
     return scale;
 }
@@ -119,33 +119,33 @@ static void store_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t s
     }
 }
 
-/* Values of one token, or, in bfloat16, of the two of a line */
+/* 16 channels of the two tokens of a line, `size` bytes each */
+static void put_pair(char *line, const char *first, const char *second, ptrdiff_t size) {
+    char pairs[PANEL * 4];
+    scatter(pairs, 2 * size, first, size, PANEL);
+    scatter(pairs + size, 2 * size, second, size, PANEL);
+    memcpy(line, pairs, (size_t)(PANEL * 2 * size));
+}
+
+/* Values of one token, or of the two of a line */
 static void store_values(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, ptrdiff_t n, const char *v,
                          char *rows) {
     const fc_kv_cache *c = a->cache;
-    const ptrdiff_t size = value_bytes(c->type), e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
+    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type);
+    const ptrdiff_t e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
     for (ptrdiff_t i = 0, two; i < n; i += two) {
         const ptrdiff_t at = slot + i;
-        two = c->type == FC_KV_BF16 && at % 2 == 0 && i + 1 < n ? 2 : 1;
+        two = unit == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
         for (ptrdiff_t j = 0; j < two; j++) {
             const float scale = encode(c->type, rows + j * ld, a->type, v + (i + j) * a->v_stride[1], e);
             memset(rows + j * ld + e * size, 0, (size_t)((padded - e) * size));
-            if (h->v_scale) h->v_scale[at] = scale;
+            if (h->v_scale) h->v_scale[at + j] = scale;
         }
         for (ptrdiff_t p = 0; p < padded / PANEL; p++) {
             char *line = h->v + p * h->v_panel, *row = rows + p * PANEL * size;
-            if (two == 2) {
-                uint16_t first[PANEL], second[PANEL];
-                uint32_t pairs[PANEL];
-                memcpy(first, row, sizeof first);
-                memcpy(second, row + ld, sizeof second);
-                for (int j = 0; j < PANEL; j++) pairs[j] = first[j] | (uint32_t)second[j] << 16;
-                memcpy(line + at / 2 * h->line, pairs, sizeof pairs);
-            } else if (c->type == FC_KV_BF16) {
-                scatter(line + at / 2 * h->line + at % 2 * 2, 4, row, 2, PANEL);
-            } else {
-                memcpy(line + at * h->line, row, (size_t)(PANEL * size));
-            }
+            if (two == 2) put_pair(line + at / 2 * h->line, row, row + ld, size);
+            else if (unit == 2) scatter(line + at / 2 * h->line + at % 2 * size, 2 * size, row, size, PANEL);
+            else memcpy(line + at * h->line, row, (size_t)(PANEL * size));
         }
     }
 }

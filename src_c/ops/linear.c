@@ -95,7 +95,7 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
             fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, 0);
             row = normed;
         }
-        if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k);
+        if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
         for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
     }
 }
@@ -152,7 +152,7 @@ static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t
     const struct form *f = &l->form;
     const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_lines * 64;
     struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * 64, .ldx = l->ldx, .ldsums = l->groups, .panel_stride = panel_bytes,
-                        .line_stride = 64, .m = rows, .panels = panels};
+                        .m = rows, .panels = panels};
     for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
         ptrdiff_t kc = fc_smaller(l->kc, l->k - k0);
         g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;

@@ -23,9 +23,6 @@ FC_INLINE void vf_to_f16(uint16_t *p, vf a) {
 FC_INLINE vf vf_from_bf16(const uint16_t *p) {
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16);
 }
-FC_INLINE vf vf_from_s8(const int8_t *p) {
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
-}
 /* The 16 high bits of round-to-nearest-even(a), NaN kept quiet, in each 32-bit lane. */
 FC_INLINE __m256i vf_bf16_bits(vf a) {
     __m256i u = (__m256i)a, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -84,6 +81,8 @@ FC_INLINE vf vf_add_product(vf acc, vf a, vf b) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
     return acc;
 }
+FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
+FC_INLINE vi vi_madd16(vi a, vi b) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) {
     vi product;
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(a), "x"(b));

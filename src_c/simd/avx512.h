@@ -22,9 +22,8 @@ FC_INLINE void vf_to_f16(uint16_t *p, vf a) {
 FC_INLINE vf vf_from_bf16(const uint16_t *p) {
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
 }
-FC_INLINE vf vf_from_s8(const int8_t *p) {
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-}
+FC_INLINE vi vi_madd16(vi a, vi b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p)); }
 /* Round to nearest even in integers: vcvtneps2bf16 would flush denormals, and other ISAs would not. */
 FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
     __m512i u = (__m512i)a, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -106,6 +105,7 @@ FC_INLINE vi vi_add_maddubs(vi acc, vi u8, vi s8) {
 }
 FC_INLINE vf vf_dot_bf16(vf acc, vu w, vu x) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x); }
 FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u8, (__m512i)s8); }
+FC_INLINE vi vi_dot_i16(vi acc, vi a, vi b) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
 #else
 FC_INLINE vf vf_add_product(vf acc, vf a, vf b) {
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
@@ -130,6 +130,10 @@ FC_INLINE vf vf_dot_bf16(vf acc, vu w, vu x) {
 #ifdef FC_HAS_I8_DOT
 FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+    return acc;
+}
+FC_INLINE vi vi_dot_i16(vi acc, vi a, vi b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 }
 #endif

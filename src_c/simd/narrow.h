@@ -17,8 +17,6 @@ FC_INLINE vf vf_if_lt(vf a, vf b, vf x, vf y) {
     return (vf)(((vi)x & m) | ((vi)y & ~m));
 }
 
-FC_INLINE vf vf_from_s8(const int8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
-
 /* The 16 high bits of round-to-nearest-even(a), NaN kept quiet, in each 32-bit lane. */
 FC_INLINE vu vf_bf16_bits(vf a) {
     vu u = (vu)a, r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;

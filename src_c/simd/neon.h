@@ -31,11 +31,13 @@ FC_INLINE void vf_transpose(vf r[4]) {
 }
 
 FC_INLINE vf vf_add_product(vf acc, vf a, vf b) { return vf_fma(a, b, acc); }
-FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) {
+FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)vmovl_s8(vld1_s8(p)); }
+FC_INLINE vi vi_madd16(vi a, vi b) {
     int16x8_t p = (int16x8_t)a, q = (int16x8_t)b;
     int32x4_t low = vmull_s16(vget_low_s16(p), vget_low_s16(q)), high = vmull_high_s16(p, q);
-    return acc + (vi)vpaddq_s32(low, high);
+    return (vi)vpaddq_s32(low, high);
 }
+FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + vi_madd16(a, b); }
 FC_INLINE void vi_put16(int16_t *p, vi a) { vst1_s16(p, vmovn_s32((int32x4_t)a)); }
 FC_INLINE void vi_put8(int8_t *p, vi a) {
     int16x4_t h = vmovn_s32((int32x4_t)a);

@@ -61,7 +61,12 @@ FC_INLINE void vf_transpose(vf r[4]) {
 }
 
 FC_INLINE vf vf_add_product(vf acc, vf a, vf b) { return vf_fma(a, b, acc); }
-FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+FC_INLINE vi vi_from_s8(const int8_t *p) {
+    __m128i b = _mm_loadl_epi64((const void *)p);
+    return (vi)_mm_srai_epi16(_mm_unpacklo_epi8(b, b), 8);
+}
+FC_INLINE vi vi_madd16(vi a, vi b) { return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + vi_madd16(a, b); }
 FC_INLINE void vi_put16(int16_t *p, vi a) { _mm_storel_epi64((void *)p, _mm_packs_epi32((__m128i)a, (__m128i)a)); }
 FC_INLINE void vi_put8(int8_t *p, vi a) {
     __m128i h = _mm_packs_epi32((__m128i)a, (__m128i)a);

@@ -132,6 +132,8 @@ static void check_integers(unsigned shift) {
 #define EVEN_S8(x) _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)
 #define DOT_EVEN(h) _mm256_madd_epi16(EVEN_U8(SI(a, h)), EVEN_S8(SI(b, h)))
 #define DOT_ODD(h) _mm256_madd_epi16(_mm256_srli_epi16(SI(a, h), 8), _mm256_srai_epi16(SI(b, h), 8))
+    HALVES("dpwssd_epi32", _mm512_dpwssd_epi32(CI512, AI512, BI512),
+           _mm256_add_epi32(SI(c, h), _mm256_madd_epi16(SI(a, h), SI(b, h))));
     HALVES("dpbusd_epi32", _mm512_dpbusd_epi32(CI512, AI512, BI512),
            _mm256_add_epi32(SI(c, h), _mm256_add_epi32(DOT_EVEN(h), DOT_ODD(h))));
 

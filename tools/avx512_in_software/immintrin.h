@@ -183,6 +183,8 @@ SOFT(__m512i, soft_u32, madd_epi16, (__m512i a, __m512i b),
      (uint32_t)(I16(a)[2 * i] * I16(b)[2 * i]) + (uint32_t)(I16(a)[2 * i + 1] * I16(b)[2 * i + 1]))
 SOFT(__m512i, soft_i16, maddubs_epi16, (__m512i a, __m512i b),
      (int16_t)SOFT_CLAMP(U8(a)[2 * i] * I8(b)[2 * i] + U8(a)[2 * i + 1] * I8(b)[2 * i + 1], INT16_MIN, INT16_MAX))
+SOFT(__m512i, soft_u32, dpwssd_epi32, (__m512i c, __m512i a, __m512i b),
+     U32(c)[i] + (uint32_t)(I16(a)[2 * i] * I16(b)[2 * i]) + (uint32_t)(I16(a)[2 * i + 1] * I16(b)[2 * i + 1]))
 SOFT(__m512i, soft_u32, dpbusd_epi32, (__m512i c, __m512i a, __m512i b),
      U32(c)[i] + (uint32_t)(U8(a)[4 * i] * I8(b)[4 * i] + U8(a)[4 * i + 1] * I8(b)[4 * i + 1] +
                             U8(a)[4 * i + 2] * I8(b)[4 * i + 2] + U8(a)[4 * i + 3] * I8(b)[4 * i + 3]))
@@ -313,6 +315,7 @@ SOFT_INLINE __m512 soft_cvtph_ps(__m256i a) {
 #define _mm512_madd_epi16 soft_madd_epi16
 #define _mm512_maddubs_epi16 soft_maddubs_epi16
 #define _mm512_dpbusd_epi32 soft_dpbusd_epi32
+#define _mm512_dpwssd_epi32 soft_dpwssd_epi32
 #define _mm512_reduce_add_epi32 soft_reduce_add_epi32
 #define _mm512_cvtepu16_epi32 soft_cvtepu16_epi32
 #define _mm512_cvtepi16_epi32 soft_cvtepi16_epi32
