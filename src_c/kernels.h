@@ -32,25 +32,28 @@ struct fc_attention_row {
     float *w_scale;
 };
 
-/* past: what is written goes past the caches */
+/* What goes past the caches, on its way: the last `waiting` bytes before `end`, less than a vector; see kernels/past.h. */
+struct fc_past {
+    char *end;
+    ptrdiff_t waiting;
+    char bytes[64];
+};
+
+/* past: not NULL: out goes past the caches, and rows follow each other there */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset, int past), out, h, x, residual, weight, n, eps, offset, past)                           \
+                 float offset, struct fc_past *past), out, h, x, residual, weight, n, eps, offset, past)               \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
-                   ptrdiff_t n, float eps, int past), out, h, x, residual, weight, bias, n, eps, past)                 \
-    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, int past), out, x, e, n, past)                        \
-    X(relu, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                        \
-    X(silu, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                        \
-    X(gelu, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                        \
-    X(gelu_tanh, (void *out, const void *x, ptrdiff_t n, int past), out, x, n, past)                                   \
-    X(reglu, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,         \
-      past)                                                                                                            \
-    X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,        \
-      past)                                                                                                            \
-    X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,         \
-      past)                                                                                                            \
-    X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n, int past), out, gated, linear, n,    \
-      past)                                                                                                            \
+                   ptrdiff_t n, float eps, struct fc_past *past), out, h, x, residual, weight, bias, n, eps, past)     \
+    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, struct fc_past *past), out, x, e, n, past)            \
+    X(relu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
+    X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
+    X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
+    X(gelu_tanh, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                   \
+    X(reglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
+    X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                  \
+    X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
+    X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)              \
     X(rope_half, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim),        \
       out, x, cos, sin, half, dim)                                                                                     \
     X(rope_interleaved, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim), \
@@ -87,7 +90,8 @@ struct fc_attention_row {
     X(gemm_i8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
-    X(stream, (void *out, const void *from, ptrdiff_t bytes))                                                          \
+    X(stream, (struct fc_past *past, void *out, const void *from, ptrdiff_t bytes, const void *next))                  \
+    X(stream_end, (struct fc_past *past))                                                                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                      \

@@ -124,35 +124,17 @@ FC_INLINE vf vf_halves(fc_dtype t, vf a, vf b) {
     return vf_load(both);
 }
 
-/* a and b to 2 FC_N neighbours from i on; `past`: past the caches, p + i being a multiple of FC_BYTES */
-FC_INLINE void vf_put2(fc_dtype t, void *p, ptrdiff_t i, vf a, vf b, int past) {
-    if (t != FC_F32) {
-        const vf both = vf_halves(t, a, b);
-        char *to = (char *)p + i * 2;
-        if (past) vf_stream((float *)(void *)to, both);
-        else vf_store(to, both);
-    } else if (past) {
-        vf_stream((float *)p + i, a);
-        vf_stream((float *)p + i + FC_N, b);
-    } else {
+/* a and b to 2 FC_N neighbours from i on */
+FC_INLINE void vf_put2(fc_dtype t, void *p, ptrdiff_t i, vf a, vf b) {
+    if (t == FC_F32) {
         vf_store((float *)p + i, a);
         vf_store((float *)p + i + FC_N, b);
+    } else {
+        vf_store((uint16_t *)p + i, vf_halves(t, a, b));
     }
 }
 
-/* Asks for what lies `ahead` bytes after element i of p, which may be beyond its end: rows follow each other. The
- * processor's own fetching stops at each page. */
-FC_INLINE void vf_ask(fc_dtype t, const void *p, ptrdiff_t i, ptrdiff_t ahead, int past) {
-    const char *at = (const char *)p + i * (t == FC_F32 ? 4 : 2) + ahead;
-    if (past) __builtin_prefetch(at, 0, 2);
-}
-
-/* Elements of p before the first from which vf_put2 may go past the caches: 0 if it does not, n if it never can. */
-FC_INLINE ptrdiff_t vf_head(fc_dtype t, const void *p, ptrdiff_t n, int past) {
-    const uintptr_t size = t == FC_F32 ? 4 : 2, bytes = -(uintptr_t)p % FC_BYTES;
-    if (!past) return 0;
-    return bytes % size || (ptrdiff_t)(bytes / size) > n ? n : (ptrdiff_t)(bytes / size);
-}
+FC_INLINE ptrdiff_t vf_size(fc_dtype t) { return t == FC_F32 ? 4 : 2; }
 
 /* A full vector where one fits at i, else the last n - i elements and zeros. */
 FC_INLINE vf vf_get_upto(fc_dtype t, const void *p, ptrdiff_t i, ptrdiff_t n) {

@@ -22,15 +22,3 @@ FC_INLINE void round_bf16_any(fc_dtype t, float *out, const void *x, ptrdiff_t n
         vf_put_upto(FC_F32, out, i, vf_from_bf16(rounded), n);
     }
 }
-
-/* bytes from one place to another past the caches */
-static void stream(void *out, const void *from, ptrdiff_t bytes) {
-    char *to = out;
-    const char *p = from;
-    ptrdiff_t i = (ptrdiff_t)(-(uintptr_t)out % FC_BYTES);
-    if (i > bytes) i = bytes;
-    memcpy(to, p, (size_t)i);
-    for (; i + FC_BYTES <= bytes; i += FC_BYTES) vf_stream((float *)(void *)(to + i), vf_load(p + i));
-    memcpy(to + i, p + i, (size_t)(bytes - i));
-    vf_stream_end();
-}

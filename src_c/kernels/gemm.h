@@ -15,7 +15,8 @@
  *
  * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the same,
  * and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum  over
- * all lines, which must fit; x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence the same bits.
+ * all lines, which must fit; x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence the
+ * same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
  *
  * While the rows of X pass over a block of W, the bytes after it are asked for, so that memory and arithmetic overlap. */
@@ -305,8 +306,8 @@ FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g,
 enum { SHORT_PANEL = 16384 };
 
 /* one row: more columns at a time; all: whole tiles, then (with wide vectors) two panels, then one */
-FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[], gemm_tile *const one[],
-                        const struct fc_gemm *g) {
+FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[],
+                        gemm_tile *const one[], const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
     const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !(f == GEMM_S8 && g->m == 1);
     const int step = FC_NV < FC_PER_PANEL ? FC_NV : FC_PER_PANEL;

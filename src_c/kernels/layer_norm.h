@@ -68,29 +68,42 @@ static __attribute__((noinline, unused)) float layer_norm_wide(fc_dtype t, const
     return (float)(inv / *pre);
 }
 
-FC_INLINE vf layer_norm_scaled(fc_dtype t, const void *x, ptrdiff_t i, ptrdiff_t n, vf first, vf mean, vf scale,
-                               const float *weight, const float *bias) {
-    vf v = (vf_get_upto(t, x, i, n) * first - mean) * scale;
-    if (weight) v *= vf_get_upto(FC_F32, weight, i, n);
-    return bias ? v + vf_get_upto(FC_F32, bias, i, n) : v;
+/* out[n] = (x first - mean) scale weight + bias */
+FC_INLINE void layer_norm_scale(fc_dtype t, void *out, const void *x, const float *weight, const float *bias, ptrdiff_t n,
+                                float pre, float mean, float inv) {
+    const vf m = vf_set1(mean), scale = vf_set1(inv), first = vf_set1(pre);
+    ptrdiff_t i = 0;
+    for (; i + 2 * FC_N <= n; i += 2 * FC_N) {
+        vf y[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            y[j] = (vf_get(t, x, i + j * FC_N) * first - m) * scale;
+            if (weight) y[j] *= vf_load(weight + i + j * FC_N);
+            if (bias) y[j] += vf_load(bias + i + j * FC_N);
+        }
+        vf_put2(t, out, i, y[0], y[1]);
+    }
+    for (; i < n; i += FC_N) {
+        vf y = (vf_get_upto(t, x, i, n) * first - m) * scale;
+        if (weight) y *= vf_get_upto(FC_F32, weight, i, n);
+        vf_put_upto(t, out, i, bias ? y + vf_get_upto(FC_F32, bias, i, n) : y, n);
+    }
 }
 
 FC_INLINE void layer_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
-                              const float *bias, ptrdiff_t n, float eps, int past) {
+                              const float *bias, ptrdiff_t n, float eps, struct fc_past *past) {
     float mean = layer_norm_sum(t, h, x, residual, n) / (float)n, pre = 1.0f, inv;
-    if (residual) x = h;
-    float sum = layer_norm_sum_squares(t, x, mean, n);
+    const char *row = residual ? h : x, *next = (const char *)x + n * vf_size(t);
+    float sum = layer_norm_sum_squares(t, row, mean, n);
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
-    else inv = layer_norm_wide(t, x, n, eps, &mean, &pre);
-    vf m = vf_set1(mean), scale = vf_set1(inv), first = vf_set1(pre);
-    const ptrdiff_t head = vf_head(t, out, n, past);
-    ptrdiff_t i = 0;
-    for (; i < head; i += FC_N) vf_put_upto(t, out, i, layer_norm_scaled(t, x, i, head, first, m, scale, weight, bias), head);
-    for (i = head; i + 2 * FC_N <= n; i += 2 * FC_N) {
-        vf_ask(t, x, i, n * (t == FC_F32 ? 4 : 2), past);
-        vf_put2(t, out, i, layer_norm_scaled(t, x, i, n, first, m, scale, weight, bias),
-                layer_norm_scaled(t, x, i + FC_N, n, first, m, scale, weight, bias), past);
+    else inv = layer_norm_wide(t, row, n, eps, &mean, &pre);
+    const ptrdiff_t size = vf_size(t), step = past ? PAST_BYTES / size : n;
+    char some[PAST_BYTES];
+    for (ptrdiff_t i = 0; i < n; i += step) {
+        const ptrdiff_t count = n - i < step ? n - i : step;
+        char *to = (char *)out + i * size;
+        layer_norm_scale(t, past ? some : to, row + i * size, weight ? weight + i : NULL, bias ? bias + i : NULL, count, pre,
+                         mean, inv);
+        if (past) past_put(past, to, some, count * size, next + i * size);
     }
-    for (; i < n; i += FC_N) vf_put_upto(t, out, i, layer_norm_scaled(t, x, i, n, first, m, scale, weight, bias), n);
-    if (past) vf_stream_end();
 }

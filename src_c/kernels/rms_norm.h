@@ -42,26 +42,38 @@ static __attribute__((noinline, unused)) float rms_wide_inverse(fc_dtype t, cons
     return (float)(inv / *pre);
 }
 
-FC_INLINE vf rms_scaled(fc_dtype t, const void *x, ptrdiff_t i, ptrdiff_t n, vf first, vf scale, vf plus, const float *weight) {
-    vf v = vf_get_upto(t, x, i, n) * first * scale;
-    return weight ? v * (plus + vf_get_upto(FC_F32, weight, i, n)) : v;
+/* out[n] = x first scale (plus + weight) */
+FC_INLINE void rms_scale(fc_dtype t, void *out, const void *x, const float *weight, ptrdiff_t n, float pre, float inv,
+                         float offset) {
+    const vf scale = vf_set1(inv), first = vf_set1(pre), plus = vf_set1(offset);
+    ptrdiff_t i = 0;
+    for (; i + 2 * FC_N <= n; i += 2 * FC_N) {
+        vf y[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            y[j] = vf_get(t, x, i + j * FC_N) * first * scale;
+            if (weight) y[j] *= plus + vf_load(weight + i + j * FC_N);
+        }
+        vf_put2(t, out, i, y[0], y[1]);
+    }
+    for (; i < n; i += FC_N) {
+        vf y = vf_get_upto(t, x, i, n) * first * scale;
+        vf_put_upto(t, out, i, weight ? y * (plus + vf_get_upto(FC_F32, weight, i, n)) : y, n);
+    }
 }
 
 FC_INLINE void rms_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
-                            ptrdiff_t n, float eps, float offset, int past) {
+                            ptrdiff_t n, float eps, float offset, struct fc_past *past) {
     float sum = rms_sum_squares(t, h, x, residual, n), pre = 1.0f, inv;
-    if (residual) x = h;
+    const char *row = residual ? h : x, *next = (const char *)x + n * vf_size(t);
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
-    else inv = rms_wide_inverse(t, x, n, eps, &pre);
-    vf scale = vf_set1(inv), first = vf_set1(pre), plus = vf_set1(offset);
-    const ptrdiff_t head = vf_head(t, out, n, past);
-    ptrdiff_t i = 0;
-    for (; i < head; i += FC_N) vf_put_upto(t, out, i, rms_scaled(t, x, i, head, first, scale, plus, weight), head);
-    for (i = head; i + 2 * FC_N <= n; i += 2 * FC_N) {
-        vf_ask(t, x, i, n * (t == FC_F32 ? 4 : 2), past);
-        vf_put2(t, out, i, rms_scaled(t, x, i, n, first, scale, plus, weight),
-                rms_scaled(t, x, i + FC_N, n, first, scale, plus, weight), past);
+    else inv = rms_wide_inverse(t, row, n, eps, &pre);
+    const ptrdiff_t size = vf_size(t), step = past ? PAST_BYTES / size : n;
+    char some[PAST_BYTES];
+    for (ptrdiff_t i = 0; i < n; i += step) {
+        const ptrdiff_t count = n - i < step ? n - i : step;
+        char *to = (char *)out + i * size;
+        rms_scale(t, past ? some : to, row + i * size, weight ? weight + i : NULL, count, pre, inv, offset);
+        if (past) past_put(past, to, some, count * size, next + i * size);
     }
-    for (; i < n; i += FC_N) vf_put_upto(t, out, i, rms_scaled(t, x, i, n, first, scale, plus, weight), n);
-    if (past) vf_stream_end();
 }

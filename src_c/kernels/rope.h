@@ -20,8 +20,8 @@ FC_INLINE void rope_half_any(fc_dtype t, void *out, const void *x, const float *
             y[j] = vf_fma(a, c, -(b * s));
             z[j] = vf_fma(b, c, a * s);
         }
-        vf_put2(t, out, i, y[0], y[1], 0);
-        vf_put2(t, out, half + i, z[0], z[1], 0);
+        vf_put2(t, out, i, y[0], y[1]);
+        vf_put2(t, out, half + i, z[0], z[1]);
     }
     for (; i < half; i += FC_N) {
         ptrdiff_t n = half - i < FC_N ? half - i : FC_N;

@@ -1,7 +1,14 @@
 /* out = e / sum(e),  e = exp(x - max(x)), which stay in float32 between the passes: e[n], or out itself where it is that
  * and need not go past the caches. */
 
-FC_INLINE void softmax_any(fc_dtype t, void *out, const void *x, float *e, ptrdiff_t n, int past) {
+/* out[n] = e share */
+FC_INLINE void softmax_scale(fc_dtype t, void *out, const float *e, ptrdiff_t n, vf share) {
+    ptrdiff_t i = 0;
+    for (; i + 2 * FC_N <= n; i += 2 * FC_N) vf_put2(t, out, i, vf_load(e + i) * share, vf_load(e + i + FC_N) * share);
+    for (; i < n; i += FC_N) vf_put_upto(t, out, i, vf_get_upto(FC_F32, e, i, n) * share, n);
+}
+
+FC_INLINE void softmax_any(fc_dtype t, void *out, const void *x, float *e, ptrdiff_t n, struct fc_past *past) {
     vf top = vf_set1(-INFINITY), sum = vf_zero();
     ptrdiff_t i = 0;
     for (; i + FC_N <= n; i += FC_N) top = vf_max(top, vf_get(t, x, i));
@@ -18,12 +25,12 @@ FC_INLINE void softmax_any(fc_dtype t, void *out, const void *x, float *e, ptrdi
         vf_store_n(e + i, v, n - i);
     }
     const vf share = vf_set1(1.0f / vf_sum(sum));
-    const ptrdiff_t head = vf_head(t, out, n, past);
-    for (i = 0; i < head; i += FC_N) vf_put_upto(t, out, i, vf_get_upto(FC_F32, e, i, head) * share, head);
-    for (i = head; i + 2 * FC_N <= n; i += 2 * FC_N) {
-        vf_ask(t, x, i, n * (t == FC_F32 ? 4 : 2), past);
-        vf_put2(t, out, i, vf_load(e + i) * share, vf_load(e + i + FC_N) * share, past);
+    const ptrdiff_t size = vf_size(t), step = past ? PAST_BYTES / size : n;
+    char some[PAST_BYTES];
+    for (i = 0; i < n; i += step) {
+        const ptrdiff_t count = n - i < step ? n - i : step;
+        char *to = (char *)out + i * size;
+        softmax_scale(t, past ? some : to, e + i, count, share);
+        if (past) past_put(past, to, some, count * size, (const char *)x + (n + i) * size);
     }
-    for (; i < n; i += FC_N) vf_put_upto(t, out, i, vf_get_upto(FC_F32, e, i, n) * share, n);
-    if (past) vf_stream_end();
 }

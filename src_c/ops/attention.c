@@ -27,8 +27,8 @@ enum {
     RUN = 4                  /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
 };
 
-/* FLOATS: float32. BF16: where the ISA multiplies pairs of bfloat16. INT16, against int8: each query, and each row of a chunk's
- * weights, has a scale; the sums of products are exact. */
+/* FLOATS: float32. BF16: where the ISA multiplies pairs of bfloat16. INT16, against int8: each query, and each row of a
+ * chunk's weights, has a scale; the sums of products are exact. */
 enum form { FLOATS, BF16, INT16 };
 
 struct attention {
@@ -138,7 +138,8 @@ static void load_queries(const struct attention *t, const struct where *w, const
     const ptrdiff_t bytes = t->group * a->head_dim * fc_size_of(a->q_type);
     char *q = to->q;
     float *scale = to->q_scale;
-    const char *block = (const char *)a->q + w->b * a->q_stride[0] + w->q0 * a->q_stride[1] + w->g * t->group * a->q_stride[2];
+    const char *block =
+        (const char *)a->q + w->b * a->q_stride[0] + w->q0 * a->q_stride[1] + w->g * t->group * a->q_stride[2];
     for (ptrdiff_t i = 0; i < w->queries; i++) {
         const char *from = block + i * a->q_stride[1];
         for (ptrdiff_t at = 0; i + QUERIES_AHEAD < w->queries && at < bytes; at += 64)
@@ -275,14 +276,14 @@ static void weigh_integers(const struct attention *t, const struct where *w, con
     }
 }
 
-/* part = weights V for rows: the keys that all of them see in whole lines and at once, the ends of each on its own: rows take
- * their keys in order, so the bits are those of a row alone. */
+/* part = weights V for rows: the keys that all of them see in whole lines and at once, the ends of each on its own: rows
+ * take their keys in order, so the bits are those of a row alone. */
 static void weigh_rows(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
                        ptrdiff_t row, ptrdiff_t rows, ptrdiff_t key0, ptrdiff_t n) {
     ptrdiff_t from, to, lo, hi, other;
     visible_in(t->a, w, w->q0 + row / t->group, key0, n, &other, &to);
     visible_in(t->a, w, w->q0 + (row + rows - 1) / t->group, key0, n, &from, &other);
-    const ptrdiff_t begin = fc_round_up(from, t->unit), end = to / t->unit * t->unit > begin ? to / t->unit * t->unit : begin;
+    const ptrdiff_t begin = fc_round_up(from, t->unit), last = to / t->unit * t->unit, end = last > begin ? last : begin;
     visible_in(t->a, w, w->q0 + row / t->group, key0, n, &lo, &other);
     const int heads = lo < begin; /* some row begins before the common keys: the first does */
     if (heads) memset(r->part + row * t->e_padded, 0, (size_t)(rows * t->e_padded) * 4);

@@ -62,7 +62,8 @@ static fc_status turn(const struct decode *d, const fc_block *b) {
     return fc_rope(&(fc_rope_args){
         .type = FC_F32, .out = d->qkv, .x = d->qkv, .cos = b->cos, .sin = b->sin, .positions = d->positions,
         .positions_stride = d->seq, .batch = d->batch, .seq = d->seq, .heads = b->heads, .head_dim = b->head_dim,
-        .half = b->half, .x_stride = {d->seq * row, row, b->head_dim * 4}, .out_stride = {d->seq * row, row, b->head_dim * 4}});
+        .half = b->half, .x_stride = {d->seq * row, row, b->head_dim * 4},
+        .out_stride = {d->seq * row, row, b->head_dim * 4}});
 }
 
 static fc_status append(const struct decode *d, const fc_block *b, const fc_block_cache *c) {
@@ -126,7 +127,8 @@ fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdif
     }
     const size_t rows = (size_t)(batch * seq);
     fc_scratch scratch;
-    if (fc_scratch_alloc(&scratch, 1, ((size_t)batch + rows) * 8 + rows * (qkv + heads + inner + part) * 4)) return FC_NO_MEMORY;
+    const size_t bytes = ((size_t)batch + rows) * 8 + rows * (qkv + heads + inner + part) * 4;
+    if (fc_scratch_alloc(&scratch, 1, bytes)) return FC_NO_MEMORY;
     d.lens = (int64_t *)(void *)scratch.base;
     d.positions = d.lens + batch;
     d.qkv = (float *)(void *)(d.positions + rows);

@@ -14,7 +14,9 @@ static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : t
 static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
     return FC_KV_CHUNK * fc_round_up(c->head_dim, unit_of(c->type)) * value_bytes(c->type);
 }
-static ptrdiff_t values_bytes(const fc_kv_cache *c) { return FC_KV_CHUNK * fc_round_up(c->v_dim, PANEL) * value_bytes(c->type); }
+static ptrdiff_t values_bytes(const fc_kv_cache *c) {
+    return FC_KV_CHUNK * fc_round_up(c->v_dim, PANEL) * value_bytes(c->type);
+}
 
 static ptrdiff_t head_bytes(const fc_kv_cache *c) {
     return fc_round_up(keys_bytes(c) + values_bytes(c) + (c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0), 64);
@@ -231,7 +233,8 @@ static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
             for (ptrdiff_t d = 0; d < c->head_dim; d++)
                 k[d] = decoded(c->type, key + d / unit * h.line + d % unit * size, h.k_scale ? h.k_scale[slot] : 1.0f);
             for (ptrdiff_t e = 0; e < c->v_dim; e++)
-                v[e] = decoded(c->type, h.v + e / PANEL * h.v_panel + slot / unit * h.line + (e % PANEL * unit + slot % unit) * size,
+                v[e] = decoded(c->type,
+                               h.v + e / PANEL * h.v_panel + slot / unit * h.line + (e % PANEL * unit + slot % unit) * size,
                                h.v_scale ? h.v_scale[slot] : 1.0f);
         }
     }

@@ -9,24 +9,38 @@ struct layer_norm {
     const fc_rows *rows;
     ptrdiff_t n;
     float eps;
+    ptrdiff_t row_bytes;
     int past;
+    fc_scratch sums; /* a thread: a row of h on its way past the caches */
 };
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct layer_norm *a = ctx;
+    struct fc_past past[2] = {{0}};
     fc_cursor c;
-    (void)rank;
     fc_cursor_at(&c, a->rows, begin);
-    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c))
-        fc_k->layer_norm[a->type](a->out + c.at[0], a->h ? a->h + c.at[1] : NULL, a->x + c.at[2],
-                              a->residual ? a->residual + c.at[3] : NULL, a->weight, a->bias, a->n, a->eps, a->past);
+    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
+        const char *x = a->x + c.at[2], *residual = a->residual ? a->residual + c.at[3] : NULL;
+        char *h = a->h ? a->h + c.at[1] : NULL, *room = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
+        fc_k->layer_norm[a->type](a->out + c.at[0], room, x, residual, a->weight, a->bias, a->n, a->eps,
+                              a->past ? past : NULL);
+        if (room != h) fc_k->stream(past + 1, h, room, a->row_bytes, residual + a->row_bytes);
+    }
+    if (a->past) fc_k->stream_end(past);
+    if (a->sums.block) fc_k->stream_end(past + 1);
 }
 
 fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                         const float *bias, const fc_rows *rows, ptrdiff_t n, float eps) {
-    struct layer_norm a = {type, out, h, x, residual, weight, bias, rows, n, eps, 0};
+    struct layer_norm a = {type, out, h, x, residual, weight, bias, rows, n, eps, 0, 0, {0}};
     const ptrdiff_t count = fc_rows_count(rows);
+    a.row_bytes = n * fc_size_of(type);
     const double ns = (double)n * (residual ? 0.3 : 0.2) + 20;
-    a.past = fc_past_cache((double)count * (double)(n * fc_size_of(type)), out == x || out == residual);
-    return fc_static(fc_threads_for(count, ns), count, ns, body, &a);
+    const int threads = fc_threads_for(count, ns);
+    a.past = fc_past_cache((double)count * (double)a.row_bytes, out == x || out == residual);
+    if (a.past && residual && h != x && h != residual && fc_scratch_alloc(&a.sums, threads, (size_t)a.row_bytes))
+        return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, count, ns, body, &a);
+    fc_scratch_free(&a.sums);
+    return status;
 }

@@ -39,7 +39,8 @@ static struct form form_of(const fc_linear_args *a) {
     const fc_dtype half = fc_k->bf16_x;
     const ptrdiff_t g = a->group;
     switch (a->layout) {
-    case FC_PACKED_BF16: return (struct form){fc_k->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, fc_size_of(half), 2, 1, 2, 1, 0};
+    case FC_PACKED_BF16:
+        return (struct form){fc_k->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, fc_size_of(half), 2, 1, 2, 1, 0};
     case FC_PACKED_I8: return (struct form){fc_k->gemm_i8, X_QUANTIZED, fc_k->i8_x, g, g / 4 + 1, g, g / 4, 128};
     case FC_PACKED_I4: return (struct form){fc_k->gemm_i4, X_QUANTIZED, fc_k->i4_x, 64, 9, 32, 4, 8};
     case FC_PACKED_I4Z: return (struct form){fc_k->gemm_i4z, X_QUANTIZED, fc_k->i4_x, g, g / 8 + 1, g, g / 8, 0};
@@ -92,7 +93,7 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const char *row = (const char *)a->x + at.at[1];
         if (a->norm) {
             char *normed = fc_scratch_of(&l->normed, rank);
-            fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, 0);
+            fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL);
             row = normed;
         }
         if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
@@ -100,8 +101,8 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     }
 }
 
-/* Few rows of float32 or bfloat16, not to be normalised, may already have the right form; else x is copied into `copy`, block of k after block
- * of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
+/* Few rows of float32 or bfloat16, not to be normalised, may already have the right form; else x is copied into `copy`,
+ * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t block_bytes = l->form.block_lines * 64;
@@ -151,8 +152,8 @@ static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t
                      ptrdiff_t rows) {
     const struct form *f = &l->form;
     const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_lines * 64;
-    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * 64, .ldx = l->ldx, .ldsums = l->groups, .panel_stride = panel_bytes,
-                        .m = rows, .panels = panels};
+    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * 64, .ldx = l->ldx, .ldsums = l->groups,
+                        .panel_stride = panel_bytes, .m = rows, .panels = panels};
     for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
         ptrdiff_t kc = fc_smaller(l->kc, l->k - k0);
         g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;

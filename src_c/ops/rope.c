@@ -1,10 +1,12 @@
 /* Rotary embedding: one item is one position of one sequence, all its heads. */
 #include "rows.h"
 
+enum { AHEAD = 4096 }; /* bytes of x that are asked for early */
+
 struct rope {
     const fc_rope_args *a;
     ptrdiff_t head_bytes;
-    fc_scratch room; /* a thread: all heads of a token, if they go past the caches; a head alone ends inside a line */
+    fc_scratch room; /* a thread: a head on its way past the caches */
 };
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -12,25 +14,28 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const fc_rope_args *a = t->a;
     void (*turn)(void *, const void *, const float *, const float *, ptrdiff_t, ptrdiff_t) =
         a->interleaved ? fc_k->rope_interleaved[a->type] : fc_k->rope_half[a->type];
+    struct fc_past past = {0};
+    char *room = t->room.block ? fc_scratch_of(&t->room, rank) : NULL;
     for (ptrdiff_t i = begin; i < end; i++) {
-        const ptrdiff_t b = i / a->seq, s = i % a->seq, step = t->room.block ? t->head_bytes : a->out_stride[2];
+        const ptrdiff_t b = i / a->seq, s = i % a->seq;
         const int64_t p = a->positions ? a->positions[b * a->positions_stride + s] : a->start_pos + s;
         const char *x = (const char *)a->x + b * a->x_stride[0] + s * a->x_stride[1];
         char *out = (char *)a->out + b * a->out_stride[0] + s * a->out_stride[1];
-        char *to = t->room.block ? fc_scratch_of(&t->room, rank) : out;
-        for (ptrdiff_t h = 0; h < a->heads; h++)
-            turn(to + h * step, x + h * a->x_stride[2], a->cos + p * a->half, a->sin + p * a->half, a->half, a->head_dim);
-        if (t->room.block) fc_k->stream(out, to, a->heads * t->head_bytes);
+        for (ptrdiff_t h = 0; h < a->heads; h++, x += a->x_stride[2], out += a->out_stride[2]) {
+            turn(room ? room : out, x, a->cos + p * a->half, a->sin + p * a->half, a->half, a->head_dim);
+            if (room) fc_k->stream(&past, out, room, t->head_bytes, x + AHEAD);
+        }
     }
+    if (room) fc_k->stream_end(&past);
 }
 
 fc_status fc_rope(const fc_rope_args *a) {
     struct rope t = {.a = a, .head_bytes = a->head_dim * fc_size_of(a->type)};
     const ptrdiff_t items = a->batch * a->seq;
     const double ns = (double)(a->heads * a->head_dim) * 0.2 + 10;
-    const int threads = fc_threads_for(items, ns), together = a->heads == 1 || a->out_stride[2] == t.head_bytes;
-    if (together && fc_past_cache((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
-        fc_scratch_alloc(&t.room, threads, (size_t)(a->heads * t.head_bytes)))
+    const int threads = fc_threads_for(items, ns);
+    if (fc_past_cache((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
+        fc_scratch_alloc(&t.room, threads, (size_t)t.head_bytes))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, ns, body, &t);
     fc_scratch_free(&t.room);

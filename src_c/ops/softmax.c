@@ -13,12 +13,15 @@ struct softmax {
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct softmax *a = ctx;
+    struct fc_past past = {0};
     fc_cursor c;
     fc_cursor_at(&c, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
         void *out = a->out + c.at[0];
-        fc_k->softmax[a->type](out, a->x + c.at[1], a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n, a->past);
+        fc_k->softmax[a->type](out, a->x + c.at[1], a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n,
+                               a->past ? &past : NULL);
     }
+    if (a->past) fc_k->stream_end(&past);
 }
 
 fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {

@@ -1,0 +1,67 @@
+"""Results of more than 16 MB go past the caches: small ones' bits, wherever rows begin, and nothing beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import forge_c as fc
+
+Array = np.ndarray[Any, np.dtype[Any]]
+LARGE, REPEATED, UNTOUCHED = 16 << 20, 97, 0x5A
+TABLE = fc.rope_table(32, REPEATED)
+
+
+def weight(x: Array) -> Array:
+    return np.linspace(0.5, 2.0, x.shape[-1], dtype=np.float32)
+
+
+def turned(x: Array, out: Array | None) -> Array:
+    """Heads of 32; positions begin again where the rows do."""
+    positions = np.arange(len(x)) % REPEATED
+    heads = (1, len(x), x.shape[1] // 32, 32)
+    to = None if out is None else out.reshape(heads)
+    assert to is None or np.shares_memory(to, out)
+    return fc.rope(x.reshape(heads), TABLE, positions=positions, out=to).reshape(x.shape)
+
+
+OPS: dict[str, Callable[[Array, Any], Any]] = {
+    "rms_norm": lambda x, out: fc.rms_norm(x, weight(x), out=out),
+    "rms_norm residual": lambda x, out: fc.rms_norm(x, weight(x), residual=x[:, ::-1].copy(), out=out),
+    "layer_norm": lambda x, out: fc.layer_norm(x, weight(x), weight(x), out=out),
+    "layer_norm residual": lambda x, out: fc.layer_norm(x, residual=x[:, ::-1].copy(), out=out),
+    "softmax": lambda x, out: fc.softmax(x, out=out),
+    "silu": lambda x, out: fc.silu(x, out=out),
+    "geglu": lambda x, out: fc.geglu(x, x[:, ::-1].copy(), out=out),
+    "rope": turned,
+}
+
+
+def place(rows: int, n: int, dtype: np.dtype[Any], offset: int, gap: int) -> tuple[Array, Array]:
+    """All the memory, and a matrix in it: `offset` elements after a cache line, its rows `gap` elements apart."""
+    size = rows * (n + gap) * dtype.itemsize
+    memory = np.full(size + 256, UNTOUCHED, np.uint8)
+    start = -memory.ctypes.data % 64 + 64 + offset * dtype.itemsize
+    return memory, memory[start : start + size].view(dtype).reshape(rows, n + gap)[:, :n]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("n", "offset", "gap"), [(4096, 0, 0), (1024, 4, 0), (352, 1, 0), (96, 3, 5), (7, 2, 0)])
+def test_large_results_are_small_ones(isa, dtype, rng, op, n, offset, gap):
+    if op == "rope" and (n % 32 or gap):
+        n, gap = 32, 0
+    rows = LARGE // (n * dtype.itemsize) + REPEATED
+    some = rng.standard_normal((REPEATED, n), np.float32).astype(dtype)
+    x = np.tile(some, (rows // REPEATED + 1, 1))[:rows]
+    count = 2 if op.endswith("residual") else 1
+    places = [place(rows, n, dtype, offset + i, gap) for i in range(count)]
+    OPS[op](x, tuple(matrix for _, matrix in places) if count > 1 else places[0][1])
+    want = OPS[op](some, None)
+    for (memory, matrix), small in zip(places, want if count > 1 else (want,), strict=True):
+        repeated = np.tile(small, (rows // REPEATED + 1, 1))[:rows]
+        assert matrix.tobytes() == repeated.tobytes()
+        matrix.view(f"u{dtype.itemsize}")[...] = 0
+        assert np.count_nonzero(memory == UNTOUCHED) == memory.size - rows * n * dtype.itemsize
