@@ -100,10 +100,12 @@ def bench(request: pytest.FixtureRequest, benchmark: Any, impl: str, operations:
 
     case: the group that implementations are compared in. variant: what else a row of the group is called, by default
     the dtype. read, written, flops: what a call does at least. Without hot, calls rotate through copies of the inputs
-    that together exceed the last-level cache, so that memory is a limit. options go to the operation.
+    that together exceed the last-level cache, so that memory is a limit. Cases of one curve are drawn against their
+    length. options go to the operation.
     """
     def run(op: str, *inputs: Any, case: str, read: int = 0, written: int = 0, flops: int = 0, dtype: str = "float32",
-            variant: str = "", hot: bool = False, tokens: int = 0, note: str = "", **options: Any) -> None:
+            variant: str = "", hot: bool = False, tokens: int = 0, note: str = "", curve: str = "", length: int = 0,
+            **options: Any) -> None:
         prepare = getattr(operations, op, None)
         if prepare is None or dtype not in operations.DTYPES:
             pytest.skip(f"{impl} has no {op} in {dtype}")
@@ -116,7 +118,7 @@ def bench(request: pytest.FixtureRequest, benchmark: Any, impl: str, operations:
         benchmark.group = case
         benchmark.extra_info.update(
             component=request.module.__name__.removeprefix("test_bench_"), impl=impl, variant=variant or dtype,
-            bytes=moved, tokens=tokens, note=note, buffer_sets=sets, **work._asdict())
+            bytes=moved, tokens=tokens, note=note, curve=curve, length=length, buffer_sets=sets, **work._asdict())
         benchmark(calls[0] if sets == 1 else _rotating(calls))
         if benchmark.stats is not None:
             median = benchmark.stats.stats.median

@@ -37,6 +37,18 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     return lambda: fc.layer_norm(x, weight, bias, out=out)
 
 
+def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
+    x, residual = _cast(x, dtype), _cast(residual, dtype)
+    out = np.empty_like(x), np.empty_like(x)
+    return lambda: fc.rms_norm(x, weight, residual=residual, out=out)[0]
+
+
+def layer_norm_residual(x: Array, residual: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
+    x, residual = _cast(x, dtype), _cast(residual, dtype)
+    out = np.empty_like(x), np.empty_like(x)
+    return lambda: fc.layer_norm(x, weight, bias, residual=residual, out=out)[0]
+
+
 def softmax(x: Array, *, dtype: str) -> Call:
     x = _cast(x, dtype)
     out = np.empty_like(x)
@@ -58,6 +70,30 @@ def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
     swished, linear = _cast(swished, dtype), _cast(linear, dtype)
     out = np.empty_like(swished)
     return lambda: fc.swiglu(swished, linear, out=out)
+
+
+def silu(x: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    out = np.empty_like(x)
+    return lambda: fc.silu(x, out=out)
+
+
+def gelu(x: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    out = np.empty_like(x)
+    return lambda: fc.gelu(x, out=out)
+
+
+def gelu_tanh(x: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    out = np.empty_like(x)
+    return lambda: fc.gelu(x, "tanh", out=out)
+
+
+def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
+    activated, linear = _cast(activated, dtype), _cast(linear, dtype)
+    out = np.empty_like(activated)
+    return lambda: fc.geglu(activated, linear, out=out)
 
 
 def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
@@ -95,7 +131,25 @@ def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
 
 
 def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
-    q, cache = _cast(q, dtype), _cache(k, v, k.shape[1], dtype)
+    q, cache = _cast(q, "float32" if dtype == "int8" else dtype), _cache(k, v, k.shape[1], dtype)
+    out = np.empty_like(q)
+    return lambda: fc.attention(q, cache, causal=True, out=out)
+
+
+def verify(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    return decode(q, k, v, dtype=dtype)
+
+
+def windowed(q: Array, k: Array, v: Array, *, window: int, dtype: str) -> Call:
+    q, k, v = (_cast(a, dtype) for a in (q, k, v))
+    out = np.empty_like(q)
+    return lambda: fc.attention(q, k, v, causal=True, window=window, out=out)
+
+
+def uneven(q: Array, k: Array, v: Array, *, lens: tuple[int, ...], dtype: str) -> Call:
+    cache = fc.KVCache(*k.shape, dtype=dtype)
+    cache.append(k, v, lens=np.array(lens))
+    q = _cast(q, "float32" if dtype == "int8" else dtype)
     out = np.empty_like(q)
     return lambda: fc.attention(q, cache, causal=True, out=out)
 

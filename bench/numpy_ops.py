@@ -54,6 +54,22 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     return call
 
 
+def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
+    h, out = np.empty_like(x), np.empty_like(x)
+    return lambda: _rms_norm(np.add(x, residual, out=h), weight, out)
+
+
+def layer_norm_residual(x: Array, residual: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
+    h = np.empty_like(x)
+    normed = layer_norm(h, weight, bias, dtype=dtype)
+
+    def call() -> Array:
+        np.add(x, residual, out=h)
+        return normed()
+
+    return call
+
+
 def softmax(x: Array, *, dtype: str) -> Call:
     out = np.empty_like(x)
 
@@ -93,11 +109,65 @@ def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
 
 
 def _swiglu(swished: Array, linear: Array, out: Array) -> Array:
-    np.negative(swished, out=out)
+    return np.multiply(_silu(swished, out), linear, out=out)
+
+
+def silu(x: Array, *, dtype: str) -> Call:
+    out = np.empty_like(x)
+    return lambda: _silu(x, out)
+
+
+def _silu(x: Array, out: Array) -> Array:
+    np.negative(x, out=out)
     np.exp(out, out=out)
     out += 1
-    np.divide(swished, out, out=out)
-    return np.multiply(out, linear, out=out)
+    return np.divide(x, out, out=out)
+
+
+def gelu(x: Array, *, dtype: str) -> Call:
+    out, t, p = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+    return lambda: _gelu(x, out, t, p)
+
+
+def _gelu(x: Array, out: Array, t: Array, p: Array) -> Array:
+    """x Phi(x); NumPy has no erf: a polynomial in t = 1 / (1 + p |x|), Abramowitz and Stegun 7.1.26, to 1.5e-7."""
+    np.abs(x, out=out)
+    np.multiply(out, 0.3275911 * 0.5 ** 0.5, out=t)
+    t += 1
+    np.reciprocal(t, out=t)
+    np.multiply(t, 1.061405429, out=p)
+    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p += c
+        p *= t
+    np.multiply(out, out, out=out)
+    out *= -0.5
+    np.exp(out, out=out)
+    out *= p
+    out *= 0.5
+    np.subtract(1, out, out=out, where=x > 0)
+    return np.multiply(out, x, out=out)
+
+
+def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
+    out, t, p = (np.empty_like(activated) for _ in range(3))
+    return lambda: np.multiply(_gelu(activated, out, t, p), linear, out=out)
+
+
+def gelu_tanh(x: Array, *, dtype: str) -> Call:
+    out = np.empty_like(x)
+
+    def call() -> Array:
+        np.multiply(x, x, out=out)
+        np.multiply(out, 0.044715, out=out)
+        np.add(out, 1, out=out)
+        np.multiply(out, x, out=out)
+        np.multiply(out, np.float32((2 / np.pi) ** 0.5), out=out)
+        np.tanh(out, out=out)
+        np.add(out, 1, out=out)
+        np.multiply(out, x, out=out)
+        return np.multiply(out, 0.5, out=out)
+
+    return call
 
 
 def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
@@ -141,15 +211,21 @@ def linear(x: Array, weight: Array, *, dtype: str) -> Call:
 
 
 def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
-    """A head at a time, all its scores at once, causal mask added."""
+    return windowed(q, k, v, window=k.shape[1], dtype=dtype)
+
+
+def windowed(q: Array, k: Array, v: Array, *, window: int, dtype: str) -> Call:
+    """A head at a time, all its scores at once, the mask added."""
     out, rep, scale = np.empty_like(q), q.shape[2] // k.shape[2], np.float32(q.shape[-1] ** -0.5)
     s = np.empty((q.shape[1], k.shape[1]), np.float32)
-    later = np.triu(np.full(s.shape, -np.inf, np.float32), 1 + k.shape[1] - q.shape[1])
+    behind = np.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1]) - np.arange(k.shape[1])
+    hidden = np.where((behind >= 0) & (behind < window), np.float32(0), np.float32(-np.inf))
+    del behind
 
     def call() -> Array:
         for h in range(q.shape[2]):
             np.matmul(q[0, :, h] * scale, k[0, :, h // rep].T, out=s)
-            np.add(s, later, out=s)
+            np.add(s, hidden, out=s)
             np.subtract(s, s.max(axis=1, keepdims=True), out=s)
             np.exp(s, out=s)
             total = s.sum(axis=1, keepdims=True)
@@ -213,6 +289,31 @@ def _attend_one(q: Array, k: Array, v: Array, out: Array) -> Array:
     o = np.matmul(s, v, out=out.reshape(grouped.shape))
     o /= total
     return out
+
+
+def verify(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+    """Several tokens: the causal mask matters among the last keys."""
+    queries, keys, values = (np.ascontiguousarray(a[0].transpose(1, 0, 2)) for a in (q, k, v))
+    out, scores = np.empty_like(q), np.empty(q.shape[2] // k.shape[2] * q.shape[1] * k.shape[1], np.float32)
+
+    def call() -> Array:
+        _attend(queries, keys, values, out[0].transpose(1, 0, 2), scores)
+        return out
+
+    return call
+
+
+def uneven(q: Array, k: Array, v: Array, *, lens: tuple[int, ...], dtype: str) -> Call:
+    """A row at a time, over as many keys as it has."""
+    rows = [tuple(np.ascontiguousarray(a[b, :n].transpose(1, 0, 2)) for a in (k, v)) for b, n in enumerate(lens)]
+    out = np.empty_like(q)
+
+    def call() -> Array:
+        for b, (keys, values) in enumerate(rows):
+            _attend_one(q[b:b + 1], keys, values, out[b:b + 1])
+        return out
+
+    return call
 
 
 def kv_append(k: Array, v: Array, *, past: int, room: int, dtype: str) -> Call:

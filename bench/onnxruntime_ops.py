@@ -23,15 +23,20 @@ def to_numpy(result: Any) -> Array:
 
 
 def _call(nodes: list[Any], inputs: dict[str, Array], out: Array, weights: dict[str, Array] | None = None,
-          shared: dict[str, str] | None = None) -> Call:
-    """Run the graph over bound buffers; its output is `y`. shared: further outputs that live in an input's buffer."""
+          shared: dict[str, str] | None = None, more: dict[str, Array] | None = None) -> Call:
+    """Run the graph over bound buffers; its output is `y`, and there may be `more`.
+
+    shared: further outputs that live in an input's buffer.
+    """
+
     def info(name: str, a: Array) -> Any:
         return helper.make_tensor_value_info(name, _TYPES[a.dtype], a.shape)
 
-    shared = shared or {}
+    shared, more = shared or {}, more or {}
     graph = helper.make_graph(
         nodes, "bench", [info(name, a) for name, a in inputs.items()],
-        [info("y", out), *(info(name, inputs[source]) for name, source in shared.items())],
+        [info("y", out), *(info(name, inputs[source]) for name, source in shared.items()),
+         *(info(name, a) for name, a in more.items())],
         [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in (weights or {}).items()])
     model = helper.make_model(graph, ir_version=10,
                               opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(_MS, 1)])
@@ -44,6 +49,9 @@ def _call(nodes: list[Any], inputs: dict[str, Array], out: Array, weights: dict[
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_ortvalue_output("y", result)
+    for name, a in more.items():
+        held[name] = ort.OrtValue.ortvalue_from_numpy(a)
+        binding.bind_ortvalue_output(name, held[name])
     for name, source in shared.items():
         binding.bind_ortvalue_output(name, held[source])
 
@@ -62,6 +70,19 @@ def rms_norm(x: Array, weight: Array, *, dtype: str) -> Call:
 def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     node = helper.make_node("LayerNormalization", ["x", "w", "b"], ["y"], axis=-1, epsilon=1e-5)
     return _call([node], {"x": x}, np.empty_like(x), {"w": weight, "b": bias})
+
+
+def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
+    node = helper.make_node("SkipSimplifiedLayerNormalization", ["x", "r", "w"], ["y", "", "", "h"], domain=_MS,
+                            epsilon=1e-6)
+    return _call([node], {"x": x, "r": residual}, np.empty_like(x), {"w": weight}, more={"h": np.empty_like(x)})
+
+
+def layer_norm_residual(x: Array, residual: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
+    node = helper.make_node("SkipLayerNormalization", ["x", "r", "w", "b"], ["y", "", "", "h"], domain=_MS,
+                            epsilon=1e-5)
+    return _call([node], {"x": x, "r": residual}, np.empty_like(x), {"w": weight, "b": bias},
+                 more={"h": np.empty_like(x)})
 
 
 def softmax(x: Array, *, dtype: str) -> Call:
@@ -87,6 +108,23 @@ def _silu_product(swished: str, linear: str, out: str) -> list[Any]:
 
 def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
     return _call(_silu_product("a", "b", "y"), {"a": swished, "b": linear}, np.empty_like(swished))
+
+
+def silu(x: Array, *, dtype: str) -> Call:
+    return _call([helper.make_node("QuickGelu", ["x"], ["y"], domain=_MS, alpha=1.0)], {"x": x}, np.empty_like(x))
+
+
+def gelu(x: Array, *, dtype: str) -> Call:
+    return _call([helper.make_node("Gelu", ["x"], ["y"])], {"x": x}, np.empty_like(x))
+
+
+def gelu_tanh(x: Array, *, dtype: str) -> Call:
+    return _call([helper.make_node("Gelu", ["x"], ["y"], approximate="tanh")], {"x": x}, np.empty_like(x))
+
+
+def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
+    nodes = [helper.make_node("Gelu", ["a"], ["gelu"]), helper.make_node("Mul", ["gelu", "b"], ["y"])]
+    return _call(nodes, {"a": activated, "b": linear}, np.empty_like(activated))
 
 
 def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:

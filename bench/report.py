@@ -1,4 +1,4 @@
-"""From the JSON files of pytest-benchmark to one table and one plot per component."""
+"""From the JSON files of pytest-benchmark to a page: a table and plots for each component."""
 from __future__ import annotations
 
 import json
@@ -8,18 +8,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import plots
 from machine import Limits, Work, compute_seconds, memory_seconds, share
 
-_COLOURS = {"forge_c": "#1b6ca8", "numpy": "#999999", "torch": "#d1495b", "onnxruntime": "#66a182"}
+_IMPLEMENTATIONS = ("forge_c", "numpy", "torch", "onnxruntime")
 _TITLES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "softmax": "Softmax", "rope": "Rotary positions",
-           "swiglu": "SwiGLU", "linear": "Linear", "attention": "Grouped-query attention", "kv_cache": "KV cache",
-           "transformer": "Transformer block", "models": "The embedded model",
+           "swiglu": "SwiGLU", "activations": "Activations", "linear": "Linear",
+           "attention": "Grouped-query attention", "kv_cache": "KV cache", "transformer": "Transformer block",
+           "models": "The embedded model",
            "mission": "Modern components and what they replace"}
 
 
 @dataclass
 class Row:
-    """One implementation of one case; `rounds` has its median time in each round."""
+    """One implementation of one case; `rounds` has its median time in each round. A curve's cases differ in length."""
     component: str
     case: str
     variant: str
@@ -27,6 +29,8 @@ class Row:
     work: Work
     tokens: int
     note: str
+    curve: str
+    length: int
     rounds: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -55,7 +59,7 @@ def merge(files: list[tuple[int, Path]]) -> tuple[list[Row], dict[str, str]]:
             versions[x["impl"]] = document["machine_info"]["bench_version"]
             key = (x["component"], b["group"], x["variant"], x["impl"])
             work = Work(*(x[name] for name in Work._fields))
-            row = rows.setdefault(key, Row(*key, work, x["tokens"], x["note"]))
+            row = rows.setdefault(key, Row(*key, work, x["tokens"], x["note"], x["curve"], x["length"]))
             row.rounds[number] = b["stats"]["median"]
     order = {key: i for i, key in enumerate(dict.fromkeys((r.component, r.case) for r in rows.values()))}
     return sorted(rows.values(), key=lambda r: (list(_TITLES).index(r.component), order[r.component, r.case])), versions
@@ -90,7 +94,7 @@ def table(rows: list[Row], limits: Limits) -> list[str]:
     if noted:
         lines = [lines[0] + " note |", lines[1] + " --- |"]
     for case, group in groupby(rows, key=lambda r: r.case):
-        for i, row in enumerate(sorted(group, key=lambda r: (r.variant, list(_COLOURS).index(r.impl)))):
+        for i, row in enumerate(sorted(group, key=lambda r: (r.variant, _IMPLEMENTATIONS.index(r.impl)))):
             reached, base = share(row.work, row.seconds, limits), baseline(row, rows)
             cells = [case if i == 0 else "", row.variant, row.impl, time_text(row.seconds), f"{100 * row.spread:.0f} %",
                      rate_text(row, limits), "–" if reached is None else f"{100 * reached:.0f} %",
@@ -107,38 +111,8 @@ def limits_table(limits: Limits) -> list[str]:
             *(f"| {title} | {limits[key]:.0f} |" for key, title in names.items())]
 
 
-def plot(component: str, rows: list[Row], path: Path) -> bool:
-    """Bars of speed relative to NumPy; False where NumPy has no row to compare with."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "forge_c", "font.size": 8})
-    from matplotlib import pyplot
-
-    bars = [(row, row.times_faster(base)) for row in rows
-            if row.impl != "numpy" and (base := baseline(row, rows)) is not None]
-    if not bars:
-        return False
-    bars.sort(key=lambda b: [r.case for r in rows].index(b[0].case), reverse=True)
-    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.2 * len(bars)))
-    axes.barh(range(len(bars)), [ratio - 1 for _, ratio in bars], left=1,
-              color=[_COLOURS[row.impl] for row, _ in bars])
-    axes.set_yticks(range(len(bars)), [f"{row.case}: {row.impl} {row.variant}" for row, _ in bars])
-    for i, (_, ratio) in enumerate(bars):
-        axes.text(ratio, i, f" {ratio:.3g} ", va="center", ha="left" if ratio >= 1 else "right")
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(x=0.15, y=0.01)
-    axes.set_title(f"{_TITLES[component]}: times as fast as NumPy")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
-    return True
-
-
 def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder: Path, page: str) -> Path:
-    """folder/<page>.md and folder/<page>/<component>.svg."""
+    """folder/<page>.md and its plots in folder/<page>/."""
     lines = ["# Benchmarks", "", about, "",
              "Every implementation runs in a process of its own, one after the other, in rounds; a time is the median "
              "over rounds of the median within a round, and spread is how far the rounds lie apart. Data is random. "
@@ -150,8 +124,15 @@ def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder:
     for component, group in groupby(rows, key=lambda r: r.component):
         mine = list(group)
         lines += ["", f"## {_TITLES[component]}", "", *table(mine, limits)]
-        if plot(component, mine, folder / page / f"{component}.svg"):
-            lines += ["", f"![{_TITLES[component]}: times as fast as NumPy]({page}/{component}.svg)"]
+        title = _TITLES[component]
+        ratios = [(row, row.times_faster(base)) for row in mine
+                  if row.impl != "numpy" and (base := baseline(row, mine)) is not None]
+        if plots.bars(title, ratios, folder / page / f"{component}.svg"):
+            lines += ["", f"![{title}: times as fast as NumPy]({page}/{component}.svg)"]
+        if plots.curves(title, mine, limits, folder / page / f"{component}-length.svg"):
+            lines += ["", f"![{title}: time against length]({page}/{component}-length.svg)"]
+    if plots.roofline(rows, limits, folder / page / "roofline.svg"):
+        lines += ["", "## Roofline", "", f"![Operations a second against operations a byte]({page}/roofline.svg)"]
     path = folder / f"{page}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

@@ -7,7 +7,7 @@ DTYPES = {"float32": 4, "bfloat16": 2}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 512])
+@pytest.mark.parametrize("rows", [1, 512, pytest.param(4096, marks=pytest.mark.large)])
 def test_swiglu(bench, normal, rows, dtype):
     nbytes = rows * 5632 * DTYPES[dtype]
     bench("swiglu", normal(rows, 5632), normal(rows, 5632), case=f"swiglu {rows} x 5632", dtype=dtype, read=2 * nbytes,

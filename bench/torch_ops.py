@@ -39,6 +39,16 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     return lambda: F.layer_norm(t, w.shape, w, b, 1e-5)
 
 
+def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
+    t, r, w = (_cast(a, dtype) for a in (x, residual, weight))
+    return lambda: F.rms_norm(t + r, w.shape, w, 1e-6)
+
+
+def layer_norm_residual(x: Array, residual: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
+    t, r, w, b = (_cast(a, dtype) for a in (x, residual, weight, bias))
+    return lambda: F.layer_norm(t + r, w.shape, w, b, 1e-5)
+
+
 def softmax(x: Array, *, dtype: str) -> Call:
     t = _cast(x, dtype)
     return lambda: F.softmax(t, dim=-1)
@@ -64,6 +74,26 @@ def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
 def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
     a, b = _cast(swished, dtype), _cast(linear, dtype)
     return lambda: F.silu(a) * b
+
+
+def silu(x: Array, *, dtype: str) -> Call:
+    t = _cast(x, dtype)
+    return lambda: F.silu(t)
+
+
+def gelu(x: Array, *, dtype: str) -> Call:
+    t = _cast(x, dtype)
+    return lambda: F.gelu(t)
+
+
+def gelu_tanh(x: Array, *, dtype: str) -> Call:
+    t = _cast(x, dtype)
+    return lambda: F.gelu(t, approximate="tanh")
+
+
+def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
+    a, b = _cast(activated, dtype), _cast(linear, dtype)
+    return lambda: F.gelu(a) * b
 
 
 def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:

@@ -3,8 +3,7 @@
  *   gated:   acc and biases hold panels [gated16][linear16]...;  out = f(scale gated + bias) * (scale linear + bias_linear) */
 
 FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
-                                const void *residual,
-                                ptrdiff_t n) {
+                                const void *residual, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
         vf v = vf_get_upto(FC_F32, acc, i, n) * scale;
         if (bias) v += vf_get_upto(FC_F32, bias, i, n);
