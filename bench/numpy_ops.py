@@ -211,21 +211,15 @@ def linear(x: Array, weight: Array, *, dtype: str) -> Call:
 
 
 def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
-    return windowed(q, k, v, window=k.shape[1], dtype=dtype)
-
-
-def windowed(q: Array, k: Array, v: Array, *, window: int, dtype: str) -> Call:
-    """A head at a time, all its scores at once, the mask added."""
+    """A head at a time, all its scores at once, causal mask added."""
     out, rep, scale = np.empty_like(q), q.shape[2] // k.shape[2], np.float32(q.shape[-1] ** -0.5)
     s = np.empty((q.shape[1], k.shape[1]), np.float32)
-    behind = np.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1]) - np.arange(k.shape[1])
-    hidden = np.where((behind >= 0) & (behind < window), np.float32(0), np.float32(-np.inf))
-    del behind
+    later = np.triu(np.full(s.shape, -np.inf, np.float32), 1 + k.shape[1] - q.shape[1])
 
     def call() -> Array:
         for h in range(q.shape[2]):
             np.matmul(q[0, :, h] * scale, k[0, :, h // rep].T, out=s)
-            np.add(s, hidden, out=s)
+            np.add(s, later, out=s)
             np.subtract(s, s.max(axis=1, keepdims=True), out=s)
             np.exp(s, out=s)
             total = s.sum(axis=1, keepdims=True)
@@ -271,6 +265,28 @@ def _attend(q: Array, k: Array, v: Array, out: Array, scores: Array) -> None:
             o = s @ v[g, :seen]
             o /= total
             out[mine, start:stop] = o.reshape(rep, rows, dim)
+
+
+def windowed(q: Array, k: Array, v: Array, *, window: int, dtype: str) -> Call:
+    """A prompt of which each position sees the last `window`: blocks of queries, and the keys that a block sees."""
+    queries, keys, values = (np.ascontiguousarray(a[0].transpose(1, 0, 2)) for a in (q, k, v))
+    out, rep, seq = np.empty_like(q), q.shape[2] // k.shape[2], q.shape[1]
+    queries *= np.float32(q.shape[-1] ** -0.5)
+
+    def call() -> Array:
+        for start in range(0, seq, _QUERIES):
+            stop, first = min(start + _QUERIES, seq), max(0, start - window + 1)
+            behind = np.arange(start, stop)[:, None] - np.arange(first, stop)
+            hidden = np.where((behind >= 0) & (behind < window), np.float32(0), np.float32(-np.inf))
+            for h in range(len(queries)):
+                s = queries[h, start:stop] @ keys[h // rep, first:stop].T
+                s += hidden
+                s -= s.max(axis=1, keepdims=True)
+                np.exp(s, out=s)
+                out[0, start:stop, h] = s @ values[h // rep, first:stop] / s.sum(axis=1, keepdims=True)
+        return out
+
+    return call
 
 
 def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:

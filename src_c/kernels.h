@@ -39,13 +39,16 @@ struct fc_past {
     char bytes[64];
 };
 
-/* past: not NULL: out goes past the caches, and rows follow each other there */
+/* next: the row that will be read next, or NULL. past: if not NULL, out goes past the caches, row after row */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset, struct fc_past *past), out, h, x, residual, weight, n, eps, offset, past)               \
+                 float offset, const void *next, struct fc_past *past), out, h, x, residual, weight, n, eps, offset,   \
+      next, past)                                                                                                      \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
-                   ptrdiff_t n, float eps, struct fc_past *past), out, h, x, residual, weight, bias, n, eps, past)     \
-    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, struct fc_past *past), out, x, e, n, past)            \
+                   ptrdiff_t n, float eps, const void *next, struct fc_past *past), out, h, x, residual, weight, bias, \
+      n, eps, next, past)                                                                                              \
+    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, const void *next, struct fc_past *past), out, x, e,   \
+      n, next, past)                                                                                                   \
     X(relu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \

@@ -41,6 +41,13 @@ FC_INLINE void past_put(struct fc_past *p, void *out, const void *from, ptrdiff_
     p->end = to + bytes;
 }
 
+/* Part of a result: `to` is where it was made, out or, if it goes past the caches, a room of PAST_BYTES; next: as above */
+FC_INLINE void part_done(struct fc_past *past, void *out, const void *to, ptrdiff_t bytes, const void *next) {
+    if (past) past_put(past, out, to, bytes, next);
+    else
+        for (ptrdiff_t i = 0; next && i < bytes; i += 64) __builtin_prefetch((const char *)next + i, 0, 2);
+}
+
 static void stream(struct fc_past *past, void *out, const void *from, ptrdiff_t bytes, const void *next) {
     past_put(past, out, from, bytes, next);
 }

@@ -10,7 +10,7 @@ struct layer_norm {
     ptrdiff_t n;
     float eps;
     ptrdiff_t row_bytes;
-    int past;
+    int past, far;
     fc_scratch sums; /* a thread: a row of h on its way past the caches */
 };
 
@@ -21,10 +21,11 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     fc_cursor_at(&c, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
         const char *x = a->x + c.at[2], *residual = a->residual ? a->residual + c.at[3] : NULL;
+        const int more = a->far && i + 1 < end;
         char *h = a->h ? a->h + c.at[1] : NULL, *room = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
         fc_k->layer_norm[a->type](a->out + c.at[0], room, x, residual, a->weight, a->bias, a->n, a->eps,
-                              a->past ? past : NULL);
-        if (room != h) fc_k->stream(past + 1, h, room, a->row_bytes, residual + a->row_bytes);
+                              more ? x + a->row_bytes : NULL, a->past ? past : NULL);
+        if (room != h) fc_k->stream(past + 1, h, room, a->row_bytes, more ? residual + a->row_bytes : NULL);
     }
     if (a->past) fc_k->stream_end(past);
     if (a->sums.block) fc_k->stream_end(past + 1);
@@ -32,11 +33,12 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                         const float *bias, const fc_rows *rows, ptrdiff_t n, float eps) {
-    struct layer_norm a = {type, out, h, x, residual, weight, bias, rows, n, eps, 0, 0, {0}};
+    struct layer_norm a = {type, out, h, x, residual, weight, bias, rows, n, eps, 0, 0, 0, {0}};
     const ptrdiff_t count = fc_rows_count(rows);
     a.row_bytes = n * fc_size_of(type);
     const double ns = (double)n * (residual ? 0.3 : 0.2) + 20;
     const int threads = fc_threads_for(count, ns);
+    a.far = fc_far((double)count * (double)a.row_bytes);
     a.past = fc_past_cache((double)count * (double)a.row_bytes, out == x || out == residual);
     if (a.past && residual && h != x && h != residual && fc_scratch_alloc(&a.sums, threads, (size_t)a.row_bytes))
         return FC_NO_MEMORY;

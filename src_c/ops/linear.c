@@ -93,7 +93,7 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const char *row = (const char *)a->x + at.at[1];
         if (a->norm) {
             char *normed = fc_scratch_of(&l->normed, rank);
-            fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL);
+            fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL, NULL);
             row = normed;
         }
         if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);

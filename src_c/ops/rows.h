@@ -40,6 +40,10 @@ static inline void fc_cursor_next(fc_cursor *c) {
     }
 }
 
+/* Whether inputs of so many bytes come from beyond the second cache: then the next row is asked for early. */
+enum { FC_FAR = 1 << 20 };
+static inline int fc_far(double bytes) { return bytes > FC_FAR; }
+
 /* Whether a result is so large that no cache keeps it until it is read: then it is written past them, and its lines need
  * not be read first. In place they are there anyway. */
 enum { FC_PAST_CACHE = 16 << 20 };

@@ -7,7 +7,7 @@ struct softmax {
     const char *x;
     const fc_rows *rows;
     ptrdiff_t n;
-    int past;
+    int past, far;
     fc_scratch exps; /* a thread: (n), where out cannot hold them */
 };
 
@@ -18,8 +18,9 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     fc_cursor_at(&c, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
         void *out = a->out + c.at[0];
-        fc_k->softmax[a->type](out, a->x + c.at[1], a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n,
-                               a->past ? &past : NULL);
+        const char *x = a->x + c.at[1];
+        fc_k->softmax[a->type](out, x, a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n,
+                               a->far && i + 1 < end ? x + a->n * fc_size_of(a->type) : NULL, a->past ? &past : NULL);
     }
     if (a->past) fc_k->stream_end(&past);
 }
@@ -29,6 +30,7 @@ fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *row
     const ptrdiff_t count = fc_rows_count(rows);
     const double ns = (double)n * 0.5 + 20;
     const int threads = fc_threads_for(count, ns);
+    a.far = fc_far((double)count * (double)(n * fc_size_of(type)));
     a.past = fc_past_cache((double)count * (double)(n * fc_size_of(type)), out == x);
     if ((type != FC_F32 || a.past) && fc_scratch_alloc(&a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, count, ns, body, &a);
