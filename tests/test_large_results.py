@@ -65,3 +65,24 @@ def test_large_results_are_small_ones(isa, dtype, rng, op, n, offset, gap):
         assert matrix.tobytes() == repeated.tobytes()
         matrix.view(f"u{dtype.itemsize}")[...] = 0
         assert np.count_nonzero(memory == UNTOUCHED) == memory.size - rows * n * dtype.itemsize
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "softmax", "silu", "rope"])
+def test_large_results_in_place(isa, rng, op):
+    rows, n = LARGE // 4096 + REPEATED, 1024
+    some = rng.standard_normal((REPEATED, n), np.float32)
+    x = np.tile(some, (rows // REPEATED + 1, 1))[:rows]
+    want = np.tile(OPS[op](some, None), (rows // REPEATED + 1, 1))[:rows]
+    OPS[op](x, x)
+    assert x.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("norm", [fc.rms_norm, fc.layer_norm])
+def test_a_large_sum_in_place(isa, rng, norm):
+    rows, n = LARGE // 4096 + REPEATED, 1024
+    some, more = rng.standard_normal((2, REPEATED, n), np.float32)
+    x, residual = (np.tile(a, (rows // REPEATED + 1, 1))[:rows] for a in (some, more))
+    out = np.empty_like(x)
+    norm(x, weight(x), residual=residual, out=(out, x))
+    for got, small in zip((out, x), norm(some, weight(some), residual=more), strict=True):
+        assert got.tobytes() == np.tile(small, (rows // REPEATED + 1, 1))[:rows].tobytes()
