@@ -7,7 +7,7 @@ import gc
 import resource
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,16 @@ from forge_c import nn
 
 CALLS = 20_000
 ALLOWED = 2 << 20
+PR_SET_THP_DISABLE = 41
 F32 = np.float32
+
+
+@pytest.fixture(autouse=True)
+def no_huge_pages() -> Iterator[None]:
+    """The kernel may fill holes in the heap to make huge pages of them, 2 MB at a time and whenever it likes."""
+    LIBC.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    yield
+    LIBC.prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def resident() -> int:
