@@ -113,7 +113,9 @@ def limits_table(limits: Limits) -> list[str]:
 
 def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder: Path, page: str) -> Path:
     """folder/<page>.md and its plots in folder/<page>/."""
+    others = sorted(other.name for other in folder.glob("benchmarks*.md") if other.stem != page)
     lines = ["# Benchmarks", "", about, "",
+             *(["Other pages: " + ", ".join(f"[{name}]({name})" for name in others) + ".", ""] if others else []),
              "Every implementation runs in a process of its own, one after the other, in rounds; a time is the median "
              "over rounds of the median within a round, and spread is how far the rounds lie apart. Data is random. "
              "Unless a case fits in cache by nature, calls rotate through buffers that together exceed the last-level "
