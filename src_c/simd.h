@@ -134,8 +134,6 @@ FC_INLINE void vf_put2(fc_dtype t, void *p, ptrdiff_t i, vf a, vf b) {
     }
 }
 
-FC_INLINE ptrdiff_t vf_size(fc_dtype t) { return t == FC_F32 ? 4 : 2; }
-
 /* A full vector where one fits at i, else the last n - i elements and zeros. */
 FC_INLINE vf vf_get_upto(fc_dtype t, const void *p, ptrdiff_t i, ptrdiff_t n) {
     return i + FC_N <= n ? vf_get(t, p, i) : vf_get_n(t, p, i, n - i);

@@ -68,7 +68,7 @@ FC_INLINE void rms_norm_any(fc_dtype t, void *out, void *h, const void *x, const
     const char *row = residual ? h : x;
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
     else inv = rms_wide_inverse(t, row, n, eps, &pre);
-    const ptrdiff_t size = vf_size(t), step = past || next ? PAST_BYTES / size : n;
+    const ptrdiff_t size = fc_size_of(t), step = past || next ? PAST_BYTES / size : n;
     char some[PAST_BYTES];
     for (ptrdiff_t i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;

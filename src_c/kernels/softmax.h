@@ -26,7 +26,7 @@ FC_INLINE void softmax_any(fc_dtype t, void *out, const void *x, float *e, ptrdi
         vf_store_n(e + i, v, n - i);
     }
     const vf share = vf_set1(1.0f / vf_sum(sum));
-    const ptrdiff_t size = vf_size(t), step = past || next ? PAST_BYTES / size : n;
+    const ptrdiff_t size = fc_size_of(t), step = past || next ? PAST_BYTES / size : n;
     char some[PAST_BYTES];
     for (i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;

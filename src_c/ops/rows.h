@@ -5,7 +5,6 @@
 #include "../kernels.h"
 #include "../threads.h"
 
-static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
 static inline ptrdiff_t fc_smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t fc_round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
 

@@ -99,7 +99,7 @@ FC_INLINE void vf_load_transposed(vf r[16], const char *p, ptrdiff_t ld) {
 #define FC_HAS_MADDUBS 1
 #ifdef FC_SOFTWARE_AVX512 /* tools/check_avx512.sh has no such registers: the same words in intrinsics */
 FC_INLINE vf vf_add_product(vf acc, vf a, vf b) { return vf_fma(a, b, acc); }
-FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + vi_madd16(a, b); }
 FC_INLINE vi vi_add_maddubs(vi acc, vi u8, vi s8) {
     return (vi)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16((__m512i)u8, (__m512i)s8));
 }

@@ -1,0 +1,66 @@
+/* RMSNorm, LayerNorm and their fused residual forms over rows. */
+#include "rows.h"
+
+struct norm {
+    fc_dtype type;
+    int centred; /* LayerNorm */
+    char *out, *h;
+    const char *x, *residual;
+    const float *weight, *bias;
+    const fc_rows *rows;
+    ptrdiff_t n;
+    float eps, offset;
+    ptrdiff_t row_bytes;
+    int past, far;
+    fc_scratch sums; /* a thread: a row of h on its way past the caches */
+};
+
+static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct norm *a = ctx;
+    struct fc_past past[2] = {{0}}, *out_past = a->past ? past : NULL;
+    fc_cursor c;
+    fc_cursor_at(&c, a->rows, begin);
+    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
+        const char *x = a->x + c.at[2], *residual = a->residual ? a->residual + c.at[3] : NULL;
+        const int more = a->far && i + 1 < end;
+        const char *next = more ? x + a->row_bytes : NULL;
+        char *out = a->out + c.at[0], *h = a->h ? a->h + c.at[1] : NULL;
+        char *room = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
+        if (a->centred)
+            fc_k->layer_norm[a->type](out, room, x, residual, a->weight, a->bias, a->n, a->eps, next, out_past);
+        else
+            fc_k->rms_norm[a->type](out, room, x, residual, a->weight, a->n, a->eps, a->offset, next, out_past);
+        if (room != h) fc_k->stream(past + 1, h, room, a->row_bytes, more ? residual + a->row_bytes : NULL);
+    }
+    if (a->past) fc_k->stream_end(past);
+    if (a->sums.block) fc_k->stream_end(past + 1);
+}
+
+static fc_status run(struct norm *a, double ns_each) {
+    const ptrdiff_t count = fc_rows_count(a->rows);
+    const double ns = (double)a->n * ns_each + 20;
+    const int threads = fc_threads_for(count, ns);
+    a->row_bytes = a->n * fc_size_of(a->type);
+    a->far = fc_far((double)count * (double)a->row_bytes);
+    a->past = fc_past_cache((double)count * (double)a->row_bytes, a->out == a->x || a->out == a->residual);
+    if (a->past && a->residual && a->h != a->x && a->h != a->residual &&
+        fc_scratch_alloc(&a->sums, threads, (size_t)a->row_bytes))
+        return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, count, ns, body, a);
+    fc_scratch_free(&a->sums);
+    return status;
+}
+
+fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
+                      const fc_rows *rows, ptrdiff_t n, float eps, float offset) {
+    struct norm a = {.type = type, .out = out, .h = h, .x = x, .residual = residual, .weight = weight, .rows = rows, .n = n,
+                     .eps = eps, .offset = offset};
+    return run(&a, residual ? 0.3 : 0.15);
+}
+
+fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
+                        const float *bias, const fc_rows *rows, ptrdiff_t n, float eps) {
+    struct norm a = {.type = type, .centred = 1, .out = out, .h = h, .x = x, .residual = residual, .weight = weight,
+                     .bias = bias, .rows = rows, .n = n, .eps = eps};
+    return run(&a, residual ? 0.3 : 0.2);
+}
