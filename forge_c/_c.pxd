@@ -31,6 +31,12 @@ cdef extern from "forge.h" nogil:
     void fc_set_num_threads(int n)
     void fc_set_poll(int (*poll)() noexcept nogil)
 
+    ctypedef struct fc_workspace:
+        pass
+    fc_workspace *fc_workspace_new()
+    void fc_workspace_free(fc_workspace *workspace)
+    size_t fc_workspace_bytes(const fc_workspace *workspace)
+
     fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                           const fc_rows *rows, ptrdiff_t n, float eps, float offset)
     fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual,
@@ -91,6 +97,7 @@ cdef extern from "forge.h" nogil:
         const float *bias
         int gated
         fc_activation activation
+        fc_workspace *workspace
     fc_status fc_linear(const fc_linear_args *args)
     fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw,
                               ptrdiff_t k, ptrdiff_t n)
@@ -120,6 +127,7 @@ cdef extern from "forge.h" nogil:
         const float *sin
         ptrdiff_t half
         int interleaved
+        fc_workspace *workspace
     fc_status fc_append(const fc_append_args *args)
     fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v)
 
@@ -145,35 +153,83 @@ cdef extern from "forge.h" nogil:
         fc_dtype mask_type
         ptrdiff_t mask_stride[4]
         const float *sinks
+        fc_workspace *workspace
     fc_status fc_attention(const fc_attention_args *args)
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
 
-
+    ctypedef enum fc_norm_kind:
+        FC_NO_NORM
+        FC_RMS_NORM
+        FC_LAYER_NORM
+    ctypedef struct fc_norm:
+        fc_norm_kind kind
+        const float *weight
+        const float *bias
+        float eps, offset
     ctypedef struct fc_matrix:
         fc_layout layout
         const void *data
         ptrdiff_t group
         const float *bias
-    ctypedef struct fc_block:
-        ptrdiff_t hidden, inner, heads, kv_heads, head_dim
-        const float *input_norm
-        const float *q_norm
-        const float *k_norm
-        const float *post_attention_norm
-        const float *mlp_norm
-        const float *post_mlp_norm
-        fc_matrix qkv, out, gate_up, down
-        fc_activation activation
-        float eps, norm_offset, residual_scale, attention_scale, softcap
+    ctypedef enum fc_part_kind:
+        FC_NO_PART
+        FC_ATTENTION
+        FC_GATED_MLP
+        FC_MLP
+        FC_CALLED
+        FC_PART_KINDS
+    ctypedef struct fc_part:
+        fc_part_kind kind
+        const void *weights
+        fc_norm norm, post_norm
+    ctypedef struct fc_layer:
+        fc_part mixer, mlp
+        int parallel
+        float residual_scale
+    ctypedef struct fc_attention_weights:
+        ptrdiff_t heads, kv_heads, head_dim
+        fc_norm q_norm, k_norm
+        fc_matrix qkv, out
+        float scale, softcap
+        ptrdiff_t window
+    ctypedef struct fc_attention_state:
+        const fc_kv_cache *kv
         const float *cos
         const float *sin
         ptrdiff_t half
-    ctypedef struct fc_block_cache:
-        fc_kv_cache kv
-        ptrdiff_t window
-    fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdiff_t n, float *x, ptrdiff_t batch,
-                        ptrdiff_t seq, const int64_t *start)
+    ctypedef struct fc_mlp_weights:
+        ptrdiff_t inner
+        fc_matrix up, down
+        fc_activation activation
+    ctypedef fc_status fc_call(void *self, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
+                               ptrdiff_t hidden, const int64_t *start) noexcept nogil
+    ctypedef struct fc_called:
+        fc_call *call
+        void *self
+    ctypedef struct fc_model:
+        ptrdiff_t hidden, vocab
+        fc_dtype embedding_type
+        const void *embedding
+        ptrdiff_t ld_embedding
+        float embedding_scale
+        const fc_layer *layers
+        ptrdiff_t n_layers
+        fc_norm norm
+        fc_matrix head
+    ctypedef struct fc_forward_args:
+        size_t size
+        const fc_model *model
+        void **states
+        const int64_t *ids
+        float *x
+        float *hidden
+        float *logits
+        int last_only
+        ptrdiff_t batch, seq
+        const int64_t *start
+        fc_workspace *workspace
+    fc_status fc_forward(const fc_forward_args *args)
 
     ctypedef enum fc_peak:
         FC_PEAK_F32

@@ -12,18 +12,16 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import index
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from forge_c import cache_file
-from forge_c.functional import KV_CHUNK, KVPages
+from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
 from forge_c.rotary import RopeTable
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
@@ -99,6 +97,8 @@ class KVCache:
     __slots__ = ("_capacity", "_file", "_lengths", "_max_seq_len", "_memory", "_pages", "_shared", "_window", "_writer",
                  "_written")
 
+    told_by_lengths: ClassVar[bool] = True  # see forge_c.state.LayerState
+
     _pages: KVPages
     _capacity: int  # slots of a row: max_seq_len, or the size of the ring
     _memory: list[Any]  # what the pages lie in
@@ -130,7 +130,7 @@ class KVCache:
         ring = None if window is None else _checked_size("KVCache", "window", window)
         self._describe(name, heads, k_dim, v_dim, room, ring)
         self._lengths, self._written, self._shared = (np.zeros(rows, np.int64) for _ in range(3))
-        self._writer = threading.RLock()
+        self._writer = WriterLock()
         self._file = None
         if path is None:
             self._memory, table = _new_pages(rows, self._pages_a_row, self._pages.page_nbytes)
@@ -261,7 +261,8 @@ class KVCache:
             stop = self._stop(added)
             if rope is not None:
                 self._check_table(rope, int(stop.max()))
-            self._claim(stop)
+            self.reserve(self._lengths, stop)
+            np.maximum(self._written, stop, out=self._written)
             self._pages.append(k, v, self._lengths, added, rope, interleaved)
             self._lengths[:] = stop
 
@@ -274,16 +275,15 @@ class KVCache:
         if stop > positions:
             raise IndexError(f"KVCache.append: position {stop - 1} is outside the table of {positions}")
 
-    def _claim(self, stop: NDArray[np.int64]) -> None:
-        """Make what follows each row's tokens writable up to position `stop`."""
+    def reserve(self, start: NDArray[np.int64], stop: NDArray[np.int64]) -> None:
+        """Make the slots of each row's positions [start, stop) writable: as forge_c.state.LayerState."""
         if self._file is not None and not self._file.writable:
             raise ValueError(f"KVCache.append: {self._file.path} is open for reading only")
         if self._shared.any():
-            for b in np.flatnonzero((stop > self._lengths) & (self._lengths // KV_CHUNK < self._shared)):
-                self._leave(int(b), int(self._lengths[b]))
-        np.maximum(self._written, stop, out=self._written)
+            for b in np.flatnonzero((stop > start) & (start // KV_CHUNK < self._shared)):
+                self._unshare(int(b), int(start[b]))
 
-    def _leave(self, b: int, position: int) -> None:
+    def _unshare(self, b: int, position: int) -> None:
         """Replace row b's shared pages from `position` on by its own, with what is before `position` in them."""
         first, last = position // KV_CHUNK, int(self._shared[b])
         memory, fresh = _new_pages(1, last - first, self._pages.page_nbytes)
@@ -322,18 +322,25 @@ class KVCache:
             most = self._lengths if keep.ndim else self._lengths.max()
             if (keep < 0).any() or (keep > most).any():
                 raise ValueError(f"KVCache.truncate: n is {keep.tolist()}, expected 0 to {most.tolist()}")
-            keep = np.minimum(keep, self._lengths)
-            if self._window is not None:
-                lost = self._written - self.capacity
-                gone = (keep > 0) & (np.maximum(keep - self._window, 0) < lost)
-                if gone.any():
-                    row = int(gone.argmax())
-                    raise ValueError(
-                        f"KVCache.truncate: row {row} cannot go back to {keep[row]} tokens, the ring holds "
-                        f"only those from {lost[row]} on and a window of {self._window} needs more"
-                    )
-            self._written[keep == 0] = 0
-            self._lengths[:] = keep
+            kept = np.minimum(keep, self._lengths).astype(np.int64)
+            self.check_truncate(kept)
+            self._written[kept == 0] = 0
+            self._lengths[:] = kept
+
+    def check_truncate(self, keep: NDArray[np.int64]) -> None:
+        """ValueError if a row cannot go back to keep[b] of its tokens: as forge_c.state.LayerState."""
+        if self._window is None:
+            return
+        lost = self._written - self.capacity
+        gone = (keep > 0) & (np.maximum(keep - self._window, 0) < lost)
+        if gone.any():
+            row = int(gone.argmax())
+            raise ValueError(f"KVCache.truncate: row {row} cannot go back to {keep[row]} tokens, the ring holds "
+                             f"only those from {lost[row]} on and a window of {self._window} needs more")
+
+    def join(self, lengths: NDArray[np.int64], written: NDArray[np.int64], writer: WriterLock) -> None:
+        """Be a layer of a model's state, which owns how many tokens each row holds and has held, and who may write."""
+        self._lengths, self._written, self._writer = lengths, written, writer
 
     def row(self, i: int) -> KVCache:
         """A cache of row i alone that shares its memory and its length with this one.
@@ -351,7 +358,7 @@ class KVCache:
         twin._window, twin._max_seq_len, twin._capacity = self._window, self._max_seq_len, self._capacity
         twin._pages, twin._memory, twin._file = self._pages.with_table(table), memory, None
         twin._lengths, twin._written, twin._shared = self._lengths[rows], self._written[rows], self._shared[rows]
-        twin._writer = threading.RLock()
+        twin._writer = WriterLock()
         if isinstance(rows, slice):
             twin._writer, twin._file = self._writer, self._file
         return twin
@@ -439,7 +446,7 @@ class KVCache:
         file.check(header, batch * cache._pages_a_row, nbytes)
         cache._lengths, cache._written = np.array(header.lengths, np.int64), np.array(header.written, np.int64)
         cache._shared = np.zeros(batch, np.int64)
-        cache._writer, cache._file = threading.RLock(), file
+        cache._writer, cache._file = WriterLock(), file
         cache._memory, table = _pages_of(file.pages, batch)
         cache._pages = cache._pages.with_table(table)
         return cache if mmap_mode is not None else cache.copy()
@@ -469,8 +476,7 @@ class KVCache:
             twin._lengths[:], twin._written[:] = self._lengths, self._written
         return twin
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> Writing:
         """Keep other threads from writing for as long as the block lasts.
 
         append and truncate do so by themselves; a layer does so from its append to the end of its attention.
@@ -478,12 +484,7 @@ class KVCache:
         Raises:
             RuntimeError: another thread holds it.
         """
-        if not self._writer.acquire(blocking=False):
-            raise RuntimeError("KVCache: another thread is writing to this cache")
-        try:
-            yield
-        finally:
-            self._writer.release()
+        return Writing((self._writer,))
 
     def _checked(self, name: str, new: ArrayLike, dim: int) -> NDArray[Any]:
         array = np.asarray(new)

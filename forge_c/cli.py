@@ -137,11 +137,20 @@ def _info(args: argparse.Namespace) -> int:
     model = _load(args)
     show_config()
     print(f"{'model':16} {args.model or 'embedded'}\n{'dtype':16} {model.dtype}\n{'bytes':16} {model.nbytes}")
-    for name, value in vars(model.config).items():
-        if isinstance(value, tuple) and len(set(value)) == 1:
-            value = f"{value[0]} in each of {len(value)} layers"
-        print(f"{name:24} {value}")
+    spec = model.config
+    for name in ("model_type", "vocab_size", "hidden_size", "n_layers", "max_position_embeddings", "head", "embed",
+                 "bos_token_id", "eos_token_ids"):
+        print(f"{name:24} {getattr(spec, name)}")
+    for layer in dict.fromkeys(spec.layers):
+        print(f"{'layers ' + _numbers([i for i, one in enumerate(spec.layers) if one == layer]):24} {layer}")
     return 0
+
+
+def _numbers(ids: list[int]) -> str:
+    """Ascending numbers, runs of them as first-last: 0-3,5."""
+    starts = [i for i in ids if i - 1 not in ids]
+    stops = [i for i in ids if i + 1 not in ids]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))
 
 
 def _bench(args: argparse.Namespace) -> int:

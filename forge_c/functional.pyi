@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -23,6 +24,13 @@ class PackedWeight:
     def nbytes(self) -> int: ...
     def unpack(self) -> NDArray[np.float32]: ...
 
+class WriterLock: ...
+
+class Writing:
+    def __init__(self, locks: tuple[WriterLock, ...]) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
 class KVPages:
     table: NDArray[np.uintp]
     dtype: str
@@ -37,15 +45,56 @@ class KVPages:
                table: RopeTable | None = None, interleaved: bool = False) -> None: ...
     def read(self, row: int, start: int, seq: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 
-class DecoderBlock:
-    turned: bool
-    def __init__(self, *, heads: int, kv_heads: int, head_dim: int, qkv: PackedWeight, out: PackedWeight,
-                 gate_up: PackedWeight, down: PackedWeight, input_norm: Array, mlp_norm: Array,
-                 q_norm: Array | None = None, k_norm: Array | None = None, post_attention_norm: Array | None = None,
-                 post_mlp_norm: Array | None = None, qkv_bias: Array | None = None, out_bias: Array | None = None,
-                 gate_up_bias: Array | None = None, down_bias: Array | None = None, activation: str = "silu",
-                 eps: float = 1e-6, norm_offset: float = 0.0, residual_scale: float = 1.0,
-                 attention_scale: float = 1.0, softcap: float = 0.0, turned: bool = True) -> None: ...
+class Norm:
+    n: int
+    nbytes: int
+    weight: NDArray[np.float32] | None
+    bias: NDArray[np.float32] | None
+    def __init__(self, kind: str, n: int, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6,
+                 offset: float = 0.0) -> None: ...
+
+class Part:
+    hidden: int
+    nbytes: int
+    params: int
+
+class AttentionPart(Part):
+    def __init__(self, qkv: PackedWeight, out: PackedWeight, *, heads: int, kv_heads: int, head_dim: int,
+                 norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
+                 k_norm: Norm | None = None, qkv_bias: Array | None = None, out_bias: Array | None = None,
+                 scale: float = 1.0, softcap: float = 0.0, window: int | None = None) -> None: ...
+
+class MLPPart(Part):
+    def __init__(self, up: PackedWeight, down: PackedWeight, *, activation: str = "silu", norm: Norm | None = None,
+                 post_norm: Norm | None = None, up_bias: Array | None = None,
+                 down_bias: Array | None = None) -> None: ...
+
+class CalledPart(Part):
+    def __init__(self, hidden: int, call: Callable[[Array, Any, NDArray[np.int64]], Array], *, norm: Norm | None = None,
+                 post_norm: Norm | None = None) -> None: ...
+
+class AttentionState:
+    pages: KVPages
+    table: RopeTable | None
+    positions: int
+    def __init__(self, pages: KVPages, table: RopeTable | None = None) -> None: ...
+    def rotate_by(self, table: RopeTable | None) -> None: ...
+
+class StateTable:
+    held: list[Any]
+    def __init__(self, states: list[Any]) -> None: ...
+
+class LayeredModel:
+    held: list[tuple[Part | None, Part | None, bool, float]]
+    parts: list[Part]
+    embedding: Array
+    head: PackedWeight
+    norm: Norm
+    def __init__(self, embedding: Array, layers: list[tuple[Part | None, Part | None, bool, float]], norm: Norm,
+                 head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
+    def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
+                last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
+
 
 def isa() -> str: ...
 def available_isas() -> tuple[str, ...]: ...
@@ -91,8 +140,6 @@ def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: b
 def merge_attention(out_a: Array, lse_a: NDArray[np.float32], out_b: Array,
                     lse_b: NDArray[np.float32]) -> tuple[Array, NDArray[np.float32]]: ...
 def pack_columns(out: NDArray[np.uint8], columns: Array) -> None: ...
-def decode(x: NDArray[np.float32], blocks: list[DecoderBlock], caches: list[KVCache], start: NDArray[np.int64],
-           table: RopeTable) -> None: ...
 def _openmp() -> str: ...
 def _build() -> str: ...
 def _peak_ops(what: str, iterations: int) -> float: ...

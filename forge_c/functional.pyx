@@ -4,6 +4,7 @@
 Each function checks its arguments, allocates the result unless `out=` is given, lets the GIL go and makes one call
 into src_c. Conventions (axis order, dtypes, errors, `out=`) are in docs/conventions.md.
 """
+cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Occurred
 from libc.stddef cimport ptrdiff_t
@@ -29,6 +30,7 @@ include "border/norms.pxi"
 include "border/activations.pxi"
 include "border/rope.pxi"
 include "border/linear.pxi"
+include "border/writer.pxi"
 include "border/cache.pxi"
 include "border/attention.pxi"
 include "border/decoder.pxi"
@@ -38,7 +40,8 @@ if os.environ.get("FORGE_C_ISA"):
     use_isa(os.environ["FORGE_C_ISA"])
 
 __all__ = [
-    "KV_CHUNK", "DecoderBlock", "KVPages", "PackedWeight", "attention", "available_isas", "decode", "embedding", "gated_linear",
-    "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "pack_columns", "relu",
-    "rms_norm", "rope", "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
+    "AttentionPart", "AttentionState", "CalledPart", "KV_CHUNK", "KVPages", "LayeredModel", "MLPPart", "Norm",
+    "PackedWeight", "Part", "StateTable", "attention", "available_isas", "embedding", "gated_linear", "geglu", "gelu",
+    "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "pack_columns", "relu", "rms_norm", "rope",
+    "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
 ]

@@ -40,6 +40,13 @@ int fc_get_num_threads(void);
 void fc_set_num_threads(int n);
 void fc_set_poll(int (*poll)(void)); /* called on the calling thread now and then; nonzero stops the op */
 
+/* Scratch memory that ops with a `workspace` take and give back: kept from call to call, nothing is allocated once a
+ * shape has been seen. NULL: they allocate. One call at a time may use it. */
+typedef struct fc_workspace fc_workspace;
+fc_workspace *fc_workspace_new(void); /* NULL: no memory */
+void fc_workspace_free(fc_workspace *workspace);
+size_t fc_workspace_bytes(const fc_workspace *workspace);
+
 /* ---- rows: y[n] from x[n]; the rows' arrays in the order of the arguments ---- */
 
 /* h = x + residual (h, residual may be NULL: h = x);  out = h / sqrt(mean(h^2) + eps) * (offset + weight[n]) */
@@ -101,6 +108,7 @@ typedef struct {
     const float *bias; /* (N) or NULL; gated: (2, N) */
     int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
     fc_activation activation;
+    fc_workspace *workspace;
 } fc_linear_args;
 fc_status fc_linear(const fc_linear_args *args);
 
@@ -139,6 +147,7 @@ typedef struct {
     const float *cos, *sin; /* (max_seq_len, half) or NULL, read at the token's position */
     ptrdiff_t half;
     int interleaved;
+    fc_workspace *workspace;
 } fc_append_args;
 fc_status fc_append(const fc_append_args *args);
 
@@ -164,6 +173,7 @@ typedef struct {
     fc_dtype mask_type;
     ptrdiff_t mask_stride[4]; /* batch, head, query, key; 0 broadcasts; key: 0 or contiguous */
     const float *sinks;       /* (H) or NULL */
+    fc_workspace *workspace;
 } fc_attention_args;
 fc_status fc_attention(const fc_attention_args *args);
 
@@ -171,32 +181,93 @@ fc_status fc_attention(const fc_attention_args *args);
 fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n);
 
-/* ---- decoder: blocks of  h = x + s post(attention(norm x)),  h + s post(mlp(norm h)) ----
- * Norms that are NULL are absent; q_norm and k_norm (D) act on each head, before RoPE, without offset.
- * A = H * D query channels, C = G * D key channels. All activations are float32. */
+/* ---- a model's forward pass: layers of parts, each of a kind ----
+ * A layer is a mixer, which sees the tokens before, and an mlp, which does not:
+ *     h = x + s mixer(x),  h + s mlp(h)        or, parallel,  x + s (mixer(x) + mlp(x))
+ * where part(x) stands for post_norm(part(norm(x))). Activations are float32. */
+typedef enum { FC_NO_NORM, FC_RMS_NORM, FC_LAYER_NORM } fc_norm_kind;
+typedef struct {
+    fc_norm_kind kind;
+    const float *weight, *bias; /* (n); bias may be NULL, and so may a layer norm's weight */
+    float eps, offset;          /* offset: of fc_rms_norm */
+} fc_norm;
+
 typedef struct {
     fc_layout layout; /* one of FC_PACKED_* */
     const void *data;
     ptrdiff_t group;
     const float *bias; /* as in fc_linear_args, or NULL */
 } fc_matrix;
+
+typedef enum { FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_PART_KINDS } fc_part_kind;
 typedef struct {
-    ptrdiff_t hidden, inner, heads, kv_heads, head_dim;
-    const float *input_norm, *q_norm, *k_norm, *post_attention_norm, *mlp_norm, *post_mlp_norm;
-    fc_matrix qkv, out, gate_up, down; /* (hidden, A + 2 C), (A, hidden), gated pair of (hidden, inner), (inner, hidden) */
-    fc_activation activation;
-    float eps, norm_offset, residual_scale, attention_scale, softcap;
-    const float *cos, *sin; /* (positions, half), or NULL: no RoPE in this block */
-    ptrdiff_t half;
-} fc_block;
+    fc_part_kind kind;
+    const void *weights; /* of the kind: fc_attention_weights, fc_mlp_weights, fc_called */
+    fc_norm norm, post_norm;
+} fc_part;
 typedef struct {
-    fc_kv_cache kv;
+    fc_part mixer, mlp;
+    int parallel;
+    float residual_scale;
+} fc_layer;
+
+/* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. */
+typedef struct {
+    ptrdiff_t heads, kv_heads, head_dim;
+    fc_norm q_norm, k_norm;
+    fc_matrix qkv, out; /* (hidden, A + 2 C), (A, hidden) */
+    float scale, softcap;
     ptrdiff_t window; /* as in fc_attention_args */
-} fc_block_cache;
-/* x (B, S, hidden), in place, through n blocks and caches; row b's tokens come after the start[b] that it holds.
- * One parallel region in all. FC_INTERRUPTED leaves x and the new slots undefined. */
-fc_status fc_decode(const fc_block *blocks, const fc_block_cache *caches, ptrdiff_t n, float *x, ptrdiff_t batch,
-                    ptrdiff_t seq, const int64_t *start);
+} fc_attention_weights;
+typedef struct {
+    const fc_kv_cache *kv;
+    const float *cos, *sin; /* (positions, half), or NULL: no RoPE */
+    ptrdiff_t half;
+} fc_attention_state;
+
+/* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up) */
+typedef struct {
+    ptrdiff_t inner;
+    fc_matrix up, down; /* gated: the pair (hidden, 2 inner), as fc_linear takes it, else (hidden, inner); (inner, hidden) */
+    fc_activation activation;
+} fc_mlp_weights;
+
+/* FC_CALLED: out (B, S, hidden) from x, which is normalised, by a function of the caller's; on the calling thread */
+typedef fc_status fc_call(void *self, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
+                          ptrdiff_t hidden, const int64_t *start);
+typedef struct {
+    fc_call *call;
+    void *self;
+} fc_called;
+
+typedef struct {
+    ptrdiff_t hidden, vocab;
+    fc_dtype embedding_type;
+    const void *embedding; /* (vocab, hidden), rows ld_embedding apart */
+    ptrdiff_t ld_embedding;
+    float embedding_scale;
+    const fc_layer *layers;
+    ptrdiff_t n_layers;
+    fc_norm norm;
+    fc_matrix head; /* (hidden, vocab) */
+} fc_model;
+
+/* Row b's tokens come after the start[b] that its states hold. One parallel region in all. FC_INTERRUPTED leaves the
+ * states' new tokens and the results undefined. */
+typedef struct {
+    size_t size; /* sizeof(fc_forward_args) of the caller */
+    const fc_model *model;
+    void **states;        /* (n_layers) of the mixers' kinds: fc_attention_state, what fc_called takes, or NULL */
+    const int64_t *ids;   /* (B, S), already checked; NULL: x holds what the embedding would give */
+    float *x;             /* (B, S, hidden): what the last layer gives, before the norm; or NULL, if there are ids */
+    float *hidden;        /* (B, S, hidden) after the norm, may be x; or NULL */
+    float *logits;        /* (B, S, vocab), with last_only (B, 1, vocab); or NULL */
+    int last_only;
+    ptrdiff_t batch, seq;
+    const int64_t *start; /* (B) */
+    fc_workspace *workspace;
+} fc_forward_args;
+fc_status fc_forward(const fc_forward_args *args);
 
 /* ---- roofline: work of a known size for the clock, on fc_get_num_threads() threads ---- */
 typedef enum { FC_PEAK_F32, FC_PEAK_BF16, FC_PEAK_I8 } fc_peak;

@@ -97,6 +97,7 @@ struct fc_past {
     X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
     X(stream, (struct fc_past *past, void *out, const void *from, ptrdiff_t bytes, const void *next))                  \
     X(stream_end, (struct fc_past *past))                                                                              \
+    X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                      \

@@ -234,17 +234,3 @@ fc_status fc_static(int threads, ptrdiff_t items, double ns, fc_body *body, void
 fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx) {
     return run(threads, items, ns, 1, body, ctx);
 }
-
-int fc_scratch_alloc(fc_scratch *s, int threads, size_t bytes) {
-    /* A spare line between slices, and never a multiple of 4096: equal low bits would collide in L1. */
-    s->stride = (bytes + 127) / 64 * 64;
-    if (s->stride % 4096 == 0) s->stride += 64;
-    s->block = NULL;
-    if ((size_t)threads > (SIZE_MAX - 64) / s->stride) return -1;
-    s->block = malloc((size_t)threads * s->stride + 64);
-    if (!s->block) return -1;
-    s->base = (char *)(((uintptr_t)s->block + 63) / 64 * 64);
-    return 0;
-}
-
-void fc_scratch_free(fc_scratch *s) { free(s->block); }

@@ -25,15 +25,4 @@ fc_status fc_together(fc_status (*program)(void *ctx), void *ctx);
 /* Whether the user wants to stop (Ctrl-C), asked of the border. For drivers of several ops, between them. */
 int fc_interrupted(void);
 
-/* Scratch: `bytes` for each of `threads` threads, 64-byte aligned, each slice on its own cache lines.
- * NULL when there is no memory. Release with fc_scratch_free. */
-typedef struct {
-    char *base;
-    size_t stride;
-    void *block;
-} fc_scratch;
-int fc_scratch_alloc(fc_scratch *s, int threads, size_t bytes);
-void fc_scratch_free(fc_scratch *s);
-static inline void *fc_scratch_of(const fc_scratch *s, int rank) { return s->base + (size_t)rank * s->stride; }
-
 #endif

@@ -22,7 +22,7 @@ def structs(text: str) -> dict[str, Fields]:
     """Name -> fields in their order."""
     plain = without_comments(text)
     in_c = re.findall(r"typedef struct \{(.*?)\} (fc_\w+);", plain, re.S)
-    in_cython = re.findall(r"ctypedef struct (fc_\w+):\n((?: {8}.*\n)+)", plain)
+    in_cython = re.findall(r"ctypedef struct (fc_\w+):\n((?: {8}(?!pass).*\n)+)", plain)  # pass: opaque
     return {name: fields(body, plain) for body, name in in_c} | {name: fields(body, plain) for name, body in in_cython}
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import golden_models
 import numpy as np
 import pytest
 import tokenizers
@@ -155,7 +156,16 @@ def test_info(capsys, plain):
     assert found["version"] == forge_c.__version__ and found["isa"] == forge_c.isa()
     assert found["threads"] == str(forge_c.get_num_threads()) and found["model"] == str(plain)
     assert (found["dtype"], found["model_type"], found["vocab_size"]) == ("bfloat16", "llama", "256")
-    assert int(found["bytes"]) > 2 * 256 * 32 and found["windows"] == "None in each of 1 layers"
+    assert int(found["bytes"]) > 2 * 256 * 32
+    assert re.search(r"^layers 0 +LayerSpec\(mixer=Attention\(.*window=None", out, re.M)
+
+
+def test_info_names_the_layers_of_each_kind(capsys, tmp_path):
+    """Every second layer of this family has a window."""
+    status, out, _ = called(capsys, "info", "--model", golden_models.golden("gemma2").write(tmp_path / "m"))
+    assert status == 0
+    lines = [re.match(r"layers (\S+) .*window=(\w+)", line) for line in out.splitlines() if line.startswith("layers")]
+    assert [line.groups() for line in lines if line] == [("0,2", "6"), ("1", "None")]
 
 
 def test_info_about_the_embedded_model(capsys):

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from model_folder import FAMILIES, small
 
-from forge_c.models.config import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, model_spec
+from forge_c.models.spec import Attention, GatedMLP, ModelSpec, model_spec
+from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -40,6 +41,31 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def flat(spec: ModelSpec) -> dict[str, Any]:
+    """What a spec says by one name each; layers of one model differ in windows and in whether they rotate."""
+    attention, mlp, layer = spec.layers[0].mixer, spec.layers[0].mlp, spec.layers[0]
+    mixers = [one.mixer for one in spec.layers]
+    assert all(isinstance(m, Attention) for m in mixers) and isinstance(mlp, GatedMLP)
+    assert all(replace(m, window=None, rope=None) == replace(attention, window=None, rope=None) for m in mixers)
+    assert all(one == replace(layer, mixer=one.mixer) for one in spec.layers) and not layer.parallel
+    assert spec.head.norm == layer.norm and layer.norm.kind == "rms" and attention.fused == mlp.fused
+    assert attention.qk_norm in (None, layer.norm)
+    rope = next(m.rope for m in mixers if m.rope)
+    return {"model_type": spec.model_type, "vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size,
+            "intermediate_size": mlp.width, "n_layers": spec.n_layers, "n_heads": attention.n_heads,
+            "n_kv_heads": attention.n_kv_heads, "head_dim": attention.head_dim,
+            "max_position_embeddings": spec.max_position_embeddings, "norm_eps": layer.norm.eps,
+            "norm_weight_offset": layer.norm.offset, "post_norms": {"pre": False, "both": True}[layer.norms],
+            "qk_norm": attention.qk_norm is not None, "activation": mlp.activation, "tied": spec.head.tied,
+            "fused": mlp.fused, "qkv_bias": attention.qkv_bias, "o_bias": attention.o_bias, "mlp_bias": mlp.bias,
+            "rope_dim": rope.dim, "rope_theta": rope.theta, "rope_scaling": rope.scaling,
+            "rope_layers": tuple(m.rope is not None for m in mixers), "windows": tuple(m.window for m in mixers),
+            "attention_scale": attention.scale, "attention_softcap": attention.softcap,
+            "embedding_scale": spec.embed.scale, "residual_scale": layer.residual_scale,
+            "logits_scale": spec.head.logits_scale, "final_softcap": spec.head.softcap,
+            "eos_token_ids": spec.eos_token_ids, "bos_token_id": spec.bos_token_id}
+
+
 def bare(family: str, **changes: Any) -> dict[str, Any]:
     return {"model_type": family} | SIZES | changes
 
@@ -50,14 +76,14 @@ def test_every_family_has_its_defaults_tested():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults(family):
-    found = asdict(model_spec(bare(family)))
+    found = flat(model_spec(bare(family)))
     assert found.pop("rope_scaling")["rope_type"] == "default"
     assert found == PLAIN | DEFAULTS[family] | {"model_type": family}
 
 
 def test_kv_heads_default_to_heads():
-    assert model_spec(small(num_key_value_heads=...)).n_kv_heads == 4
-    assert model_spec(small(num_key_value_heads=None)).n_kv_heads == 4
+    assert flat(model_spec(small(num_key_value_heads=...)))["n_kv_heads"] == 4
+    assert flat(model_spec(small(num_key_value_heads=None)))["n_kv_heads"] == 4
 
 
 def hf(family: str, architecture: str, sizes: str, **more: Any) -> str:
@@ -169,19 +195,20 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_understood(name):
     config, expected = PUBLISHED[name]
-    spec = model_spec(json.loads(config))
-    assert {key: getattr(spec, key) for key in expected} == expected
+    found = flat(model_spec(json.loads(config)))
+    assert {key: found[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_file_says_wins(family):
     given = bare(family, max_position_embeddings=77, rms_norm_eps=1e-3, eos_token_id=[5, 6], bos_token_id=4,
                  tie_word_embeddings=False, rope_theta=500)
-    spec = model_spec(given)
-    assert (spec.max_position_embeddings, spec.norm_eps, spec.eos_token_ids, spec.bos_token_id, spec.tied,
-            spec.rope_theta) == (77, 1e-3, (5, 6), 4, False, 500.0)
-    assert isinstance(spec.rope_theta, float)
-    assert model_spec(given | {"tie_word_embeddings": True}).tied
+    found = flat(model_spec(given))
+    expected = {"max_position_embeddings": 77, "norm_eps": 1e-3, "eos_token_ids": (5, 6), "bos_token_id": 4,
+                "tied": False, "rope_theta": 500.0}
+    assert {key: found[key] for key in expected} == expected
+    assert isinstance(found["rope_theta"], float)
+    assert model_spec(given | {"tie_word_embeddings": True}).head.tied
 
 
 @pytest.mark.parametrize(("family", "changes", "expected"), [
@@ -216,8 +243,8 @@ def test_what_a_file_says_wins(family):
     ("llama", {"max_position_embeddings": 2 ** 31}, {"max_position_embeddings": 2 ** 31}),
 ])
 def test_one_key(family, changes, expected):
-    spec = model_spec(small(family, **changes))
-    assert {key: getattr(spec, key) for key in expected} == expected
+    found = flat(model_spec(small(family, **changes)))
+    assert {key: found[key] for key in expected} == expected
 
 
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
@@ -262,10 +289,10 @@ def test_old_and_new_rope_settings_give_the_same_spec(family, old, new):
 ])
 def test_partial_rotation(changes, rope_dim):
     """A proportional fraction leaves the width of the table alone: the exponents run over the whole head."""
-    spec = model_spec(small("phi3", head_dim=16, **changes))
-    assert spec.rope_dim == rope_dim
-    proportional = spec.rope_scaling["rope_type"] == "proportional"
-    assert spec.rope_scaling.get("partial_rotary_factor") == (0.25 if proportional else None)
+    rope = model_spec(small("phi3", head_dim=16, **changes)).layers[0].mixer.rope
+    assert rope.dim == rope_dim
+    proportional = rope.scaling["rope_type"] == "proportional"
+    assert rope.scaling.get("partial_rotary_factor") == (0.25 if proportional else None)
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -294,7 +321,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 ])
 def test_windows(family, changes, windows):
     given = bare(family, **changes)
-    assert model_spec(given).windows == windows
+    assert flat(model_spec(given))["windows"] == windows
 
 
 @pytest.mark.parametrize(("changes", "rope_layers"), [
@@ -305,7 +332,7 @@ def test_windows(family, changes, windows):
 ])
 def test_layers_without_rope(changes, rope_layers):
     """In no_rope_layers a 1 is a layer with RoPE."""
-    assert model_spec(small("smollm3", **changes)).rope_layers == rope_layers
+    assert flat(model_spec(small("smollm3", **changes)))["rope_layers"] == rope_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -477,5 +504,5 @@ def test_long_values_are_cut_in_messages():
 def test_the_spec_cannot_be_changed():
     spec = model_spec(small())
     with pytest.raises(AttributeError):
-        spec.n_heads = 8
-    assert spec.n_heads == 4
+        spec.layers[0].mixer.n_heads = 8
+    assert spec.layers[0].mixer.n_heads == 4

@@ -12,7 +12,7 @@ import pytest
 from child import run_script
 from safetensors.numpy import save_file
 
-from forge_c import models
+from forge_c.models import model as models
 from forge_c.models.shapes import RandomCheckpoint, shape_config
 
 WIDTH, INNER, LAYERS, VOCAB, KEYS = 1024, 2816, 8, 12000, 256

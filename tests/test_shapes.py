@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import forge_c as fc
-from forge_c.models.config import model_spec
 from forge_c.models.shapes import SHAPES, RandomCheckpoint, shape_config
+from forge_c.models.spec import model_spec
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +20,15 @@ def checkpoint() -> RandomCheckpoint:
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_a_model(name):
     spec = model_spec(shape_config(name))
-    assert spec.n_heads * spec.head_dim == spec.hidden_size and not spec.tied
+    attention = spec.layers[0].mixer
+    assert attention.n_heads * attention.head_dim == spec.hidden_size and not spec.head.tied
 
 
 def test_the_sizes_of_a_llama_of_1_1_billion():
     s = model_spec(shape_config("llama-1.1b"))
-    assert (s.hidden_size, s.n_layers, s.n_heads, s.n_kv_heads, s.head_dim) == (2048, 22, 32, 4, 64)
-    assert (s.intermediate_size, s.vocab_size, s.rope_theta) == (5632, 32000, 10000.0)
+    a, mlp = s.layers[0].mixer, s.layers[0].mlp
+    assert (s.hidden_size, s.n_layers, a.n_heads, a.n_kv_heads, a.head_dim) == (2048, 22, 32, 4, 64)
+    assert (mlp.width, s.vocab_size, a.rope.theta) == (5632, 32000, 10000.0)
     assert s.max_position_embeddings >= 2048
 
 

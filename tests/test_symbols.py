@@ -74,7 +74,7 @@ def wide_instructions(file: str) -> dict[str, dict[str, list[str]]]:
 
 @both
 def test_nothing_ends_the_process_or_prints(file):
-    assert imported(file) >= {"malloc", "free"}
+    assert "free" in imported(file) or "PyMem_Free" in imported(file)
     assert {name for name in imported(file) if ENDS_OR_PRINTS.fullmatch(name)} == set()
 
 

@@ -57,13 +57,13 @@ static fc_matrix gated_pair(ptrdiff_t k, ptrdiff_t n) {
 }
 
 /* One row with room for `tokens` tokens, in pages of FC_KV_CHUNK */
-static fc_block_cache new_cache(ptrdiff_t tokens) {
-    fc_block_cache cache = {.kv = {.type = FC_KV_F32, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .v_dim = HEAD_DIM}};
-    cache.kv.pages_a_row = (tokens + FC_KV_CHUNK - 1) / FC_KV_CHUNK;
-    void **pages = zeros(cache.kv.pages_a_row * (ptrdiff_t)sizeof *pages);
-    for (ptrdiff_t i = 0; i < cache.kv.pages_a_row; i++) pages[i] = zeros(fc_kv_page_bytes(&cache.kv));
-    cache.kv.pages = pages;
-    return cache;
+static fc_kv_cache new_cache(ptrdiff_t tokens) {
+    fc_kv_cache kv = {.type = FC_KV_F32, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .v_dim = HEAD_DIM};
+    kv.pages_a_row = (tokens + FC_KV_CHUNK - 1) / FC_KV_CHUNK;
+    void **pages = zeros(kv.pages_a_row * (ptrdiff_t)sizeof *pages);
+    for (ptrdiff_t i = 0; i < kv.pages_a_row; i++) pages[i] = zeros(fc_kv_page_bytes(&kv));
+    kv.pages = pages;
+    return kv;
 }
 
 /* cos, sin (positions, HALF) of position * 10000^(-2 pair / HEAD_DIM) */
@@ -85,25 +85,35 @@ int main(int argc, char **argv) {
     for (ptrdiff_t i = 0; i < HIDDEN; i++) ones[i] = 1;
     angles(cosine, sine, TOKENS);
 
-    fc_block blocks[LAYERS];
-    fc_block_cache caches[LAYERS];
+    const fc_norm norm = {.kind = FC_RMS_NORM, .weight = ones, .eps = EPS};
+    fc_attention_weights attention[LAYERS];
+    fc_mlp_weights mlp[LAYERS];
+    fc_layer layers[LAYERS];
+    fc_kv_cache caches[LAYERS];
+    fc_attention_state held[LAYERS];
+    void *states[LAYERS];
     for (int i = 0; i < LAYERS; i++) {
-        blocks[i] = (fc_block){.hidden = HIDDEN, .inner = INNER, .heads = HEADS, .kv_heads = KV_HEADS,
-                               .head_dim = HEAD_DIM, .input_norm = ones, .mlp_norm = ones, .activation = FC_SILU,
-                               .eps = EPS, .residual_scale = 1, .attention_scale = (float)(1 / sqrt(HEAD_DIM)),
-                               .cos = cosine, .sin = sine, .half = HALF};
-        blocks[i].qkv = matrix(HIDDEN, QUERIES + 2 * KEYS);
-        blocks[i].out = matrix(QUERIES, HIDDEN);
-        blocks[i].gate_up = gated_pair(HIDDEN, INNER);
-        blocks[i].down = matrix(INNER, HIDDEN);
+        attention[i] = (fc_attention_weights){
+            .heads = HEADS, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .qkv = matrix(HIDDEN, QUERIES + 2 * KEYS),
+            .out = matrix(QUERIES, HIDDEN), .scale = (float)(1 / sqrt(HEAD_DIM))};
+        mlp[i] = (fc_mlp_weights){.inner = INNER, .up = gated_pair(HIDDEN, INNER), .down = matrix(INNER, HIDDEN),
+                                  .activation = FC_SILU};
+        layers[i] = (fc_layer){.mixer = {.kind = FC_ATTENTION, .weights = &attention[i], .norm = norm},
+                               .mlp = {.kind = FC_GATED_MLP, .weights = &mlp[i], .norm = norm}, .residual_scale = 1};
         caches[i] = new_cache(TOKENS);
+        held[i] = (fc_attention_state){.kv = &caches[i], .cos = cosine, .sin = sine, .half = HALF};
+        states[i] = &held[i];
     }
+    const fc_model model = {.hidden = HIDDEN, .layers = layers, .n_layers = LAYERS};
 
     float *x = random_floats(HIDDEN, 1), *out = zeros(TOKENS * HIDDEN * 4);
     const fc_rows one_row = {.ndim = 0};
+    fc_workspace *workspace = fc_workspace_new();
     const double start = seconds();
     for (int64_t t = 0; t < TOKENS; t++) {
-        if (fc_decode(blocks, caches, LAYERS, x, 1, 1, &t) != FC_OK) return 1;
+        const fc_forward_args token = {.size = sizeof token, .model = &model, .states = states, .x = x, .batch = 1,
+                                       .seq = 1, .start = &t, .workspace = workspace};
+        if (fc_forward(&token) != FC_OK) return 1;
         memcpy(out + t * HIDDEN, x, HIDDEN * 4);
         fc_rms_norm(FC_F32, x, NULL, x, NULL, ones, &one_row, HIDDEN, EPS, 0);
     }

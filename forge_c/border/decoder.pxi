@@ -1,103 +1,271 @@
-# DecoderBlock and decode: whole blocks of a model in one call, for forge_c.models.
-from libc.stdlib cimport free, malloc
+# A model's forward pass in one call, for forge_c.models: parts of layers, the model, and where its state lies.
+from libc.string cimport memcpy
+from cpython.exc cimport PyErr_SetObject
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+
+cdef extern from "Python.h":
+    ptrdiff_t PY_SSIZE_T_MAX
+
+cdef dict NORMS = {"rms": FC_RMS_NORM, "layer": FC_LAYER_NORM}
 
 
-cdef class DecoderBlock:
-    """The weights and choices of one block, as src_c takes them. See fc_block in forge.h; None is an absent norm.
+cdef class Norm:
+    """kind "rms" or "layer" over n channels, weight and bias (n,) or None; offset as rms_norm's weight_offset."""
+    cdef fc_norm c
+    cdef readonly ptrdiff_t n
+    cdef readonly cnp.ndarray weight
+    cdef readonly cnp.ndarray bias
 
-    Vectors are float32 and, like the PackedWeights, kept alive. turned: whether queries and keys go through RoPE.
-    """
-    cdef fc_block c
+    def __init__(self, str kind not None, ptrdiff_t n, weight=None, bias=None, *, double eps=1e-6, double offset=0.0):
+        self.n = n
+        self.weight, self.bias = parameter("Norm", "weight", weight, n), parameter("Norm", "bias", bias, n)
+        self.c.kind, self.c.eps, self.c.offset = NORMS[kind], <float>eps, <float>offset
+        self.c.weight, self.c.bias = floats(self.weight), floats(self.bias)
+
+    @property
+    def nbytes(self):
+        return sum([a.nbytes for a in (self.weight, self.bias) if a is not None])
+
+
+cdef class Part:
+    """A part of a layer as src_c takes it: what it holds stays alive with it. norm: of what goes in; post_norm: of what
+    comes out; None: absent."""
+    cdef fc_part c
     cdef list held
-    cdef readonly bint turned
+    cdef readonly ptrdiff_t hidden
+    cdef readonly object nbytes
+    cdef readonly object params  # weights of its matrices
 
-    def __init__(self, *, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim, PackedWeight qkv, PackedWeight out,
-                 PackedWeight gate_up, PackedWeight down, input_norm, mlp_norm, q_norm=None, k_norm=None,
-                 post_attention_norm=None, post_mlp_norm=None, qkv_bias=None, out_bias=None, gate_up_bias=None,
-                 down_bias=None, str activation="silu", double eps=1e-6, double norm_offset=0.0,
-                 double residual_scale=1.0, double attention_scale=1.0, double softcap=0.0, bint turned=True):
-        memset(&self.c, 0, sizeof(self.c))
-        self.held = []
-        self.turned = turned
-        self.c.heads, self.c.kv_heads, self.c.head_dim = heads, kv_heads, head_dim
-        self.c.hidden, self.c.inner = qkv.k, down.k
-        shapes = {"qkv": (qkv.shape, (qkv.k, (heads + 2 * kv_heads) * head_dim)), "out": (out.shape, (heads * head_dim, qkv.k)),
-                  "gate_up": (gate_up.shape, (qkv.k, 2 * down.k)), "down": (down.shape, (down.k, qkv.k))}
-        for name, (shape, expected) in shapes.items():
-            if shape != expected:
-                raise ValueError(f"DecoderBlock: {name} has shape {shape}, expected {expected}")
-        if not gate_up.gated:
-            raise TypeError("DecoderBlock: gate_up is one matrix, expected a pair from pack_gated")
-        self.c.qkv = self.matrix(qkv, self.vector("qkv_bias", qkv_bias, qkv.n))
-        self.c.out = self.matrix(out, self.vector("out_bias", out_bias, out.n))
-        self.c.gate_up = self.matrix(gate_up, self.vector("gate_up_bias", None if gate_up_bias is None else
-                                                          np.reshape(gate_up_bias, -1), gate_up.n))
-        self.c.down = self.matrix(down, self.vector("down_bias", down_bias, down.n))
-        self.c.input_norm = self.vector("input_norm", input_norm, qkv.k)
-        self.c.mlp_norm = self.vector("mlp_norm", mlp_norm, qkv.k)
-        self.c.q_norm = self.vector("q_norm", q_norm, head_dim)
-        self.c.k_norm = self.vector("k_norm", k_norm, head_dim)
-        self.c.post_attention_norm = self.vector("post_attention_norm", post_attention_norm, qkv.k)
-        self.c.post_mlp_norm = self.vector("post_mlp_norm", post_mlp_norm, qkv.k)
-        self.c.activation = GATES[activation]
-        self.c.eps, self.c.norm_offset, self.c.residual_scale = <float>eps, <float>norm_offset, <float>residual_scale
-        self.c.attention_scale, self.c.softcap = <float>attention_scale, <float>softcap
+    cdef int begin(self, fc_part_kind kind, const void *weights, ptrdiff_t hidden, Norm norm, Norm post_norm) except -1:
+        self.c.kind, self.c.weights, self.hidden = kind, weights, hidden
+        self.held, self.nbytes, self.params = [], 0, 0
+        self.c.norm, self.c.post_norm = self.normed("norm", norm, hidden), self.normed("post_norm", post_norm, hidden)
+        return 0
 
-    cdef const float *vector(self, str name, object value, ptrdiff_t n) except? NULL:
-        cdef cnp.ndarray a
-        if value is None:
-            return NULL
-        a = parameter("DecoderBlock", name, value, n)
-        self.held.append(a)
-        return floats(a)
+    cdef int keep(self, object value) except -1:
+        self.held.append(value)
+        self.nbytes += value.nbytes
+        return 0
 
-    cdef fc_matrix matrix(self, PackedWeight w, const float *bias) noexcept:
+    cdef fc_norm normed(self, str name, Norm norm, ptrdiff_t n) except *:
+        cdef fc_norm none
+        memset(&none, 0, sizeof(none))
+        if norm is None:
+            return none
+        if norm.n != n:
+            raise ValueError(f"{type(self).__name__}: {name} has {norm.n} channels, expected {n}")
+        self.keep(norm)
+        return norm.c
+
+    cdef fc_matrix matrix(self, str name, PackedWeight w, tuple shape, object bias) except *:
         cdef fc_matrix m
-        self.held.append(w)
-        m.layout, m.data, m.group, m.bias = w.layout, cnp.PyArray_DATA(w.data), w.group, bias
+        cdef cnp.ndarray b = None
+        if w.shape != shape:
+            raise ValueError(f"{type(self).__name__}: {name} has shape {w.shape}, expected {shape}")
+        if bias is not None:
+            b = parameter(type(self).__name__, name + "_bias", np.reshape(bias, -1), shape[1])
+            self.keep(b)
+        self.keep(w)
+        self.params += shape[0] * shape[1]
+        m.layout, m.data, m.group, m.bias = w.layout, cnp.PyArray_DATA(w.data), w.group, floats(b)
         return m
 
 
-cdef int block_cache(fc_block_cache *c, object cache) except -1:
-    cdef KVPages pages = cache._pages
-    window = cache.window
-    c.kv, c.window = pages.c, window or 0
-    return 0
+cdef class AttentionPart(Part):
+    """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), out (heads head_dim, hidden); q_norm and
+    k_norm act on each head, before RoPE."""
+    cdef fc_attention_weights w
+
+    def __init__(self, PackedWeight qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
+                 ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None, qkv_bias=None,
+                 out_bias=None, double scale=1.0, double softcap=0.0, window=None):
+        memset(&self.w, 0, sizeof(self.w))
+        self.begin(FC_ATTENTION, &self.w, qkv.k, norm, post_norm)
+        self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
+        self.w.qkv = self.matrix("qkv", qkv, (qkv.k, (heads + 2 * kv_heads) * head_dim), qkv_bias)
+        self.w.out = self.matrix("out", out, (heads * head_dim, qkv.k), out_bias)
+        self.w.q_norm, self.w.k_norm = self.normed("q_norm", q_norm, head_dim), self.normed("k_norm", k_norm, head_dim)
+        self.w.scale, self.w.softcap, self.w.window = <float>scale, <float>softcap, window or 0
 
 
-def decode(cnp.ndarray x, list blocks, list caches, cnp.ndarray start, table):
-    """x (batch, seq, hidden) float32, in place, through `blocks`; the tokens join `caches` after the start (batch,) that
-    each row holds, with the RoPE positions start, start + 1, ... The caches' lengths are left to the caller, who has also
-    seen to it that there is room. table: a RopeTable for at least as many positions."""
-    cdef ptrdiff_t n = len(blocks)
-    cdef ptrdiff_t batch = cnp.PyArray_DIM(x, 0)
-    cdef ptrdiff_t seq = cnp.PyArray_DIM(x, 1)
-    cdef ptrdiff_t i
-    cdef fc_status status
-    cdef DecoderBlock block
-    cdef cnp.ndarray cos = table.cos
-    cdef cnp.ndarray sin = table.sin
-    cdef ptrdiff_t last
-    cdef fc_block *b
-    cdef fc_block_cache *c
-    last = start.max() + seq - 1 if batch else 0
-    if seq and last >= cnp.PyArray_DIM(cos, 0):
-        raise IndexError(f"decode: position {last} is outside the table of {cnp.PyArray_DIM(cos, 0)}")
-    b = <fc_block *>malloc(n * (sizeof(fc_block) + sizeof(fc_block_cache)) + 1)
-    if b == NULL:
-        raise MemoryError("decode: no memory for scratch")
-    c = <fc_block_cache *>(b + n)
+cdef class MLPPart(Part):
+    """down(f(gate) * up) if `up` is a pair from pack_gated, (hidden, 2 inner); else down(f(up)), (hidden, inner)."""
+    cdef fc_mlp_weights w
+
+    def __init__(self, PackedWeight up not None, PackedWeight down not None, *, str activation not None="silu",
+                 Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None):
+        memset(&self.w, 0, sizeof(self.w))
+        self.begin(FC_GATED_MLP if up.gated else FC_MLP, &self.w, up.k, norm, post_norm)
+        self.w.inner, self.w.activation = down.k, GATES[activation]
+        self.w.up = self.matrix("up", up, (up.k, 2 * down.k if up.gated else down.k), up_bias)
+        self.w.down = self.matrix("down", down, (down.k, up.k), down_bias)
+
+
+cdef class CalledPart(Part):
+    """A part in Python: call(x (batch, seq, hidden) float32, state, start (batch,)) -> the same shape. x is normalised;
+    state is what the StateTable holds for the layer; start[b]: tokens of row b before these."""
+    cdef fc_called w
+
+    def __init__(self, ptrdiff_t hidden, call, *, Norm norm=None, Norm post_norm=None):
+        self.begin(FC_CALLED, &self.w, hidden, norm, post_norm)
+        self.held.append(call)
+        self.w.call, self.w.self = call_python, <void *>call
+
+
+cdef fc_status call_python(void *call, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
+                           ptrdiff_t hidden, const int64_t *start) noexcept nogil:
+    with gil:
+        return called_with(<object>call, <object>state, out, x, batch, seq, hidden, start)
+
+
+cdef fc_status called_with(object call, object state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
+                           ptrdiff_t hidden, const int64_t *start) noexcept:
+    cdef cnp.npy_intp dims[3]
+    cdef cnp.ndarray a, y, before
     try:
-        for i in range(n):
-            block = blocks[i]
-            b[i] = block.c
-            if block.turned:
-                b[i].cos, b[i].sin, b[i].half = floats(cos), floats(sin), cnp.PyArray_DIM(cos, 1)
-            block_cache(c + i, caches[i])
-        if seq and batch:
-            with nogil:
-                status = fc_decode(b, c, n, <float *>cnp.PyArray_DATA(x), batch, seq,
-                                   <const int64_t *>cnp.PyArray_DATA(start))
-            check("decode", status)
-    finally:
-        free(b)
+        dims[0], dims[1], dims[2] = batch, seq, hidden
+        a, before = new_array(3, dims, FC_F32), cnp.PyArray_EMPTY(1, dims, cnp.NPY_INT64, 0)
+        memcpy(cnp.PyArray_DATA(a), x, cnp.PyArray_NBYTES(a))
+        memcpy(cnp.PyArray_DATA(before), start, cnp.PyArray_NBYTES(before))
+        y = np.ascontiguousarray(call(a, state, before), np.float32)
+        same_shape("CalledPart", "its result", y, a)
+        memcpy(out, cnp.PyArray_DATA(y), cnp.PyArray_NBYTES(y))
+        return FC_OK
+    except BaseException as error:  # it stays set, as if a signal's handler had raised it
+        PyErr_SetObject(type(error), error)
+        return FC_INTERRUPTED
+
+
+cdef class AttentionState:
+    """The pages of a layer's keys and values, and the table by which it rotates them, or None. For a StateTable."""
+    cdef fc_attention_state c
+    cdef readonly KVPages pages
+    cdef readonly object table
+    cdef readonly ptrdiff_t positions  # that it can rotate
+
+    def __init__(self, KVPages pages not None, table=None):
+        self.pages, self.c.kv = pages, &pages.c
+        self.rotate_by(table)
+
+    def rotate_by(self, table):
+        """Another RopeTable, for more positions."""
+        cdef cnp.ndarray cos
+        cdef cnp.ndarray sin
+        self.table, self.positions = table, PY_SSIZE_T_MAX
+        if table is not None:
+            cos, sin = table.cos, table.sin
+            self.c.cos, self.c.sin, self.c.half = floats(cos), floats(sin), cnp.PyArray_DIM(cos, 1)
+            self.positions = cnp.PyArray_DIM(cos, 0)
+
+
+cdef class StateTable:
+    """Each layer's state as src_c takes it, made once: AttentionState, any object for a CalledPart, or None; and the scratch
+    memory of forward passes over them."""
+    cdef void **states
+    cdef readonly list held
+    cdef fc_workspace *workspace
+
+    def __cinit__(self, list states not None):
+        cdef ptrdiff_t i
+        self.held = states
+        self.workspace = fc_workspace_new()
+        self.states = <void **>PyMem_Malloc((len(states) + 1) * sizeof(void *))
+        if self.states == NULL or self.workspace == NULL:
+            raise MemoryError("StateTable: no memory")
+        for i, state in enumerate(states):
+            self.states[i] = <void *>state
+            if isinstance(state, AttentionState):
+                self.states[i] = &(<AttentionState>state).c
+
+    def __dealloc__(self):
+        fc_workspace_free(self.workspace)
+        PyMem_Free(self.states)
+
+
+cdef class LayeredModel:
+    """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None;
+    embedding (vocab, hidden); head (hidden, vocab)."""
+    cdef fc_model c
+    cdef fc_layer *layers
+    cdef readonly list held
+    cdef readonly list parts
+    cdef readonly cnp.ndarray embedding
+    cdef readonly PackedWeight head
+    cdef readonly Norm norm
+
+    def __cinit__(self, cnp.ndarray embedding not None, list layers not None, Norm norm not None,
+                  PackedWeight head not None, *, double embedding_scale=1.0):
+        cdef ptrdiff_t i
+        cdef fc_matrix matrix
+        self.held, self.parts = layers, [part for layer in layers for part in layer[:2] if part is not None]
+        self.embedding, self.norm, self.head = embedding, norm, head
+        self.c.hidden, self.c.vocab = norm.n, head.n
+        if shape_of(embedding) != (head.n, norm.n) or head.k != norm.n:
+            raise ValueError(f"LayeredModel: embedding has shape {shape_of(embedding)} and head {head.shape}, expected "
+                             f"(vocab, {norm.n}) and ({norm.n}, vocab)")
+        contiguous_last("LayeredModel", "embedding", embedding)
+        self.c.embedding_type = <fc_dtype>float_type("LayeredModel", "embedding", embedding)
+        self.c.embedding, self.c.ld_embedding = cnp.PyArray_DATA(embedding), cnp.PyArray_STRIDE(embedding, 0)
+        self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
+        matrix.layout, matrix.data, matrix.group, matrix.bias = head.layout, cnp.PyArray_DATA(head.data), head.group, NULL
+        self.c.head = matrix
+        self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
+        if self.layers == NULL:
+            raise MemoryError("LayeredModel: no memory")
+        memset(self.layers, 0, len(layers) * sizeof(fc_layer))
+        self.c.layers, self.c.n_layers = self.layers, len(layers)
+        for i, (mixer, mlp, parallel, scale) in enumerate(layers):
+            layer_part(&self.layers[i].mixer, mixer, norm.n)
+            layer_part(&self.layers[i].mlp, mlp, norm.n)
+            self.layers[i].parallel, self.layers[i].residual_scale = bool(parallel), scale
+
+    def __dealloc__(self):
+        PyMem_Free(self.layers)
+
+    def forward(self, cnp.ndarray ids not None, StateTable states not None, cnp.ndarray start not None, *,
+                bint logits=True, bint last_only=False, bint hidden=False):
+        """ids (batch, seq) int64 inside the vocabulary, after the start (batch,) int64 tokens that each row's states
+        hold -> (logits (batch, seq, vocab), with last_only (batch, 1, vocab), hidden (batch, seq, hidden) after the last
+        norm), None for what is not asked for. The caller has seen to it that the states have room, and says to them
+        that the tokens are there."""
+        cdef fc_forward_args a
+        cdef fc_status status
+        cdef cnp.npy_intp dims[3]
+        cdef cnp.ndarray y = None
+        cdef cnp.ndarray h = None
+        cdef ptrdiff_t longest = 0
+        cdef ptrdiff_t b
+        ids, start = private_ints(ids), private_ints(start)
+        memset(&a, 0, sizeof(a))
+        if len(states.held) != self.c.n_layers:
+            raise ValueError(f"forward: {len(states.held)} states, expected {self.c.n_layers}")
+        a.size, a.model, a.states, a.workspace = sizeof(a), &self.c, states.states, states.workspace
+        a.batch, a.seq, a.last_only = cnp.PyArray_DIM(ids, 0), cnp.PyArray_DIM(ids, 1), last_only
+        for b in range(a.batch):
+            longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
+        for state in states.held:
+            if isinstance(state, AttentionState) and longest > (<AttentionState>state).positions:
+                raise IndexError(f"forward: position {longest - 1} is outside the table of "
+                                 f"{(<AttentionState>state).positions}")
+        a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
+        if logits:
+            dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
+            y = new_array(3, dims, FC_F32)
+            a.logits = <float *>cnp.PyArray_DATA(y)
+        if hidden:
+            dims[0], dims[1], dims[2] = a.batch, a.seq, self.c.hidden
+            h = new_array(3, dims, FC_F32)
+            a.hidden = <float *>cnp.PyArray_DATA(h)
+        with nogil:
+            status = fc_forward(&a)
+        check("forward", status)
+        return y, h
+
+
+cdef int layer_part(fc_part *to, Part part, ptrdiff_t hidden) except -1:
+    if part is None:
+        return 0
+    if part.hidden != hidden:
+        raise ValueError(f"LayeredModel: a part has {part.hidden} channels, expected {hidden}")
+    to[0] = part.c
+    return 0

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.functional import KV_CHUNK
-from forge_c.models.decoder import Decoder, ModelCache
+from forge_c.models.decoder import Decoder
 from forge_c.models.sampling import Sampler
 from forge_c.models.tokenizer import TextStream, Tokenizer
+from forge_c.state import ModelCache
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Generation:
                 return
             for group, cache in groups:
                 tokens = np.array([[self.rows[i].ids[-1]] for i in group], np.int64)
-                logits[group] = self.decoder.logits(self.decoder.hidden(tokens, cache))[:, -1]
+                found, _ = self.decoder.forward(tokens, cache, last_only=True)
+                logits[group] = found[:, 0]
 
     def _groups(self) -> list[tuple[list[int], ModelCache]]:
         """Rows that decode together, and their cache: all of them, or each alone where its room changes its angles."""
@@ -109,8 +111,9 @@ class Generation:
 def prefill(decoder: Decoder, ids: NDArray[np.int64], cache: ModelCache) -> NDArray[np.float32]:
     """Feed one prompt (n,), n >= 1, into an empty cache of one row -> the logits (vocab,) after its last token."""
     for start in range(0, len(ids), KV_CHUNK):
-        hidden = decoder.hidden(ids[None, start : start + KV_CHUNK], cache)
-    return decoder.logits(hidden[:, -1:])[0, 0]
+        stop = start + KV_CHUNK
+        logits, _ = decoder.forward(ids[None, start:stop], cache, logits=stop >= len(ids), last_only=True)
+    return logits[0, 0]
 
 
 def _overlap(text: str, stop: str) -> int:

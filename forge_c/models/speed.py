@@ -88,9 +88,7 @@ def _tests(model: Model, limits: Mapping[str, Any], prompt_tokens: int, new_toke
 
 def _params(model: Model) -> int:
     """Weights that a token is multiplied by."""
-    s = model.config
-    block = s.hidden_size * s.head_dim * 2 * (s.n_heads + s.n_kv_heads) + 3 * s.hidden_size * s.intermediate_size
-    return s.n_layers * block + _head_params(model)
+    return model._decoder.layer_params + _head_params(model)
 
 
 def _head_params(model: Model) -> int:

@@ -13,6 +13,7 @@
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
 #include "../kernels/panels.h"
+#include "../kernels/residual.h"
 #include "../kernels/rms_norm.h"
 #include "../kernels/roofline.h"
 #include "../kernels/rope.h"

@@ -411,7 +411,7 @@ static fc_status pack_and_attend(struct attention *t) {
 }
 
 static fc_status by_blocks(struct attention *t) {
-    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(t->a->workspace, &t->scratch, fc_get_num_threads(), room_bytes(t))) return FC_NO_MEMORY;
     fc_status status = t->a->cache ? attend_blocks(t, t->a->batch * t->a->kv_heads) : pack_and_attend(t);
     fc_scratch_free(&t->scratch);
     return status;
@@ -474,8 +474,8 @@ static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) 
     const ptrdiff_t segment = fc_smaller(end - begin, PARTS_BYTES / bytes > 8 ? PARTS_BYTES / bytes : 8);
     fc_scratch parts;
     t->own_page = !t->a->cache;
-    if (fc_scratch_alloc(&parts, 1, (size_t)(bytes * (segment + 1)))) return FC_NO_MEMORY;
-    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) {
+    if (fc_scratch_alloc(t->a->workspace, &parts, 1, (size_t)(bytes * (segment + 1)))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(t->a->workspace, &t->scratch, fc_get_num_threads(), room_bytes(t))) {
         fc_scratch_free(&parts);
         return FC_NO_MEMORY;
     }

@@ -195,7 +195,7 @@ fc_status fc_append(const fc_append_args *args) {
     const double tokens = (double)args->seq / (double)runs;
     const double ns = tokens * (double)(c->head_dim + c->v_dim) * 0.5 + 20;
     const int threads = fc_threads_for(items, ns);
-    if (fc_scratch_alloc(&t.scratch, threads, fc_kv_store_bytes(c))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(args->workspace, &t.scratch, threads, fc_kv_store_bytes(c))) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, ns, append_body, &t);
     fc_scratch_free(&t.scratch);
     return status;

@@ -106,7 +106,6 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t block_bytes = l->form.block_lines * 64;
-    copy->block = NULL;
     l->k = fc_round_up(a->k, l->form.block_k);
     l->kc = a->layout >= FC_ROWS      ? LOOSE_K
             : a->m <= fc_k->tile_rows ? (l->k ? l->k : 1)
@@ -122,13 +121,13 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     l->x_block = a->m * l->ldx;
     l->groups = l->form.x == X_QUANTIZED ? l->k / l->form.group_k : 0;
     size_t values = (size_t)(l->x_block * ((l->k + l->kc - 1) / l->kc)), sums = (size_t)(a->m * l->groups) * 4;
-    if (fc_scratch_alloc(copy, 1, values + sums + (l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(a->workspace, copy, 1, values + sums + (l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0))) return FC_NO_MEMORY;
     l->x = copy->base;
     l->sums = copy->base + values;
     l->scales = l->form.x == X_QUANTIZED ? (float *)(void *)(copy->base + values + sums) : NULL;
     const double ns = (double)a->k * (a->norm ? 0.4 : 0.2) + 20;
     const int threads = fc_threads_for(a->m, ns);
-    if (a->norm && fc_scratch_alloc(&l->normed, threads, (size_t)(a->k * fc_size_of(a->type)))) return FC_NO_MEMORY;
+    if (a->norm && fc_scratch_alloc(a->workspace, &l->normed, threads, (size_t)(a->k * fc_size_of(a->type)))) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, a->m, ns, convert_rows, l);
     fc_scratch_free(&l->normed);
     return status;
@@ -231,7 +230,7 @@ static fc_status by_tiles(struct linear *l) {
     cut(l, threads);
     const ptrdiff_t items = l->tiles * l->blocks;
     if (threads > items) threads = (int)items;
-    if (fc_scratch_alloc(&l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * l->tile_panels * 64)))
+    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * l->tile_panels * 64)))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
     fc_scratch_free(&l->scratch);
@@ -273,7 +272,7 @@ static fc_status by_streams(struct linear *l) {
     int threads = fc_threads_for((a->n + 63) / 64, ns);
     l->block_rows = fc_smaller(STREAM_COLUMNS, ((a->n + threads - 1) / threads + 63) / 64 * 64);
     ptrdiff_t items = (a->n + l->block_rows - 1) / l->block_rows;
-    if (fc_scratch_alloc(&l->scratch, threads, (size_t)(a->m * l->block_rows * 4))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, (size_t)(a->m * l->block_rows * 4))) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / 64), stream_body, l);
     fc_scratch_free(&l->scratch);
     return status;
@@ -281,7 +280,7 @@ static fc_status by_streams(struct linear *l) {
 
 fc_status fc_linear(const fc_linear_args *args) {
     struct linear l = {.a = args};
-    fc_scratch copy;
+    fc_scratch copy = {0};
     void (*const gated[FC_ACTIVATIONS])(void *, const float *, float, const float *, const float *, ptrdiff_t) = {
         [FC_RELU] = fc_k->gated_store_relu[args->type],
         [FC_SILU] = fc_k->gated_store_silu[args->type],

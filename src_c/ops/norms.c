@@ -44,7 +44,7 @@ static fc_status run(struct norm *a, double ns_each) {
     a->far = fc_far((double)count * (double)a->row_bytes);
     a->past = fc_past_cache((double)count * (double)a->row_bytes, a->out == a->x || a->out == a->residual);
     if (a->past && a->residual && a->h != a->x && a->h != a->residual &&
-        fc_scratch_alloc(&a->sums, threads, (size_t)a->row_bytes))
+        fc_scratch_alloc(NULL, &a->sums, threads, (size_t)a->row_bytes))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, count, ns, body, a);
     fc_scratch_free(&a->sums);

@@ -47,7 +47,7 @@ static void read_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum) {
     int threads = fc_get_num_threads();
     fc_scratch scratch;
-    if (fc_scratch_alloc(&scratch, 1, (size_t)threads * 64)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(NULL, &scratch, 1, (size_t)threads * 64)) return FC_NO_MEMORY;
     struct stream s = {.in = data, .bytes = bytes, .sums = (float *)scratch.base};
     memset(s.sums, 0, (size_t)threads * 64);
     fc_status status = fc_static(threads, (bytes + PIECE - 1) / PIECE, LONG_NS / 10, read_piece, &s);

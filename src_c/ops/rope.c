@@ -35,7 +35,7 @@ fc_status fc_rope(const fc_rope_args *a) {
     const double ns = (double)(a->heads * a->head_dim) * 0.2 + 10;
     const int threads = fc_threads_for(items, ns);
     if (fc_past_cache((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
-        fc_scratch_alloc(&t.room, threads, (size_t)t.head_bytes))
+        fc_scratch_alloc(NULL, &t.room, threads, (size_t)t.head_bytes))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, ns, body, &t);
     fc_scratch_free(&t.room);

@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../threads.h"
+#include "../workspace.h"
 
 static inline ptrdiff_t fc_smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t fc_round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }

@@ -32,7 +32,7 @@ fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *row
     const int threads = fc_threads_for(count, ns);
     a.far = fc_far((double)count * (double)(n * fc_size_of(type)));
     a.past = fc_past_cache((double)count * (double)(n * fc_size_of(type)), out == x);
-    if ((type != FC_F32 || a.past) && fc_scratch_alloc(&a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
+    if ((type != FC_F32 || a.past) && fc_scratch_alloc(NULL, &a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, count, ns, body, &a);
     fc_scratch_free(&a.exps);
     return status;

@@ -1,0 +1,149 @@
+"""What is done with each kind of a spec: its weights from a checkpoint, its state, its channels in the forward pass.
+
+A new kind registers here: `build_part` makes what computes it, `new_state` what it remembers, if it does.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forge_c.cache import KVCache
+from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part
+from forge_c.models.loading import Tensors
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec
+from forge_c.models.spec import Norm as NormSpec
+from forge_c.packing import pack, pack_gated
+
+Floats = NDArray[np.float32]
+
+
+class LayerSource:
+    """The tensors of one layer by the names that Hugging Face gives them; matrices are (out, in) there. A matrix is let
+    go as soon as it is packed."""
+
+    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str) -> None:
+        self.checkpoint, self.prefix, self.hidden, self.dtype = checkpoint, prefix, hidden, dtype
+
+    def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
+        """(out, in) as the file has it."""
+        return self.checkpoint.take(f"{self.prefix}{name}.weight", (rows, columns))
+
+    def packed(self, name: str, rows: int, columns: int) -> PackedWeight:
+        """The same as (in, out), packed."""
+        return pack(self.matrix(name, rows, columns).T, self.dtype)
+
+    def bias(self, wanted: bool, *parts: tuple[str, int]) -> Floats | None:
+        """Biases end to end, or None where they are not wanted."""
+        return np.concatenate([self.vector(f"{name}.bias", n) for name, n in parts]) if wanted else None
+
+    def vector(self, name: str, n: int) -> Floats:
+        """(n,) in float32."""
+        return self.checkpoint.take(self.prefix + name, (n,)).astype(np.float32)
+
+    def norm(self, spec: NormSpec, name: str, n: int) -> Norm:
+        """A norm over n channels."""
+        bias = self.vector(f"{name}.bias", n) if spec.kind == "layer" else None
+        return Norm(spec.kind, n, self.vector(f"{name}.weight", n), bias, eps=spec.eps, offset=spec.offset)
+
+
+Norms = tuple[Norm | None, Norm | None]  # before the part and after it
+
+
+@singledispatch
+def build_part(kind: Any, source: LayerSource, norms: Callable[[], Norms]) -> Part | None:
+    """The part that computes `kind`, with its weights; norms() takes its norms from the source."""
+    raise TypeError(f"build_part: no part computes a {type(kind).__name__}")
+
+
+@singledispatch
+def new_state(kind: Any, batch: int, max_seq_len: int, dtype: str) -> Any:
+    """What a mixer of this kind remembers of `batch` rows, a forge_c.state.LayerState; None: nothing."""
+    return None
+
+
+@build_part.register
+def _(kind: None, source: LayerSource, norms: Callable[[], Norms]) -> None:
+    return None
+
+
+# ---- the kinds ----
+
+
+@build_part.register
+def _(kind: Attention, source: LayerSource, norms: Callable[[], Norms]) -> Part:
+    queries, keys = kind.n_heads * kind.head_dim, kind.n_kv_heads * kind.head_dim
+    sizes = {"q": queries, "k": keys, "v": keys}
+    if kind.fused:
+        qkv = source.packed("self_attn.qkv_proj", queries + 2 * keys, source.hidden)
+    else:
+        parts = [source.matrix(f"self_attn.{p}_proj", n, source.hidden) for p, n in sizes.items()]
+        qkv = pack(np.concatenate(parts).T, source.dtype)
+        del parts
+    out = source.packed("self_attn.o_proj", source.hidden, queries)
+    norm, post_norm = norms()
+    q_norm, k_norm = (None if kind.qk_norm is None else source.norm(kind.qk_norm, f"self_attn.{p}_norm", kind.head_dim)
+                      for p in "qk")
+    return AttentionPart(
+        qkv, out, heads=kind.n_heads, kv_heads=kind.n_kv_heads, head_dim=kind.head_dim, norm=norm, post_norm=post_norm,
+        q_norm=q_norm, k_norm=k_norm, scale=kind.scale, softcap=kind.softcap or 0.0, window=kind.window,
+        qkv_bias=source.bias(kind.qkv_bias, *((f"self_attn.{p}_proj", n) for p, n in sizes.items())),
+        out_bias=source.bias(kind.o_bias, ("self_attn.o_proj", source.hidden)))
+
+
+@new_state.register
+def _(kind: Attention, batch: int, max_seq_len: int, dtype: str) -> KVCache:
+    return KVCache(batch, max_seq_len, kind.n_kv_heads, kind.head_dim, dtype=dtype, window=kind.window)
+
+
+@build_part.register
+def _(kind: GatedMLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
+    width, hidden = kind.width, source.hidden
+    if kind.fused:
+        gate, up = np.split(source.matrix("mlp.gate_up_proj", 2 * width, hidden), 2)
+    else:
+        gate, up = source.matrix("mlp.gate_proj", width, hidden), source.matrix("mlp.up_proj", width, hidden)
+    pair = pack_gated(gate.T, up.T, source.dtype)
+    del gate, up
+    down = source.packed("mlp.down_proj", hidden, width)
+    norm, post_norm = norms()
+    return MLPPart(pair, down, activation=kind.activation, norm=norm, post_norm=post_norm,
+                   up_bias=source.bias(kind.bias, ("mlp.gate_proj", width), ("mlp.up_proj", width)),
+                   down_bias=source.bias(kind.bias, ("mlp.down_proj", hidden)))
+
+
+@build_part.register
+def _(kind: MLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
+    up = source.packed("mlp.up_proj", kind.width, source.hidden)
+    down = source.packed("mlp.down_proj", source.hidden, kind.width)
+    norm, post_norm = norms()
+    return MLPPart(up, down, activation=kind.activation, norm=norm, post_norm=post_norm,
+                   up_bias=source.bias(kind.bias, ("mlp.up_proj", kind.width)),
+                   down_bias=source.bias(kind.bias, ("mlp.down_proj", source.hidden)))
+
+
+# ---- a layer ----
+
+# Names of the norms before and after the mixer, and before and after the mlp.
+_NORM_NAMES = {"pre": ("input_layernorm", None, "post_attention_layernorm", None),
+               "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+               "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                        "post_feedforward_layernorm")}
+
+
+def build_layer(layer: LayerSpec, source: LayerSource) -> tuple[Part | None, Part | None, bool, float]:
+    """(mixer, mlp, parallel, residual scale), as LayeredModel takes a layer."""
+    before, after, before_mlp, after_mlp = _NORM_NAMES[layer.norms]
+
+    def norms_of(*names: str | None) -> Callable[[], Norms]:
+        def norms() -> Norms:
+            first, second = (None if n is None else source.norm(layer.norm, n, source.hidden) for n in names)
+            return first, second
+        return norms
+
+    mixer = build_part(layer.mixer, source, norms_of(before, after))
+    mlp = build_part(layer.mlp, source, norms_of(before_mlp, after_mlp))
+    return mixer, mlp, layer.parallel, layer.residual_scale

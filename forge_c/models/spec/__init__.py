@@ -1,0 +1,16 @@
+"""config.json -> one typed spec. Every family's quirks end here: what computes knows only the kinds of a spec."""
+from forge_c.models.spec.families import FAMILIES, model_spec
+from forge_c.models.spec.kinds import (
+    MLP,
+    Attention,
+    Embedding,
+    GatedMLP,
+    Head,
+    LayerSpec,
+    ModelSpec,
+    Norm,
+    Rope,
+)
+
+__all__ = ["FAMILIES", "MLP", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "ModelSpec", "Norm", "Rope",
+           "model_spec"]

@@ -1,0 +1,133 @@
+"""What a model is made of: layers are data of kinds. A kind is a frozen dataclass; what is done with it is looked up by
+its type (forge_c.models.parts), so that a new kind changes nothing here."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# ---- what parts are made of ----
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm or LayerNorm over the last axis; offset 1 where the checkpoint holds w and the norm takes 1 + w."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of a head's first `dim` channels: theta and scaling as forge_c.rope_table takes them."""
+
+    dim: int
+    theta: float
+    scaling: Mapping[str, Any] = field(hash=False)
+
+
+# ---- mixers: parts that see the tokens before ----
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention. window: how many keys a token sees, itself included. qk_norm: of each head of q and k,
+    before RoPE. fused: the checkpoint holds q, k, v as one matrix."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    rope: Rope | None = None
+    qk_norm: Norm | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    fused: bool = False
+
+
+# ---- feed-forward parts ----
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(f(gate(x)) * up(x)); activation as in forge_c.gated_linear. fused: the file has gate and up as one."""
+
+    width: int
+    activation: str
+    bias: bool = False
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class MLP:
+    """down(f(up(x)))."""
+
+    width: int
+    activation: str
+    bias: bool = False
+
+
+# ---- the whole ----
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """h = x + s mixer(x), h + s mlp(h); or, parallel, x + s (mixer(x) + mlp(x)).
+    mixer and mlp: data of a kind, or None. norms: before a part, after it, or both."""
+
+    mixer: Any
+    mlp: Any
+    norm: Norm
+    norms: Literal["pre", "post", "both"] = "pre"
+    parallel: bool = False
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """(vocab_size, width); what is looked up is multiplied by scale."""
+
+    vocab_size: int
+    width: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last norm and projection: softcap * tanh(logits_scale * logits / softcap). tied: it is the embedding's."""
+
+    norm: Norm
+    tied: bool
+    logits_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder: embedding, layers, head, and what its makers say of its texts."""
+
+    model_type: str
+    embed: Embedding
+    layers: tuple[LayerSpec, ...]
+    head: Head
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.embed.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the residual stream."""
+        return self.embed.width
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)

@@ -1,0 +1,109 @@
+"""One Hugging Face config.json, read with the defaults of its family; every value comes out checked.
+
+A key that nobody knows is an error, because it could change the maths; so is a known key with a value that the decoder
+cannot compute.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+MAX_LAYERS, MAX_HEADS, MAX_VOCAB, MAX_WIDTH = 1024, 1024, 1 << 22, 1 << 20
+
+# Defaults of the Hugging Face configuration classes, where many families agree.
+COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048}
+WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+BIASES = {"attention_bias": False, "mlp_bias": False}
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL = ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+# Keys about training, text, other software or output shapes: none of them changes a logit.
+_WITHOUT_EFFECT = frozenset("""
+    model_type architectures auto_map transformers_version torch_dtype dtype use_cache initializer_range _name_or_path
+    attention_dropout attn_dropout resid_pdrop embd_pdrop hidden_dropout bos_token_id eos_token_id pad_token_id
+    unk_token_id sep_token_id decoder_start_token_id output_attentions output_hidden_states return_dict
+    chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id problem_type pretraining_tp
+    _attn_implementation _attn_implementation_autoset attn_implementation torchscript use_bfloat16 finetuning_task
+    task_specific_params tokenizer_class prefix unsloth_version unsloth_fixed is_llama_config cache_implementation
+    transformers.js_config max_length min_length do_sample temperature top_k top_p typical_p repetition_penalty
+    num_beams num_return_sequences chat_template add_cross_attention tie_encoder_decoder cross_attention_hidden_size
+    pruned_heads remove_invalid_values begin_suppress_tokens suppress_tokens forced_bos_token_id forced_eos_token_id
+    output_scores return_dict_in_generate num_beam_groups diversity_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids exponential_decay_length_penalty early_stopping tf_legacy_loss
+    _commit_hash router_aux_loss_coef output_router_logits
+""".split())
+# Keys that change the maths unless they hold the value that means "off".
+_ONLY_IF = {"rope_interleaved": False, "use_bidirectional_attention": None, "quantization_config": None,
+            "use_qk_norm": False, "use_mrope": False, "lm_head_bias": False, "full_attn_mod": 1,
+            "interpolate_factor": 1, "attention_chunk_size": None, "layer_norm_type": None, "clip_qkv": None}
+
+
+class Reader:
+    """One config.json and the defaults of its family; every number comes out checked."""
+
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.model_type: str = config["model_type"]
+        self.given, self.defaults = config, defaults
+        self._reject_unknown()
+
+    def _reject_unknown(self) -> None:
+        known = _WITHOUT_EFFECT | set(self.defaults) | set(_REQUIRED) | set(_OPTIONAL) | {"head_dim"}
+        for key, value in self.given.items():
+            if key in known or (key in _ONLY_IF and (value == _ONLY_IF[key] or value is False)) or value is None:
+                continue
+            if key in BIASES and value is False:
+                continue
+            raise ValueError(f"config.json: {key} is {short(value)}, which may change the maths and is not understood "
+                             f"for model_type {self.model_type}")
+
+    def value(self, key: str) -> Any:
+        """What the file says, else the family's default. A JSON null is a value of its own."""
+        return self.given[key] if key in self.given else self.defaults.get(key)
+
+    def integer(self, key: str, most: int, default: int | None = None) -> int:
+        value = self.value(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"config.json: {key} is {short(value)}, expected an integer from 1 to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        value = self.value(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= sys.float_info.max or (
+                zero and value == 0)):
+            raise ValueError(f"config.json: {key} is {short(value)}, expected a number {'>=' if zero else 'above'} 0")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.value(key) is None else self.number(key)
+
+    def flag(self, key: str) -> bool:
+        value = self.value(key)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"config.json: {key} is {short(value)}, expected true or false")
+        return bool(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.given.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise ValueError(f"config.json: {key} is {short(value)}, expected token ids")
+        return tuple(i for i in ids if i >= 0)
+
+    def per_layer(self, key: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:
+        value = self.value(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != layers or any(v not in allowed for v in value):
+            expected = " or ".join(map(str, allowed))
+            raise ValueError(f"config.json: {key} is {short(value)}, expected {layers} times {expected}")
+        return value
+
+
+def short(value: Any) -> str:
+    """repr, cut to what a message can hold."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,72 @@
+/* FC_ATTENTION: queries, keys and values by one product; norms of their heads; RoPE; keys and values into the cache's
+ * pages; attention over what it holds; the output projection. */
+#include "pass.h"
+
+struct attention_pass {
+    const struct pass *p;
+    const fc_attention_weights *w;
+    const fc_attention_state *s;
+    float *qkv;      /* (M, A + 2 C) */
+    float *attn_out; /* (M, A) */
+    ptrdiff_t row, head; /* bytes of a row and of a head of qkv */
+};
+
+static fc_status norm_heads(const struct attention_pass *t, const fc_norm *norm, ptrdiff_t first, ptrdiff_t heads) {
+    float *from = t->qkv + first * t->w->head_dim;
+    if (norm->kind == FC_NO_NORM) return FC_OK;
+    return normalise(from, from, norm, t->p->rows, t->row / 4, heads, t->w->head_dim);
+}
+
+/* Queries; keys are rotated on their way into the cache. */
+static fc_status rotate(const struct attention_pass *t) {
+    const struct pass *p = t->p;
+    if (!t->s->cos) return FC_OK;
+    return fc_rope(&(fc_rope_args){
+        .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin, .positions = p->positions,
+        .positions_stride = p->seq, .batch = p->batch, .seq = p->seq, .heads = t->w->heads, .head_dim = t->w->head_dim,
+        .half = t->s->half, .x_stride = {p->seq * t->row, t->row, t->head},
+        .out_stride = {p->seq * t->row, t->row, t->head}});
+}
+
+static fc_status append(const struct attention_pass *t) {
+    const struct pass *p = t->p;
+    const float *k = t->qkv + t->w->heads * t->w->head_dim;
+    return fc_append(&(fc_append_args){
+        .cache = t->s->kv, .type = FC_F32, .k = k, .v = k + t->w->kv_heads * t->w->head_dim,
+        .k_stride = {p->seq * t->row, t->row, t->head}, .v_stride = {p->seq * t->row, t->row, t->head},
+        .batch = p->batch, .seq = p->seq, .start = p->start, .cos = t->s->cos, .sin = t->s->sin, .half = t->s->half,
+        .workspace = p->workspace});
+}
+
+static fc_status attend(const struct attention_pass *t) {
+    const struct pass *p = t->p;
+    const fc_attention_weights *w = t->w;
+    const ptrdiff_t out_row = w->heads * t->head;
+    return fc_attention(&(fc_attention_args){
+        .q_type = FC_F32, .out = t->attn_out, .q = t->qkv, .cache = t->s->kv, .batch = p->batch, .q_len = p->seq,
+        .kv_len = p->longest, .heads = w->heads, .kv_heads = w->kv_heads, .head_dim = w->head_dim, .v_dim = w->head_dim,
+        .q_stride = {p->seq * t->row, t->row, t->head}, .out_stride = {p->seq * out_row, out_row, t->head},
+        .kv_lens = p->lens, .causal = 1, .window = w->window, .scale = w->scale, .softcap = w->softcap,
+        .workspace = p->workspace});
+}
+
+fc_status attention_part(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
+                         const float *residual) {
+    static const fc_norm none = {FC_NO_NORM, NULL, NULL, 0.0f, 0.0f};
+    const fc_attention_weights *w = part->weights;
+    const ptrdiff_t queries = w->heads * w->head_dim, all = queries + 2 * w->kv_heads * w->head_dim;
+    struct attention_pass t = {.p = p, .w = w, .s = state, .row = all * 4, .head = w->head_dim * 4};
+    fc_scratch scratch;
+    if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)p->rows * (size_t)(all + queries) * 4)) return FC_NO_MEMORY;
+    t.qkv = (float *)(void *)scratch.base;
+    t.attn_out = t.qkv + p->rows * all;
+    fc_status status = project(p, t.qkv, x, p->rows, p->hidden, &w->qkv, p->hidden, all, &part->norm, NULL);
+    if (status == FC_OK) status = norm_heads(&t, &w->q_norm, 0, w->heads);
+    if (status == FC_OK) status = norm_heads(&t, &w->k_norm, w->heads, w->kv_heads);
+    if (status == FC_OK) status = rotate(&t);
+    if (status == FC_OK) status = append(&t);
+    if (status == FC_OK) status = attend(&t);
+    if (status == FC_OK) status = project(p, out, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, &none, residual);
+    fc_scratch_free(&scratch);
+    return status;
+}

@@ -1,0 +1,36 @@
+/* What a part of a layer is given in a forward pass, and the steps that parts share. A part allocates only from the pass's
+ * workspace, knows no thread and no instruction set: it says which ops run, in what order. */
+#ifndef FC_PASS_H
+#define FC_PASS_H
+
+#include "../ops/rows.h"
+
+struct pass {
+    const struct fc_kernels *k;
+    fc_workspace *workspace;
+    ptrdiff_t batch, seq, rows, hidden; /* rows M = B * S */
+    const int64_t *start; /* (B) tokens that a row's states hold */
+    int64_t *positions;   /* (B, S) */
+    int64_t *lens;        /* (B) start + S */
+    int64_t longest;      /* of lens */
+};
+
+/* out (M, hidden) = part(norm(x (M, hidden))) + residual (M, hidden); residual may be NULL or out itself */
+typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
+                                const float *residual);
+part_of_layer attention_part, mlp_part, called_part;
+
+/* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of x x_stride floats apart; gated: out = f(..) * (..), see fc_linear */
+fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride, const fc_matrix *w,
+                  ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual);
+fc_status project_gated(const struct pass *p, float *out, const float *x, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n,
+                        const fc_norm *norm, fc_activation activation);
+
+/* out = norm(x) over rows of n, a multiple of `heads` of them to a row of `row` floats; in place or not */
+fc_status normalise(float *out, const float *x, const fc_norm *norm, ptrdiff_t rows, ptrdiff_t row, ptrdiff_t heads,
+                    ptrdiff_t n);
+
+/* y = f(y), (rows, n) */
+fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n);
+
+#endif

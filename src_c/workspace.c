@@ -1,0 +1,70 @@
+/* See workspace.h. */
+#include "workspace.h"
+
+#include <stdint.h>
+#include <stdlib.h>
+
+struct fc_workspace {
+    char *block;
+    size_t room, used;
+    size_t wanted; /* the most that was in use at once, malloc's share included */
+};
+
+fc_workspace *fc_workspace_new(void) { return calloc(1, sizeof(fc_workspace)); }
+
+void fc_workspace_free(fc_workspace *w) {
+    if (w) free(w->block);
+    free(w);
+}
+
+size_t fc_workspace_bytes(const fc_workspace *w) { return w->room; }
+
+/* Of an empty stack. Without memory it stays as it was. */
+static void grow(fc_workspace *w) {
+    size_t room = 4096;
+    while (room < w->wanted && room <= SIZE_MAX / 4) room *= 2;
+    char *block = malloc(room + 64);
+    if (!block) return;
+    free(w->block);
+    w->block = block, w->room = room;
+}
+
+/* A spare line between slices, and never a multiple of 4096: equal low bits would collide in L1. */
+static int total_bytes(size_t *stride, size_t *total, int threads, size_t bytes) {
+    if (bytes > SIZE_MAX / 2) return -1;
+    *stride = (bytes + 127) / 64 * 64;
+    if (*stride % 4096 == 0) *stride += 64;
+    return __builtin_mul_overflow((size_t)threads, *stride, total) || *total > SIZE_MAX / 2;
+}
+
+static char *aligned(void *p) { return (char *)(((uintptr_t)p + 63) / 64 * 64); }
+
+int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes) {
+    size_t total;
+    *s = (fc_scratch){0};
+    if (total_bytes(&s->stride, &total, threads, bytes)) return -1;
+    if (from) {
+        if (from->used == 0 && from->wanted > from->room) grow(from);
+        const size_t at = from->used;
+        from->used += total;
+        if (from->used > from->wanted) from->wanted = from->used;
+        s->from = from, s->taken = total;
+        if (from->used <= from->room) {
+            s->base = aligned(from->block) + at;
+            return 0;
+        }
+    }
+    s->block = malloc(total + 64);
+    if (!s->block) {
+        fc_scratch_free(s);
+        return -1;
+    }
+    s->base = aligned(s->block);
+    return 0;
+}
+
+void fc_scratch_free(fc_scratch *s) {
+    if (s->from) s->from->used -= s->taken;
+    free(s->block);
+    *s = (fc_scratch){0};
+}
