@@ -156,8 +156,8 @@ def test_a_header_is_parsed_once(tmp_path):
     assert time.process_time() - start < 3 * once + 2.0
 
 
-def test_a_shape_of_a_million_axes_is_refused(tmp_path):
-    shape = [(1 << 62) + 1] * 10 ** 6
+def test_a_shape_of_300_000_axes_is_refused(tmp_path):
+    shape = [(1 << 62) + 1] * 300_000
     header = {"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
     (tmp_path / "model.safetensors").write_bytes(container(header, bytes(4)))
     start = time.process_time()
