@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RopeTable", "rope_table"]
+__all__ = ["RopeTable", "extend_rope_table", "rope_table"]
 
 _BLOCK_ROWS = 256
+# No model comes near these. Between them nothing that a rule computes overflows, divides by zero or loses f - (f - 1).
+_MOST, _MOST_FACTOR, _MOST_DIM, _MOST_ROWS = 2.0**64, 2.0**20, 1 << 16, 1 << 45
+_DEPEND_ON_LENGTH = ("dynamic", "longrope")
 _ANY_TYPE = frozenset(
     "rope_type type rope_theta max_position_embeddings original_max_position_embeddings".split()
 )
@@ -96,15 +99,47 @@ def rope_table(
      [0.8415 0.0998]
      [0.9093 0.1987]]
     """
-    dim, rows = _checked_size("dim", dim), _checked_size("max_seq_len", max_seq_len)
+    rows = _checked_size("max_seq_len", max_seq_len, _MOST_ROWS)
+    inv_freq, attention_factor, _ = _frequencies(dim, rows, base, scaling)
+    return RopeTable(*cos_sin(inv_freq, rows, attention_factor))
+
+
+def extend_rope_table(
+    table: RopeTable, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None
+) -> RopeTable:
+    """`rope_table(table.dim, max_seq_len, base, scaling=scaling)`, of which `table` is the beginning, to the bit.
+
+    Only the new positions are computed. A table that already has that many is returned as it is.
+
+    Raises:
+        ValueError: as rope_table, and for rope types dynamic and longrope, where all angles depend on max_seq_len.
+
+    >>> extend_rope_table(rope_table(128, 4096), 8192)
+    RopeTable(dim=128, max_seq_len=8192)
+    """
+    rows = _checked_size("max_seq_len", max_seq_len, _MOST_ROWS)
+    inv_freq, attention_factor, kind = _frequencies(table.dim, rows, base, scaling)
+    if kind in _DEPEND_ON_LENGTH:
+        raise ValueError(f"extend_rope_table: rope_type {kind} depends on max_seq_len, expected another or a new table")
+    if rows <= table.max_seq_len:
+        return table
+    start = table.max_seq_len // _BLOCK_ROWS * _BLOCK_ROWS
+    cos, sin = cos_sin(inv_freq, rows, attention_factor, start)
+    return RopeTable(np.concatenate([table.cos[:start], cos]), np.concatenate([table.sin[:start], sin]))
+
+
+def _frequencies(
+    dim: int, rows: int, base: float, scaling: Mapping[str, Any] | None
+) -> tuple[NDArray[np.float64], float, str]:
+    """(inv_freq (d / 2,), what cos and sin are multiplied by, rope_type)."""
+    dim = _checked_size("dim", dim, _MOST_DIM)
     if dim % 2:
         raise ValueError(f"rope_table: dim is {dim}, expected an even number")
     params = _Scaling(scaling or {})
     base = params.number("rope_theta", params.checked_base(base))
     if base <= 1.0:
         raise ValueError(f"rope_table: base is {base}, expected more than 1")
-    inv_freq, attention_factor = params.rule(params, dim, rows, base)
-    return RopeTable(*cos_sin(inv_freq, rows, attention_factor))
+    return *params.rule(params, dim, rows, base), params.type
 
 
 class _Scaling:
@@ -150,7 +185,8 @@ class _Scaling:
         value = self._given.get(key, default)
         if value is None:
             raise ValueError(f"rope_table: rope_type {self.type} needs {key} in scaling")
-        return _checked_number(f"scaling[{key!r}]", value, zero=zero)
+        most = _MOST_FACTOR if key == "factor" else _MOST
+        return _checked_number(f"scaling[{key!r}]", value, zero=zero, most=most)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._given.get(key, default)
@@ -290,20 +326,22 @@ _RULES: dict[str, tuple[_Rule, frozenset[str]]] = {
 
 
 def cos_sin(
-    inv_freq: NDArray[np.float64], rows: int, attention_factor: float = 1.0
+    inv_freq: NDArray[np.float64], rows: int, attention_factor: float = 1.0, first: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """attention_factor * cos and sin of p * inv_freq, (rows, d / 2) float32.
+    """attention_factor * cos and sin of p * inv_freq for first <= p < rows, (rows - first, d / 2) float32.
+
+    first is a multiple of 256, so that a position has the same bits whatever the first one is.
 
     exp(j * (start + r) * inv) = exp(j * start * inv) * exp(j * r * inv): one complex product for a pair and a
     position in place of two slow calls, in float64, with a temporary of one block.
     """
-    cos = np.empty((rows, len(inv_freq)), np.float32)
+    cos = np.empty((rows - first, len(inv_freq)), np.float32)
     sin = np.empty_like(cos)
     within = attention_factor * np.exp(1j * np.outer(np.arange(min(rows, _BLOCK_ROWS)), inv_freq))
-    for start in range(0, rows, _BLOCK_ROWS):
+    for start in range(first, rows, _BLOCK_ROWS):
         turn = within[: rows - start] * np.exp(1j * (start * inv_freq))
-        cos[start : start + _BLOCK_ROWS] = turn.real
-        sin[start : start + _BLOCK_ROWS] = turn.imag
+        here = slice(start - first, start - first + _BLOCK_ROWS)
+        cos[here], sin[here] = turn.real, turn.imag
     return cos, sin
 
 
@@ -318,20 +356,30 @@ def _checked_table(name: str, table: NDArray[np.float32]) -> NDArray[np.float32]
     return array
 
 
-def _checked_size(name: str, value: int) -> int:
+def _checked_size(name: str, value: int, most: int) -> int:
     try:
         size = index(value)
     except TypeError:
         raise TypeError(f"rope_table: {name} is {value!r}, expected an integer") from None
     if size < 1:
         raise ValueError(f"rope_table: {name} is {size}, expected at least 1")
+    if size > most:
+        raise ValueError(f"rope_table: {name} is {size}, expected at most {most}")
     return size
 
 
-def _checked_number(name: str, value: float, *, zero: bool = False) -> float:
+def _checked_number(name: str, value: float, *, zero: bool = False, most: float = _MOST) -> float:
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)):
         raise ValueError(f"rope_table: {name} is {value!r}, expected a number")
-    number = float(value)
-    if not math.isfinite(number) or number < 0.0 or (number == 0.0 and not zero):
-        raise ValueError(f"rope_table: {name} is {value!r}, expected a finite number above 0")
-    return number
+    if not (value >= 0.0 and (value > 0.0 or zero) and value < math.inf):
+        raise ValueError(f"rope_table: {name} is {_short(value)}, expected a finite number above 0")
+    if value > most or 0.0 < value < 1.0 / most:
+        raise ValueError(f"rope_table: {name} is {_short(value)}, expected {1.0 / most:.3g} to {most:.3g}")
+    return float(value)
+
+
+def _short(value: float) -> str:
+    """Its repr; of an integer with many digits, which may have no repr at all, its size."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)

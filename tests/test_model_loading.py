@@ -246,6 +246,9 @@ def test_sizes_of_the_config_are_not_allocated(tmp_path):
     ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor"),
     ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"rope_theta": 0.5}, "base"), ({"head_dim": 7}, "dim is 7"),
+    ({"rope_scaling": {"type": "linear", "factor": 1e308}}, "factor"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 1e308}}, "factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 10 ** 400}}, "factor"), ({"rope_theta": 1e308}, "base is 1e.308"),
 ], ids=repr)
 def test_impossible_rope_settings_are_errors_of_the_load(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):

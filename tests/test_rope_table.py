@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from forge_c.rotary import RopeTable, rope_table
+from forge_c.rotary import RopeTable, extend_rope_table, rope_table
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -75,6 +75,69 @@ def test_a_longer_table_begins_with_the_shorter_one():
     short, long = rope_table(64, 300), rope_table(64, 1000)
     assert short.cos.tobytes() == long.cos[:300].tobytes()
     assert short.sin.tobytes() == long.sin[:300].tobytes()
+
+
+@pytest.mark.parametrize("scaling", [{}, LLAMA3, YARN, {"rope_type": "linear", "factor": 3.0}])
+def test_an_extended_table_is_the_longer_one(scaling):
+    longest = rope_table(40, 1500, 5e5, scaling=scaling)
+    for rows in (1, 2, 255, 256, 257, 512, 700):
+        table = rope_table(40, rows, 5e5, scaling=scaling)
+        for longer in (rows + 1, 768, 1025, 1500):
+            found = extend_rope_table(table, longer, 5e5, scaling=scaling)
+            assert found.cos.tobytes() == longest.cos[:longer].tobytes(), (rows, longer)
+            assert found.sin.tobytes() == longest.sin[:longer].tobytes(), (rows, longer)
+            table = found if longer < 1000 else table
+    assert extend_rope_table(longest, 1500, 5e5, scaling=scaling) is longest
+    assert extend_rope_table(longest, 3, 5e5, scaling=scaling) is longest
+
+
+def test_only_new_positions_are_computed():
+    table = rope_table(64, 1 << 17)
+    tracemalloc.start()
+    longer = extend_rope_table(table, (1 << 17) + 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.1 * (longer.cos.nbytes + longer.sin.nbytes)
+
+
+@pytest.mark.parametrize("scaling", [LONGROPE, {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 4096}])
+def test_angles_that_depend_on_the_length_are_not_extended(scaling):
+    with pytest.raises(ValueError) as caught:
+        extend_rope_table(rope_table(8, 4, scaling=scaling), 8, scaling=scaling)
+    kind = scaling.get("rope_type", scaling.get("type"))
+    assert str(caught.value) == (f"extend_rope_table: rope_type {kind} depends on max_seq_len, expected another or a "
+                                 "new table")
+
+
+NUMBERS = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "max_position_embeddings": 64},
+    "yarn": YARN | {"attention_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    "longrope": LONGROPE | {"factor": 4.0, "attention_factor": 1.0},
+    "llama3": LLAMA3,
+    "proportional": {"factor": 2.0, "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_number_beyond_any_model_is_refused_or_gives_a_finite_table(kind):
+    """Nothing else: no OverflowError, no warning of NumPy's, no infinite angle."""
+    hostile = [10**400, -(10**400), 10**5000, 1e308, 1e200, 1e19, 2.0**70, 2**53, 1e-300, 5e-324, 1e-19, 0, -1,
+               math.nan, math.inf, np.float64(1e308)]
+    keys = {*NUMBERS[kind], "rope_theta", "max_position_embeddings", "original_max_position_embeddings"}
+    for key in keys - {"rope_type"}:
+        for value in hostile:
+            given = {"rope_type": kind} | NUMBERS[kind] | {key: [value] * 4 if key.endswith("_factor") and isinstance(
+                NUMBERS[kind].get(key), list) else value}
+            without = {k: v for k, v in given.items() if k == key or k not in ("factor", "attention_factor")}
+            for scaling in (given, without):
+                try:
+                    table = rope_table(8, 300, scaling=scaling)
+                except ValueError as error:
+                    assert str(error).startswith("rope_table: "), (key, error)
+                else:
+                    assert np.isfinite(table.cos).all() and np.isfinite(table.sin).all(), (key, value)
 
 
 def test_building_takes_little_memory_beyond_the_table():
@@ -297,6 +360,19 @@ WRONG = [
     (dict(dim=7, max_seq_len=4), ValueError, "dim is 7, expected an even number"),
     (dict(dim=0, max_seq_len=4), ValueError, "dim is 0, expected at least 1"),
     (dict(dim=8, max_seq_len=-1), ValueError, "max_seq_len is -1, expected at least 1"),
+    (dict(dim=2**70, max_seq_len=4), ValueError, f"dim is {2**70}, expected at most 65536"),
+    (dict(dim=8, max_seq_len=2**70), ValueError, f"max_seq_len is {2**70}, expected at most {2**45}"),
+    (dict(dim=8, max_seq_len=4, base=1e300), ValueError, "base is 1e+300, expected 5.42e-20 to 1.84e+19"),
+    (
+        dict(dim=8, max_seq_len=4, base=10**400),
+        ValueError,
+        "base is an integer of 1329 bits, expected 5.42e-20 to 1.84e+19",
+    ),
+    (
+        dict(dim=8, max_seq_len=4, scaling={"type": "linear", "factor": 1e308}),
+        ValueError,
+        "scaling['factor'] is 1e+308, expected 9.54e-07 to 1.05e+06",
+    ),
     (dict(dim=8.0, max_seq_len=4), TypeError, "dim is 8.0, expected an integer"),
     (dict(dim=8, max_seq_len=4, base=1.0), ValueError, "base is 1.0, expected more than 1"),
     (dict(dim=8, max_seq_len=4, base=math.inf), ValueError, "base is inf, expected a finite number above 0"),

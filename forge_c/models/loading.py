@@ -2,48 +2,29 @@
 against the file before anything is allocated."""
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-_MAX_JSON = 16 << 20
+from forge_c.files import open_regular, parse_json, read_json
+
 _MAX_HEADER = 100 << 20
-_MAX_VALUES = 1 << 20  # a parsed value takes up to 100 bytes, however short its text
+_MAX_HEADER_VALUES = 1 << 19  # of 65 000 tensors in one file
+_MAX_METADATA = 4096  # entries that no tensor needs; exporters write one to a few hundred
+_MAX_AXES = 64
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Of every type that a file may hold, so that each tensor's bytes can be checked, also of those that are not read.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+         "F8_E5M2FNUZ": 8, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32,
+         "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 _DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # buffers that older exporters also wrote
-
-
-def read_json(path: Path, limit: int = _MAX_JSON) -> Any:
-    """The JSON in a file of at most `limit` bytes; ValueError names the file."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ValueError(f"{path}: {size} bytes, expected at most {limit}")
-        return _parse(path, file.read(size))
-
-
-def _parse(path: Path, text: bytes) -> Any:
-    if sum(map(text.count, (b"{", b"[", b","))) > _MAX_VALUES:
-        raise ValueError(f"{path}: more than {_MAX_VALUES} values")
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{path}: not valid JSON: {reason}") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
+_parse = parse_json
 
 
 class Tensors(Protocol):
@@ -56,38 +37,43 @@ class Tensors(Protocol):
         """Raise ValueError if a tensor is left that no one asked for."""
 
 
+class _Entry(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
 class Checkpoint:
     """The tensors of a folder's safetensors files by name, each read when it is asked for.
 
     Raises:
         FileNotFoundError: no safetensors file, or a shard that the index names is missing.
-        ValueError: a file that is damaged, truncated or names a tensor twice.
+        ValueError: a file that is damaged, truncated, no regular file, or names a tensor twice.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._home: dict[str, Path] = {}
+        self._entries: dict[str, _Entry] = {}
         self._taken: set[str] = set()
         for path, expected in _files(folder):
-            names = _header_names(path)
-            missing = expected - names
+            found = _header(path)
+            missing = expected - found.keys()
             if missing:
                 raise ValueError(f"{path}: tensor {min(missing)} is missing, which the index promises")
-            twice = names & self._home.keys()
+            twice = found.keys() & self._entries.keys()
             if twice:
-                raise ValueError(f"{path}: tensor {min(twice)} stands also in {self._home[min(twice)].name}")
-            self._home |= dict.fromkeys(names, path)
+                raise ValueError(f"{path}: tensor {min(twice)} stands also in {self._entries[min(twice)].path.name}")
+            self._entries |= found
 
     def __contains__(self, name: str) -> bool:
-        return name in self._home
+        return name in self._entries
 
     def dtypes(self) -> set[str]:
         """safetensors names of the dtypes in use, such as {"BF16"}."""
-        found = set()
-        for path in set(self._home.values()):
-            with self._file(path) as file:
-                found |= {file.get_slice(name).get_dtype() for name, home in self._home.items() if home == path}
-        return found
+        return {entry.dtype for entry in self._entries.values()}
 
     def take(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """A tensor of that shape, float32, float16 or bfloat16.
@@ -95,32 +81,27 @@ class Checkpoint:
         Raises:
             ValueError: it is missing, or has another shape or dtype.
         """
-        if name not in self._home:
+        entry = self._entries.get(name)
+        if entry is None:
             raise ValueError(f"{self.folder}: tensor {name} is missing")
-        path = self._home[name]
-        with self._file(path) as file:
-            entry = file.get_slice(name)
-            found, dtype = tuple(entry.get_shape()), entry.get_dtype()
-            if found != shape:
-                raise ValueError(f"{path}: {name} has shape {found}, expected {shape} from config.json")
-            if dtype not in _DTYPES:
-                raise ValueError(f"{path}: {name} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
-            tensor = file.get_tensor(name)
+        if entry.shape != shape:
+            raise ValueError(f"{entry.path}: {name} has shape {entry.shape}, expected {shape} from config.json")
+        if entry.dtype not in _DTYPES:
+            raise ValueError(f"{entry.path}: {name} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+        # Read, not mapped: a file that stays mapped counts, page by page, as this process's memory.
+        tensor = np.empty(shape, _DTYPES[entry.dtype])
+        with open_regular(entry.path) as file:
+            file.seek(entry.start)
+            if file.readinto(tensor.reshape(-1).view(np.uint8).data) != tensor.nbytes:  # type: ignore[attr-defined]
+                raise ValueError(f"{entry.path}: it ends within {name}")
         self._taken.add(name)
-        return tensor if tensor.dtype == _DTYPES[dtype] else tensor.view(_DTYPES[dtype])
+        return tensor
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
         """Raise ValueError if the folder holds a tensor that no one asked for: it would have changed the result."""
-        left = sorted(n for n in self._home.keys() - self._taken - set(allowed) if not n.endswith(_DERIVED))
+        left = sorted(n for n in self._entries.keys() - self._taken - set(allowed) if not n.endswith(_DERIVED))
         if left:
             raise ValueError(f"{self.folder}: {len(left)} tensors have no place in this model, the first is {left[0]}")
-
-    def _file(self, path: Path) -> Any:
-        """Opened anew for each tensor: a file that stays mapped counts, page by page, as this process's memory."""
-        try:
-            return safe_open(path, "np")
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
@@ -149,14 +130,62 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         yield folder / shard, tensors
 
 
-def _header_names(path: Path) -> set[str]:
-    """Tensor names of a safetensors file whose header is sound; offsets and sizes are checked by safe_open."""
-    with open(path, "rb") as file:
+def _header(path: Path) -> dict[str, _Entry]:
+    """The tensors of a safetensors file: together they fill what follows the header, without a gap or an overlap."""
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise ValueError(f"{path}: the header claims {length} bytes of a file of {size}")
-        header = _parse(path, file.read(length))
+        header = parse_json(path, file.read(length), _MAX_HEADER_VALUES)
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is not an object")
-    return header.keys() - {"__metadata__"}
+    _check_metadata(path, header.pop("__metadata__", {}))
+    found = {name: _entry(path, name, info) for name, info in header.items()}
+    filled = 0
+    for begin, end, name in sorted((e.start, e.start + _nbytes(e), name) for name, e in found.items()):
+        if begin != filled:
+            raise ValueError(f"{path}: {name} begins at byte {begin} of the data, expected {filled}, where the tensor "
+                             "before it ends")
+        filled = end
+    if filled != size - 8 - length:
+        raise ValueError(f"{path}: {size - 8 - length} bytes follow the header, expected {filled} as it says")
+    return {name: entry._replace(start=entry.start + 8 + length) for name, entry in found.items()}
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ is not an object of texts")
+    if len(metadata) > _MAX_METADATA:
+        raise ValueError(f"{path}: __metadata__ has {len(metadata)} entries, expected at most {_MAX_METADATA}")
+
+
+def _entry(path: Path, name: str, info: Any) -> _Entry:
+    """What the header says of a tensor, its start counted from the end of the header."""
+    if not isinstance(info, Mapping) or not info.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{path}: {name} is described by {_short(info)}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"{path}: {name} has dtype {_short(dtype)}, expected one of {', '.join(_DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        raise ValueError(f"{path}: {name} has shape {_short(shape)}, expected a list of at most {_MAX_AXES} sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{path}: {name} has data_offsets {_short(offsets)}, expected its begin and its end")
+    entry = _Entry(path, dtype, tuple(shape), offsets[0])
+    if prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+        raise ValueError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, expected as many as shape "
+                         f"{_short(shape)} of {dtype} takes")
+    return entry
+
+
+def _nbytes(entry: _Entry) -> int:
+    return prod(entry.shape) * _BITS[entry.dtype] // 8
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

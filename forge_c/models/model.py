@@ -18,7 +18,7 @@ from forge_c.models.loading import Checkpoint, read_json
 from forge_c.models.sampling import Sampler
 from forge_c.models.shapes import RandomCheckpoint, shape_config
 from forge_c.models.spec import Attention, ModelSpec, model_spec
-from forge_c.models.tokenizer import Tokenizer, load_tokenizer
+from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
 
@@ -231,6 +231,8 @@ class Model:
             several, texts = not isinstance(prompt, str), [prompt] if isinstance(prompt, str) else list(prompt)
             if self.tokenizer is None:
                 raise ValueError("generate: a text prompt needs a tokenizer, and the model's folder has none; pass ids")
+            for text in texts:
+                check_text("generate: prompt", text)
             given: list[Any] = [self.tokenizer.encode(text) for text in texts]
         else:
             several = (isinstance(prompt, np.ndarray) and prompt.ndim > 1) or (

@@ -1,14 +1,20 @@
 """Text to token ids and back: the bytes themselves for the embedded model, tokenizer.json for the others."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from forge_c.models.loading import read_json
+import numpy as np
 
-_MAX_TOKENIZER = 256 << 20
-_MAX_RENDERED = 64 << 20
+from forge_c.files import check_values, read_file, read_json
+
+# tokenizer.json: the largest of those that people publish has 262 144 tokens and 515 000 merges, 33 MB in all.
+_MAX_TOKENIZER = 64 << 20
+_MAX_ENTRIES, _MAX_KEYS = 5 << 19, 1 << 19
+_MAX_TEMPLATE = 1 << 18
+_MAX_ID = (1 << 32) - 1
 _INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character
 
 
@@ -30,10 +36,12 @@ class ByteTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Bytes of the text, after the byte 0 that begins every text. NUL characters are dropped."""
+        check_text("encode: text", text)
         return [self.bos_token_id] * add_special_tokens + [b for b in text.encode() if b]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD."""
+        _check_ids(ids, 255)
         return bytes(i for i in ids if i).decode("utf-8", errors="replace")
 
 
@@ -45,56 +53,48 @@ class HuggingFaceTokenizer:
             from tokenizers import Tokenizer as Backend
         except ImportError:
             raise ImportError("models: text needs the tokenizers library: pip install 'forge_c[hf]'") from None
-        path = folder / "tokenizer.json"
-        if path.stat().st_size > _MAX_TOKENIZER:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_TOKENIZER}")
-        try:
-            self.backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: {error}") from None
+        self._path = path = folder / "tokenizer.json"
+        document = read_file(path, _MAX_TOKENIZER)
+        check_values(path, document, _MAX_ENTRIES)
+        if document.count(b":") > _MAX_KEYS:
+            raise ValueError(f"{path}: more than {_MAX_KEYS} keys")
+        with _failures(str(path)):
+            self.backend = Backend.from_buffer(document)
         self.special = {key: _content(value) for key, value in config.items() if key.endswith("_token")
                         and _content(value) is not None}
         self.chat_template = _chat_template(folder, config)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. A text that already begins with the BOS token, as chat templates make it, gets no second one."""
+        check_text("encode: text", text)
         bos = self.special.get("bos_token")
-        return self.backend.encode(
-            text, add_special_tokens=add_special_tokens and not (bos and text.startswith(bos))).ids
+        special = add_special_tokens and not (bos and text.startswith(bos))
+        with _failures(f"encode: {self._path} cannot encode the text"):
+            return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        _check_ids(ids, _MAX_ID)
+        with _failures(f"decode: {self._path} cannot decode the ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
                             **variables: Any) -> str:
         """The prompt text of a conversation: [{"role": "user", "content": "..."}, ...].
 
-        The template comes with the model and runs in jinja2's immutable sandbox: what it may not touch is a ValueError.
+        The template comes with the model and runs in jinja2's immutable sandbox, for two seconds at most and with 128
+        MB of values: what it may not touch, and more than that, is a ValueError.
         """
         if self.chat_template is None:
             raise ValueError("apply_chat_template: the model's folder has no chat template")
         try:
-            from jinja2 import TemplateError
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            import jinja2  # noqa: F401
+
+            from forge_c.models.chat_template import render
         except ImportError:
             raise ImportError("apply_chat_template needs jinja2: pip install 'forge_c[hf]'") from None
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            stream = environment.from_string(self.chat_template).generate(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special, **variables)
-            return _joined(stream)
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
-                ValueError) as error:
-            raise ValueError(f"apply_chat_template: {error}") from None
+        return render(self.chat_template, {"messages": list(messages), "add_generation_prompt": add_generation_prompt,
+                                           **self.special, **variables})
 
 
 class TextStream:
@@ -140,7 +140,7 @@ def _content(token: Any) -> str | None:
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return _decoded(path, read_file(path, _MAX_TEMPLATE))
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -148,23 +148,38 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _strftime_now(pattern: str) -> str:
-    from datetime import datetime
-
-    return datetime.now().strftime(pattern)
+def _decoded(path: Path, text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
 
 
-def _joined(pieces: Any) -> str:
-    found, size = [], 0
-    for piece in pieces:
-        size += len(piece)
-        if size > _MAX_RENDERED:
-            raise ValueError(f"the prompt exceeds {_MAX_RENDERED} characters")
-        found.append(piece)
-    return "".join(found)
+@contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """The tokenizers library's errors as ValueError. It raises bare Exception, and a panic in it is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def check_text(argument: str, text: Any) -> None:
+    """TypeError unless it is a text, ValueError if it holds half a surrogate pair, which no tokenizer can encode."""
+    if not isinstance(text, str):
+        raise TypeError(f"{argument} is {text!r}, expected a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{argument} has {text[error.start]!r} at {error.start}, half of a surrogate pair; expected "
+                         "whole characters") from None
+
+
+def _check_ids(ids: Sequence[int], most: int) -> None:
+    for at, i in enumerate(ids):
+        if isinstance(i, bool) or not isinstance(i, int | np.integer):
+            raise TypeError(f"decode: ids[{at}] is {i!r}, expected an integer")
+        if not 0 <= i <= most:
+            raise ValueError(f"decode: ids[{at}] is {i}, expected 0 to {most}")
