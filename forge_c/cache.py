@@ -12,18 +12,17 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import index
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+from numpy.ctypeslib import as_array
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from forge_c import cache_file
-from forge_c.functional import KV_CHUNK, KVPages
+from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
 from forge_c.rotary import RopeTable
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
@@ -130,7 +129,7 @@ class KVCache:
         ring = None if window is None else _checked_size("KVCache", "window", window)
         self._describe(name, heads, k_dim, v_dim, room, ring)
         self._lengths, self._written, self._shared = (np.zeros(rows, np.int64) for _ in range(3))
-        self._writer = threading.RLock()
+        self._writer = WriterLock()
         self._file = None
         if path is None:
             self._memory, table = _new_pages(rows, self._pages_a_row, self._pages.page_nbytes)
@@ -351,7 +350,7 @@ class KVCache:
         twin._window, twin._max_seq_len, twin._capacity = self._window, self._max_seq_len, self._capacity
         twin._pages, twin._memory, twin._file = self._pages.with_table(table), memory, None
         twin._lengths, twin._written, twin._shared = self._lengths[rows], self._written[rows], self._shared[rows]
-        twin._writer = threading.RLock()
+        twin._writer = WriterLock()
         if isinstance(rows, slice):
             twin._writer, twin._file = self._writer, self._file
         return twin
@@ -439,7 +438,7 @@ class KVCache:
         file.check(header, batch * cache._pages_a_row, nbytes)
         cache._lengths, cache._written = np.array(header.lengths, np.int64), np.array(header.written, np.int64)
         cache._shared = np.zeros(batch, np.int64)
-        cache._writer, cache._file = threading.RLock(), file
+        cache._writer, cache._file = WriterLock(), file
         cache._memory, table = _pages_of(file.pages, batch)
         cache._pages = cache._pages.with_table(table)
         return cache if mmap_mode is not None else cache.copy()
@@ -469,8 +468,7 @@ class KVCache:
             twin._lengths[:], twin._written[:] = self._lengths, self._written
         return twin
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> Writing:
         """Keep other threads from writing for as long as the block lasts.
 
         append and truncate do so by themselves; a layer does so from its append to the end of its attention.
@@ -478,12 +476,7 @@ class KVCache:
         Raises:
             RuntimeError: another thread holds it.
         """
-        if not self._writer.acquire(blocking=False):
-            raise RuntimeError("KVCache: another thread is writing to this cache")
-        try:
-            yield
-        finally:
-            self._writer.release()
+        return Writing((self._writer,))
 
     def _checked(self, name: str, new: ArrayLike, dim: int) -> NDArray[Any]:
         array = np.asarray(new)
@@ -528,7 +521,7 @@ def _pages_of(pages: NDArray[np.uint8], rows: int) -> tuple[list[Any], Table]:
 
 
 def _page_at(address: int, nbytes: int) -> NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+    return as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 def _round_up(a: int, unit: int) -> int:

@@ -4,6 +4,7 @@
 Each function checks its arguments, allocates the result unless `out=` is given, lets the GIL go and makes one call
 into src_c. Conventions (axis order, dtypes, errors, `out=`) are in docs/conventions.md.
 """
+cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Occurred
 from libc.stddef cimport ptrdiff_t
@@ -29,6 +30,7 @@ include "border/norms.pxi"
 include "border/activations.pxi"
 include "border/rope.pxi"
 include "border/linear.pxi"
+include "border/writer.pxi"
 include "border/cache.pxi"
 include "border/attention.pxi"
 include "border/decoder.pxi"
