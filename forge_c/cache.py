@@ -106,6 +106,7 @@ class KVCache:
     # Highest position ever written, plus 1: in a ring, positions from _written - capacity on survive.
     _written: NDArray[np.int64]
     _shared: NDArray[np.int64]  # leading pages of a row that a fork shares
+    _writer: WriterLock
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class KVCache:
     ) -> None:
         v_dim = head_dim if v_dim is None else v_dim
         sizes = {"batch": batch, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "v_dim": v_dim}
-        rows, heads, k_dim, v_dim = (_checked_size("KVCache", name, size) for name, size in sizes.items())
+        rows, heads, k_dim, v_dim = (_checked_size("KVCache", size, value) for size, value in sizes.items())
         name = _dtype_name(dtype)
         if name not in _DECODED:
             raise ValueError(f"KVCache: dtype is {name!r}, expected one of {', '.join(_DECODED)}")
@@ -275,8 +276,12 @@ class KVCache:
 
     def _claim(self, stop: NDArray[np.int64]) -> None:
         """Make what follows each row's tokens writable up to position `stop`."""
-        if self._file is not None and not self._file.writable:
-            raise ValueError(f"KVCache.append: {self._file.path} is open for reading only")
+        if self._file is not None:
+            if not self._file.writable:
+                raise ValueError(f"KVCache.append: {self._file.path} is open for reading only")
+            for b in np.flatnonzero(stop > self._lengths):
+                chunks = np.arange(self._lengths[b] // KV_CHUNK, -(-stop[b] // KV_CHUNK))
+                self._file.reserve(self._pages.table[b, chunks % self._pages_a_row])
         if self._shared.any():
             for b in np.flatnonzero((stop > self._lengths) & (self._lengths // KV_CHUNK < self._shared)):
                 self._leave(int(b), int(self._lengths[b]))
@@ -370,7 +375,10 @@ class KVCache:
         >>> cache.fork(3).lengths
         array([300, 300, 300])
         """
-        rows = np.repeat(np.arange(self.batch), _checked_size("KVCache.fork", "n", n))
+        n = _checked_size("KVCache.fork", "n", n)
+        if self.batch * n * self._pages_a_row > sys.maxsize // 8:
+            raise ValueError(f"KVCache.fork: n is {n}, {n} times the pages of this cache cannot be addressed")
+        rows = np.repeat(np.arange(self.batch), n)
         with self.writing():
             keeps_its_own = self._window is not None or (self._file is not None and self._file.writable)
             full = np.zeros_like(self._lengths) if keeps_its_own else self._lengths // KV_CHUNK
@@ -387,29 +395,35 @@ class KVCache:
 
     def _copy_pages(self, i: int, source: KVCache, b: int, first: int) -> None:
         """Row i's pages from `first` on, those in use, from row b of a cache with pages of the same bytes."""
-        used = min(-(-int(source._written[b]) // KV_CHUNK), source._pages_a_row)
         nbytes = self._pages.page_nbytes
-        for p in range(first, used):
+        for p in range(first, source._used_pages(b)):
             _page_at(int(self._pages.table[i, p]), nbytes)[:] = _page_at(int(source._pages.table[b, p]), nbytes)
+
+    def _used_pages(self, b: int) -> int:
+        """How many of row b's pages have ever held a token."""
+        return min(-(-int(self._written[b]) // KV_CHUNK), self._pages_a_row)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a new file, for `load`. Pages that hold no token take no room on disk.
 
+        The file has its name when all of it is on the disk; whatever ends `save` before leaves no file.
+
         Raises:
-            FileExistsError, OSError: path exists or cannot be written.
+            FileExistsError, OSError: path exists or cannot be written, as on a full disk (ENOSPC).
+            ValueError: a size beyond what files hold: 2**16 heads, 2**20 channels or rows, max_seq_len 2**40.
         """
+        a_row, nbytes = self._pages_a_row, self._pages.page_nbytes
         with self.writing():
-            file = cache_file.create(path, self._header(), self.batch * self._pages_a_row, self._pages.page_nbytes)
-            twin = self._like(_pages_of(file.pages, self.batch)[1], [file.pages], np.arange(self.batch))
-            for b in range(self.batch):
-                twin._copy_pages(b, self, b, 0)
-            file.flush(self._header())
+            used = ((b * a_row + p, _page_at(int(self._pages.table[b, p]), nbytes))
+                    for b in range(self.batch) for p in range(self._used_pages(b)))
+            cache_file.save(path, self._header(), self.batch * a_row, nbytes, used)
 
     def flush(self) -> None:
         """Write the lengths, and what is still on its way, to the file of a cache that has one.
 
         Raises:
             ValueError: the cache has no file, or one opened for reading only, or is a row of one that has.
+            OSError: the file cannot be written.
         """
         if self._file is None or not self._file.writable:
             raise ValueError("KVCache.flush: the cache has no file that is open for writing")
@@ -430,18 +444,24 @@ class KVCache:
             OSError: the file cannot be read.
             ValueError: it is no such file, damaged, or made by another version; or mmap_mode is something else.
         """
-        header, file = cache_file.open_pages(path, mmap_mode)
+        h, file = cache_file.open_pages(path, mmap_mode)
         cache = object.__new__(cls)
-        h = header
         cache._describe(h.dtype, h.n_kv_heads, h.head_dim, h.v_dim, h.max_seq_len, h.window)
-        batch, nbytes = len(header.lengths), cache._pages.page_nbytes
-        file.check(header, batch * cache._pages_a_row, nbytes)
-        cache._lengths, cache._written = np.array(header.lengths, np.int64), np.array(header.written, np.int64)
+        batch, a_row, nbytes = len(h.lengths), cache._pages_a_row, cache._pages.page_nbytes
+        file.check(h, batch * a_row, nbytes)
+        cache._lengths, cache._written = np.array(h.lengths, np.int64), np.array(h.written, np.int64)
         cache._shared = np.zeros(batch, np.int64)
-        cache._writer, cache._file = WriterLock(), file
-        cache._memory, table = _pages_of(file.pages, batch)
+        cache._writer, cache._file = WriterLock(), None
+        if mmap_mode is None:
+            cache._memory, table = _new_pages(batch, a_row, nbytes)
+            for b in range(batch):
+                file.read(b * a_row, cache._memory[0][b * a_row : b * a_row + cache._used_pages(b)])
+        else:
+            file.map("KVCache.load")
+            cache._memory, table = _pages_of(file.pages, batch)
+            cache._file = file
         cache._pages = cache._pages.with_table(table)
-        return cache if mmap_mode is not None else cache.copy()
+        return cache
 
     def _header(self) -> cache_file.Header:
         return cache_file.Header(
