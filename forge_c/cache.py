@@ -10,11 +10,12 @@ needs to, takes a copy of its own first.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -55,7 +56,7 @@ def kv_cache_nbytes(
         raise ValueError(f"kv_cache_nbytes: dtype is {name!r}, expected one of {', '.join(_ITEMSIZE)}")
     sizes = {"batch": batch, "seq_len": seq_len, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
     rows, tokens, heads, dim = (
-        _checked_size("kv_cache_nbytes", size, value, least=0) for size, value in sizes.items()
+        _checked_size("kv_cache_nbytes", size, value, least=0, most=math.inf) for size, value in sizes.items()
     )
     return _nbytes(name, rows, tokens, heads, 2 * dim)
 
@@ -78,7 +79,10 @@ class KVCache:
         path: a new file to hold the pages, memory-mapped: the cache may be larger than the RAM. `flush` makes the file
             complete, `KVCache.load` opens it again.
 
-    One thread may write at a time: while one does, append and truncate raise RuntimeError in any other.
+    One thread may write at a time: while one does, append, truncate, fork, copy, save and flush raise RuntimeError in
+    any other. Attention may read meanwhile: it sees the tokens that were complete when its call began.
+
+    copy.copy and copy.deepcopy make a `copy`. A cache is not pickled: `save` it.
 
     Raises:
         TypeError, ValueError: a size that is not a positive integer, an unknown dtype, or sizes whose product
@@ -129,6 +133,7 @@ class KVCache:
         room = _checked_size("KVCache", "max_seq_len", max_seq_len)
         ring = None if window is None else _checked_size("KVCache", "window", window)
         self._describe(name, heads, k_dim, v_dim, room, ring)
+        _check_addressable(rows * self._pages_a_row, self._pages.page_nbytes)
         self._lengths, self._written, self._shared = (np.zeros(rows, np.int64) for _ in range(3))
         self._writer = WriterLock()
         self._file = None
@@ -146,6 +151,7 @@ class KVCache:
         if window is not None:
             # A whole append of KV_CHUNK tokens and the window before its first one fit, in whole chunks.
             self._capacity = _round_up(min(room, window + KV_CHUNK), KV_CHUNK)
+        _check_page(dtype, heads, k_dim, v_dim)
         self._pages = KVPages(dtype, heads, k_dim, v_dim, window is not None)
 
     @property
@@ -488,6 +494,16 @@ class KVCache:
             twin._lengths[:], twin._written[:] = self._lengths, self._written
         return twin
 
+    def __copy__(self) -> KVCache:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("KVCache: a cache is not pickled; save() it and load() the file in the other process, "
+                        "with mmap_mode=\"r\" in the same memory; copy() and fork() stay in this process")
+
     def writing(self) -> Writing:
         """Keep other threads from writing for as long as the block lasts.
 
@@ -524,11 +540,23 @@ class KVCache:
         return counts.astype(np.int64)
 
 
+def _check_page(dtype: str, heads: int, k_dim: int, v_dim: int) -> None:
+    """ValueError if a page's bytes, or what they are rounded up to, are beyond C's integers."""
+    nbytes = KV_CHUNK * heads * ((k_dim + v_dim) * _ITEMSIZE[dtype] + 2 * _CACHE_LINE)
+    if nbytes > sys.maxsize:
+        raise ValueError(f"KVCache: n_kv_heads is {heads}, head_dim {k_dim} and v_dim {v_dim}: a page of {KV_CHUNK} "
+                         f"tokens, {nbytes} bytes, cannot be addressed")
+
+
+def _check_addressable(count: int, page_nbytes: int) -> None:
+    if count * page_nbytes > sys.maxsize - _CACHE_LINE:
+        raise ValueError(f"KVCache: {count} pages of {page_nbytes} bytes cannot be addressed")
+
+
 def _new_pages(rows: int, pages_a_row: int, page_nbytes: int) -> tuple[list[Any], Table]:
     """Pages of zeros, which the system hands out when they are first written; (what they lie in, their table)."""
     count = rows * pages_a_row
-    if count * page_nbytes > sys.maxsize - _CACHE_LINE:
-        raise ValueError(f"KVCache: {count} pages of {page_nbytes} bytes cannot be addressed")
+    _check_addressable(count, page_nbytes)
     memory = np.zeros(count * page_nbytes + _CACHE_LINE, np.uint8)
     offset = -memory.ctypes.data % _CACHE_LINE
     return _pages_of(memory[offset : offset + count * page_nbytes].reshape(count, page_nbytes), rows)
@@ -552,11 +580,13 @@ def _dtype_name(dtype: DTypeLike) -> str:
     return dtype if isinstance(dtype, str) else np.dtype(dtype).name
 
 
-def _checked_size(function: str, name: str, value: int, *, least: int = 1) -> int:
+def _checked_size(function: str, name: str, value: int, *, least: int = 1, most: float = sys.maxsize) -> int:
     try:
         size = index(value)
     except TypeError:
         raise TypeError(f"{function}: {name} is {value!r}, expected an integer") from None
     if size < least:
         raise ValueError(f"{function}: {name} is {size}, expected at least {least}")
+    if size > most:
+        raise ValueError(f"{function}: {name} is {size}, expected at most {most}")
     return size
