@@ -11,6 +11,7 @@ import pytest
 from child import run_script
 from test_kv_cache import in_another_thread, snapshot
 
+import forge_c
 from forge_c.cache import KVCache
 from forge_c.functional import WriterLock, Writing
 
@@ -173,6 +174,33 @@ def test_a_child_goes_on_writing_what_its_only_thread_was_writing_at_the_fork():
             os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) if grandchild else 0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     """)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"window": 70}])
+def test_attention_beside_a_writer_sees_the_tokens_of_its_beginning(rng, options):
+    total = 700
+    k, q = rng.standard_normal((1, total, 1, 8), np.float32), rng.standard_normal((1, 1, 2, 8), np.float32)
+    k[0, -1] = np.nan  # what comes later is not felt
+    alone, cache = KVCache(1, total, 1, 8, **options), KVCache(1, total, 1, 8, **options)
+    want, seen = [forge_c.attention(q, alone).tobytes()], []
+    for i in range(total):
+        alone.append(k[:, i : i + 1], -k[:, i : i + 1])
+        want.append(forge_c.attention(q, alone).tobytes())
+
+    assert len(set(want)) > total // 2
+
+    def writer() -> None:
+        for i in range(total):
+            cache.append(k[:, i : i + 1], -k[:, i : i + 1])
+
+    thread = threading.Thread(target=writer)
+    thread.start()
+    while thread.is_alive() or not seen:
+        first, got, last = cache.seq_len, forge_c.attention(q, cache).tobytes(), cache.seq_len
+        assert got in want[first : last + 1], (first, last)
+        seen.append(last)
+    thread.join()
+    assert forge_c.attention(q, cache).tobytes() == want[total]
 
 
 def test_forks_and_copies_have_locks_of_their_own():
