@@ -10,14 +10,16 @@ needs to, takes a copy of its own first.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator
 from operator import index
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import ml_dtypes
 import numpy as np
+from numpy.ctypeslib import as_array
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from forge_c import cache_file
@@ -54,7 +56,7 @@ def kv_cache_nbytes(
         raise ValueError(f"kv_cache_nbytes: dtype is {name!r}, expected one of {', '.join(_ITEMSIZE)}")
     sizes = {"batch": batch, "seq_len": seq_len, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
     rows, tokens, heads, dim = (
-        _checked_size("kv_cache_nbytes", size, value, least=0) for size, value in sizes.items()
+        _checked_size("kv_cache_nbytes", size, value, least=0, most=math.inf) for size, value in sizes.items()
     )
     return _nbytes(name, rows, tokens, heads, 2 * dim)
 
@@ -77,7 +79,10 @@ class KVCache:
         path: a new file to hold the pages, memory-mapped: the cache may be larger than the RAM. `flush` makes the file
             complete, `KVCache.load` opens it again.
 
-    One thread may write at a time: while one does, append and truncate raise RuntimeError in any other.
+    One thread may write at a time: while one does, append, truncate, fork, copy, save and flush raise RuntimeError in
+    any other. Attention may read meanwhile: it sees the tokens that were complete when its call began.
+
+    copy.copy and copy.deepcopy make a `copy`. A cache is not pickled: `save` it.
 
     Raises:
         TypeError, ValueError: a size that is not a positive integer, an unknown dtype, or sizes whose product
@@ -107,6 +112,7 @@ class KVCache:
     # Highest position ever written, plus 1: in a ring, positions from _written - capacity on survive.
     _written: NDArray[np.int64]
     _shared: NDArray[np.int64]  # leading pages of a row that a fork shares
+    _writer: WriterLock
 
     def __init__(
         self,
@@ -122,13 +128,14 @@ class KVCache:
     ) -> None:
         v_dim = head_dim if v_dim is None else v_dim
         sizes = {"batch": batch, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "v_dim": v_dim}
-        rows, heads, k_dim, v_dim = (_checked_size("KVCache", name, size) for name, size in sizes.items())
+        rows, heads, k_dim, v_dim = (_checked_size("KVCache", size, value) for size, value in sizes.items())
         name = _dtype_name(dtype)
         if name not in _DECODED:
             raise ValueError(f"KVCache: dtype is {name!r}, expected one of {', '.join(_DECODED)}")
         room = _checked_size("KVCache", "max_seq_len", max_seq_len)
         ring = None if window is None else _checked_size("KVCache", "window", window)
         self._describe(name, heads, k_dim, v_dim, room, ring)
+        _check_addressable(rows * self._pages_a_row, self._pages.page_nbytes)
         self._lengths, self._written, self._shared = (np.zeros(rows, np.int64) for _ in range(3))
         self._writer = WriterLock()
         self._file = None
@@ -146,6 +153,7 @@ class KVCache:
         if window is not None:
             # A whole append of KV_CHUNK tokens and the window before its first one fit, in whole chunks.
             self._capacity = _round_up(min(room, window + KV_CHUNK), KV_CHUNK)
+        _check_page(dtype, heads, k_dim, v_dim)
         self._pages = KVPages(dtype, heads, k_dim, v_dim, window is not None)
 
     @property
@@ -277,8 +285,12 @@ class KVCache:
 
     def reserve(self, start: NDArray[np.int64], stop: NDArray[np.int64]) -> None:
         """Make the slots of each row's positions [start, stop) writable: as forge_c.state.LayerState."""
-        if self._file is not None and not self._file.writable:
-            raise ValueError(f"KVCache.append: {self._file.path} is open for reading only")
+        if self._file is not None:
+            if not self._file.writable:
+                raise ValueError(f"KVCache.append: {self._file.path} is open for reading only")
+            for b in np.flatnonzero(stop > start):
+                chunks = np.arange(start[b] // KV_CHUNK, -(-stop[b] // KV_CHUNK))
+                self._file.reserve(self._pages.table[b, chunks % self._pages_a_row])
         if self._shared.any():
             for b in np.flatnonzero((stop > start) & (start // KV_CHUNK < self._shared)):
                 self._unshare(int(b), int(start[b]))
@@ -378,7 +390,10 @@ class KVCache:
         >>> cache.fork(3).lengths
         array([300, 300, 300])
         """
-        rows = np.repeat(np.arange(self.batch), _checked_size("KVCache.fork", "n", n))
+        n = _checked_size("KVCache.fork", "n", n)
+        if self.batch * n * self._pages_a_row > sys.maxsize // 8:
+            raise ValueError(f"KVCache.fork: n is {n}, {n} times the pages of this cache cannot be addressed")
+        rows = np.repeat(np.arange(self.batch), n)
         with self.writing():
             keeps_its_own = self._window is not None or (self._file is not None and self._file.writable)
             full = np.zeros_like(self._lengths) if keeps_its_own else self._lengths // KV_CHUNK
@@ -395,29 +410,35 @@ class KVCache:
 
     def _copy_pages(self, i: int, source: KVCache, b: int, first: int) -> None:
         """Row i's pages from `first` on, those in use, from row b of a cache with pages of the same bytes."""
-        used = min(-(-int(source._written[b]) // KV_CHUNK), source._pages_a_row)
         nbytes = self._pages.page_nbytes
-        for p in range(first, used):
+        for p in range(first, source._used_pages(b)):
             _page_at(int(self._pages.table[i, p]), nbytes)[:] = _page_at(int(source._pages.table[b, p]), nbytes)
+
+    def _used_pages(self, b: int) -> int:
+        """How many of row b's pages have ever held a token."""
+        return min(-(-int(self._written[b]) // KV_CHUNK), self._pages_a_row)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a new file, for `load`. Pages that hold no token take no room on disk.
 
+        The file has its name when all of it is on the disk; whatever ends `save` before leaves no file.
+
         Raises:
-            FileExistsError, OSError: path exists or cannot be written.
+            FileExistsError, OSError: path exists or cannot be written, as on a full disk (ENOSPC).
+            ValueError: a size beyond what files hold: 2**16 heads, 2**20 channels or rows, max_seq_len 2**40.
         """
+        a_row, nbytes = self._pages_a_row, self._pages.page_nbytes
         with self.writing():
-            file = cache_file.create(path, self._header(), self.batch * self._pages_a_row, self._pages.page_nbytes)
-            twin = self._like(_pages_of(file.pages, self.batch)[1], [file.pages], np.arange(self.batch))
-            for b in range(self.batch):
-                twin._copy_pages(b, self, b, 0)
-            file.flush(self._header())
+            used = ((b * a_row + p, _page_at(int(self._pages.table[b, p]), nbytes))
+                    for b in range(self.batch) for p in range(self._used_pages(b)))
+            cache_file.save(path, self._header(), self.batch * a_row, nbytes, used)
 
     def flush(self) -> None:
         """Write the lengths, and what is still on its way, to the file of a cache that has one.
 
         Raises:
             ValueError: the cache has no file, or one opened for reading only, or is a row of one that has.
+            OSError: the file cannot be written.
         """
         if self._file is None or not self._file.writable:
             raise ValueError("KVCache.flush: the cache has no file that is open for writing")
@@ -438,18 +459,24 @@ class KVCache:
             OSError: the file cannot be read.
             ValueError: it is no such file, damaged, or made by another version; or mmap_mode is something else.
         """
-        header, file = cache_file.open_pages(path, mmap_mode)
+        h, file = cache_file.open_pages(path, mmap_mode)
         cache = object.__new__(cls)
-        h = header
         cache._describe(h.dtype, h.n_kv_heads, h.head_dim, h.v_dim, h.max_seq_len, h.window)
-        batch, nbytes = len(header.lengths), cache._pages.page_nbytes
-        file.check(header, batch * cache._pages_a_row, nbytes)
-        cache._lengths, cache._written = np.array(header.lengths, np.int64), np.array(header.written, np.int64)
+        batch, a_row, nbytes = len(h.lengths), cache._pages_a_row, cache._pages.page_nbytes
+        file.check(h, batch * a_row, nbytes)
+        cache._lengths, cache._written = np.array(h.lengths, np.int64), np.array(h.written, np.int64)
         cache._shared = np.zeros(batch, np.int64)
-        cache._writer, cache._file = WriterLock(), file
-        cache._memory, table = _pages_of(file.pages, batch)
+        cache._writer, cache._file = WriterLock(), None
+        if mmap_mode is None:
+            cache._memory, table = _new_pages(batch, a_row, nbytes)
+            for b in range(batch):
+                file.read(b * a_row, cache._memory[0][b * a_row : b * a_row + cache._used_pages(b)])
+        else:
+            file.map("KVCache.load")
+            cache._memory, table = _pages_of(file.pages, batch)
+            cache._file = file
         cache._pages = cache._pages.with_table(table)
-        return cache if mmap_mode is not None else cache.copy()
+        return cache
 
     def _header(self) -> cache_file.Header:
         return cache_file.Header(
@@ -475,6 +502,16 @@ class KVCache:
                 twin._copy_pages(b, self, b, 0)
             twin._lengths[:], twin._written[:] = self._lengths, self._written
         return twin
+
+    def __copy__(self) -> KVCache:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("KVCache: a cache is not pickled; save() it and load() the file in the other process, "
+                        "with mmap_mode=\"r\" in the same memory; copy() and fork() stay in this process")
 
     def writing(self) -> Writing:
         """Keep other threads from writing for as long as the block lasts.
@@ -512,11 +549,23 @@ class KVCache:
         return counts.astype(np.int64)
 
 
+def _check_page(dtype: str, heads: int, k_dim: int, v_dim: int) -> None:
+    """ValueError if a page's bytes, or what they are rounded up to, are beyond C's integers."""
+    nbytes = KV_CHUNK * heads * ((k_dim + v_dim) * _ITEMSIZE[dtype] + 2 * _CACHE_LINE)
+    if nbytes > sys.maxsize:
+        raise ValueError(f"KVCache: n_kv_heads is {heads}, head_dim {k_dim} and v_dim {v_dim}: a page of {KV_CHUNK} "
+                         f"tokens, {nbytes} bytes, cannot be addressed")
+
+
+def _check_addressable(count: int, page_nbytes: int) -> None:
+    if count * page_nbytes > sys.maxsize - _CACHE_LINE:
+        raise ValueError(f"KVCache: {count} pages of {page_nbytes} bytes cannot be addressed")
+
+
 def _new_pages(rows: int, pages_a_row: int, page_nbytes: int) -> tuple[list[Any], Table]:
     """Pages of zeros, which the system hands out when they are first written; (what they lie in, their table)."""
     count = rows * pages_a_row
-    if count * page_nbytes > sys.maxsize - _CACHE_LINE:
-        raise ValueError(f"KVCache: {count} pages of {page_nbytes} bytes cannot be addressed")
+    _check_addressable(count, page_nbytes)
     memory = np.zeros(count * page_nbytes + _CACHE_LINE, np.uint8)
     offset = -memory.ctypes.data % _CACHE_LINE
     return _pages_of(memory[offset : offset + count * page_nbytes].reshape(count, page_nbytes), rows)
@@ -529,7 +578,7 @@ def _pages_of(pages: NDArray[np.uint8], rows: int) -> tuple[list[Any], Table]:
 
 
 def _page_at(address: int, nbytes: int) -> NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+    return as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 def _round_up(a: int, unit: int) -> int:
@@ -540,11 +589,13 @@ def _dtype_name(dtype: DTypeLike) -> str:
     return dtype if isinstance(dtype, str) else np.dtype(dtype).name
 
 
-def _checked_size(function: str, name: str, value: int, *, least: int = 1) -> int:
+def _checked_size(function: str, name: str, value: int, *, least: int = 1, most: float = sys.maxsize) -> int:
     try:
         size = index(value)
     except TypeError:
         raise TypeError(f"{function}: {name} is {value!r}, expected an integer") from None
     if size < least:
         raise ValueError(f"{function}: {name} is {size}, expected at least {least}")
+    if size > most:
+        raise ValueError(f"{function}: {name} is {size}, expected at most {most}")
     return size

@@ -15,17 +15,19 @@ _PIECE = 1 << 20
 PathLike = str | os.PathLike[str]
 
 
-def open_regular(path: PathLike) -> BinaryIO:
-    """The file, open for reading. ValueError if it is a pipe, a socket, a device or a folder, also behind a link."""
+def open_regular(path: PathLike, *, writable: bool = False) -> BinaryIO:
+    """The file, open for reading, or for writing too. ValueError if it is a pipe, a socket, a device or a folder, also
+    behind a link."""
     refusal = f"{os.fspath(path)}: not a regular file"
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(refusal)
     # What stands there may have changed since: a pipe opened without O_NONBLOCK waits for its writer.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    access = os.O_RDWR if writable else os.O_RDONLY
+    handle = os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise ValueError(refusal)
-    return os.fdopen(handle, "rb")
+    return os.fdopen(handle, "r+b" if writable else "rb")
 
 
 def read_file(path: PathLike, limit: int) -> bytes:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -144,6 +147,9 @@ def header_changed(path, **changes) -> None:
     {"max_seq_len": 2000},
     {"max_seq_len": 2**62}, {"n_kv_heads": 4}, {"n_kv_heads": 0}, {"head_dim": -16}, {"head_dim": 2**40},
     {"v_dim": None},
+    {"n_kv_heads": 2**32, "head_dim": 2**32, "v_dim": 2**32}, {"n_kv_heads": 2**16 + 1}, {"v_dim": 2**20 + 1},
+    {"n_kv_heads": 2**16, "head_dim": 2**20, "v_dim": 2**20}, {"max_seq_len": 2**40 + 1}, {"max_seq_len": 10**400},
+    {"window": 2**63}, {"n_kv_heads": True}, {"lengths": {"700": 350}}, {"lengths": None}, {"lengths": "ab"},
     {"dtype": "bfloat16"}, {"dtype": "object"}, {"window": 10}, {"window": 0}, {"window": "x"}, {"version": 1},
     {"format": "other"}, {"more": 1},
 ])
@@ -174,6 +180,121 @@ def test_a_truncated_or_foreign_file_is_an_error(rng, tmp_path):
         KVCache.load(tmp_path / "absent")
     with pytest.raises(ValueError, match="mmap_mode is 'w', expected"):
         KVCache.load(path, "w")
+
+
+@pytest.mark.parametrize("mode", [None, "r", "r+"])
+def test_a_file_cut_short_or_too_long_is_an_error(rng, tmp_path, mode):
+    path = tmp_path / "cache.npy"
+    filled(rng).save(path)
+    size = path.stat().st_size
+    for other in (size + 1, size - 1, size // 2, 129, 128, 127, 11, 10, 9, 1, 0):
+        os.truncate(path, other)
+        with pytest.raises(ValueError, match="KVCache.load: .*cache.npy is (damaged|no KVCache file)"):
+            KVCache.load(path, mode)
+
+
+def test_a_file_cut_short_while_it_is_read_is_an_error(rng, tmp_path, monkeypatch):
+    path = tmp_path / "cache.npy"
+    filled(rng).save(path)
+    preadv = os.preadv
+
+    def cut(handle: int, parts: list, place: int) -> int:
+        os.truncate(path, path.stat().st_size // 2)
+        return preadv(handle, parts, place)
+
+    monkeypatch.setattr(os, "preadv", cut)
+    with pytest.raises(ValueError, match="KVCache.load: .*cache.npy was cut short while it was read"):
+        KVCache.load(path)
+
+
+def test_any_byte_of_the_first_line_may_be_wrong(rng, tmp_path):
+    """Brackets left open, quotes, line ends, numbers, NUL: an error of ours, or the same cache."""
+    path = tmp_path / "cache.npy"
+    filled(rng).save(path)
+    whole = path.read_bytes()
+    want, same = contents(KVCache.load(path, "r")), 0
+    with open(path, "r+b") as file:
+        for place in range(128):
+            for wrong in b"[('\"9-#\n \0\xff":
+                file.seek(0)
+                file.write(whole[:place] + bytes([wrong]) + whole[place + 1 : 128])
+                file.flush()
+                try:
+                    assert contents(KVCache.load(path, "r")) == want
+                    same += 1
+                except ValueError as error:
+                    assert str(error).startswith(f"KVCache.load: {path} is "), (place, wrong)
+    assert 40 < same < 128
+
+
+def test_a_header_of_many_values_costs_neither_time_nor_memory(tmp_path):
+    body = b'{"format": "forge_c.KVCache", "version": 2, "a": [' + b"[]," * 22_000_000 + b"0]}"
+    records = np.zeros((len(body) // 64 + 2, 64), np.uint8)
+    records.reshape(-1)[: len(body)] = np.frombuffer(body, np.uint8)
+    np.save(tmp_path / "cache.npy", records)
+    del records
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(ValueError, match="KVCache.load: .*cache.npy is no KVCache file: its header: more than"):
+        KVCache.load(tmp_path / "cache.npy")
+    assert time.process_time() - start < 2
+    assert tracemalloc.get_traced_memory()[1] < len(body) * 1.5
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", [
+    b"[" * 900, b'{"a":' * 900, b"9" * 900, b'{"format": "forge_c.KVCache", "version": NaN}', b"", b"[]", b"null",
+    b'{"format": "forge_c.KVCache", "format": "x"}', b"\xff\xfe{}"])
+def test_a_header_that_is_no_object_of_ours_is_an_error(rng, tmp_path, text):
+    path = tmp_path / "cache.npy"
+    filled(rng).save(path)
+    with open(path, "r+b") as file:
+        file.seek(128)
+        file.write(text.ljust(1000, b"\0"))
+    with pytest.raises(ValueError, match="KVCache.load: .*cache.npy is no KVCache file: "):
+        KVCache.load(path)
+
+
+def test_as_many_rows_as_pages(tmp_path):
+    """The header's limits follow from the file's size: a row a page is the most."""
+    one = np.ones((600, 1, 1, 1), np.float32)
+    for room in (1, 257):
+        cache = KVCache(600, room, 1, 1, dtype="int8")
+        cache.append(one, one)
+        cache.save(tmp_path / f"{room}.npy")
+        assert KVCache.load(tmp_path / f"{room}.npy", "r").lengths.tolist() == [1] * 600
+
+
+@pytest.mark.parametrize("mode", [None, "r", "r+"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, mode):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link", "."):
+        with pytest.raises(ValueError, match="KVCache.load: .*: not a regular file"):
+            KVCache.load(tmp_path / name, mode)
+
+
+@pytest.mark.parametrize(("sizes", "options", "message"), [
+    ((1, 8, 2**16 + 1, 1), {}, "n_kv_heads is 65537, expected 1 to 65536"),
+    ((1, 8, 1, 2**20 + 1), {}, "head_dim is 1048577, expected 1 to 1048576"),
+    ((1, 8, 1, 1), {"v_dim": 2**20 + 1}, "v_dim is 1048577, expected 1 to 1048576"),
+    ((1, 2**40 + 1, 1, 1), {"window": 8}, "max_seq_len is 1099511627777, expected 1 to 1099511627776"),
+    ((2**20 + 1, 8, 1, 1), {}, "it has 1048577 lengths and 1048577 written, expected 1 to 1048576"),
+])
+def test_what_load_would_refuse_is_not_saved(tmp_path, sizes, options, message):
+    for function, work in (("KVCache.save", lambda: KVCache(*sizes, **options).save(tmp_path / "c.npy")),
+                           ("KVCache", lambda: KVCache(*sizes, **options, path=tmp_path / "c.npy"))):
+        with pytest.raises(ValueError) as caught:
+            work()
+        assert str(caught.value) == f"{function}: no file holds this cache: {message}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_without_end_is_saved(rng, tmp_path):
+    cache = filled(rng, window=sys.maxsize)
+    cache.save(tmp_path / "cache.npy")
+    loaded = KVCache.load(tmp_path / "cache.npy")
+    assert loaded.window == sys.maxsize and contents(loaded) == contents(cache)
 
 
 LARGER_THAN_MEMORY = """

@@ -13,8 +13,10 @@ cdef class KVPages:
     cdef readonly cnp.ndarray table
     cdef readonly str dtype
 
-    def __init__(self, str dtype, ptrdiff_t kv_heads, ptrdiff_t head_dim, ptrdiff_t v_dim, bint ring,
+    def __init__(self, str dtype not None, ptrdiff_t kv_heads, ptrdiff_t head_dim, ptrdiff_t v_dim, bint ring,
                  cnp.ndarray table=None):
+        if dtype not in KV_TYPES:
+            raise ValueError(f"KVPages: dtype is {dtype!r}, expected one of {', '.join(KV_TYPES)}")
         self.dtype = dtype
         self.c.type, self.c.kv_heads, self.c.head_dim, self.c.v_dim = KV_TYPES[dtype], kv_heads, head_dim, v_dim
         self.c.ring = ring
@@ -22,7 +24,11 @@ cdef class KVPages:
             self.table, self.c.pages_a_row = table, table.shape[1]
             self.c.pages = <void **>cnp.PyArray_DATA(table)
 
-    def with_table(self, cnp.ndarray table):
+    def __reduce__(self):
+        raise TypeError("KVPages: addresses are neither pickled nor copied; KVCache.copy() copies what lies there, "
+                        "KVCache.save() writes it to a file")
+
+    def with_table(self, cnp.ndarray table not None):
         """The same layout over other pages."""
         return KVPages(self.dtype, self.c.kv_heads, self.c.head_dim, self.c.v_dim, self.c.ring, table)
 
@@ -43,8 +49,13 @@ cdef class KVPages:
     def v_dim(self):
         return self.c.v_dim
 
-    def append(self, cnp.ndarray k, cnp.ndarray v, cnp.ndarray start, cnp.ndarray count, table=None,
-               bint interleaved=False):
+    cdef int check_table(self) except -1:
+        if self.table is None:
+            raise ValueError("KVPages: there is no table of pages")
+        return 0
+
+    def append(self, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray start not None,
+               cnp.ndarray count not None, table=None, bint interleaved=False):
         """k, v (batch, seq, heads, dim) of one float dtype: the first count[b] tokens to the positions from start[b] on,
         keys through the RopeTable first if there is one."""
         cdef fc_append_args a
@@ -52,6 +63,7 @@ cdef class KVPages:
         cdef cnp.ndarray cos
         cdef cnp.ndarray sin
         cdef int i
+        self.check_table()
         if cnp.PyArray_STRIDE(k, 3) != cnp.PyArray_ITEMSIZE(k):
             k = np.ascontiguousarray(k)
         if cnp.PyArray_STRIDE(v, 3) != cnp.PyArray_ITEMSIZE(v):
@@ -73,6 +85,7 @@ cdef class KVPages:
 
     def read(self, ptrdiff_t row, ptrdiff_t start, ptrdiff_t seq):
         """(k, v) of `seq` tokens of a row from position start on: (seq, heads, dim) float32."""
+        self.check_table()
         cdef cnp.ndarray k = np.empty((seq, self.c.kv_heads, self.c.head_dim), np.float32)
         cdef cnp.ndarray v = np.empty((seq, self.c.kv_heads, self.c.v_dim), np.float32)
         cdef fc_status status
