@@ -98,6 +98,12 @@ TOLERANCES = {
 }
 
 
+def multiplies_pairs(dtype: Any) -> bool:
+    """Whether this ISA multiplies pairs of bfloat16 where keys and values have this dtype: then queries and softmax
+    weights are rounded to it, and the op is "attention_pairs" in TOLERANCES."""
+    return str(dtype) == "bfloat16" and forge_c.isa().endswith("bf16")
+
+
 def check_close(op: str, got: Any, expected: Any, *, magnitude: Any = None, n: float = 0, d: float = 0,
                 s: float = 0, roundings: float = 0, more: Any = 0, case: str = "") -> None:
     """Fail unless `got` is `expected` within TOLERANCES[op, its dtype], NaN and Inf at the same places.
