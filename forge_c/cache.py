@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from forge_c import cache_file
 from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
+from forge_c.functional import rope as rotate
 from forge_c.rotary import RopeTable
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
@@ -244,8 +245,8 @@ class KVCache:
             k: (batch, tokens, n_kv_heads, head_dim), float32, float16 or bfloat16.
             v: (batch, tokens, n_kv_heads, v_dim), likewise.
             lens: (batch,) how many of the tokens each row takes, from the first on; all of them if None.
-            rope: a table by which keys are turned on their way, at the positions that they get; `interleaved` as in
-                forge_c.rope.
+            rope: a table by which keys are turned on their way, at the positions that they get, and rounded to k's
+                dtype, all as forge_c.rope does; `interleaved` as there.
 
         Raises:
             TypeError: another dtype.
@@ -263,12 +264,16 @@ class KVCache:
                 f"KVCache.append: {tokens} tokens at once, expected at most {KV_CHUNK} in a ring"
             )
         added = np.full(self.batch, tokens) if lens is None else self._checked_lens(lens, tokens)
-        if k.dtype != v.dtype:
-            k, v = k.astype(np.float32), v.astype(np.float32)
         with self.writing():
             stop = self._stop(added)
             if rope is not None:
                 self._check_table(rope, int(stop.max()))
+            if k.dtype != v.dtype:
+                if rope is not None:  # turned here, so that keys are rounded to their own dtype
+                    positions = np.minimum(self._lengths[:, None] + np.arange(tokens), len(rope.cos) - 1)
+                    k = rotate(np.ascontiguousarray(k), rope, positions=positions, interleaved=interleaved)
+                    rope = None
+                k, v = k.astype(np.float32), v.astype(np.float32)
             self.reserve(self._lengths, stop)
             np.maximum(self._written, stop, out=self._written)
             self._pages.append(k, v, self._lengths, added, rope, interleaved)

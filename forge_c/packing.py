@@ -42,6 +42,9 @@ _SYMMETRIC_INT4 = 32
 # The sum over a group stays exact: 255 * 127 * 2^16 < 2^31, and 15 * 127 * 2^13 < 2^24, for ISAs that add up parts of
 # it in float32.
 _MAX_GROUP = {"int8": 1 << 16, "int4": 1 << 13}
+# Groups of int4 under 64 of float16's least steps get the best of the few scales that float16 has there.
+_LEAST_HALF = np.float32(2.0**-24)
+_TINY = 64 * _LEAST_HALF
 _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -179,6 +182,26 @@ def _inverse(scale: Floats) -> Floats:
     return inverse
 
 
+def _tiny(w: Floats) -> NDArray[np.bool_]:
+    """Which groups of w (panels * 16, groups, group) are so small, and not zero."""
+    largest = np.abs(w).max(axis=2)
+    return (largest > 0) & (largest < _TINY)
+
+
+def _whole_steps(w: Floats, widest: Floats) -> tuple[Floats, Floats]:
+    """w (groups, group) ~ 2^-24 step q: q nearest, so no value moves further than to zero; step (groups, 1).
+
+    The step is the one from 1 to 10 of least squared error, `widest` (groups, 1) at least: then q is in its range.
+    """
+    fine = w / _LEAST_HALF
+    step, least = np.ones_like(widest), np.full_like(widest, np.inf)
+    for candidate in np.arange(1, 11, dtype=np.float32):
+        error = np.square(fine - candidate * np.rint(fine / candidate)).sum(axis=1, keepdims=True)
+        better = (candidate * _LEAST_HALF >= widest) & (error < least)
+        step[better], least[better] = candidate, error[better]
+    return step, np.rint(fine / step)
+
+
 def _put_lines(f: Format, out: Bytes, u: Bytes) -> None:
     """u (panels * 16, groups, group) into the lines of out (panels, blocks, block bytes)."""
     panels, blocks = out.shape[:2]
@@ -216,6 +239,13 @@ def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     half = _scale(name, f, scale)
     u = w * _inverse(scale)[:, :, None] + np.float32(8.5)
     np.clip(u, 0, 15, out=u)
+    tiny = _tiny(w)
+    if tiny.any():
+        sign = np.where(scale[tiny] < 0, np.float32(-1), np.float32(1))[:, None]
+        turned = w[tiny] * sign
+        widest = np.maximum(turned.min(axis=1) / np.float32(-8), turned.max(axis=1) / np.float32(7))
+        step, q = _whole_steps(turned, widest[:, None])
+        half[tiny], u[tiny] = (step * sign * _LEAST_HALF)[:, 0], q + 8
     _put_lines(f, out, u.astype(np.uint8))
     out[:, :, -64:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)[...] = _per_group(f, out, half)
 
@@ -228,6 +258,12 @@ def _put_int4z(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     wide = scale.astype(np.float32)
     u = np.rint((w - minimum.astype(np.float32)[:, :, None]) * _inverse(wide)[:, :, None])
     np.clip(u, 0, 15, out=u)
+    tiny = _tiny(w)
+    if tiny.any():
+        step, q = _whole_steps(w[tiny], np.ptp(w[tiny], axis=1, keepdims=True) / np.float32(15))
+        first = q.min(axis=1, keepdims=True)
+        scale[tiny], minimum[tiny] = (step * _LEAST_HALF)[:, 0], (first * step * _LEAST_HALF)[:, 0]
+        u[tiny] = np.minimum(q - first, 15)  # 16 where both ends were halfway
     _put_lines(f, out, u.astype(np.uint8))
     params = out[:, :, -64:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)
     params[:, :, 0], params[:, :, 1] = _per_group(f, out, scale)[:, :, 0], _per_group(f, out, minimum)[:, :, 0]

@@ -152,14 +152,15 @@ def product(x: Array, w: Parts, bias: Array | None = None, residual: Array | Non
     return Product(value, magnitude, len(w.ints) * (2 if w.minimum.any() else 1))
 
 
-def check_product(got: Array, x: Array, w: Parts, bias: Array | None = None, residual: Array | None = None) -> None:
+def check_product(got: Array, x: Array, w: Parts, bias: Array | None = None, residual: Array | None = None, *,
+                  case: str = "") -> None:
     """`got` against the exact arithmetic of x's and W's integers, and against x W with x as it came."""
     y = product(x, w, bias, residual)
-    check_close("quantized_linear", got, y.value, magnitude=y.magnitude, n=y.steps)
+    check_close("quantized_linear", got, y.value, magnitude=y.magnitude, n=y.steps, case=case)
     # Half a step for each value of x; as magnitude, in roundings of 2^-24.
     half_step = 0.5 * reference.quantized(x)[1] * np.abs(w.weight).sum(axis=0) * (1 + 127 * 2.0**-22)
     check_close("quantized_linear", got, reference.linear(x, w.weight, bias, residual=residual), n=y.steps,
-                magnitude=y.magnitude + half_step * 2.0**24 / (y.steps + 6))
+                magnitude=y.magnitude + half_step * 2.0**24 / (y.steps + 6), case=case)
 
 
 def check_gated(got: Array, x: Array, a: Parts, b: Parts, bias: Array | None, activation: str) -> None:

@@ -13,13 +13,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from conftest import DTYPES, check_close
+from conftest import DTYPES, check_close, multiplies_pairs
 from guard import guarded, guarded_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
 
-import forge_c as fc
 from forge_c import KVCache, attention
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -67,16 +66,11 @@ def expected(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array
     return out[..., :v.shape[-1]], lse, out[..., v.shape[-1]:], size
 
 
-def multiplies_pairs(k: Array) -> bool:
-    """Whether the ISA multiplies pairs of bfloat16 of these keys: then queries and weights are rounded to it."""
-    return bool(k.dtype == BFLOAT16) and fc.isa().endswith("bf16")
-
-
 def check_pair(got: tuple[Array, Array], want: tuple[Array, Array, Array, Array], kv_len: int, dim: int,
                pairs: bool | None = None) -> None:
     """out and lse within the bounds of conftest; pairs is None: that of q, k and v of one dtype."""
     out, lse, magnitude, size = want
-    pairs = multiplies_pairs(got[0]) if pairs is None else pairs
+    pairs = multiplies_pairs(got[0].dtype) if pairs is None else pairs
     check_close("attention_pairs" if pairs else "attention", got[0], out, magnitude=magnitude, n=kv_len, d=dim, s=size)
     assert got[1].dtype == np.float32
     check_close("lse", got[1], lse, magnitude=1 + np.abs(lse), n=kv_len, d=dim, s=size[..., 0])
@@ -86,7 +80,7 @@ def check(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
     """attention, checked against the reference."""
     got = attention(q, k, v, return_lse=True, **options)
     assert got[0].dtype == q.dtype and got[0].shape == (*q.shape[:3], v.shape[3])
-    pairs = multiplies_pairs(k)
+    pairs = multiplies_pairs(k.dtype)
     check_pair(got, expected(q.astype(BFLOAT16) if pairs else q, k, v, **options), k.shape[1], q.shape[3], pairs)
     return got
 
@@ -341,7 +335,7 @@ def test_sixteen_bit_inputs_are_their_float32_values(isa, dtype, rng, v_dim):
         for stored in DTYPES.values():
             rounded = [q.astype(dtype), k.astype(stored), v.astype(stored)]
             wide = [a.astype(np.float32) for a in rounded]
-            if multiplies_pairs(rounded[1]):
+            if multiplies_pairs(rounded[1].dtype):
                 wide = [rounded[0].astype(BFLOAT16).astype(np.float32), *rounded[1:]]
             wide = attention(*wide, return_lse=True, **options)
             assert bits(attention(*rounded, return_lse=True, **options)) == bits((wide[0].astype(dtype), wide[1]))

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import DTYPES, check_close
-from test_attention import BFLOAT16, INF, Array, bits, expected, multiplies_pairs, normal, qkv
+from conftest import DTYPES, check_close, multiplies_pairs
+from test_attention import BFLOAT16, INF, Array, bits, expected, normal, qkv
 
 import forge_c as fc
 from forge_c import KVCache, attention
@@ -107,7 +107,7 @@ def test_float32_queries_on_a_bfloat16_cache(isa, rng):
     for q_len, kv_len in ((1, 700), (33, 300)):
         q, k, v = normal(rng, 1, q_len, 8, 64), normal(rng, 1, kv_len, 2, 64), normal(rng, 1, kv_len, 2, 64)
         kept = filled(k, v, 256, dtype="bfloat16")
-        pairs = multiplies_pairs(next(iter(kept)))
+        pairs = multiplies_pairs(next(iter(kept)).dtype)
         want = expected(q.astype(BFLOAT16) if pairs else q, *kept, causal=True)
         got = attention(q, kept, causal=True)
         op = "attention_pairs" if pairs else "attention"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import DTYPES
 from test_kv_cache import raw, snapshot, tokens
 
 import forge_c
@@ -26,6 +27,19 @@ def test_append_turns_keys_as_rope_does(rng, isa, dtype, interleaved, dim):
         apart.append(turned, v[:, begin:end], lens=lens)
     for row in range(2):
         assert snapshot(fused.row(row)) == snapshot(apart.row(row))
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("values", DTYPES.values(), ids=str)
+def test_keys_are_rounded_to_their_dtype_as_they_turn(rng, isa, dtype, values, held):
+    """As attention without a cache gets them: rope's result has its input's dtype, whatever holds it afterwards."""
+    table, k, v = forge_c.rope_table(16, 64), tokens(rng, 2, 40, 2, 16).astype(dtype), tokens(rng, 2, 40, 2, 16)
+    v, fused, apart = v.astype(values), KVCache(2, 64, 2, 16, dtype=held), KVCache(2, 64, 2, 16, dtype=held)
+    for begin, end in ((0, 5), (5, 38), (38, 40)):
+        lens, positions = [end - begin, (end - begin) // 2], apart.lengths[:, None] + np.arange(end - begin)
+        fused.append(k[:, begin:end], v[:, begin:end], lens=lens, rope=table)
+        apart.append(forge_c.rope(k[:, begin:end], table, positions=positions), v[:, begin:end], lens=lens)
+    assert [snapshot(fused.row(row)) for row in range(2)] == [snapshot(apart.row(row)) for row in range(2)]
 
 
 @pytest.mark.parametrize(("rope", "error", "message"), [

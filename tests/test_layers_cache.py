@@ -3,6 +3,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import multiplies_pairs
 
 from forge_c import KVCache, nn
 from forge_c.nn.modern_attention import _FIRST_CACHE
@@ -17,6 +18,8 @@ LAYERS = {
     "block": lambda: nn.ModernTransformerBlock(24, 4, 2, seed=0),
     "bfloat16": lambda: nn.ModernTransformerBlock(24, 4, 2, seed=0).astype("bfloat16"),
 }
+# What a layer's own cache holds for an input: what attention multiplies plain keys of that dtype as.
+HELD = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}
 
 
 @pytest.fixture(params=LAYERS)
@@ -45,18 +48,37 @@ def test_cached_is_uncached_to_the_bit(rng, dtype, layer, chunk):
     assert kv.seq_len == x.shape[1]
 
 
-def test_a_row_of_a_batch_is_the_row_alone(rng, layer):
-    x = tokens(rng, 3, 20)
+def test_a_row_of_a_batch_is_the_row_alone(rng, dtype, layer):
+    x = tokens(rng, 3, 20, dtype=dtype)
     together, _ = fed(layer, x, 4)
     for row in range(3):
         assert together[row].tobytes() == fed(layer, x[row:row + 1], 4)[0][0].tobytes()
 
 
-def test_rows_of_different_lengths_continue_as_each_alone(rng, layer):
-    """Prompts of 9 and 4 tokens fed row by row into one cache, then tokens for both at once."""
-    prompts, more = [tokens(rng, 1, 9), tokens(rng, 1, 4)], tokens(rng, 2, 5)
+def test_the_cache_that_a_layer_makes_holds_its_own_dtype(rng, dtype, layer):
+    """And so does the larger one that takes its place."""
+    _, kv = fed(layer, tokens(rng, 1, 2 * _FIRST_CACHE, dtype=dtype), _FIRST_CACHE // 2)
+    assert kv.max_seq_len > _FIRST_CACHE and kv.dtype == HELD[dtype.name]
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16", "int8"])
+def test_a_cache_of_another_dtype_is_that_choice_alone(rng, dtype, layer, held):
+    """What multiplies follows from x's dtype and the cache's: not from chunks, rows or room."""
+    x = tokens(rng, 2, 40, dtype=dtype)
     inner = getattr(layer, "gqa", getattr(layer, "attention", layer))
-    cache = KVCache(2, 64, inner.n_kv_heads, inner.head_dim)
+    whole, _ = fed(layer, x, 40, KVCache(2, 64, inner.n_kv_heads, inner.head_dim, dtype=held))
+    for chunk in (1, 7):
+        y, kv = fed(layer, x, chunk, KVCache(2, 16, inner.n_kv_heads, inner.head_dim, dtype=held))
+        assert y.tobytes() == whole.tobytes() and y.dtype == dtype and kv.dtype == held
+    alone, _ = fed(layer, x[1:], 40, KVCache(1, 64, inner.n_kv_heads, inner.head_dim, dtype=held))
+    assert alone.tobytes() == whole[1:].tobytes()
+
+
+def test_rows_of_different_lengths_continue_as_each_alone(rng, dtype, layer):
+    """Prompts of 9 and 4 tokens fed row by row into one cache, then tokens for both at once."""
+    prompts = [tokens(rng, 1, 9, dtype=dtype), tokens(rng, 1, 4, dtype=dtype)]
+    more, inner = tokens(rng, 2, 5, dtype=dtype), getattr(layer, "gqa", getattr(layer, "attention", layer))
+    cache = KVCache(2, 64, inner.n_kv_heads, inner.head_dim, dtype=HELD[dtype.name])
     for row, prompt in enumerate(prompts):
         layer(prompt, use_cache=True, kv_cache=cache.row(row))
     assert cache.lengths.tolist() == [9, 4]
@@ -67,8 +89,8 @@ def test_rows_of_different_lengths_continue_as_each_alone(rng, layer):
         assert together[row].tobytes() == alone[0, prompt.shape[1]:].tobytes()
 
 
-def test_a_kv_cache_alone_asks_for_caching(rng, layer):
-    x = tokens(rng, 1, 6)
+def test_a_kv_cache_alone_asks_for_caching(rng, dtype, layer):
+    x = tokens(rng, 1, 6, dtype=dtype)
     _, kv = layer(x[:, :5], use_cache=True)
     y, again = layer(x[:, 5:], kv_cache=kv)
     assert again is kv and kv.seq_len == 6
@@ -110,12 +132,14 @@ def test_a_windowed_cache_is_a_windowed_mask(rng, window):
 
 
 def test_a_bfloat16_cache_rounds_keys_and_values(rng):
-    """Half a unit of 2^-8 in every value, and in every key of scores that stay below 2 in size."""
+    """Half a unit of 2^-8 in every value, and in every key of scores that stay below 2 in size, where an error is twice
+    as large in a weight; where pairs of bfloat16 are multiplied, in every query and weight too."""
     layer, x = nn.GroupedQueryAttention(24, 3, 1, causal=True, seed=0), tokens(rng, 2, 30)
     exact = layer(x)
     y, _ = layer(x, kv_cache=KVCache(2, 64, 1, 8, dtype="bfloat16"))
     assert y.tobytes() != exact.tobytes()
-    np.testing.assert_allclose(y, exact, rtol=0, atol=2.0**-8 * (1 + 2 * 2) * np.abs(exact).max())
+    sides = 2 if multiplies_pairs("bfloat16") else 1
+    np.testing.assert_allclose(y, exact, rtol=0, atol=2.0**-8 * sides * (1 + 2 * 2) * np.abs(exact).max())
 
 
 def test_a_mask_over_the_cache(rng):

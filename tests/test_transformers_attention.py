@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import check_close
+from conftest import check_close, multiplies_pairs
 from test_attention import expected
 
 torch = pytest.importorskip("torch")
@@ -36,7 +36,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def reference_check(got: Any, q: Any, k: Any, v: Any, scale: float, **options: Any) -> None:
     """Against the float64 definition, within the bound of conftest's table."""
     out, _, magnitude, size = expected(*(array(t).transpose(0, 2, 1, 3) for t in (q, k, v)), scale=scale, **options)
-    check_close("attention", array(got), out, magnitude=magnitude, n=k.shape[2], d=q.shape[3], s=size)
+    op = "attention_pairs" if multiplies_pairs(array(k).dtype) else "attention"
+    check_close(op, array(got), out, magnitude=magnitude, n=k.shape[2], d=q.shape[3], s=size)
 
 
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=3, training=False)

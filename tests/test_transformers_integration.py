@@ -289,8 +289,7 @@ def test_packed_float32_writes_the_same(family: str) -> None:
     model, prompt = tiny(family), ids(2, 12)
     want, want_tokens = model(prompt).logits, written(model, prompt)
     accelerate(model, pack="float32")
-    packed = [p for p in model.forge_c_swaps._patches if isinstance(p, modules.Linear | modules.GatedMLP)]
-    matrices = [w for p in packed for w in p.weights() if w is not None and w.dim() == 2]
+    matrices = [w for p in packed_products(model) for w in p.weights() if w is not None and w.dim() == 2]
     assert model.forge_c_swaps.packed_nbytes >= sum(w.nbytes for w in matrices) > 0
     assert_parity(model(prompt).logits, want)
     assert written(model, prompt) == want_tokens
@@ -320,6 +319,75 @@ def test_packed_copies_follow_the_weights() -> None:
     model.model.layers[0].mlp.down_proj.weight.data = torch.zeros_like(model.model.layers[0].mlp.down_proj.weight)
     other.model.layers[0].mlp.down_proj.weight.zero_()
     assert_parity(model(prompt).logits, other(prompt).logits)
+
+
+def packed_products(model: Any) -> list[Any]:
+    return [p for p in model.forge_c_swaps._patches if isinstance(p, modules.Linear | modules.GatedMLP)]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_merged_by_hand_is_noticed(family: str, dtype: Any) -> None:
+    """`weight.data += B A`, which torch's version of the tensor does not count: each matrix and bias in turn."""
+    model, prompt = tiny(family, dtype), ids(1, 12)
+    accelerate(model, pack="float32")
+    weights = [w for p in packed_products(model) for w in p.weights() if w is not None]
+    assert len(weights) >= 9
+    for weight in weights:
+        before, version = model(prompt).logits, weight._version
+        low = torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[-1]) if weight.dim() == 2 else (
+            torch.randn(weight.shape))
+        weight.data += (0.1 * low).to(dtype)
+        got = model(prompt).logits
+        assert weight._version == version and not torch.equal(got, before)
+        accelerate(restore(model), pack="float32")
+        assert torch.equal(got, model(prompt).logits)
+
+
+def test_a_merge_into_a_part_of_the_rows_is_noticed() -> None:
+    """phi3 has queries, keys and values in one matrix; keys are a fifth of it."""
+    model, prompt = tiny("phi3"), ids(1, 12)
+    accelerate(model, pack="float32")
+    before = model(prompt).logits
+    model.model.layers[1].self_attn.qkv_proj.weight.data[96:128] += 0.1 * torch.randn(32, 4) @ torch.randn(4, 48)
+    after = model(prompt).logits
+    assert not torch.equal(after, before)
+    assert_parity(after, restore(model)(prompt).logits)
+
+
+def test_unchanged_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also weights that are NaN, a copy of the model, and memory laid out by columns."""
+    model, prompt = tiny("llama"), ids(1, 12)
+    down = model.model.layers[0].mlp.down_proj
+    down.weight.data = down.weight.data.T.contiguous().T
+    down.weight.data[0] = torch.nan
+    accelerate(model, pack="float32")
+    want, made = model(prompt).logits, []
+    monkeypatch.setattr(modules, "pack", lambda *args: made.append(args))
+    assert torch.allclose(model(prompt).logits, want, rtol=0, atol=0, equal_nan=True) and not made
+    monkeypatch.undo()
+    twin = copy.deepcopy(model)
+    down.weight.data[:] = 0
+    assert torch.allclose(twin(prompt).logits, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.isfinite(model(prompt).logits).all()
+
+
+@pytest.mark.parametrize("pack", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_how_an_input_lies_in_memory_does_not_choose_what_multiplies(dtype: Any, pack: str | None) -> None:
+    """A module gets the transposed memory of a tensor, and of a cosine-turned one, and gives the same bits."""
+    model = accelerate(tiny("llama", dtype), pack=pack)
+    layer, x = model.model.layers[0], torch.randn(2, 9, 48).to(dtype)
+    across = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert across.stride(-1) != 1 and torch.equal(across, x)
+    for module in (layer.input_layernorm, layer.mlp, layer.self_attn.q_proj, model.lm_head):
+        assert torch.equal(module(across), module(x)), type(module).__name__
+    q, k = torch.randn(2, 6, 9, 16).to(dtype), torch.randn(2, 2, 9, 16).to(dtype)
+    cos, sin = model.model.rotary_emb(x, torch.arange(9)[None])
+    want = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    q, k = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k))
+    got = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    assert all(map(torch.equal, got, want))
 
 
 # ---- what is left alone -------------------------------------------------------------------------------

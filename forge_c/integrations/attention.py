@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 )
 
 from forge_c import functional
-from forge_c.integrations.tensors import DTYPES, array, check
+from forge_c.integrations.tensors import DTYPES, array, check, rows
 
 NAME = "forge_c"
 
@@ -213,4 +213,4 @@ def _mask_array(name: str, seen: torch.Tensor) -> Any:
 
 def _heads_third(t: torch.Tensor) -> Any:
     """(batch, heads, seq, dim) as an array (batch, seq, heads, dim) over its memory; a copy only where dim has gaps."""
-    return array(t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()).transpose(0, 2, 1, 3)
+    return array(rows(t)).transpose(0, 2, 1, 3)

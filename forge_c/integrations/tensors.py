@@ -39,7 +39,13 @@ def check_no_grad(name: str, **tensors: torch.Tensor) -> None:
 
 
 def takes(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
-    """Whether x (..., features) and the weights it meets are for the kernels: one float dtype, CPU, no autocast."""
-    return (x.dtype in DTYPES and x.device.type == "cpu" and (x.dim() > 0 and x.stride(-1) == 1 or x.numel() == 0)
+    """Whether x (..., features) and the weights it meets are for the kernels: one float dtype, CPU, no autocast. How x
+    lies in memory does not count: a model would compute by its layout."""
+    return (x.dtype in DTYPES and x.device.type == "cpu" and x.dim() > 0
             and all(w is None or (w.dtype is x.dtype and w.device.type == "cpu") for w in weights)
             and not torch.is_autocast_enabled("cpu"))
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """t (..., n) itself, or a copy where its last axis has gaps."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

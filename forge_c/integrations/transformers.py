@@ -75,7 +75,8 @@ def accelerate(model: Any, *, pack: str | None = None) -> Any:
     Returns:
         The model. `model.forge_c_swaps` counts what was swapped. A module is swapped when it has exactly the parts of
         its kind and computes the same as ours on a probe; all others are left alone. Weights are looked up at every
-        call, so that loading a state dict works; packed copies are made anew then.
+        call, so that loading a state dict works, or merging an adapter; packed copies are made anew then. Only a few
+        numbers changed through `weight.data` may go unnoticed: then `accelerate(restore(model), pack=...)`.
 
     Raises:
         TypeError: not a torch module, or parameters of another dtype.

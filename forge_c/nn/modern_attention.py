@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -23,8 +24,9 @@ class GroupedQueryAttention(Layer):
     at their absolute positions. dropout is accepted and inactive: this is inference.
 
     gqa(x, mask) -> y.  gqa(x, use_cache=True) -> (y, kv_cache); pass kv_cache back with the next tokens. Attention with
-    a cache is causal. A full cache is replaced by one twice as large: keep the one that is returned. A call that
-    raises leaves the cache as it was.
+    a cache is causal. The cache that the layer makes holds x's dtype (float16 as float32), so that y has the bits of a
+    call without one; a KVCache of another dtype rounds to that. A full cache is replaced by one twice as large: keep
+    the one that is returned. A call that raises leaves the cache as it was.
 
     >>> gqa = GroupedQueryAttention(64, n_heads=4, n_kv_heads=2, seed=0)
     >>> y, kv = gqa(np.ones((1, 3, 64)), use_cache=True)
@@ -109,7 +111,8 @@ class GroupedQueryAttention(Layer):
         """The cache, or a larger copy of it, with room for x's tokens."""
         batch, seq, _ = x.shape
         if cache is None:
-            return KVCache(batch, max(_FIRST_CACHE, 2 * seq), self.n_kv_heads, self.head_dim)
+            held = "bfloat16" if x.dtype == ml_dtypes.bfloat16 else "float32"  # as attention holds plain keys
+            return KVCache(batch, max(_FIRST_CACHE, 2 * seq), self.n_kv_heads, self.head_dim, dtype=held)
         if not isinstance(cache, KVCache):
             raise TypeError(f"{type(self).__name__}: kv_cache is a {type(cache).__name__}, expected a KVCache")
         sizes, expected = (cache.batch, cache.n_kv_heads, cache.head_dim), (batch, self.n_kv_heads, self.head_dim)

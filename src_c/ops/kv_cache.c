@@ -65,21 +65,17 @@ static float encode(fc_kv_type type, void *to, fc_dtype from_type, const void *f
     return scale;
 }
 
-/* The key of one token, turned if there is a table, as rows of it: where, and in which dtype */
-static const void *turned(const fc_append_args *a, const void *key, int64_t position, float *room, fc_dtype *type) {
-    const ptrdiff_t d = a->cache->head_dim;
-    *type = a->type;
+/* The key (D) of one token: where it lies, or turned in `room`, rounded to the dtype of k as fc_rope does */
+static const void *turned(const fc_append_args *a, const void *key, int64_t position, void *room) {
     if (!a->cos) return key;
-    *type = FC_F32;
-    fc_k->to_f32[a->type](room, key, d, 1.0f);
-    (a->interleaved ? fc_k->rope_interleaved : fc_k->rope_half)[FC_F32](
-        room, room, a->cos + position * a->half, a->sin + position * a->half, a->half, d);
+    (a->interleaved ? fc_k->rope_interleaved : fc_k->rope_half)[a->type](
+        room, key, a->cos + position * a->half, a->sin + position * a->half, a->half, a->cache->head_dim);
     return room;
 }
 
 /* A whole panel: as words of 4 bytes, a channel or a pair of them, it is a transposition. */
 static void store_panel_of_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, const char *k,
-                                int64_t position, char *rows, float *room) {
+                                int64_t position, char *rows, void *room) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t d = c->head_dim, ld = widest(c) * 4;
     char *panel = h->k + slot / PANEL * h->k_panel;
@@ -88,16 +84,14 @@ static void store_panel_of_keys(const fc_append_args *a, const fc_kv_head *h, pt
         return;
     }
     for (ptrdiff_t i = 0; i < PANEL; i++) {
-        fc_dtype type;
-        const void *key = turned(a, k + i * a->k_stride[1], position + i, room, &type);
-        encode(c->type, rows + i * ld, type, key, d);
+        encode(c->type, rows + i * ld, a->type, turned(a, k + i * a->k_stride[1], position + i, room), d);
         if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
     }
     fc_k->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
 }
 
 static void store_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, ptrdiff_t n, const char *k,
-                       int64_t position, char *rows, float *room) {
+                       int64_t position, char *rows, void *room) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type), d = c->head_dim;
     for (ptrdiff_t i = 0; i < n;) {
@@ -107,9 +101,7 @@ static void store_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t s
             i += PANEL;
             continue;
         }
-        fc_dtype type;
-        const void *key = turned(a, k + i * a->k_stride[1], position + i, room, &type);
-        const float scale = encode(c->type, rows, type, key, d);
+        const float scale = encode(c->type, rows, a->type, turned(a, k + i * a->k_stride[1], position + i, room), d);
         char *to = h->k + at / PANEL * h->k_panel + at % PANEL * unit * size;
         scatter(to, h->line, rows, unit * size, d / unit);
         if (d % unit) {
@@ -155,7 +147,7 @@ static void store_values(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t
 void fc_kv_store(const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot, ptrdiff_t n, const char *k,
                  const char *v, int64_t position, void *scratch) {
     char *rows = scratch;
-    store_keys(args, head, slot, n, k, position, rows, (float *)(void *)(rows + PANEL * widest(args->cache) * 4));
+    store_keys(args, head, slot, n, k, position, rows, rows + PANEL * widest(args->cache) * 4);
     store_values(args, head, slot, n, v, rows);
 }
 
