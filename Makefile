@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test fuzz bench lint clean
 
 $(VENV)/built: pyproject.toml setup.py $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +15,9 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	cd tests && ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider .
+
+fuzz: $(VENV)/built
+	$(BIN)/python -m fuzz --seconds $(or $(FUZZ_SECONDS),3600) $(FUZZ_OPTIONS)
 
 bench: $(VENV)/built
 	$(BIN)/pip install --quiet '.[bench]'

@@ -1,0 +1,443 @@
+"""Each op's random call: its arrays, how to run it, and what to compare with what."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import reference as ref
+from conftest import check_close
+from test_activations import REFERENCE, magnitude
+from test_attention import check_pair, expected, multiplies_pairs
+from test_attention_cache import integer_roundings
+from test_layer_norm import bound as layer_norm_bound
+from test_linear import check_gated, rounded
+from test_rope import pair_length
+
+import forge_c as fc
+from fuzz.arrays import DTYPES, KINDS, Array, values
+
+F32, BF16 = DTYPES[0], DTYPES[2]
+OVERFLOW = 1e36  # sums beyond it may overflow float32 on the way
+LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 257, 300)
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
+
+Rng = np.random.Generator
+
+
+@dataclass
+class Call:
+    """run(**arrays, out=...); check(results, arrays) raises. any_stride: arrays whose last axis need not be dense."""
+
+    name: str
+    arrays: dict[str, Array]
+    run: Callable[..., Any]
+    check: Callable[[tuple[Array, ...], dict[str, Array]], None]
+    outs: int = 1
+    alias: Sequence[str] = ()
+    any_stride: Sequence[str] = ()
+    options: Any = ""  # for the report
+
+
+def pick(rng: Rng, choices: Sequence[Any]) -> Any:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def lead(rng: Rng, most: int = 3) -> tuple[int, ...]:
+    """Outer axes, now and then an empty one or many rows."""
+    shape = tuple(int(n) for n in rng.choice([0, 1, 1, 2, 2, 3, 3, 4, 5, 7, 20], rng.integers(0, most + 1)))
+    return (*shape, 70) if rng.random() < 0.1 and np.prod(shape) < 20 else shape
+
+
+def within(a: Any, limit: float) -> Array:
+    """Which rows (..., 1) hold only values of at most this size; those that are not finite count as what they are."""
+    a = np.abs(ref.f64(a))
+    return ((a <= limit) | ~np.isfinite(a)).all(axis=-1, keepdims=True)
+
+
+def compare(op: str, got: Array, want: Any, where: Any, **options: Any) -> None:
+    """check_close of what `where` (broadcast) selects."""
+    where = np.broadcast_to(where, got.shape)
+    cut = {key: np.broadcast_to(v, got.shape)[where] if np.ndim(v) else v for key, v in options.items()}
+    check_close(op, got[where], np.asarray(want)[where], **cut)
+
+
+# ---- norms, softmax, activations --------------------------------------------------------------------
+
+
+def rms_norm(rng: Rng) -> Call:
+    return _norm(rng, "rms_norm")
+
+
+def layer_norm(rng: Rng) -> Call:
+    return _norm(rng, "layer_norm")
+
+
+def _norm(rng: Rng, op: str) -> Call:
+    shape, dtype, kind = (*lead(rng), pick(rng, LENGTHS)), pick(rng, DTYPES), pick(rng, KINDS)
+    arrays = {"x": values(rng, shape, dtype, kind)}
+    if rng.random() < 0.6:
+        arrays["weight"] = values(rng, shape[-1:], pick(rng, DTYPES))
+    if rng.random() < 0.5 and op == "layer_norm":
+        arrays["bias"] = values(rng, shape[-1:], pick(rng, DTYPES))
+    if fused := rng.random() < 0.4:
+        arrays["residual"] = values(rng, shape, dtype, pick(rng, (kind, "normal")))
+    options: dict[str, Any] = {"eps": float(pick(rng, (1e-5, 1e-6, 1e-3)))}
+    if op == "rms_norm":
+        options["weight_offset"] = float(pick(rng, (0.0, 1.0)))
+    return Call(op, arrays, partial(getattr(fc, op), **options), partial(_check_norm, op, options),
+                2 if fused else 1, ("x", "residual"))
+
+
+def _check_norm(op: str, options: dict[str, Any], got: tuple[Array, ...], a: dict[str, Array]) -> None:
+    parameters = {name: a[name] for name in ("weight", "bias") if name in a}
+    h = got[1] if len(got) == 2 else a["x"]
+    if len(got) == 2:
+        check_close("residual", h, ref.f64(a["x"]) + ref.f64(a["residual"]))
+    want = getattr(ref, op)(h, **parameters, **options)
+    size: dict[str, Any] = {}
+    if op == "layer_norm":
+        size["magnitude"] = layer_norm_bound(h, a.get("weight"), a.get("bias"), options["eps"])
+    # h / sigma may be subnormal, and is rounded before it meets the weight.
+    gain = options.get("weight_offset", 0) + np.abs(ref.f64(a.get("weight", 1.0)))
+    compare(op, got[0], want, within(h, 1e17), n=h.shape[-1], more=gain * 2.0**-149, **size)
+
+
+def softmax(rng: Rng) -> Call:
+    x = values(rng, (*lead(rng), pick(rng, (*LENGTHS, 4099))), pick(rng, DTYPES), pick(rng, KINDS))
+    return Call("softmax", {"x": x}, fc.softmax, _check_softmax, alias=("x",))
+
+
+def _check_softmax(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+    want, x = ref.softmax(a["x"]), ref.f64(a["x"])
+    below = x - x.max(-1, keepdims=True, initial=-np.inf)
+    # The difference of two large numbers of opposite sign overflows, to the right side.
+    compare("softmax", got[0], want, True, magnitude=np.where(want == 0, 0.0, want * (1 + abs(below))), n=x.shape[-1])
+
+
+def activation(rng: Rng) -> Call:
+    name = pick(rng, tuple(REFERENCE))
+    tanh = {"approximate": "tanh"} if name.endswith("_tanh") else {}
+    function = partial(getattr(fc, name.removesuffix("_tanh")), **tanh)
+    names = {"swiglu": ("swished", "linear"), "geglu": ("gated", "linear"), "geglu_tanh": ("gated", "linear")}
+    shape, dtype = (*lead(rng), pick(rng, LENGTHS)), pick(rng, DTYPES)
+    arrays = {arg: values(rng, shape, dtype, pick(rng, KINDS)) for arg in names.get(name, ("x",))}
+    return Call(name, arrays, function, partial(_check_activation, name), alias=tuple(arrays))
+
+
+def _check_activation(name: str, got: tuple[Array, ...], a: dict[str, Array]) -> None:
+    args = list(a.values())
+    want = REFERENCE[name](*args)
+    # An activation that underflows in float32 times an infinity is another NaN.
+    where: Any = True
+    if len(args) == 2:
+        x, y = map(ref.f64, args)
+        act = REFERENCE[{"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}[name]](x)
+        where = np.isfinite(y) & (abs(y) < OVERFLOW) | ~(abs(act) < 1 / OVERFLOW) | (x == 0)
+    compare(name.removesuffix("_tanh"), got[0], want, where, magnitude=magnitude(name, want, args))
+
+
+# ---- rope, embedding --------------------------------------------------------------------------------
+
+
+def rope(rng: Rng) -> Call:
+    half, heads = pick(rng, (1, 2, 3, 8, 16, 17, 32)), lead(rng, 1)
+    batch, seq, length = int(rng.integers(0, 4)), pick(rng, (0, 1, 2, 5, 40)), 60
+    shape = (batch, seq, *heads[:1], 2 * half + pick(rng, (0, 0, 1, 16, 40)))
+    angles = rng.uniform(-4, 4, (length, half))
+    arrays = {"x": values(rng, shape, pick(rng, DTYPES), pick(rng, KINDS)),
+              "cos": np.cos(angles).astype(F32), "sin": np.sin(angles).astype(F32)}
+    interleaved, start = bool(rng.random() < 0.5), int(rng.integers(0, length - seq + 1))
+    if rng.random() < 0.6:
+        arrays["positions"] = rng.integers(0, length, (batch, seq) if rng.random() < 0.5 else (seq,))
+    return Call("rope", arrays, partial(_rope, start, interleaved), partial(_check_rope, start, interleaved),
+                alias=("x",), any_stride=("cos", "sin", "positions"))
+
+
+def _rope(start: int, interleaved: bool, x: Array, cos: Array, sin: Array, positions: Any = None,
+          out: Any = None) -> Any:
+    where = {"start_pos": start} if positions is None else {"positions": positions}
+    return fc.rope(x, fc.RopeTable(cos, sin), interleaved=interleaved, out=out, **where)
+
+
+def _check_rope(start: int, interleaved: bool, got: tuple[Array, ...], a: dict[str, Array]) -> None:
+    x, y = a["x"], got[0]
+    if x.ndim == 3:
+        x, y = x[:, :, None], y[:, :, None]
+    dim, positions = 2 * a["cos"].shape[1], a.get("positions", start + np.arange(x.shape[1]))
+    want, size = ref.rope(x, a["cos"], a["sin"], positions, interleaved=interleaved), pair_length(x, dim, interleaved)
+    compare("rope", y, want, (size < OVERFLOW) | ~np.isfinite(size), magnitude=size)
+    assert y[..., dim:].tobytes() == x[..., dim:].tobytes(), "rope: channels beyond the table changed"
+
+
+def embedding(rng: Rng) -> Call:
+    rows, n = int(rng.integers(1, 30)), pick(rng, LENGTHS)
+    arrays = {"table": values(rng, (rows, n), pick(rng, DTYPES), pick(rng, KINDS)),
+              "ids": rng.integers(0, rows, lead(rng)).astype(pick(rng, (np.int64, np.int32, np.uint8)))}
+    scale, dtype = float(pick(rng, (1.0, 1.5, 32.0))), pick(rng, (None, *DTYPES))
+
+    def check(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+        check_close("embedding", got[0], ref.embedding(a["ids"], a["table"], scale=scale))
+
+    return Call("embedding", arrays, partial(_embedding, scale, dtype), check, any_stride=("ids",))
+
+
+def _embedding(scale: float, dtype: Any, ids: Array, table: Array, out: Any = None) -> Any:
+    if out is not None and not out.flags.c_contiguous:  # the one op whose out must be dense
+        dense = np.empty(out.shape, out.dtype)
+        out[...] = fc.embedding(ids, table, scale=scale, dtype=dtype, out=dense)
+        return out
+    return fc.embedding(ids, table, scale=scale, dtype=dtype, out=out)
+
+
+# ---- products ---------------------------------------------------------------------------------------
+
+
+def linear(rng: Rng) -> Call:
+    x, k, n = _x(rng)
+    arrays = {"x": x, "weight": values(rng, (k, n), pick(rng, DTYPES), pick(rng, KINDS))}
+    transposed = bool(rng.random() < 0.4)
+    if transposed:
+        arrays["weight"] = np.ascontiguousarray(arrays["weight"].T)
+    _more(rng, arrays, n)
+
+    def run(weight: Array, **others: Any) -> Any:
+        return fc.linear(weight=weight.T if transposed else weight, **others)
+
+    def check(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+        _compare_linear(got[0], a["x"], a["weight"].T if transposed else a["weight"], a.get("bias"), a.get("residual"))
+
+    return Call("linear", arrays, run, check, alias=("residual",))
+
+
+def linear_packed(rng: Rng) -> Call:
+    x, k, n = _x(rng)
+    stored = pick(rng, ("float32", "bfloat16"))
+    w = values(rng, (k, n), pick(rng, DTYPES), pick(rng, KINDS))
+    packed, arrays = fc.pack(w, stored), {"x": x}
+    _more(rng, arrays, n)
+
+    def check(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+        pairs = stored == "bfloat16"
+        used = (rounded(a["x"]), w.astype(F32).astype(BF16)) if pairs else (a["x"], w)
+        _compare_linear(got[0], *used, a.get("bias"), a.get("residual"))
+
+    return Call(f"linear_{stored}", arrays, partial(fc.linear, weight=packed), check, alias=("residual",))
+
+
+def linear_integers(rng: Rng) -> Call:
+    x, k, n = _x(rng)
+    stored, group = pick(rng, (("int8", None), ("int8", 32), ("int4", None), ("int4", 32), ("int4", 128)))
+    w = values(rng, (k, n), pick(rng, DTYPES), pick(rng, ("normal", "constant", "zero", "large")))
+    packed, arrays = fc.pack(w, stored, group_size=group), {"x": x}
+    _more(rng, arrays, n)
+    return Call(f"linear_{stored}", arrays, partial(fc.linear, weight=packed),
+                partial(_check_integers, packed.unpack()), alias=("residual",))
+
+
+def _check_integers(w: Array, got: tuple[Array, ...], a: dict[str, Array]) -> None:
+    """Whatever the grain in which x is rounded to 8 bits: half a step of max|x| / 127 for each value, and float32."""
+    x, sides = ref.f64(a["x"]), [a.get("bias"), a.get("residual")]
+    rows = np.isfinite(x).all(-1, keepdims=True)
+    x = np.where(rows, x, 0)
+    step = np.abs(x).max(-1, keepdims=True, initial=0) / 127
+    weight, absolute = ref.f64(w), np.abs(ref.f64(w))
+    # The integer sums are exact, but a group's minimum and scale act on numbers as large as 255 steps.
+    sizes = [None if s is None else np.abs(ref.f64(s)) for s in sides]
+    largest = min(OVERFLOW, float(ml_dtypes.finfo(got[0].dtype).max))
+    total = ref.linear(np.abs(x) + step * 127, absolute + absolute.max(initial=0), sizes[0], residual=sizes[1])
+    compare("quantized_linear", got[0], ref.linear(x, weight, sides[0], residual=sides[1]),
+            rows & (step > 1e-30) & (total < largest), magnitude=total, n=2 * len(w),
+            more=0.5 * step * absolute.sum(0) * (1 + 2.0**-10))
+
+
+def gated(rng: Rng) -> Call:
+    x, k, n = _x(rng)
+    stored, act = pick(rng, ("float32", "bfloat16")), pick(rng, ACTIVATIONS)
+    a, b = (values(rng, (k, n), F32) for _ in range(2))
+    packed = fc.pack_gated(a, b, stored)
+    arrays = {"x": x}
+    if rng.random() < 0.5:
+        arrays["bias"] = values(rng, (2, n), F32)
+
+    def check(got: tuple[Array, ...], given: dict[str, Array]) -> None:
+        x = given["x"]
+        used = (rounded(x), a.astype(BF16), b.astype(BF16)) if stored == "bfloat16" else (x, a, b)
+        rows = (np.isfinite(ref.f64(x)) & (np.abs(ref.f64(x)) < 1e15)).all(-1)
+        if rows.any():  # boolean indexing of () gives (1,)
+            check_gated(got[0][rows], used[0][rows], *used[1:], given.get("bias"), act)
+
+    return Call(f"gated_{stored}_{act}", arrays, partial(fc.gated_linear, weight=packed, activation=act), check,
+                any_stride=("bias",))
+
+
+def _x(rng: Rng) -> tuple[Array, int, int]:
+    k, n = pick(rng, (*LENGTHS, 700)), pick(rng, LENGTHS)
+    return values(rng, (*lead(rng), k), pick(rng, DTYPES), pick(rng, KINDS)), k, n
+
+
+def _more(rng: Rng, arrays: dict[str, Array], n: int) -> None:
+    if rng.random() < 0.5:
+        arrays["bias"] = values(rng, (n,), pick(rng, DTYPES))
+    if rng.random() < 0.4:
+        x = arrays["x"]
+        arrays["residual"] = values(rng, (*x.shape[:-1], n), x.dtype, pick(rng, KINDS))
+
+
+def _finite(a: Any) -> Array:
+    a = np.abs(ref.f64(a))
+    return np.where(np.isfinite(a), a, 0)
+
+
+def _subnormal(a: Any) -> Array:
+    a = np.abs(ref.f64(a))
+    return np.where(a < 2.0**-126, a, 0)
+
+
+def _compare_linear(got: Array, x: Array, w: Array, bias: Any, residual: Any) -> None:
+    """Where no sum overflows: NaN and infinity of the inputs go where the formula sends them."""
+    k = x.shape[-1]
+    sizes = [None if a is None else _finite(a) for a in (x, w, bias, residual)]
+    size = ref.linear(sizes[0], sizes[1], sizes[2], residual=sizes[3])
+    # An instruction that multiplies pairs of bfloat16 takes subnormal numbers for zeros, as inputs and as results.
+    more = np.full(got.shape, k * 2.0**-126)
+    if w.dtype == BF16 and x.dtype == BF16:
+        more += _subnormal(x) @ sizes[1] + sizes[0] @ _subnormal(w)
+    compare("linear", got, ref.linear(x, w, bias, residual=residual), size < OVERFLOW, magnitude=size, n=k, more=more)
+
+
+# ---- attention --------------------------------------------------------------------------------------
+
+
+def _sizes(rng: Rng) -> dict[str, int]:
+    kv_heads = pick(rng, (1, 1, 2, 3))
+    return {"batch": pick(rng, (1, 1, 2, 3, 0)), "q_len": pick(rng, (0, 1, 1, 1, 2, 5, 17)), "kv_heads": kv_heads,
+            "kv_len": pick(rng, (0, 1, 2, 7, 15, 16, 17, 40, 64, 255, 256, 257, 300)),
+            "heads": kv_heads * pick(rng, (1, 1, 2, 4)), "dim": pick(rng, (1, 5, 16, 17, 40, 64)),
+            "v_dim": pick(rng, (0, 1, 5, 16, 24, 64))}
+
+
+def _options(rng: Rng, s: dict[str, int]) -> dict[str, Any]:
+    options: dict[str, Any] = {"causal": bool(rng.random() < 0.5)}
+    if rng.random() < 0.3:
+        options["window"] = pick(rng, (1, 2, 9, 64, 300, 10**9, 2**62, sys.maxsize))
+    if rng.random() < 0.2:
+        options["softcap"] = pick(rng, (0.5, 5.0, 50.0))
+    if rng.random() < 0.3:
+        options["scale"] = pick(rng, (0.0, 0.1, 1.0, -0.5))
+    return options
+
+
+def _mask(rng: Rng, s: dict[str, int]) -> Array:
+    full = (s["batch"], s["heads"], s["q_len"], s["kv_len"])
+    shape = tuple(n if rng.random() < 0.6 else 1 for n in full)[int(rng.integers(0, 4)):]
+    if rng.random() < 0.5:
+        return rng.random(shape) < 0.7
+    mask = values(rng, shape, pick(rng, DTYPES))
+    mask[rng.random(shape) < 0.2] = -np.inf
+    return mask
+
+
+def attention(rng: Rng) -> Call:
+    s, kind = _sizes(rng), pick(rng, KINDS)
+    dtype = pick(rng, DTYPES)
+    kv_dtype = pick(rng, (dtype, dtype, *DTYPES))
+    kinds = [pick(rng, ("normal", kind)) for _ in range(3)]
+    arrays = {"q": values(rng, (s["batch"], s["q_len"], s["heads"], s["dim"]), dtype, kinds[0]),
+              "k": values(rng, (s["batch"], s["kv_len"], s["kv_heads"], s["dim"]), kv_dtype, kinds[1]),
+              "v": values(rng, (s["batch"], s["kv_len"], s["kv_heads"], s["v_dim"]), kv_dtype, kinds[2])}
+    if rng.random() < 0.4:
+        arrays["mask"] = _mask(rng, s)
+    if rng.random() < 0.2:
+        arrays["sinks"] = values(rng, (s["heads"],), pick(rng, DTYPES))
+    if rng.random() < 0.3:
+        arrays["kv_lens"] = rng.integers(0, s["kv_len"] + 1, s["batch"])
+    options = _options(rng, s)
+    return Call("attention", arrays, partial(fc.attention, return_lse=True, **options),
+                partial(_check_attention, options), any_stride=("mask", "kv_lens"), options=options)
+
+
+def _check_attention(options: dict[str, Any], got: tuple[Array, ...], a: dict[str, Array]) -> None:
+    """Whole, where every number is finite and no product is near the end of float32; else the places of NaN."""
+    q, k, v = a["q"], a["k"], a["v"]
+    more = options | {name: a[name] for name in ("mask", "sinks", "kv_lens") if name in a}
+    pairs = multiplies_pairs(k)
+    largest = [float(_finite(t).max(initial=0)) for t in (q, k, v)]
+    if not q.size and not got[0].size or largest[0] * largest[1] > 1e30 or largest[2] > 1e30:
+        return
+    want = expected(q.astype(BF16) if pairs else q, k, v, **more)
+    if not all(np.isfinite(ref.f64(t)).all() for t in (q, k, v)):
+        # A key hidden by the mask may or may not count as 0 times its infinite value.
+        if "mask" not in a and "softcap" not in options and options.get("scale") != 0.0 and "inf" not in _which(a):
+            np.testing.assert_array_equal(np.isnan(ref.f64(got[0])), np.isnan(want[0]), "attention: places of NaN")
+        return
+    check_pair((got[0], got[1]), want, k.shape[1], q.shape[3], pairs)
+
+
+def _which(a: dict[str, Array]) -> str:
+    return "inf" if any(np.isinf(ref.f64(a[n])).any() for n in ("q", "k", "v")) else ""
+
+
+def attention_cache(rng: Rng) -> Call:
+    s, stored = _sizes(rng), pick(rng, ("float32", "bfloat16", "int8"))
+    s["batch"], s["kv_len"], s["v_dim"] = max(s["batch"], 1), max(s["kv_len"], 1), max(s["v_dim"], 1)
+    k, v = (values(rng, (s["batch"], s["kv_len"], s["kv_heads"], s[d]), F32) for d in ("dim", "v_dim"))
+    cache = fc.KVCache(s["batch"], 400, s["kv_heads"], s["dim"], v_dim=s["v_dim"], dtype=stored)
+    cut = int(rng.integers(0, s["kv_len"] + 1))
+    for piece in (slice(0, cut), slice(cut, None)):
+        cache.append(k[:, piece], v[:, piece])
+    arrays = {"q": values(rng, (s["batch"], s["q_len"], s["heads"], s["dim"]), pick(rng, DTYPES))}
+    if rng.random() < 0.4:
+        arrays["mask"] = _mask(rng, s)
+    options = _options(rng, s)
+    return Call(f"attention_cache_{stored}", arrays, partial(_attend, cache, options),
+                partial(_check_cache, cache, options), any_stride=("mask",), options=options)
+
+
+def _attend(cache: fc.KVCache, options: dict[str, Any], **arrays: Any) -> Any:
+    return fc.attention(k=cache, return_lse=True, **options, **arrays)
+
+
+def _check_cache(cache: fc.KVCache, options: dict[str, Any], got: tuple[Array, ...], a: dict[str, Array]) -> None:
+    q, (k, v) = a["q"], cache
+    more = options | ({"mask": a["mask"]} if "mask" in a else {})
+    if not q.size:
+        return
+    pairs = multiplies_pairs(k)
+    want = expected(q.astype(BF16) if pairs else q, k, v, **more)
+    if cache.dtype != "int8":
+        return check_pair((got[0], got[1]), want, k.shape[1], q.shape[3], pairs)
+    score, weights = integer_roundings(q, k, v, **{n: o for n, o in more.items() if n != "softcap"})
+    score = score * max(1.0, abs(options.get("scale") or 0.0) * q.shape[3]**0.5)
+    check_close("attention", got[0], want[0], magnitude=want[2], n=k.shape[1] + 2, d=q.shape[3] + 2, s=want[3],
+                more=2 * score[..., None] * want[2] + 2 * np.nan_to_num(weights))
+    check_close("lse", got[1], want[1], magnitude=1 + np.abs(want[1]), n=k.shape[1], d=q.shape[3] + 2,
+                s=want[3][..., 0], more=score)
+
+
+def merge_attention(rng: Rng) -> Call:
+    shape, dtype = (*lead(rng), pick(rng, LENGTHS)), pick(rng, DTYPES)
+    kind = pick(rng, ("normal", "tiny", "denormal", "large", "zero", "constant"))
+    arrays = {}
+    for side in "ab":
+        arrays[f"out_{side}"] = values(rng, shape, dtype, kind)
+        lse = values(rng, shape[:-1], F32) * F32.type(pick(rng, (1, 30, 300)))
+        arrays[f"lse_{side}"] = np.where(rng.random(shape[:-1]) < 0.2, F32.type(-np.inf), lse)
+
+    def check(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+        want = ref.merge_attention(**a)
+        size = np.maximum(np.abs(ref.f64(a["out_a"])), np.abs(ref.f64(a["out_b"])))
+        # Two products of subnormal numbers, each rounded to one.
+        check_close("merge_attention", got[0], want[0], magnitude=size, more=2.0**-149)
+        check_close("lse", got[1], want[1], magnitude=1 + np.abs(want[1]))
+
+    return Call("merge_attention", arrays, fc.merge_attention, check, 0, any_stride=tuple(arrays))
+
+
+FORMS = (rms_norm, layer_norm, softmax, activation, activation, rope, embedding, linear, linear, linear_packed,
+         linear_integers, gated, attention, attention, attention_cache, merge_attention)
