@@ -1,5 +1,5 @@
 /* Every leaf once: its name and signature. all.h makes the leaves and one table per ISA from this list;
- * dispatch.c chooses a table; drivers call fc_k->name(...).
+ * dispatch.c chooses a table; drivers read fc_k once an op and call name(...) of what it points to.
  *
  * A typed leaf exists for each fc_dtype: kernels/<op>.h writes `name_any(type, ...)` once, inlined with a constant. */
 #ifndef FC_KERNELS_H
@@ -128,5 +128,8 @@ struct fc_kernels {
 };
 
 extern const struct fc_kernels *fc_k; /* the table in use; set by dispatch.c */
+
+/* An op reads it once, at its start: fc_use_isa beside it then cannot mix two tables in one result. */
+static inline const struct fc_kernels *fc_kernels_in_use(void) { return __atomic_load_n(&fc_k, __ATOMIC_ACQUIRE); }
 
 #endif

@@ -35,21 +35,22 @@ struct form {
     int offset;            /* what stands for zero, or 0 */
 };
 
-static struct form form_of(const fc_linear_args *a) {
-    const fc_dtype half = fc_k->bf16_x;
+static struct form form_of(const struct fc_kernels *kernels, const fc_linear_args *a) {
+    const fc_dtype half = kernels->bf16_x;
     const ptrdiff_t g = a->group;
     switch (a->layout) {
     case FC_PACKED_BF16:
-        return (struct form){fc_k->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, fc_size_of(half), 2, 1, 2, 1, 0};
-    case FC_PACKED_I8: return (struct form){fc_k->gemm_i8, X_QUANTIZED, fc_k->i8_x, g, g / 4 + 1, g, g / 4, 128};
-    case FC_PACKED_I4: return (struct form){fc_k->gemm_i4, X_QUANTIZED, fc_k->i4_x, 64, 9, 32, 4, 8};
-    case FC_PACKED_I4Z: return (struct form){fc_k->gemm_i4z, X_QUANTIZED, fc_k->i4_x, g, g / 8 + 1, g, g / 8, 0};
-    default: return (struct form){fc_k->gemm_f32, X_F32, 4, 1, 1, 1, 1, 0};
+        return (struct form){kernels->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, fc_size_of(half), 2, 1, 2, 1, 0};
+    case FC_PACKED_I8: return (struct form){kernels->gemm_i8, X_QUANTIZED, kernels->i8_x, g, g / 4 + 1, g, g / 4, 128};
+    case FC_PACKED_I4: return (struct form){kernels->gemm_i4, X_QUANTIZED, kernels->i4_x, 64, 9, 32, 4, 8};
+    case FC_PACKED_I4Z: return (struct form){kernels->gemm_i4z, X_QUANTIZED, kernels->i4_x, g, g / 8 + 1, g, g / 8, 0};
+    default: return (struct form){kernels->gemm_f32, X_F32, 4, 1, 1, 1, 1, 0};
     }
 }
 
 struct linear {
     const fc_linear_args *a;
+    const struct fc_kernels *kernels;
     struct form form;
     const char *x; /* (k / kc, M, kc) in the form: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
@@ -72,11 +73,11 @@ static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, 
     const char *from = row + k0 * fc_size_of(a->type);
     void *to = (void *)(l->x + k0 / l->kc * l->x_block + i * l->ldx);
     switch (l->form.x) {
-    case X_F32: fc_k->to_f32[a->type](to, from, n, 1.0f); break;
-    case X_BF16: fc_k->to_bf16[a->type](to, from, n); break;
-    case X_ROUNDED: fc_k->round_bf16[a->type](to, from, n); break;
+    case X_F32: l->kernels->to_f32[a->type](to, from, n, 1.0f); break;
+    case X_BF16: l->kernels->to_bf16[a->type](to, from, n); break;
+    case X_ROUNDED: l->kernels->round_bf16[a->type](to, from, n); break;
     case X_QUANTIZED:
-        fc_k->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n, padded,
+        l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n, padded,
                                 l->form.group_k, l->form.x_size == 2, l->form.offset);
         return;
     }
@@ -93,10 +94,10 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const char *row = (const char *)a->x + at.at[1];
         if (a->norm) {
             char *normed = fc_scratch_of(&l->normed, rank);
-            fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL, NULL);
+            l->kernels->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL, NULL);
             row = normed;
         }
-        if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
+        if (l->form.x == X_QUANTIZED) l->kernels->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
         for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
     }
 }
@@ -109,8 +110,8 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     copy->block = NULL;
     l->k = fc_round_up(a->k, l->form.block_k);
     l->kc = a->layout >= FC_ROWS      ? LOOSE_K
-            : a->m <= fc_k->tile_rows ? (l->k ? l->k : 1)
-                                      : (fc_k->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k;
+            : a->m <= l->kernels->tile_rows ? (l->k ? l->k : 1)
+                                      : (l->kernels->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k;
     if (!a->norm && a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
         l->k == a->k && a->rows->ndim <= 1) {
         l->x = a->x;
@@ -143,8 +144,8 @@ static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdi
     for (ptrdiff_t p = 0; p < count; p++, to += kc * 16) {
         ptrdiff_t column = (first + p) * 16, n = fc_smaller(16, a->n - column);
         const char *w = a->weight;
-        if (a->layout == FC_ROWS) fc_k->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
-        else fc_k->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
+        if (a->layout == FC_ROWS) l->kernels->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
+        else l->kernels->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
     }
 }
 
@@ -182,7 +183,7 @@ static void store(const struct linear *l, const float *acc, ptrdiff_t column, pt
         char *out = (char *)a->out + at.at[0] + skip;
         const float scale = l->scales ? l->scales[i] : 1.0f;
         if (a->gated) l->gated(out, acc, scale, bias, bias ? bias + a->n : NULL, columns);
-        else fc_k->linear_store[a->type](out, acc, scale, bias,
+        else l->kernels->linear_store[a->type](out, acc, scale, bias,
                                          a->residual ? (const char *)a->residual + at.at[2] + skip : NULL, columns);
     }
 }
@@ -255,13 +256,13 @@ static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         for (ptrdiff_t j = 0; j < a->m * width; j++) acc[j] = 0.0f;
         for (ptrdiff_t k0 = 0; k0 < a->k; k0 += STREAM_K)
             for (ptrdiff_t row = 0; row < a->m; row++)
-                fc_k->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
+                l->kernels->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
                                                 (const char *)a->weight + k0 * a->ldw + column * w_size, a->ldw,
                                                 fc_smaller(STREAM_K, a->k - k0), n);
         fc_cursor at;
         fc_cursor_at(&at, a->rows, 0);
         for (ptrdiff_t row = 0; row < a->m; row++, fc_cursor_next(&at))
-            fc_k->linear_store[a->type]((char *)a->out + at.at[0] + column * size, acc + row * width, 1.0f,
+            l->kernels->linear_store[a->type]((char *)a->out + at.at[0] + column * size, acc + row * width, 1.0f,
                                         a->bias ? a->bias + column : NULL,
                                         a->residual ? (const char *)a->residual + at.at[2] + column * size : NULL, n);
     }
@@ -280,17 +281,18 @@ static fc_status by_streams(struct linear *l) {
 }
 
 fc_status fc_linear(const fc_linear_args *args) {
-    struct linear l = {.a = args};
+    const struct fc_kernels *kernels = fc_kernels_in_use();
+    struct linear l = {.a = args, .kernels = kernels};
     fc_scratch copy;
     void (*const gated[FC_ACTIVATIONS])(void *, const float *, float, const float *, const float *, ptrdiff_t) = {
-        [FC_RELU] = fc_k->gated_store_relu[args->type],
-        [FC_SILU] = fc_k->gated_store_silu[args->type],
-        [FC_GELU] = fc_k->gated_store_gelu[args->type],
-        [FC_GELU_TANH] = fc_k->gated_store_gelu_tanh[args->type],
+        [FC_RELU] = kernels->gated_store_relu[args->type],
+        [FC_SILU] = kernels->gated_store_silu[args->type],
+        [FC_GELU] = kernels->gated_store_gelu[args->type],
+        [FC_GELU_TANH] = kernels->gated_store_gelu_tanh[args->type],
     };
     if (args->m == 0 || args->n == 0) return FC_OK;
     l.gated = gated[args->activation];
-    l.form = form_of(args);
+    l.form = form_of(kernels, args);
     fc_status status = prepare_x(&l, &copy);
     if (status == FC_OK) status = args->layout == FC_ROWS && args->m <= STREAM_ROWS ? by_streams(&l) : by_tiles(&l);
     fc_scratch_free(&copy);
