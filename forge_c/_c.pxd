@@ -74,6 +74,7 @@ cdef extern from "forge.h" nogil:
         FC_PACKED_I4Z
         FC_ROWS
         FC_COLS
+        FC_LAYOUTS
     ctypedef struct fc_linear_args:
         fc_dtype type
         void *out

@@ -80,10 +80,10 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
 
 /* ---- linear: out (M, N) = x (M, K) @ W (K, N) + bias (N) + residual (M, N) ---- */
 
-/* How W lies in memory. FC_PACKED_*: packing.py defines the bytes (I4: symmetric, I4Z: with minima). FC_ROWS: W[k][n],
+/* How W lies in memory. FC_PACKED_*: formats.h defines the bytes (I4: symmetric, I4Z: with minima). FC_ROWS: W[k][n],
  * n contiguous, ld from k to k+1. FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
 typedef enum {
-    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4, FC_PACKED_I4Z, FC_ROWS, FC_COLS
+    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4, FC_PACKED_I4Z, FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
 typedef struct {
     fc_dtype type; /* of x, residual and out */

@@ -6,10 +6,11 @@
 #define FC_KERNELS_H
 
 #include "forge.h"
+#include "formats.h"
 
 static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
 
-/* C[m][16 * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in kernels/gemm.h. */
+/* C[m][FC_PANEL * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in formats.h. */
 struct fc_gemm {
     float *c; /* whole panels, ldc from row to row */
     ptrdiff_t ldc;

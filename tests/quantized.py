@@ -1,4 +1,4 @@
-"""int8 and int4 weights byte by byte, as the head of packing.py lays them out, and the products they must give."""
+"""int8 and int4 weights byte by byte, as formats/layout.py lays them out, and the products they must give."""
 
 from __future__ import annotations
 

@@ -1,7 +1,27 @@
 # PackedWeight, linear, gated_linear, embedding
 
-cdef dict LAYOUTS = {("float32", False): FC_PACKED_F32, ("bfloat16", False): FC_PACKED_BF16,
-                     ("int8", False): FC_PACKED_I8, ("int4", False): FC_PACKED_I4, ("int4", True): FC_PACKED_I4Z}
+cdef extern from "formats.h" nogil:
+    enum:
+        FC_PANEL
+        FC_LINE
+        FC_ANY_GROUP
+    struct fc_format:
+        const char *name
+        int packed, bits, k_step, group, block_groups, scale_bytes, minimum_bytes, zero
+    const fc_format fc_formats[FC_LAYOUTS]
+
+cdef dict LAYOUTS = {fc_formats[i].name.decode(): i for i in range(FC_LAYOUTS) if fc_formats[i].packed}
+
+
+def _weight_formats():
+    """Name -> the row of src_c/formats.h, of each packed format; group None: the weight's."""
+    rows = {}
+    for name, i in LAYOUTS.items():
+        f = fc_formats[<int>i]
+        rows[name] = {"bits": f.bits, "k_step": f.k_step, "group": None if f.group == FC_ANY_GROUP else f.group,
+                      "block_groups": f.block_groups, "scale_bytes": f.scale_bytes,
+                      "minimum_bytes": f.minimum_bytes, "zero": f.zero}
+    return {"panel": FC_PANEL, "line": FC_LINE, "rows": rows}
 
 
 cdef class PackedWeight:
@@ -19,17 +39,20 @@ cdef class PackedWeight:
     cdef ptrdiff_t k, n, group
 
     def __init__(self, cnp.ndarray data, shape, str dtype, bint gated=False, group_size=None):
-        from forge_c.packing import Format
+        from forge_c.formats.layout import Format
         cdef ptrdiff_t sides = 2 if gated else 1
-        f = Format(dtype, group_size)
-        self.layout = LAYOUTS[dtype, f.has_minimum]
+        f = Format.checked("PackedWeight", dtype, group_size)
+        self.layout = LAYOUTS[f.name]
         self.k, self.n = shape
+        if self.k < 0 or self.n < 0 or self.n % sides:
+            raise ValueError(f"PackedWeight: shape is {shape}, expected (in_features, out_features)"
+                             f"{', a pair of equal width' if gated else ''}")
         self.shape = (self.k, self.n)
         self.dtype = dtype
         self.gated = gated
-        self.group_size = group_size
-        self.group = group_size or 0
-        cdef ptrdiff_t panels = (self.n // sides + 15) // 16 * sides
+        self.group_size = f.group
+        self.group = f.group or 0
+        cdef ptrdiff_t panels = (self.n // sides + FC_PANEL - 1) // FC_PANEL * sides
         if cnp.PyArray_NBYTES(data) != panels * f.panel_bytes(self.k) or not cnp.PyArray_IS_C_CONTIGUOUS(data):
             raise ValueError(f"PackedWeight: data has {cnp.PyArray_NBYTES(data)} bytes, expected those that pack() "
                              f"makes for {self.shape}")
@@ -53,9 +76,9 @@ cdef class PackedWeight:
                 f"{f', group_size={self.group_size}' if self.group_size else ''}{', gated=True' if self.gated else ''})")
 
 
-def pack_columns(cnp.ndarray out, cnp.ndarray columns):
+def pack_columns(cnp.ndarray out not None, cnp.ndarray columns not None):
     """out (panels, panel bytes) uint8, each panel contiguous <- columns (n, k), float32 or bfloat16, k contiguous: the lines
-    that packing.py defines for that dtype. For packing.py, which checks."""
+    of that format. For formats/quantize.py."""
     cdef fc_status status
     cdef fc_dtype t = <fc_dtype>dtype_index(columns)
     with nogil:

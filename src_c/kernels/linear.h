@@ -15,8 +15,8 @@ FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, float s
 FC_INLINE void gated_store(fc_activation f, fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                            const float *bias_linear, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        const float *pair = acc + i / 16 * 32 + i % 16;
-        vf gated = vf_load(pair) * scale, linear = vf_load(pair + 16) * scale;
+        const float *pair = acc + i / FC_PANEL * 2 * FC_PANEL + i % FC_PANEL;
+        vf gated = vf_load(pair) * scale, linear = vf_load(pair + FC_PANEL) * scale;
         if (bias) {
             gated += vf_get_upto(FC_F32, bias, i, n);
             linear += vf_get_upto(FC_F32, bias_linear, i, n);

@@ -26,26 +26,34 @@ enum {
 typedef enum { X_F32, X_BF16, X_ROUNDED, X_QUANTIZED } x_form; /* X_ROUNDED: float32 with bfloat16 values */
 
 struct form {
+    const struct fc_format *format;
     void (*gemm)(const struct fc_gemm *);
     x_form x;
-    ptrdiff_t x_size;      /* bytes of a value of x */
-    ptrdiff_t block_k;     /* W comes in whole blocks of so many k, */
-    ptrdiff_t block_lines; /* each so many lines of 64 bytes; */
-    ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales; */
-    int offset;            /* what stands for zero, or 0 */
+    ptrdiff_t x_size;               /* bytes of a value of x */
+    ptrdiff_t block_k, block_bytes; /* W comes in whole blocks of so many k */
+    ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales */
 };
 
 static struct form form_of(const struct fc_kernels *kernels, const fc_linear_args *a) {
-    const fc_dtype half = kernels->bf16_x;
-    const ptrdiff_t g = a->group;
-    switch (a->layout) {
-    case FC_PACKED_BF16:
-        return (struct form){kernels->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, fc_size_of(half), 2, 1, 2, 1, 0};
-    case FC_PACKED_I8: return (struct form){kernels->gemm_i8, X_QUANTIZED, kernels->i8_x, g, g / 4 + 1, g, g / 4, 128};
-    case FC_PACKED_I4: return (struct form){kernels->gemm_i4, X_QUANTIZED, kernels->i4_x, 64, 9, 32, 4, 8};
-    case FC_PACKED_I4Z: return (struct form){kernels->gemm_i4z, X_QUANTIZED, kernels->i4_x, g, g / 8 + 1, g, g / 8, 0};
-    default: return (struct form){kernels->gemm_f32, X_F32, 4, 1, 1, 1, 1, 0};
+    void (*const gemm[FC_LAYOUTS])(const struct fc_gemm *) = {
+        [FC_PACKED_F32] = kernels->gemm_f32, [FC_PACKED_BF16] = kernels->gemm_bf16, [FC_PACKED_I8] = kernels->gemm_i8,
+        [FC_PACKED_I4] = kernels->gemm_i4,   [FC_PACKED_I4Z] = kernels->gemm_i4z,   [FC_ROWS] = kernels->gemm_f32,
+        [FC_COLS] = kernels->gemm_f32,
+    };
+    const struct fc_format *format = &fc_formats[a->layout];
+    struct form f = {.format = format, .gemm = gemm[a->layout], .x = X_F32, .x_size = 4};
+    f.block_k = fc_block_rows(format, a->group);
+    f.block_bytes = fc_block_bytes(format, a->group);
+    f.group_k = fc_group_rows(format, a->group);
+    f.group_lines = f.group_k / format->k_step;
+    if (format->x == FC_X_BF16) {
+        f.x = kernels->bf16_x == FC_BF16 ? X_BF16 : X_ROUNDED;
+        f.x_size = fc_size_of(kernels->bf16_x);
+    } else if (format->x == FC_X_I8) {
+        f.x = X_QUANTIZED;
+        f.x_size = format->bits == 8 ? kernels->i8_x : kernels->i4_x;
     }
+    return f;
 }
 
 struct linear {
@@ -57,6 +65,7 @@ struct linear {
     const char *sums; /* X_QUANTIZED: (M, groups) of 4 bytes */
     const float *scales; /* X_QUANTIZED: (M); else NULL */
     ptrdiff_t groups;
+    ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
     ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, kc;
     size_t loose_bytes;
     fc_scratch normed; /* a thread: one row of x after its norm */
@@ -78,7 +87,7 @@ static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, 
     case X_ROUNDED: l->kernels->round_bf16[a->type](to, from, n); break;
     case X_QUANTIZED:
         l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n, padded,
-                                l->form.group_k, l->form.x_size == 2, l->form.offset);
+                                l->form.group_k, l->form.x_size == 2, l->form.format->zero);
         return;
     }
     if (n < padded) memset((char *)to + n * l->form.x_size, 0, (size_t)((padded - n) * l->form.x_size));
@@ -106,12 +115,11 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
-    const ptrdiff_t block_bytes = l->form.block_lines * 64;
     copy->block = NULL;
     l->k = fc_round_up(a->k, l->form.block_k);
-    l->kc = a->layout >= FC_ROWS      ? LOOSE_K
+    l->kc = !l->form.format->packed   ? LOOSE_K
             : a->m <= l->kernels->tile_rows ? (l->k ? l->k : 1)
-                                      : (l->kernels->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k;
+                                      : (l->kernels->panel_bytes + l->form.block_bytes - 1) / l->form.block_bytes * l->form.block_k;
     if (!a->norm && a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
         l->k == a->k && a->rows->ndim <= 1) {
         l->x = a->x;
@@ -141,8 +149,8 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
 static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0, ptrdiff_t kc) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t size = fc_size_of(a->weight_type);
-    for (ptrdiff_t p = 0; p < count; p++, to += kc * 16) {
-        ptrdiff_t column = (first + p) * 16, n = fc_smaller(16, a->n - column);
+    for (ptrdiff_t p = 0; p < count; p++, to += kc * FC_PANEL) {
+        ptrdiff_t column = (first + p) * FC_PANEL, n = fc_smaller(FC_PANEL, a->n - column);
         const char *w = a->weight;
         if (a->layout == FC_ROWS) l->kernels->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
         else l->kernels->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
@@ -152,20 +160,20 @@ static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdi
 static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t row,
                      ptrdiff_t rows) {
     const struct form *f = &l->form;
-    const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_lines * 64;
-    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * 64, .ldx = l->ldx, .ldsums = l->groups,
+    const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_bytes;
+    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * FC_PANEL * 4, .ldx = l->ldx, .ldsums = l->groups,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels};
     for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
         ptrdiff_t kc = fc_smaller(l->kc, l->k - k0);
         g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;
-        g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_lines * 64;
+        g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
         g.blocks = kc / f->block_k;
         g.lines = f->x == X_QUANTIZED ? f->group_lines : g.blocks;
         if (l->groups) g.sums = l->sums + (row * l->groups + k0 / f->group_k) * 4;
         if (l->loose_bytes) {
             pack_loose(l, loose, panel, panels, k0, kc);
             g.w = loose;
-            g.panel_stride = kc * 64;
+            g.panel_stride = kc * FC_PANEL * 4;
         }
         f->gemm(&g);
         g.accumulate = 1;
@@ -179,7 +187,7 @@ static void store(const struct linear *l, const float *acc, ptrdiff_t column, pt
     const float *bias = a->bias ? a->bias + column : NULL;
     fc_cursor at;
     fc_cursor_at(&at, a->rows, row);
-    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += l->tile_panels * 16) {
+    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += l->tile_panels * FC_PANEL) {
         char *out = (char *)a->out + at.at[0] + skip;
         const float scale = l->scales ? l->scales[i] : 1.0f;
         if (a->gated) l->gated(out, acc, scale, bias, bias ? bias + a->n : NULL, columns);
@@ -194,16 +202,16 @@ static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     for (ptrdiff_t i = begin; i < end; i++) {
         ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = fc_smaller(l->tile_panels, l->panels - panel);
         ptrdiff_t row = i % l->blocks * l->block_rows, rows = fc_smaller(l->block_rows, l->a->m - row);
-        ptrdiff_t column = panel * (l->a->gated ? 8 : 16), columns = panels * (l->a->gated ? 8 : 16);
+        ptrdiff_t column = panel * l->panel_columns, columns = fc_smaller(panels * l->panel_columns, l->a->n - column);
         multiply(l, acc, loose, panel, panels, row, rows);
-        store(l, acc, column, fc_smaller(columns, l->a->n - column), row, rows);
+        store(l, acc, column, columns, row, rows);
     }
 }
 
 static double item_ns(const struct linear *l) {
-    const double columns = (double)(l->tile_panels * 16);
+    const double columns = (double)(l->tile_panels * FC_PANEL);
     double flops = 2.0 * (double)l->block_rows * (double)l->k * columns;
-    double bytes = (double)(l->k / l->form.block_k * l->form.block_lines) * 4 * columns;
+    double bytes = (double)(l->k / l->form.block_k * l->form.block_bytes * l->tile_panels);
     return flops / 100 > bytes / 25 ? flops / 100 : bytes / 25;
 }
 
@@ -224,15 +232,16 @@ static void cut(struct linear *l, int threads) {
 
 static fc_status by_tiles(struct linear *l) {
     const fc_linear_args *a = l->a;
-    const int packed = a->layout < FC_ROWS;
-    l->panels = a->gated ? (a->n + 15) / 16 * 2 : (a->n + 15) / 16;
-    l->loose_bytes = packed ? 0 : (size_t)LOOSE_K * MAX_PANELS * 64;
+    const int sides = a->gated ? 2 : 1;
+    l->panel_columns = FC_PANEL / sides;
+    l->panels = fc_round_up(a->n, FC_PANEL) / FC_PANEL * sides;
+    l->loose_bytes = l->form.format->packed ? 0 : (size_t)LOOSE_K * MAX_PANELS * FC_PANEL * 4;
     cut(l, 1);
     int threads = fc_threads_for(l->tiles * l->blocks * 64, item_ns(l) / 64);
     cut(l, threads);
     const ptrdiff_t items = l->tiles * l->blocks;
     if (threads > items) threads = (int)items;
-    if (fc_scratch_alloc(&l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * l->tile_panels * 64)))
+    if (fc_scratch_alloc(&l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * l->tile_panels * FC_PANEL * 4)))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
     fc_scratch_free(&l->scratch);
