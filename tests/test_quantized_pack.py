@@ -118,6 +118,51 @@ def test_tiny_weights_become_zero_and_nothing_else(rng, dtype):
         assert (error <= (np.abs(in_groups(w, group)).max(axis=1) if zero else bound)).all()
 
 
+INT4 = [name for name in SMALL_GROUPS if FORMATS[name][0] == "int4"]
+
+
+@pytest.mark.parametrize("name", INT4)
+@pytest.mark.parametrize("std", [1e-4, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 1e-12, 1e-40])
+def test_small_int4_weights_are_never_worse_than_zeros(rng, name, std):
+    """Scale and minimum are float16, whose numbers are 6e-8 apart at zero. A group is as good as any, or as these are
+    apart at worst; no value of a group under 64 of them moves further than to zero."""
+    group, spacing = FORMATS[name][2], 2.0**-24
+    for side, k in product((0, 1, -1, 8, -8), (1, 100, 2 * group)):
+        w = ((gauss(rng, k, 35) + side) * std).astype(np.float32)
+        before, back = in_groups(w, group), in_groups(packed_as(name, w).unpack(), group)
+        error, zeros = np.abs(back - before), np.abs(before)
+        tiny = zeros.max(axis=1, keepdims=True) < 64 * spacing
+        assert (np.square(error).sum(axis=1) <= np.square(zeros).sum(axis=1)).all(), (side, k)
+        assert ((error <= zeros) | ~tiny).all(), (side, k)
+        ends = np.ptp(before, axis=1) / 15 if has_minimum("int4", group) else np.abs(before).max(axis=1) / 7
+        half_step = np.ceil(np.maximum(ends / spacing, 1)) * spacing / 2
+        rms = np.sqrt(np.square(error).mean(axis=1))
+        assert ((rms <= half_step * SLACK) | ~tiny[:, 0]).all() or k % group, (side, k)
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_products_of_small_int4_weights(isa, rng, name):
+    """std 1e-7 is 1.7 of float16's least steps, whose rounding is 0.17 of it. x, a row for each weight, is exact."""
+    for std, most in ((1e-4, 0.11), (1e-6, 0.13), (1e-7, 0.2), (3e-8, 0.65), (1e-8, 1.0), (1e-9, 1.0)):
+        w = (gauss(rng, 512, 64) * std).astype(np.float32)
+        y = linear(np.eye(512, dtype=np.float32) * 3, packed_as(name, w))
+        assert np.linalg.norm(y - 3.0 * w) <= most * np.linalg.norm(3.0 * w), std
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_every_scale_that_float16_keeps_coarsely(name):
+    """Groups whose largest value is each multiple of a quarter of float16's least number, either sign, one or all."""
+    group, largest = FORMATS[name][2], np.arange(-300, 300, dtype=np.float32) * np.float32(2.0**-26)
+    one = np.zeros((group, largest.size), np.float32)
+    one[group // 2] = largest
+    spread = np.linspace(-1, 1, group, dtype=np.float32)[:, None] * largest
+    for w in (one, spread, np.tile(largest, (group, 1)), one + np.float32(2.0**-25)):
+        back = packed_as(name, w).unpack()
+        tiny = np.maximum(np.abs(w), np.abs(back)).max(axis=0) < 2.0**-18
+        assert (np.abs(back - w) <= np.abs(w))[:, tiny].all()
+        assert np.array_equal(packed_as(name, back).unpack()[:, tiny], back[:, tiny])
+
+
 # ---- which bytes ----------------------------------------------------------------------------------------
 
 

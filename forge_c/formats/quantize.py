@@ -13,6 +13,9 @@ from forge_c.formats.layout import LINE, PANEL, Format
 from forge_c.functional import get_num_threads, pack_columns
 
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Groups of int4 under 64 of float16's least steps get the best of the few scales that float16 has there.
+_LEAST_HALF = np.float32(2.0**-24)
+_TINY = 64 * _LEAST_HALF
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -78,6 +81,26 @@ def _inverse(scale: Floats) -> Floats:
     return inverse
 
 
+def _tiny(w: Floats) -> NDArray[np.bool_]:
+    """Which groups of w (panels * 16, groups, group) are so small, and not zero."""
+    largest = np.abs(w).max(axis=2)
+    return (largest > 0) & (largest < _TINY)
+
+
+def _whole_steps(w: Floats, widest: Floats) -> tuple[Floats, Floats]:
+    """w (groups, group) ~ 2^-24 step q: q nearest, so no value moves further than to zero; step (groups, 1).
+
+    The step is the one from 1 to 10 of least squared error, `widest` (groups, 1) at least: then q is in its range.
+    """
+    fine = w / _LEAST_HALF
+    step, least = np.ones_like(widest), np.full_like(widest, np.inf)
+    for candidate in np.arange(1, 11, dtype=np.float32):
+        error = np.square(fine - candidate * np.rint(fine / candidate)).sum(axis=1, keepdims=True)
+        better = (candidate * _LEAST_HALF >= widest) & (error < least)
+        step[better], least[better] = candidate, error[better]
+    return step, np.rint(fine / step)
+
+
 def put_lines(f: Format, out: Bytes, u: Bytes) -> None:
     """u (panels * 16, groups, group) into the lines of out (panels, blocks, block bytes)."""
     panels, blocks = out.shape[:2]
@@ -115,6 +138,13 @@ def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     half = _scale(name, f, scale)
     u = w * _inverse(scale)[:, :, None] + np.float32(8.5)
     np.clip(u, 0, 15, out=u)
+    tiny = _tiny(w)
+    if tiny.any():
+        sign = np.where(scale[tiny] < 0, np.float32(-1), np.float32(1))[:, None]
+        turned = w[tiny] * sign
+        widest = np.maximum(turned.min(axis=1) / np.float32(-8), turned.max(axis=1) / np.float32(7))
+        step, q = _whole_steps(turned, widest[:, None])
+        half[tiny], u[tiny] = (step * sign * _LEAST_HALF)[:, 0], q + 8
     put_lines(f, out, u.astype(np.uint8))
     out[:, :, -LINE:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)[...] = per_group(f, out, half)
 
@@ -127,6 +157,12 @@ def _put_int4z(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
     wide = scale.astype(np.float32)
     u = np.rint((w - minimum.astype(np.float32)[:, :, None]) * _inverse(wide)[:, :, None])
     np.clip(u, 0, 15, out=u)
+    tiny = _tiny(w)
+    if tiny.any():
+        step, q = _whole_steps(w[tiny], np.ptp(w[tiny], axis=1, keepdims=True) / np.float32(15))
+        first = q.min(axis=1, keepdims=True)
+        scale[tiny], minimum[tiny] = (step * _LEAST_HALF)[:, 0], (first * step * _LEAST_HALF)[:, 0]
+        u[tiny] = np.minimum(q - first, 15)  # 16 where both ends were halfway
     put_lines(f, out, u.astype(np.uint8))
     params = out[:, :, -LINE:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)
     params[:, :, 0], params[:, :, 1] = per_group(f, out, scale)[:, :, 0], per_group(f, out, minimum)[:, :, 0]
