@@ -29,6 +29,12 @@ cdef extern from "forge.h" nogil:
     const char *fc_build()
     int fc_get_num_threads()
     void fc_set_num_threads(int n)
+    ctypedef enum fc_cache:
+        FC_CACHE_L2
+        FC_CACHE_LAST
+        FC_CACHES
+    ptrdiff_t fc_cache_bytes(fc_cache which)
+    void fc_set_cache_bytes(fc_cache which, ptrdiff_t bytes)
     void fc_set_poll(int (*poll)() noexcept nogil)
 
     fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,

@@ -38,6 +38,11 @@ const char *fc_openmp(void);      /* "libgomp", "libomp", "none" */
 const char *fc_build(void);       /* the compiler and its flags */
 int fc_get_num_threads(void);
 void fc_set_num_threads(int n);
+/* Bytes of the caches that one core sees, as the system tells: they choose blocks, and which results are written past
+ * the caches, never a bit of a result. Setting 0 restores what the system tells. */
+typedef enum { FC_CACHE_L2, FC_CACHE_LAST, FC_CACHES } fc_cache;
+ptrdiff_t fc_cache_bytes(fc_cache which);
+void fc_set_cache_bytes(fc_cache which, ptrdiff_t bytes);
 void fc_set_poll(int (*poll)(void)); /* called on the calling thread now and then; nonzero stops the op */
 
 /* ---- rows: y[n] from x[n]; the rows' arrays in the order of the arguments ---- */

@@ -110,6 +110,20 @@ struct fc_past {
     X(copy_stream, (float *out, const float *data, ptrdiff_t n))                                                       \
     X(read_sum, (float *sum, const float *data, ptrdiff_t n))
 
+/* How ops/linear.c cuts a product: data that belongs to the registers and caches of an ISA's machines. No bit of a
+ * result depends on it. */
+struct fc_blocks {
+    ptrdiff_t tile_rows;               /* rows that a line of W serves in registers */
+    ptrdiff_t panel_bytes;             /* of each panel of W that more rows of x pass over at a time */
+    ptrdiff_t rows;                    /* of x at a time, or fewer, as L2 is */
+    ptrdiff_t rows_in_place;           /* up to here float32 x is multiplied where it lies */
+    ptrdiff_t many_rows;               /* beyond these a tile has many panels: what is read of x serves them all */
+    ptrdiff_t few_panels, many_panels; /* of a tile */
+    ptrdiff_t unpacked_k;              /* rows of unpacked W that become panels at once */
+    ptrdiff_t stream_rows;             /* up to here rows of W that come as they lie are streamed past x, */
+    ptrdiff_t stream_columns, stream_k; /* so many columns and rows of W at a time */
+};
+
 struct fc_kernels {
     const char *isa;
     /* operations per iteration of the peak_* leaves; 0: the ISA has no such unit */
@@ -118,8 +132,7 @@ struct fc_kernels {
      * integer ones */
     fc_dtype bf16_x;
     int i8_x, i4_x;
-    ptrdiff_t tile_rows;   /* rows that a line of W serves in registers */
-    ptrdiff_t panel_bytes; /* of each panel of W that more rows of x pass over at a time */
+    struct fc_blocks blocks;
 #define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;
 #define FC_MEMBER(name, params) void(*name) params;
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)

@@ -34,6 +34,5 @@ const struct fc_kernels FC_TABLE = {
     .bf16_x = FC_BF16_X,
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,
-    .tile_rows = FC_MR,
-    .panel_bytes = FC_PANEL_BYTES,
+    .blocks = FC_BLOCKS,
     FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY)};

@@ -10,15 +10,8 @@
 #include "rows.h"
 
 enum {
-    MIN_PANELS = 4,      /* of a tile, for few rows, or many threads: 64 columns */
-    MAX_PANELS = 16,     /* many rows: what is read of x then serves 256 columns */
-    MANY_ROWS = 48,
-    ROWS_A_BLOCK = 192,  /* x and accumulators of a block fill most of L2 */
-    ROWS_IN_PLACE = 24,  /* up to here float32 x is multiplied where it lies */
-    LOOSE_K = 512,       /* k packed on the fly at once: 128 KiB */
-    STREAM_ROWS = 4,     /* up to here plain rows of W are streamed, */
-    STREAM_COLUMNS = 1024, /* this many columns */
-    STREAM_K = 64        /* and this many k at a time: 256 KiB */
+    FINER = 64,                 /* parts of a tile that count when threads are chosen: tiles can still be cut */
+    STREAM_UNIT = 4 * FC_PANEL, /* columns of streamed W, whole lines of it */
 };
 
 /* ---- what a layout asks for ---- */
@@ -59,6 +52,7 @@ static struct form form_of(const struct fc_kernels *kernels, const fc_linear_arg
 struct linear {
     const fc_linear_args *a;
     const struct fc_kernels *kernels;
+    const struct fc_blocks *sizes;
     struct form form;
     const char *x; /* (k / kc, M, kc) in the form: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
@@ -111,17 +105,23 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     }
 }
 
+/* Whether x as it came has the right form. */
+static int lies_ready(const struct linear *l) {
+    const fc_linear_args *a = l->a;
+    const int same = (l->form.x == X_F32 && a->type == FC_F32) || (l->form.x == X_BF16 && a->type == FC_BF16);
+    return same && !a->norm && l->k == a->k && a->rows->ndim <= 1;
+}
+
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right form; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
     copy->block = NULL;
     l->k = fc_round_up(a->k, l->form.block_k);
-    l->kc = !l->form.format->packed   ? LOOSE_K
-            : a->m <= l->kernels->tile_rows ? (l->k ? l->k : 1)
-                                      : (l->kernels->panel_bytes + l->form.block_bytes - 1) / l->form.block_bytes * l->form.block_k;
-    if (!a->norm && a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
-        l->k == a->k && a->rows->ndim <= 1) {
+    l->kc = !l->form.format->packed   ? l->sizes->unpacked_k
+            : a->m <= l->sizes->tile_rows ? (l->k ? l->k : 1)
+                                      : (l->sizes->panel_bytes + l->form.block_bytes - 1) / l->form.block_bytes * l->form.block_k;
+    if (a->m <= l->sizes->rows_in_place && lies_ready(l)) {
         l->x = a->x;
         l->ldx = a->rows->ndim ? a->rows->stride[1][0] : 0;
         l->x_block = l->kc * l->form.x_size;
@@ -135,7 +135,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     l->x = copy->base;
     l->sums = copy->base + values;
     l->scales = l->form.x == X_QUANTIZED ? (float *)(void *)(copy->base + values + sums) : NULL;
-    const double ns = (double)a->k * (a->norm ? 0.4 : 0.2) + 20;
+    const double ns = (double)a->k * (a->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(a->m, ns);
     if (a->norm && fc_scratch_alloc(&l->normed, threads, (size_t)(a->k * fc_size_of(a->type)))) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, a->m, ns, convert_rows, l);
@@ -212,20 +212,29 @@ static double item_ns(const struct linear *l) {
     const double columns = (double)(l->tile_panels * FC_PANEL);
     double flops = 2.0 * (double)l->block_rows * (double)l->k * columns;
     double bytes = (double)(l->k / l->form.block_k * l->form.block_bytes * l->tile_panels);
-    return flops / 100 > bytes / 25 ? flops / 100 : bytes / 25;
+    const double compute = flops * fc_ns.flop, memory = bytes * fc_ns.weight_byte;
+    return compute > memory ? compute : memory;
+}
+
+/* Rows of x whose values and accumulators fill half of L2: panels of W pass over them. */
+static ptrdiff_t rows_in_l2(const struct linear *l) {
+    const ptrdiff_t x = fc_smaller(l->kc, l->k) * l->form.x_size, sums = l->sizes->many_panels * FC_PANEL * 4;
+    const ptrdiff_t fit = fc_cache_bytes(FC_CACHE_L2) / 2 / (x + sums), tile = l->sizes->tile_rows;
+    return fit >= l->sizes->rows ? l->sizes->rows : fit > tile ? fit / tile * tile : tile;
 }
 
 /* Tiles and blocks of rows, smaller ones where the threads would not have four items each. */
 static void cut(struct linear *l, int threads) {
     const ptrdiff_t m = l->a->m, wanted = 4 * (ptrdiff_t)threads;
-    l->tile_panels = m > MANY_ROWS ? MAX_PANELS : MIN_PANELS;
-    l->block_rows = fc_smaller(m, ROWS_A_BLOCK);
+    l->tile_panels = m > l->sizes->many_rows ? l->sizes->many_panels : l->sizes->few_panels;
+    l->block_rows = fc_smaller(m, rows_in_l2(l));
     for (;;) {
         l->tiles = (l->panels + l->tile_panels - 1) / l->tile_panels;
         l->blocks = (m + l->block_rows - 1) / l->block_rows;
         if (l->tiles * l->blocks >= wanted) return;
-        if (l->tile_panels > MIN_PANELS) l->tile_panels /= 2;
-        else if (l->block_rows > 48) l->block_rows = (l->block_rows / 2 + 5) / 6 * 6;
+        if (l->tile_panels > l->sizes->few_panels) l->tile_panels /= 2;
+        else if (l->block_rows > l->sizes->many_rows)
+            l->block_rows = fc_round_up(l->block_rows / 2, l->sizes->tile_rows);
         else return;
     }
 }
@@ -235,9 +244,9 @@ static fc_status by_tiles(struct linear *l) {
     const int sides = a->gated ? 2 : 1;
     l->panel_columns = FC_PANEL / sides;
     l->panels = fc_round_up(a->n, FC_PANEL) / FC_PANEL * sides;
-    l->loose_bytes = l->form.format->packed ? 0 : (size_t)LOOSE_K * MAX_PANELS * FC_PANEL * 4;
+    l->loose_bytes = l->form.format->packed ? 0 : (size_t)(l->sizes->unpacked_k * l->sizes->many_panels * FC_PANEL * 4);
     cut(l, 1);
-    int threads = fc_threads_for(l->tiles * l->blocks * 64, item_ns(l) / 64);
+    int threads = fc_threads_for(l->tiles * l->blocks * FINER, item_ns(l) / FINER);
     cut(l, threads);
     const ptrdiff_t items = l->tiles * l->blocks;
     if (threads > items) threads = (int)items;
@@ -250,7 +259,7 @@ static fc_status by_tiles(struct linear *l) {
 
 /* ---- few rows against plain rows of W ---- */
 
-/* Few rows: copied or not, STREAM_K values from a multiple of it on lie side by side. */
+/* Few rows: copied or not, stream_k values from a multiple of it on lie side by side. */
 static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0) {
     return (const float *)(const void *)(l->x + k0 / l->kc * l->x_block + row * l->ldx) + k0 % l->kc;
 }
@@ -263,11 +272,11 @@ static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     for (ptrdiff_t i = begin; i < end; i++) {
         ptrdiff_t column = i * width, n = fc_smaller(width, a->n - column);
         for (ptrdiff_t j = 0; j < a->m * width; j++) acc[j] = 0.0f;
-        for (ptrdiff_t k0 = 0; k0 < a->k; k0 += STREAM_K)
+        for (ptrdiff_t k0 = 0; k0 < a->k; k0 += l->sizes->stream_k)
             for (ptrdiff_t row = 0; row < a->m; row++)
                 l->kernels->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
                                                 (const char *)a->weight + k0 * a->ldw + column * w_size, a->ldw,
-                                                fc_smaller(STREAM_K, a->k - k0), n);
+                                                fc_smaller(l->sizes->stream_k, a->k - k0), n);
         fc_cursor at;
         fc_cursor_at(&at, a->rows, 0);
         for (ptrdiff_t row = 0; row < a->m; row++, fc_cursor_next(&at))
@@ -279,19 +288,19 @@ static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 static fc_status by_streams(struct linear *l) {
     const fc_linear_args *a = l->a;
-    const double ns = (double)(a->k * fc_size_of(a->weight_type) * 64) / 20;
-    int threads = fc_threads_for((a->n + 63) / 64, ns);
-    l->block_rows = fc_smaller(STREAM_COLUMNS, ((a->n + threads - 1) / threads + 63) / 64 * 64);
+    const double ns = (double)(a->k * fc_size_of(a->weight_type) * STREAM_UNIT) * fc_ns.plain_byte;
+    int threads = fc_threads_for((a->n + STREAM_UNIT - 1) / STREAM_UNIT, ns);
+    l->block_rows = fc_smaller(l->sizes->stream_columns, fc_round_up((a->n + threads - 1) / threads, STREAM_UNIT));
     ptrdiff_t items = (a->n + l->block_rows - 1) / l->block_rows;
     if (fc_scratch_alloc(&l->scratch, threads, (size_t)(a->m * l->block_rows * 4))) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / 64), stream_body, l);
+    fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / STREAM_UNIT), stream_body, l);
     fc_scratch_free(&l->scratch);
     return status;
 }
 
 fc_status fc_linear(const fc_linear_args *args) {
     const struct fc_kernels *kernels = fc_kernels_in_use();
-    struct linear l = {.a = args, .kernels = kernels};
+    struct linear l = {.a = args, .kernels = kernels, .sizes = &kernels->blocks};
     fc_scratch copy;
     void (*const gated[FC_ACTIVATIONS])(void *, const float *, float, const float *, const float *, ptrdiff_t) = {
         [FC_RELU] = kernels->gated_store_relu[args->type],
@@ -303,7 +312,7 @@ fc_status fc_linear(const fc_linear_args *args) {
     l.gated = gated[args->activation];
     l.form = form_of(kernels, args);
     fc_status status = prepare_x(&l, &copy);
-    if (status == FC_OK) status = args->layout == FC_ROWS && args->m <= STREAM_ROWS ? by_streams(&l) : by_tiles(&l);
+    if (status == FC_OK) status = args->layout == FC_ROWS && args->m <= l.sizes->stream_rows ? by_streams(&l) : by_tiles(&l);
     fc_scratch_free(&copy);
     return status;
 }

@@ -3,6 +3,7 @@
 #define FC_ROWS_H
 
 #include "../kernels.h"
+#include "../machine.h"
 #include "../threads.h"
 
 static inline ptrdiff_t fc_smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -40,13 +41,11 @@ static inline void fc_cursor_next(fc_cursor *c) {
 }
 
 /* Whether inputs of so many bytes come from beyond the second cache: then the next row is asked for early. */
-enum { FC_FAR = 1 << 20 };
-static inline int fc_far(double bytes) { return bytes > FC_FAR; }
+static inline int fc_far(double bytes) { return bytes > (double)fc_beyond_l2(); }
 
 /* Whether a result is so large that no cache keeps it until it is read: then it is written past them, and its lines need
  * not be read first. In place they are there anyway. */
-enum { FC_PAST_CACHE = 16 << 20 };
-static inline int fc_past_cache(double bytes, int in_place) { return bytes > FC_PAST_CACHE && !in_place; }
+static inline int fc_past_cache(double bytes, int in_place) { return bytes > (double)fc_stream_from() && !in_place; }
 
 /* to[n] = from[n] * scale, from any storage type to any */
 void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale);
