@@ -20,6 +20,7 @@ cdef extern from "forge.h" nogil:
         int ndim
         ptrdiff_t shape[32]
         ptrdiff_t stride[4][32]
+        const int64_t *index[4]
 
     const char *fc_isa()
     int fc_num_isas()
@@ -98,6 +99,7 @@ cdef extern from "forge.h" nogil:
         const float *bias
         int gated
         fc_activation activation
+        const float *out_scale
     fc_status fc_linear(const fc_linear_args *args)
     fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw,
                               ptrdiff_t k, ptrdiff_t n)

@@ -21,12 +21,15 @@ extern "C" {
 typedef enum { FC_F32, FC_F16, FC_BF16, FC_DTYPES } fc_dtype;
 typedef enum { FC_OK, FC_NO_MEMORY, FC_INTERRUPTED } fc_status;
 
-/* The shared outer axes of up to FC_MAX_ARRAYS arrays whose last axis is contiguous. ndim = 0 is one row. */
+/* The shared outer axes of up to FC_MAX_ARRAYS arrays whose last axis is contiguous. ndim = 0 is one row. An array with
+ * an index (ndim 1) has at i not its row i but its row index[i]: inputs are gathered, outputs scattered. An op writes no
+ * row twice, unless it says so. */
 enum { FC_MAX_AXES = 32, FC_MAX_ARRAYS = 4 };
 typedef struct {
     int ndim;
     ptrdiff_t shape[FC_MAX_AXES];
     ptrdiff_t stride[FC_MAX_ARRAYS][FC_MAX_AXES];
+    const int64_t *index[FC_MAX_ARRAYS]; /* (shape[0]), or NULL */
 } fc_rows;
 
 /* ---- runtime ---- */
@@ -83,7 +86,9 @@ fc_status fc_rope(const fc_rope_args *args);
 fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
                        ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale);
 
-/* ---- linear: out (M, N) = x (M, K) @ W (K, N) + bias (N) + residual (M, N) ---- */
+/* ---- linear: out (M, N) = out_scale (M) * (x (M, K) @ W (K, N) + bias (N)) + residual (M, N) ----
+ * With an index of out the rows are stored in their order, so that residual = out with the same index adds to it,
+ * however often a row is named: out[index[i]] += out_scale[i] * (x[i] W + bias). */
 
 /* How W lies in memory. FC_PACKED_*: formats.h defines the bytes (I4: symmetric, I4Z: with minima). FC_ROWS: W[k][n],
  * n contiguous, ld from k to k+1. FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
@@ -106,6 +111,7 @@ typedef struct {
     const float *bias; /* (N) or NULL; gated: (2, N) */
     int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
     fc_activation activation;
+    const float *out_scale; /* (M) or NULL: 1; not if gated */
 } fc_linear_args;
 fc_status fc_linear(const fc_linear_args *args);
 

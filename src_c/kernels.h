@@ -76,8 +76,8 @@ struct fc_past {
     X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
-    X(linear_store, (void *out, const float *acc, float scale, const float *bias, const void *residual, ptrdiff_t n),  \
-      out, acc, scale, bias, residual, n)                                                                              \
+    X(linear_store, (void *out, const float *acc, float scale, const float *bias, float out_scale,                     \
+      const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                                                                              \
     X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
       ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
     X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \

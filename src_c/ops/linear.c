@@ -1,9 +1,9 @@
-/* out = x W + bias + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of 64 to 256 columns.
+/* out = out_scale (x W + bias) + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of columns.
  *
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
  * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
  * threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are streamed
- * instead. Each packed format multiplies one form of x, the same for every M: float32; bfloat16; int8, one scale a row. */
+ * instead. Each format multiplies one form of x, the same for every M: float32; bfloat16; int8, one scale a row. */
 #include <stdint.h>
 #include <string.h>
 
@@ -60,7 +60,7 @@ struct linear {
     const float *scales; /* X_QUANTIZED: (M); else NULL */
     ptrdiff_t groups;
     ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
-    ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, kc;
+    ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
     size_t loose_bytes;
     fc_scratch normed; /* a thread: one row of x after its norm */
     fc_scratch scratch; /* a thread: loose panels, then accumulators */
@@ -80,8 +80,8 @@ static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, 
     case X_BF16: l->kernels->to_bf16[a->type](to, from, n); break;
     case X_ROUNDED: l->kernels->round_bf16[a->type](to, from, n); break;
     case X_QUANTIZED:
-        l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n, padded,
-                                l->form.group_k, l->form.x_size == 2, l->form.format->zero);
+        l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n,
+                                      padded, l->form.group_k, l->form.x_size == 2, l->form.format->zero);
         return;
     }
     if (n < padded) memset((char *)to + n * l->form.x_size, 0, (size_t)((padded - n) * l->form.x_size));
@@ -97,10 +97,12 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const char *row = (const char *)a->x + at.at[1];
         if (a->norm) {
             char *normed = fc_scratch_of(&l->normed, rank);
-            l->kernels->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL, NULL);
+            l->kernels->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL,
+                                          NULL);
             row = normed;
         }
-        if (l->form.x == X_QUANTIZED) l->kernels->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
+        if (l->form.x == X_QUANTIZED)
+            l->kernels->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
         for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
     }
 }
@@ -109,7 +111,16 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 static int lies_ready(const struct linear *l) {
     const fc_linear_args *a = l->a;
     const int same = (l->form.x == X_F32 && a->type == FC_F32) || (l->form.x == X_BF16 && a->type == FC_BF16);
-    return same && !a->norm && l->k == a->k && a->rows->ndim <= 1;
+    return same && !a->norm && l->k == a->k && a->rows->ndim <= 1 && !a->rows->index[1];
+}
+
+/* k of a block: those of unpacked W that become panels; for one tile of rows, all; else as many as a panel's share of
+ * the caches holds. */
+static ptrdiff_t k_at_once(const struct linear *l) {
+    const ptrdiff_t block = l->form.block_bytes;
+    if (!l->form.format->packed) return l->sizes->unpacked_k;
+    if (l->a->m <= l->sizes->tile_rows) return l->k ? l->k : 1;
+    return (l->sizes->panel_bytes + block - 1) / block * l->form.block_k;
 }
 
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right form; else x is copied into `copy`,
@@ -118,9 +129,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
     copy->block = NULL;
     l->k = fc_round_up(a->k, l->form.block_k);
-    l->kc = !l->form.format->packed   ? l->sizes->unpacked_k
-            : a->m <= l->sizes->tile_rows ? (l->k ? l->k : 1)
-                                      : (l->sizes->panel_bytes + l->form.block_bytes - 1) / l->form.block_bytes * l->form.block_k;
+    l->kc = k_at_once(l);
     if (a->m <= l->sizes->rows_in_place && lies_ready(l)) {
         l->x = a->x;
         l->ldx = a->rows->ndim ? a->rows->stride[1][0] : 0;
@@ -131,10 +140,11 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     l->x_block = a->m * l->ldx;
     l->groups = l->form.x == X_QUANTIZED ? l->k / l->form.group_k : 0;
     size_t values = (size_t)(l->x_block * ((l->k + l->kc - 1) / l->kc)), sums = (size_t)(a->m * l->groups) * 4;
-    if (fc_scratch_alloc(copy, 1, values + sums + (l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0))) return FC_NO_MEMORY;
+    const size_t scales = l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0;
+    if (fc_scratch_alloc(copy, 1, values + sums + scales)) return FC_NO_MEMORY;
     l->x = copy->base;
     l->sums = copy->base + values;
-    l->scales = l->form.x == X_QUANTIZED ? (float *)(void *)(copy->base + values + sums) : NULL;
+    l->scales = scales ? (float *)(void *)(copy->base + values + sums) : NULL;
     const double ns = (double)a->k * (a->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(a->m, ns);
     if (a->norm && fc_scratch_alloc(&l->normed, threads, (size_t)(a->k * fc_size_of(a->type)))) return FC_NO_MEMORY;
@@ -146,13 +156,15 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
 /* ---- one tile: its columns and a block of rows ---- */
 
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
-static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0, ptrdiff_t kc) {
+static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
+                       ptrdiff_t kc) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t size = fc_size_of(a->weight_type);
     for (ptrdiff_t p = 0; p < count; p++, to += kc * FC_PANEL) {
         ptrdiff_t column = (first + p) * FC_PANEL, n = fc_smaller(FC_PANEL, a->n - column);
         const char *w = a->weight;
-        if (a->layout == FC_ROWS) l->kernels->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
+        if (a->layout == FC_ROWS)
+            l->kernels->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
         else l->kernels->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
     }
 }
@@ -180,38 +192,39 @@ static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t
     }
 }
 
-static void store(const struct linear *l, const float *acc, ptrdiff_t column, ptrdiff_t columns, ptrdiff_t row,
-                  ptrdiff_t rows) {
+/* Rows of accumulators, ld floats apart, to columns of out. */
+static void store(const struct linear *l, const float *acc, ptrdiff_t ld, ptrdiff_t column, ptrdiff_t columns,
+                  ptrdiff_t row, ptrdiff_t rows) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t skip = column * fc_size_of(a->type);
     const float *bias = a->bias ? a->bias + column : NULL;
     fc_cursor at;
     fc_cursor_at(&at, a->rows, row);
-    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += l->tile_panels * FC_PANEL) {
+    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += ld) {
         char *out = (char *)a->out + at.at[0] + skip;
-        const float scale = l->scales ? l->scales[i] : 1.0f;
+        const char *residual = a->residual ? (const char *)a->residual + at.at[2] + skip : NULL;
+        const float scale = l->scales ? l->scales[i] : 1.0f, out_scale = a->out_scale ? a->out_scale[i] : 1.0f;
         if (a->gated) l->gated(out, acc, scale, bias, bias ? bias + a->n : NULL, columns);
-        else l->kernels->linear_store[a->type](out, acc, scale, bias,
-                                         a->residual ? (const char *)a->residual + at.at[2] + skip : NULL, columns);
+        else l->kernels->linear_store[a->type](out, acc, scale, bias, out_scale, residual, columns);
     }
 }
 
 static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     float *loose = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)loose + l->loose_bytes);
-    for (ptrdiff_t i = begin; i < end; i++) {
+    for (ptrdiff_t i = begin * l->item_blocks; i < end * l->item_blocks; i++) {
         ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = fc_smaller(l->tile_panels, l->panels - panel);
         ptrdiff_t row = i % l->blocks * l->block_rows, rows = fc_smaller(l->block_rows, l->a->m - row);
         ptrdiff_t column = panel * l->panel_columns, columns = fc_smaller(panels * l->panel_columns, l->a->n - column);
         multiply(l, acc, loose, panel, panels, row, rows);
-        store(l, acc, column, columns, row, rows);
+        store(l, acc, l->tile_panels * FC_PANEL, column, columns, row, rows);
     }
 }
 
 static double item_ns(const struct linear *l) {
     const double columns = (double)(l->tile_panels * FC_PANEL);
-    double flops = 2.0 * (double)l->block_rows * (double)l->k * columns;
-    double bytes = (double)(l->k / l->form.block_k * l->form.block_bytes * l->tile_panels);
+    const double flops = 2.0 * (double)(l->block_rows * l->item_blocks) * (double)l->k * columns;
+    const double bytes = (double)(l->k / l->form.block_k * l->form.block_bytes * l->tile_panels);
     const double compute = flops * fc_ns.flop, memory = bytes * fc_ns.weight_byte;
     return compute > memory ? compute : memory;
 }
@@ -223,17 +236,20 @@ static ptrdiff_t rows_in_l2(const struct linear *l) {
     return fit >= l->sizes->rows ? l->sizes->rows : fit > tile ? fit / tile * tile : tile;
 }
 
-/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. */
+/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. An item is a block of a tile,
+ * or, where a row of out may be named twice, all of them in their order. */
 static void cut(struct linear *l, int threads) {
     const ptrdiff_t m = l->a->m, wanted = 4 * (ptrdiff_t)threads;
+    const int in_order = l->a->rows->index[0] != NULL;
     l->tile_panels = m > l->sizes->many_rows ? l->sizes->many_panels : l->sizes->few_panels;
     l->block_rows = fc_smaller(m, rows_in_l2(l));
     for (;;) {
         l->tiles = (l->panels + l->tile_panels - 1) / l->tile_panels;
         l->blocks = (m + l->block_rows - 1) / l->block_rows;
-        if (l->tiles * l->blocks >= wanted) return;
+        l->item_blocks = in_order ? l->blocks : 1;
+        if (l->tiles * l->blocks / l->item_blocks >= wanted) return;
         if (l->tile_panels > l->sizes->few_panels) l->tile_panels /= 2;
-        else if (l->block_rows > l->sizes->many_rows)
+        else if (l->block_rows > l->sizes->many_rows && !in_order)
             l->block_rows = fc_round_up(l->block_rows / 2, l->sizes->tile_rows);
         else return;
     }
@@ -246,12 +262,12 @@ static fc_status by_tiles(struct linear *l) {
     l->panels = fc_round_up(a->n, FC_PANEL) / FC_PANEL * sides;
     l->loose_bytes = l->form.format->packed ? 0 : (size_t)(l->sizes->unpacked_k * l->sizes->many_panels * FC_PANEL * 4);
     cut(l, 1);
-    int threads = fc_threads_for(l->tiles * l->blocks * FINER, item_ns(l) / FINER);
+    int threads = fc_threads_for(l->tiles * l->blocks / l->item_blocks * FINER, item_ns(l) / FINER);
     cut(l, threads);
-    const ptrdiff_t items = l->tiles * l->blocks;
+    const ptrdiff_t items = l->tiles * l->blocks / l->item_blocks;
     if (threads > items) threads = (int)items;
-    if (fc_scratch_alloc(&l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * l->tile_panels * FC_PANEL * 4)))
-        return FC_NO_MEMORY;
+    const size_t sums = (size_t)(l->block_rows * l->tile_panels * FC_PANEL * 4);
+    if (fc_scratch_alloc(&l->scratch, threads, l->loose_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
     fc_scratch_free(&l->scratch);
     return status;
@@ -267,7 +283,7 @@ static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0
 static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     const fc_linear_args *a = l->a;
-    const ptrdiff_t size = fc_size_of(a->type), w_size = fc_size_of(a->weight_type), width = l->block_rows;
+    const ptrdiff_t w_size = fc_size_of(a->weight_type), width = l->block_rows;
     float *acc = fc_scratch_of(&l->scratch, rank);
     for (ptrdiff_t i = begin; i < end; i++) {
         ptrdiff_t column = i * width, n = fc_smaller(width, a->n - column);
@@ -277,12 +293,7 @@ static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
                 l->kernels->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
                                                 (const char *)a->weight + k0 * a->ldw + column * w_size, a->ldw,
                                                 fc_smaller(l->sizes->stream_k, a->k - k0), n);
-        fc_cursor at;
-        fc_cursor_at(&at, a->rows, 0);
-        for (ptrdiff_t row = 0; row < a->m; row++, fc_cursor_next(&at))
-            l->kernels->linear_store[a->type]((char *)a->out + at.at[0] + column * size, acc + row * width, 1.0f,
-                                        a->bias ? a->bias + column : NULL,
-                                        a->residual ? (const char *)a->residual + at.at[2] + column * size : NULL, n);
+        store(l, acc, width, column, n, 0, a->m);
     }
 }
 
@@ -312,7 +323,8 @@ fc_status fc_linear(const fc_linear_args *args) {
     l.gated = gated[args->activation];
     l.form = form_of(kernels, args);
     fc_status status = prepare_x(&l, &copy);
-    if (status == FC_OK) status = args->layout == FC_ROWS && args->m <= l.sizes->stream_rows ? by_streams(&l) : by_tiles(&l);
+    const int streamed = args->layout == FC_ROWS && args->m <= l.sizes->stream_rows;
+    if (status == FC_OK) status = streamed ? by_streams(&l) : by_tiles(&l);
     fc_scratch_free(&copy);
     return status;
 }

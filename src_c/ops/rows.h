@@ -11,6 +11,7 @@ static inline ptrdiff_t fc_round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + u
 
 typedef struct {
     const fc_rows *rows;
+    int listed; /* some array has an index */
     ptrdiff_t index[FC_MAX_AXES];
     ptrdiff_t at[FC_MAX_ARRAYS]; /* byte offset of the row in each array */
 } fc_cursor;
@@ -21,23 +22,35 @@ static inline ptrdiff_t fc_rows_count(const fc_rows *rows) {
     return count;
 }
 
+/* The places of arrays with an index. */
+static inline void fc_cursor_look_up(fc_cursor *c) {
+    for (int a = 0; a < FC_MAX_ARRAYS; a++)
+        if (c->rows->index[a]) c->at[a] = (ptrdiff_t)c->rows->index[a][c->index[0]] * c->rows->stride[a][0];
+}
+
 static inline void fc_cursor_at(fc_cursor *c, const fc_rows *rows, ptrdiff_t row) {
     c->rows = rows;
-    for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] = 0;
+    c->listed = 0;
+    for (int a = 0; a < FC_MAX_ARRAYS; a++) {
+        c->at[a] = 0;
+        c->listed |= rows->ndim == 1 && rows->index[a];
+    }
     for (int d = rows->ndim - 1; d >= 0; d--) {
         c->index[d] = row % rows->shape[d];
         row /= rows->shape[d];
         for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] += c->index[d] * rows->stride[a][d];
     }
+    if (c->listed) fc_cursor_look_up(c);
 }
 
 static inline void fc_cursor_next(fc_cursor *c) {
     for (int d = c->rows->ndim - 1; d >= 0; d--) {
         for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] += c->rows->stride[a][d];
-        if (++c->index[d] < c->rows->shape[d]) return;
+        if (++c->index[d] < c->rows->shape[d]) break;
         for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] -= c->rows->shape[d] * c->rows->stride[a][d];
         c->index[d] = 0;
     }
+    if (c->listed) fc_cursor_look_up(c);
 }
 
 /* Whether inputs of so many bytes come from beyond the second cache: then the next row is asked for early. */
