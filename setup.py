@@ -56,7 +56,7 @@ library = Extension(
 module = Extension(
     "forge_c.functional",
     ["forge_c/functional.pyx"],
-    depends=["src_c/forge.h", *glob("forge_c/border/*.pxi"), "forge_c/_c.pxd"],
+    depends=["src_c/forge.h", "src_c/formats.h", *glob("forge_c/border/*.pxi"), "forge_c/_c.pxd"],
     include_dirs=["src_c", numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
     libraries=["forge_c"],

@@ -20,6 +20,7 @@ cdef extern from "forge.h" nogil:
         int ndim
         ptrdiff_t shape[32]
         ptrdiff_t stride[4][32]
+        const int64_t *index[4]
 
     const char *fc_isa()
     int fc_num_isas()
@@ -29,6 +30,12 @@ cdef extern from "forge.h" nogil:
     const char *fc_build()
     int fc_get_num_threads()
     void fc_set_num_threads(int n)
+    ctypedef enum fc_cache:
+        FC_CACHE_L2
+        FC_CACHE_LAST
+        FC_CACHES
+    ptrdiff_t fc_cache_bytes(fc_cache which)
+    void fc_set_cache_bytes(fc_cache which, ptrdiff_t bytes)
     void fc_set_poll(int (*poll)() noexcept nogil)
 
     ctypedef struct fc_workspace:
@@ -80,6 +87,7 @@ cdef extern from "forge.h" nogil:
         FC_PACKED_I4Z
         FC_ROWS
         FC_COLS
+        FC_LAYOUTS
     ctypedef struct fc_linear_args:
         fc_dtype type
         void *out
@@ -97,6 +105,7 @@ cdef extern from "forge.h" nogil:
         const float *bias
         int gated
         fc_activation activation
+        const float *out_scale
         fc_workspace *workspace
     fc_status fc_linear(const fc_linear_args *args)
     fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw,

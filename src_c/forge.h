@@ -21,12 +21,15 @@ extern "C" {
 typedef enum { FC_F32, FC_F16, FC_BF16, FC_DTYPES } fc_dtype;
 typedef enum { FC_OK, FC_NO_MEMORY, FC_INTERRUPTED } fc_status;
 
-/* The shared outer axes of up to FC_MAX_ARRAYS arrays whose last axis is contiguous. ndim = 0 is one row. */
+/* The shared outer axes of up to FC_MAX_ARRAYS arrays whose last axis is contiguous. ndim = 0 is one row. An array with
+ * an index (ndim 1) has at i not its row i but its row index[i]: inputs are gathered, outputs scattered. An op writes no
+ * row twice, unless it says so. */
 enum { FC_MAX_AXES = 32, FC_MAX_ARRAYS = 4 };
 typedef struct {
     int ndim;
     ptrdiff_t shape[FC_MAX_AXES];
     ptrdiff_t stride[FC_MAX_ARRAYS][FC_MAX_AXES];
+    const int64_t *index[FC_MAX_ARRAYS]; /* (shape[0]), or NULL */
 } fc_rows;
 
 /* ---- runtime ---- */
@@ -38,6 +41,11 @@ const char *fc_openmp(void);      /* "libgomp", "libomp", "none" */
 const char *fc_build(void);       /* the compiler and its flags */
 int fc_get_num_threads(void);
 void fc_set_num_threads(int n);
+/* Bytes of the caches that one core sees, as the system tells: they choose blocks, and which results are written past
+ * the caches, never a bit of a result. Setting 0 restores what the system tells. */
+typedef enum { FC_CACHE_L2, FC_CACHE_LAST, FC_CACHES } fc_cache;
+ptrdiff_t fc_cache_bytes(fc_cache which);
+void fc_set_cache_bytes(fc_cache which, ptrdiff_t bytes);
 void fc_set_poll(int (*poll)(void)); /* called on the calling thread now and then; nonzero stops the op */
 
 /* Scratch memory that ops with a `workspace` take and give back: kept from call to call, nothing is allocated once a
@@ -85,12 +93,14 @@ fc_status fc_rope(const fc_rope_args *args);
 fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
                        ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale);
 
-/* ---- linear: out (M, N) = x (M, K) @ W (K, N) + bias (N) + residual (M, N) ---- */
+/* ---- linear: out (M, N) = out_scale (M) * (x (M, K) @ W (K, N) + bias (N)) + residual (M, N) ----
+ * With an index of out the rows are stored in their order, so that residual = out with the same index adds to it,
+ * however often a row is named: out[index[i]] += out_scale[i] * (x[i] W + bias). */
 
-/* How W lies in memory. FC_PACKED_*: packing.py defines the bytes (I4: symmetric, I4Z: with minima). FC_ROWS: W[k][n],
+/* How W lies in memory. FC_PACKED_*: formats.h defines the bytes (I4: symmetric, I4Z: with minima). FC_ROWS: W[k][n],
  * n contiguous, ld from k to k+1. FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
 typedef enum {
-    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4, FC_PACKED_I4Z, FC_ROWS, FC_COLS
+    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4, FC_PACKED_I4Z, FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
 typedef struct {
     fc_dtype type; /* of x, residual and out */
@@ -108,6 +118,7 @@ typedef struct {
     const float *bias; /* (N) or NULL; gated: (2, N) */
     int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
     fc_activation activation;
+    const float *out_scale; /* (M) or NULL: 1; not if gated */
     fc_workspace *workspace;
 } fc_linear_args;
 fc_status fc_linear(const fc_linear_args *args);

@@ -1,15 +1,16 @@
 /* Every leaf once: its name and signature. all.h makes the leaves and one table per ISA from this list;
- * dispatch.c chooses a table; drivers call fc_k->name(...).
+ * dispatch.c chooses a table; drivers read fc_k once an op and call name(...) of what it points to.
  *
  * A typed leaf exists for each fc_dtype: kernels/<op>.h writes `name_any(type, ...)` once, inlined with a constant. */
 #ifndef FC_KERNELS_H
 #define FC_KERNELS_H
 
 #include "forge.h"
+#include "formats.h"
 
 static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
 
-/* C[m][16 * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in kernels/gemm.h. */
+/* C[m][FC_PANEL * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in formats.h. */
 struct fc_gemm {
     float *c; /* whole panels, ldc from row to row */
     ptrdiff_t ldc;
@@ -75,8 +76,8 @@ struct fc_past {
     X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
-    X(linear_store, (void *out, const float *acc, float scale, const float *bias, const void *residual, ptrdiff_t n),  \
-      out, acc, scale, bias, residual, n)                                                                              \
+    X(linear_store, (void *out, const float *acc, float scale, const float *bias, float out_scale,                     \
+      const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                                                                              \
     X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
       ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
     X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
@@ -110,6 +111,20 @@ struct fc_past {
     X(copy_stream, (float *out, const float *data, ptrdiff_t n))                                                       \
     X(read_sum, (float *sum, const float *data, ptrdiff_t n))
 
+/* How ops/linear.c cuts a product: data that belongs to the registers and caches of an ISA's machines. No bit of a
+ * result depends on it. */
+struct fc_blocks {
+    ptrdiff_t tile_rows;               /* rows that a line of W serves in registers */
+    ptrdiff_t panel_bytes;             /* of each panel of W that more rows of x pass over at a time */
+    ptrdiff_t rows;                    /* of x at a time, or fewer, as L2 is */
+    ptrdiff_t rows_in_place;           /* up to here float32 x is multiplied where it lies */
+    ptrdiff_t many_rows;               /* beyond these a tile has many panels: what is read of x serves them all */
+    ptrdiff_t few_panels, many_panels; /* of a tile */
+    ptrdiff_t unpacked_k;              /* rows of unpacked W that become panels at once */
+    ptrdiff_t stream_rows;             /* up to here rows of W that come as they lie are streamed past x, */
+    ptrdiff_t stream_columns, stream_k; /* so many columns and rows of W at a time */
+};
+
 struct fc_kernels {
     const char *isa;
     /* operations per iteration of the peak_* leaves; 0: the ISA has no such unit */
@@ -118,8 +133,7 @@ struct fc_kernels {
      * integer ones */
     fc_dtype bf16_x;
     int i8_x, i4_x;
-    ptrdiff_t tile_rows;   /* rows that a line of W serves in registers */
-    ptrdiff_t panel_bytes; /* of each panel of W that more rows of x pass over at a time */
+    struct fc_blocks blocks;
 #define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;
 #define FC_MEMBER(name, params) void(*name) params;
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)
@@ -129,5 +143,8 @@ struct fc_kernels {
 };
 
 extern const struct fc_kernels *fc_k; /* the table in use; set by dispatch.c */
+
+/* An op reads it once, at its start: fc_use_isa beside it then cannot mix two tables in one result. */
+static inline const struct fc_kernels *fc_kernels_in_use(void) { return __atomic_load_n(&fc_k, __ATOMIC_ACQUIRE); }
 
 #endif

@@ -194,18 +194,23 @@ FC_INLINE vf vf_fill_from(vf a, ptrdiff_t n, float fill) {
 
 /* ---- elementary functions; errors over all floats are in docs/accuracy.md ---- */
 
-/* e^x = 2^n e^r, n = round(x log2 e), |r| <= ln2/2;  e^r = 1 + r + r^2 q(r), minimax q of degree 4 */
-FC_INLINE vf vf_exp(vf x) {
-    x = vf_min(vf_set1(89.0f), vf_max(vf_set1(-104.0f), x));
+/* q of  e^r = 1 + r + r^2 q(r),  minimax of degree 4, where x = n ln2 + r, |r| <= ln2/2; n in the lowest bits of *t */
+FC_INLINE vf vf_exp_q(vf x, vf *t, vf *r) {
     const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
-    vf n = vf_fma(x, vf_set1(1.44269504f), magic) - magic;
-    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
-    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
-    vf q = vf_fma(r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
-    q = vf_fma(r, q, vf_set1(4.16683890e-2f));
-    q = vf_fma(r, q, vf_set1(1.66665211e-1f));
-    q = vf_fma(r, q, vf_set1(4.99999940e-1f));
-    return vf_scale2(vf_fma(r * r, q, r) + vf_set1(1.0f), n);
+    *t = vf_fma(x, vf_set1(1.44269504f), magic);
+    vf n = *t - magic;
+    *r = vf_fma(n, vf_set1(-0.693359375f), x);
+    *r = vf_fma(n, vf_set1(2.12194440e-4f), *r);
+    vf q = vf_fma(*r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
+    q = vf_fma(*r, q, vf_set1(4.16683890e-2f));
+    q = vf_fma(*r, q, vf_set1(1.66665211e-1f));
+    return vf_fma(*r, q, vf_set1(4.99999940e-1f));
+}
+
+/* e^x = 2^n (1 + r + r^2 q) */
+FC_INLINE vf vf_exp(vf x) {
+    vf t, r, q = vf_exp_q(vf_min(vf_set1(89.0f), vf_max(vf_set1(-104.0f), x)), &t, &r);
+    return vf_scale2(vf_fma(r * r, q, r) + vf_set1(1.0f), t - vf_set1(12582912.0f));
 }
 
 /* 2^x for x <= 0, as the weights of attention need it: 2^n (1 + r (c1 + ... + c6 r^5)), r = x - n exact, c minimax; 0 where
@@ -225,15 +230,7 @@ FC_INLINE vf vf_exp2_negative(vf x) {
 
 /* e^r and, in the lowest bits of *t, n, where x = n ln2 + r: e^x = 2^n e^r. -127 ln2 <= x <= 129 ln2. */
 FC_INLINE vf vf_exp_parts(vf x, vf *t) {
-    const vf magic = vf_set1(12582912.0f);
-    *t = vf_fma(x, vf_set1(1.44269504f), magic);
-    vf n = *t - magic;
-    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
-    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
-    vf p = vf_fma(r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
-    p = vf_fma(r, p, vf_set1(4.16683890e-2f));
-    p = vf_fma(r, p, vf_set1(1.66665211e-1f));
-    p = vf_fma(r, p, vf_set1(4.99999940e-1f));
+    vf r, p = vf_exp_q(x, t, &r);
     p = vf_fma(r, p, vf_set1(1.0f));
     return vf_fma(r, p, vf_set1(1.0f));
 }

@@ -1,7 +1,9 @@
-"""int8 and int4 weights byte by byte, as the head of packing.py lays them out, and the products they must give."""
+"""int8 and int4 weights byte by byte, as formats/layout.py lays them out, and the products they must give."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +174,16 @@ def check_gated(got: Array, x: Array, a: Parts, b: Parts, bias: Array | None, ac
     magnitude = g.magnitude * np.abs(u.value) + np.abs(f) * u.magnitude
     magnitude += 2.0**-24 * (g.steps + 6) * g.magnitude * u.magnitude
     check_close("quantized_gated_linear", got, f * u.value, magnitude=magnitude, n=max(g.steps, u.steps))
+
+
+@contextmanager
+def case(name: object) -> Iterator[None]:
+    """Names the case of a loop that failed."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(f"case: {name}")
+        raise
 
 
 def half(x: ArrayLike) -> Array:

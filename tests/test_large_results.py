@@ -1,18 +1,29 @@
-"""Results of more than 16 MB go past the caches: small ones' bits, wherever rows begin, and nothing beside them."""
+"""Results larger than half of the last cache go past it: small ones' bits, wherever rows begin, nothing beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import forge_c as fc
+from forge_c import functional
 
 Array = np.ndarray[Any, np.dtype[Any]]
-LARGE, REPEATED, UNTOUCHED = 16 << 20, 97, 0x5A
+LARGE, REPEATED, UNTOUCHED = 64 << 10, 97, 0x5A
 TABLE = fc.rope_table(32, REPEATED)
+
+
+@pytest.fixture(autouse=True)
+def small_caches() -> Iterator[None]:
+    """For a last cache of which LARGE is half; so small that rows are asked for early, too."""
+    functional._set_cache_bytes("last", 2 * LARGE)
+    functional._set_cache_bytes("l2", LARGE)
+    yield
+    functional._set_cache_bytes("last", 0)
+    functional._set_cache_bytes("l2", 0)
 
 
 def weight(x: Array) -> Array:

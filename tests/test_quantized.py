@@ -18,6 +18,7 @@ from quantized import (
     FORMATS,
     SMALL_GROUPS,
     Array,
+    case,
     check_gated,
     check_product,
     from_parts,
@@ -337,8 +338,9 @@ def test_odd_groups_of_weights(isa, dtype, rng, name):
             rows = normal(rng, 8, k, dtype=dtype)
             rows[0], rows[1], rows[2] = 3, -3, np.where(np.arange(k) % 2 == 0, 3, -3)
             rows[3] = 0
-            for x in (rows, rows.astype(np.float32)):
-                check_product(linear(x, packed), x, parts(packed), case=kind)
+            with case(kind):
+                for x in (rows, rows.astype(np.float32)):
+                    check_product(linear(x, packed), x, parts(packed))
 
 
 # ---- the same bits ------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from conftest import DTYPES
 from guard import guarded_copy
 from quantized import FORMATS, SMALL_GROUPS, Array, from_parts, has_minimum, packed_as, parts
 
-from forge_c import PackedWeight, gated_linear, linear, pack, pack_gated
+from forge_c import PackedWeight, functional, gated_linear, linear, pack, pack_gated
+from forge_c.formats import layout
 from forge_c.packing import from_q4_0
 
 DEPTHS = (1, 2, 7, 31, 32, 33, 64, 65, 100, 127, 128, 129, 257)
@@ -166,7 +167,7 @@ def test_every_scale_that_float16_keeps_coarsely(name):
 
 
 def slowly(packed: PackedWeight) -> Array:
-    """The weight, read as the lines of packing.py's head say, one value after the other."""
+    """The weight, read as the lines of formats/layout.py's head say, one value after the other."""
     (k, n), group, data = packed.shape, packed.group_size, packed.data.tobytes()
     block = 64 if (packed.dtype, group) == ("int4", 32) else group
     lines = block // (4 if packed.dtype == "int8" else 8)
@@ -407,6 +408,53 @@ def test_data_of_another_size():
     for dtype, group in (("int8", 64), ("int4", 64)):
         with pytest.raises(ValueError, match="expected those that pack"):
             PackedWeight(packed.data, packed.shape, dtype, False, group)
+
+
+@pytest.mark.parametrize(("dtype", "group", "expected"), [
+    ("int8", 0, "a multiple of 32 up to 65536"), ("int8", 1, "a multiple of 32"), ("int8", 1 << 17, "up to 65536"),
+    ("int4", 1, "32 or a multiple of 64 up to 8192"), ("int4", 96, "32 or a multiple of 64"), ("int4", 0, "32 or"),
+    ("float32", 32, "expected None for float32"), ("int8", 64.0, "a multiple of 32"),
+    ("int8", True, "a multiple of 32"),
+])
+def test_a_packed_weight_has_a_group_of_its_format(dtype, group, expected):
+    """Any other would send the product beyond the data, or a division by it."""
+    with pytest.raises(ValueError, match=f"^PackedWeight: group_size is {group}, .*{expected}"):
+        PackedWeight(pack(W, "int8").data, W.shape, dtype, False, group)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "gated", "named"), [
+    ("int7", (4, 3), False, "dtype is 'int7'"), ("float32", (-4, 3), False, "shape is"),
+    ("float32", (4, -3), False, "shape is"), ("float32", (4, 3), True, "shape is .*equal width"),
+])
+def test_a_packed_weight_of_another_kind(dtype, shape, gated, named):
+    with pytest.raises(ValueError, match=f"^PackedWeight: {named}"):
+        PackedWeight(pack(W).data, shape, dtype, gated)
+
+
+def test_the_layout_of_python_is_that_of_c():
+    """forge_c.formats.layout mirrors src_c/formats.h, which nobody else repeats."""
+    in_c = functional._weight_formats()
+    rows = {name: {"bits": row.bits, "k_step": row.k_step, "block_groups": row.block_groups,
+                   "scale_bytes": row.scale_bytes, "minimum_bytes": row.minimum_bytes, "zero": row.zero}
+            for name, row in layout.ROWS.items()}
+    assert (in_c["panel"], in_c["line"]) == (layout.PANEL, layout.LINE)
+    assert {name: {k: v for k, v in row.items() if k != "group"} for name, row in in_c["rows"].items()} == rows
+    for name, row in layout.ROWS.items():
+        fixed = in_c["rows"][name]["group"]
+        if row.groups is None:
+            assert fixed == 0
+        elif fixed is not None:
+            assert row.groups == layout.Groups(fixed, fixed, fixed)
+        assert row.bits * row.k_step * layout.PANEL == layout.LINE * 8, "a line holds whole steps"
+
+
+@pytest.mark.parametrize(("dtype", "group", "name"), [
+    ("float32", None, "float32"), ("bfloat16", None, "bfloat16"), ("int8", 128, "int8"), ("int8", 32, "int8"),
+    ("int4", 32, "int4 symmetric"), ("int4", 64, "int4 affine"), ("int4", 8192, "int4 affine"),
+])
+def test_each_format_is_one_row(dtype, group, name):
+    f = layout.Format(dtype, group)
+    assert f.name == name and f.row is layout.ROWS[name] and f == layout.Format.checked("pack", dtype, group)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-32"])

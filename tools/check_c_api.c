@@ -149,7 +149,7 @@ static void check_linear(ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
     free(x), free(w), free(bias), free(y), free(columns), free(first);
 }
 
-/* Where column j of row k lies in a panel of packing.py's integer formats, and what turns it into W. */
+/* Where column j of row k lies in a panel of the integer formats, and what turns it into W. */
 struct place {
     int u;
     double scale, zero, minimum;

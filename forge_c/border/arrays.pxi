@@ -171,6 +171,8 @@ cdef int collapse(str fn, fc_rows *rows, int axes, int count, cnp.ndarray a0, cn
     cdef ptrdiff_t stride[4]
     cdef bint merge
     rows.ndim = 0
+    for a in range(4):
+        rows.index[a] = NULL
     for d in range(axes):
         size = cnp.PyArray_DIM(a0, d)
         if size == 1:

@@ -1,7 +1,27 @@
 # PackedWeight, linear, gated_linear, embedding
 
-cdef dict LAYOUTS = {("float32", False): FC_PACKED_F32, ("bfloat16", False): FC_PACKED_BF16,
-                     ("int8", False): FC_PACKED_I8, ("int4", False): FC_PACKED_I4, ("int4", True): FC_PACKED_I4Z}
+cdef extern from "formats.h" nogil:
+    enum:
+        FC_PANEL
+        FC_LINE
+        FC_ANY_GROUP
+    struct fc_format:
+        const char *name
+        int packed, bits, k_step, group, block_groups, scale_bytes, minimum_bytes, zero
+    const fc_format fc_formats[FC_LAYOUTS]
+
+cdef dict LAYOUTS = {fc_formats[i].name.decode(): i for i in range(FC_LAYOUTS) if fc_formats[i].packed}
+
+
+def _weight_formats():
+    """Name -> the row of src_c/formats.h, of each packed format; group None: the weight's."""
+    rows = {}
+    for name, i in LAYOUTS.items():
+        f = fc_formats[<int>i]
+        rows[name] = {"bits": f.bits, "k_step": f.k_step, "group": None if f.group == FC_ANY_GROUP else f.group,
+                      "block_groups": f.block_groups, "scale_bytes": f.scale_bytes,
+                      "minimum_bytes": f.minimum_bytes, "zero": f.zero}
+    return {"panel": FC_PANEL, "line": FC_LINE, "rows": rows}
 
 
 cdef class PackedWeight:
@@ -19,17 +39,20 @@ cdef class PackedWeight:
     cdef ptrdiff_t k, n, group
 
     def __init__(self, cnp.ndarray data, shape, str dtype, bint gated=False, group_size=None):
-        from forge_c.packing import Format
+        from forge_c.formats.layout import Format
         cdef ptrdiff_t sides = 2 if gated else 1
-        f = Format(dtype, group_size)
-        self.layout = LAYOUTS[dtype, f.has_minimum]
+        f = Format.checked("PackedWeight", dtype, group_size)
+        self.layout = LAYOUTS[f.name]
         self.k, self.n = shape
+        if self.k < 0 or self.n < 0 or self.n % sides:
+            raise ValueError(f"PackedWeight: shape is {shape}, expected (in_features, out_features)"
+                             f"{', a pair of equal width' if gated else ''}")
         self.shape = (self.k, self.n)
         self.dtype = dtype
         self.gated = gated
-        self.group_size = group_size
-        self.group = group_size or 0
-        cdef ptrdiff_t panels = (self.n // sides + 15) // 16 * sides
+        self.group_size = f.group
+        self.group = f.group or 0
+        cdef ptrdiff_t panels = (self.n // sides + FC_PANEL - 1) // FC_PANEL * sides
         if cnp.PyArray_NBYTES(data) != panels * f.panel_bytes(self.k) or not cnp.PyArray_IS_C_CONTIGUOUS(data):
             raise ValueError(f"PackedWeight: data has {cnp.PyArray_NBYTES(data)} bytes, expected those that pack() "
                              f"makes for {self.shape}")
@@ -53,9 +76,9 @@ cdef class PackedWeight:
                 f"{f', group_size={self.group_size}' if self.group_size else ''}{', gated=True' if self.gated else ''})")
 
 
-def pack_columns(cnp.ndarray out, cnp.ndarray columns):
+def pack_columns(cnp.ndarray out not None, cnp.ndarray columns not None):
     """out (panels, panel bytes) uint8, each panel contiguous <- columns (n, k), float32 or bfloat16, k contiguous: the lines
-    that packing.py defines for that dtype. For packing.py, which checks."""
+    of that format. For formats/quantize.py."""
     cdef fc_status status
     cdef fc_dtype t = <fc_dtype>dtype_index(columns)
     with nogil:
@@ -195,6 +218,70 @@ def gated_linear(x, weight, bias=None, *, activation="silu", out=None):
     if activation not in GATES:
         raise ValueError(f"gated_linear: activation is {activation!r}, expected one of {', '.join(GATES)}")
     return run_linear("gated_linear", x, weight, bias, None, out, True, GATES[activation])
+
+
+cdef cnp.ndarray row_index(str fn, str arg, object value, ptrdiff_t rows):
+    """Whole numbers below `rows` (M,) as int64 of our own; None stays None."""
+    if value is None:
+        return None
+    given = np.asarray(value)
+    if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
+        raise TypeError(f"{fn}: {arg} has dtype {given.dtype} and shape {given.shape}, expected whole numbers (rows,)")
+    ints = private_ints(given)
+    if ints.size and (ints.min() < 0 or ints.max() >= rows):
+        raise IndexError(f"{fn}: {arg} holds {ints.min() if ints.min() < 0 else ints.max()}, expected 0 to {rows - 1}")
+    return ints
+
+
+def _linear_rows(x, weight, bias=None, *, x_rows=None, out_rows=None, out_scale=None, activation=None, out=None):
+    """linear, or gated_linear where `activation` is not None, of the rows x[x_rows]; with `out_rows` those are added:
+    out[out_rows[i]] += out_scale[i] * (x[x_rows[i]] @ weight + bias), i after i, however often a row is named."""
+    cdef str fn = "linear rows"
+    cdef fc_linear_args a
+    cdef fc_rows rows
+    cdef fc_status status
+    cdef cnp.npy_intp dims[2]
+    cdef cnp.ndarray xa = viewed(fn, "x", x)
+    cdef int t = float_type(fn, "x", xa)
+    cdef bint gated = activation is not None
+    cdef cnp.ndarray w, b, y, taken, added, scale
+    memset(&a, 0, sizeof(a))
+    memset(&rows, 0, sizeof(rows))
+    if isinstance(weight, PackedWeight) and weight.gated != gated or gated and not isinstance(weight, PackedWeight):
+        raise TypeError(f"{fn}: weight is {weight!r}, expected {'a pair' if gated else 'one matrix'}")
+    w = linear_weight(fn, weight, &a)
+    a.n //= 2 if gated else 1
+    if cnp.PyArray_NDIM(xa) != 2 or cnp.PyArray_DIM(xa, 1) != a.k:
+        raise ValueError(f"{fn}: x has shape {shape_of(xa)}, expected (rows, {a.k})")
+    contiguous_last(fn, "x", xa)
+    taken = row_index(fn, "x_rows", x_rows, cnp.PyArray_DIM(xa, 0))
+    dims[0], dims[1] = cnp.PyArray_DIM(xa, 0) if taken is None else taken.size, a.n
+    rows.ndim, rows.shape[0], a.m = 1, dims[0], dims[0]
+    if out_rows is not None:
+        if out is None or gated:
+            raise TypeError(f"{fn}: out_rows is given, expected an out to add to and no activation")
+        dims[0] = len(out)
+    y = result(fn, out, 2, dims, t)
+    added = row_index(fn, "out_rows", out_rows, dims[0])
+    b = gated_bias(fn, bias, a.n) if gated and bias is not None else parameter(fn, "bias", bias, a.n)
+    scale = parameter(fn, "out_scale", out_scale, a.m)
+    if (added is not None and added.size != a.m) or (scale is not None and added is None):
+        raise ValueError(f"{fn}: out_rows is {out_rows!r}, expected {a.m} rows of out")
+    no_overlap(fn, "out", y, "x", xa, False)
+    no_overlap(fn, "out", y, "weight", w, False)
+    a.type, a.gated, a.activation, a.rows = <fc_dtype>t, gated, <fc_activation><int>GATES[activation or "relu"], &rows
+    a.out, a.x, a.bias, a.out_scale = cnp.PyArray_DATA(y), cnp.PyArray_DATA(xa), floats(b), floats(scale)
+    rows.stride[0][0], rows.stride[1][0] = cnp.PyArray_STRIDE(y, 0), cnp.PyArray_STRIDE(xa, 0)
+    if taken is not None:
+        rows.index[1] = <const int64_t *>cnp.PyArray_DATA(taken)
+    if added is not None:
+        a.residual, rows.stride[2][0] = a.out, rows.stride[0][0]
+        rows.index[0] = rows.index[2] = <const int64_t *>cnp.PyArray_DATA(added)
+    if a.m and a.n:
+        with nogil:
+            status = fc_linear(&a)
+        check(fn, status)
+    return y
 
 
 cdef int ids_inside(const int64_t *ids, ptrdiff_t count, ptrdiff_t limit, tuple shape) except -1:

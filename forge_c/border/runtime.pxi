@@ -43,6 +43,21 @@ def set_num_threads(n: int) -> None:
     fc_set_num_threads(<int>count)
 
 
+cdef dict CACHES = {"l2": FC_CACHE_L2, "last": FC_CACHE_LAST}
+
+
+def _cache_bytes(str which) -> int:
+    """Bytes of the cache "l2" or "last", as the system tells or `_set_cache_bytes` said."""
+    return fc_cache_bytes(<fc_cache><int>CACHES[which])
+
+
+def _set_cache_bytes(str which, ptrdiff_t size) -> None:
+    """Choose blocks and streaming as for a cache of `size` bytes; 0: what the system tells. For tests: no bit changes."""
+    if size < 0:
+        raise ValueError(f"_set_cache_bytes: size is {size}, expected 0 or more")
+    fc_set_cache_bytes(<fc_cache><int>CACHES[which], size)
+
+
 def _openmp() -> str:
     return fc_openmp().decode()
 

@@ -1,5 +1,7 @@
 /* One ISA: the vocabulary, every leaf, and the table that is this file's only symbol.
- * The including file has set FC_ISA, FC_TABLE, FC_BYTES and the target region. */
+ * The including file has set FC_ISA, FC_TABLE, FC_BYTES and the target region. An ISA that does better than the common
+ * text in some leaf names a file in FC_LEAVES: that holds leaves of its own, which may call the common ones, and
+ * FC_REPLACED, their entries in the table, `.leaf = its_leaf,` or `.typed_leaf[FC_F16] = its_leaf,`. */
 #include "../simd.h"
 
 #include "../kernels.h"
@@ -25,8 +27,16 @@
     static void name##_bf16 params { name##_any(FC_BF16, __VA_ARGS__); }
 FC_TYPED_KERNELS(FC_DEFINE)
 
+#ifdef FC_LEAVES
+#include FC_LEAVES
+#else
+#define FC_REPLACED
+#endif
+
 #define FC_TYPED_ENTRY(name, params, ...) .name = {name##_f32, name##_f16, name##_bf16},
 #define FC_ENTRY(name, params) .name = name,
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverride-init" /* FC_REPLACED comes last, on purpose */
 const struct fc_kernels FC_TABLE = {
     .isa = FC_ISA,
     .ops_f32 = FC_OPS_F32,
@@ -35,6 +45,6 @@ const struct fc_kernels FC_TABLE = {
     .bf16_x = FC_BF16_X,
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,
-    .tile_rows = FC_MR,
-    .panel_bytes = FC_PANEL_BYTES,
-    FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY)};
+    .blocks = FC_BLOCKS,
+    FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY) FC_REPLACED};
+#pragma GCC diagnostic pop

@@ -11,6 +11,7 @@
 #define FC_ISA "avx512"
 #define FC_TABLE fc_kernels_avx512
 #define FC_BYTES 64
+#define FC_LEAVES "avx512_leaves.h"
 #include "all.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -13,6 +13,7 @@
 #define FC_BYTES 64
 #define FC_HAS_BF16_DOT 1
 #define FC_HAS_I8_DOT 1
+#define FC_LEAVES "avx512_leaves.h"
 #include "all.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-/* C[m][16 panels] (+)= X[m][k] W  for W in panels of 16 columns, every format of packing.py.
+/* C[m][16 panels] (+)= X[m][k] W  for W in panels of 16 columns, every format of formats.h.
  *
  * A tile is up to FC_MR rows by FC_NV vectors of accumulators in registers. A line of W, 64 bytes, is taken apart into
  * vectors whose lanes are columns (PARTS of them, in the order of k), and each row adds its values to them:
@@ -21,7 +21,7 @@
  *
  * While the rows of X pass over a block of W, the bytes after it are asked for, so that memory and arithmetic overlap. */
 
-#define FC_PER_PANEL (16 / FC_N)
+#define FC_PER_PANEL (FC_PANEL / FC_N)
 #if FC_BYTES == 64 || !defined(__x86_64__)
 enum { FC_MR = 6, FC_NV = 4, FC_NV_FEW = 4 }; /* 32 registers: 24 accumulators, 4 of W, 1 of x */
 #elif FC_BYTES == 32
@@ -32,6 +32,11 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
 /* Of each panel of W under all rows at once. 16 registers hold one panel's columns, which then stay in L1; with 32 the
  * four panels of a tile stay in L2, and x in L1. */
 #define FC_PANEL_BYTES (FC_BYTES == 64 ? 32768 : 16384)
+
+/* The blocks of ops/linear.c: unpacked W is 512 KiB at a time, streamed W 256 KiB. */
+#define FC_BLOCKS                                                                                                      \
+    {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24, .many_rows = 48,             \
+     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .stream_rows = 4, .stream_columns = 1024, .stream_k = 64}
 
 #ifdef FC_HAS_BF16_DOT
 #define FC_BF16_X FC_BF16
@@ -48,11 +53,16 @@ enum { FC_I8_X = 2, FC_I4_X = 1 };
 enum { FC_I8_X = 2, FC_I4_X = 2 };
 #endif
 
-typedef enum { GEMM_F32, GEMM_BF16, GEMM_S8, GEMM_I8, GEMM_I4, GEMM_I4Z } gemm_format;
+typedef const struct fc_format *gemm_format; /* a constant wherever it is used: its row is read by the compiler */
 
-/* Bytes of a line that make one vector, and all of them. */
-FC_INLINE ptrdiff_t vector_bytes(gemm_format f) { return f == GEMM_S8 ? FC_BYTES / 2 : FC_BYTES; }
-FC_INLINE ptrdiff_t line_bytes(gemm_format f) { return f == GEMM_S8 ? 32 : 64; }
+/* Bytes of a line that make one vector. */
+FC_INLINE ptrdiff_t vector_bytes(gemm_format f) { return FC_BYTES * fc_line_bytes(f) / FC_LINE; }
+
+/* Bytes of an integer of x, and parts of a line */
+FC_INLINE int int_x_bytes(gemm_format f) { return f->x == FC_X_I16 ? 2 : f->bits == 8 ? FC_I8_X : FC_I4_X; }
+FC_INLINE int parts_of(gemm_format f) {
+    return f->x == FC_X_F32 ? 1 : f->x == FC_X_BF16 ? BF16_PARTS : f->k_step * int_x_bytes(f) / 4;
+}
 
 /* Vector j of the tile's columns inside a line. */
 FC_INLINE const char *line_of(gemm_format f, const char *w, ptrdiff_t panel_stride, int j) {
@@ -69,19 +79,19 @@ FC_INLINE const char *again(const char *p) {
 /* Asks for a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. A
  * tile that is alone reads as fast as memory gives, and asks for what it needs next: against s8 further away, since
  * between its products and the next ones a row of weights takes longer than the bytes it is for. */
-FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f == GEMM_S8 ? 8192 : 2048; }
+FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f->x == FC_X_I16 ? 8192 : 2048; }
 typedef struct {
     const char *at;
     ptrdiff_t step;
 } gemm_ahead;
 
 FC_INLINE gemm_ahead ahead_of(gemm_format f, const char *w, ptrdiff_t bytes, int tile, int tiles) {
-    return (gemm_ahead){w + (tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile), line_bytes(f) / tiles};
+    return (gemm_ahead){w + (tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile), fc_line_bytes(f) / tiles};
 }
 
 FC_INLINE void ask(gemm_ahead *a, const int nv, ptrdiff_t panel_stride) {
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j += FC_PER_PANEL) __builtin_prefetch(line_of(GEMM_F32, a->at, panel_stride, j), 0, 2);
+    for (int j = 0; j < nv; j += FC_PER_PANEL) __builtin_prefetch(line_of(&fc_formats[FC_PACKED_F32], a->at, panel_stride, j), 0, 2);
     a->at += a->step;
 }
 
@@ -92,14 +102,14 @@ FC_INLINE const char *first_line(gemm_format f, const struct fc_gemm *g, ptrdiff
 /* ---- float formats ---- */
 
 FC_INLINE vf float_part(gemm_format f, int part, const char *line) {
-    if (f == GEMM_F32 || BF16_PARTS == 1) return vf_load(line);
+    if (f->x == FC_X_F32 || BF16_PARTS == 1) return vf_load(line);
     vu pair = (vu)vf_load(line);
     return (vf)(part == 0 ? pair << 16 : pair & 0xffff0000u);
 }
 
 FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
 #ifdef FC_HAS_BF16_DOT
-    if (f == GEMM_BF16) {
+    if (f->x == FC_X_BF16) {
         uint32_t pair;
         memcpy(&pair, x, 4);
         return vf_dot_bf16(acc, (vu)w, (vu){0} + pair);
@@ -113,17 +123,17 @@ FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
 
 FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
                           ptrdiff_t vector, int tile, int tiles) {
-    const int parts = f == GEMM_BF16 ? BF16_PARTS : 1;
+    const int parts = parts_of(f);
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    gemm_ahead ahead = ahead_of(f, w, g->lines * line_bytes(f), tile, tiles);
+    gemm_ahead ahead = ahead_of(f, w, g->lines * fc_line_bytes(f), tile, tiles);
     vf acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) acc[i][j] = g->accumulate ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
-    for (ptrdiff_t lines = g->lines; lines > 0; lines--, x += 4 * parts, w += line_bytes(f)) {
+    for (ptrdiff_t lines = g->lines; lines > 0; lines--, x += 4 * parts, w += fc_line_bytes(f)) {
         ask(&ahead, nv, panel_stride);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
@@ -147,10 +157,10 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
 /* ---- integer formats ---- */
 
 FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
-    if (f == GEMM_S8) return vi_from_s8((const int8_t *)line);
+    if (f->x == FC_X_I16) return vi_from_s8((const int8_t *)line);
     vu w = (vu)vf_load(line);
-    const int wide = f == GEMM_I8 ? FC_I8_X == 2 : FC_I4_X == 2;
-    if (f != GEMM_I8) w = ((wide ? part / 2 : part) == 0 ? w : w >> 4) & 0x0f0f0f0fu;
+    const int wide = int_x_bytes(f) == 2;
+    if (f->bits == 4) w = ((wide ? part / 2 : part) == 0 ? w : w >> 4) & 0x0f0f0f0fu;
     if (!wide) return (vi)w;
     return part % 2 == 0 ? (vi)(w & 0x00ff00ffu) : (vi)((vu16)w >> 8);
 }
@@ -160,12 +170,12 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
     memcpy(&four, x, 4);
     vi xv = (vi){0} + four;
 #ifdef FC_HAS_I8_DOT
-    if (f == GEMM_S8) return vi_dot_i16(acc, w, xv);
+    if (f->x == FC_X_I16) return vi_dot_i16(acc, w, xv);
     return vi_dot_i8(acc, w, xv);
 #else
-    if (f == GEMM_S8) return acc + vi_madd16(w, xv); /* here gcc orders them well by itself */
+    if (f->x == FC_X_I16) return acc + vi_madd16(w, xv); /* here gcc orders them well by itself */
 #ifdef FC_HAS_MADDUBS
-    if (f != GEMM_I8) return vi_add_maddubs(acc, w, xv);
+    if (f->bits == 4) return vi_add_maddubs(acc, w, xv);
 #endif
     (void)f;
     return vi_add_madd16(acc, w, xv);
@@ -175,8 +185,8 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
 /* acc += `lines` lines of every row */
 FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
                          const char *w, ptrdiff_t panel_stride, ptrdiff_t lines, gemm_ahead *ahead) {
-    const int parts = f == GEMM_S8 ? 1 : f == GEMM_I8 ? FC_I8_X : 2 * FC_I4_X;
-    for (; lines > 0; lines--, x += 4 * parts, w += line_bytes(f)) {
+    const int parts = parts_of(f);
+    for (; lines > 0; lines--, x += 4 * parts, w += fc_line_bytes(f)) {
         ask(ahead, nv, panel_stride);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
@@ -200,23 +210,24 @@ enum { SHORT_SUMS = 1, SHORT_LINES = 4 };
 enum { SHORT_SUMS = 0, SHORT_LINES = 4 };
 #endif
 
-/* 16 columns' scales, or (half 1) minima or the second scales, from `lane` on */
+/* A panel's scales, or (half 1) minima or the second group's scales, from `lane` on */
 FC_INLINE vf int_scale(gemm_format f, int half, const char *line, ptrdiff_t lane) {
-    return f == GEMM_I8 ? vf_load(line + lane * 4) : vf_from_f16((const uint16_t *)(const void *)line + half * 16 + lane);
+    if (f->scale_bytes == 4) return vf_load(line + lane * 4);
+    return vf_from_f16((const uint16_t *)(const void *)line + half * FC_PANEL + lane);
 }
 
-/* A block is one chunk of lines, or several: the two groups of an i4 block, or as much of an i4z group as 16 bits sum. */
+/* A block is one chunk of lines, or several: its groups, or as much of a group as 16 bits sum. */
 FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
                         ptrdiff_t vector, int tile, int tiles) {
-    const int shorts = SHORT_SUMS && f != GEMM_I8, x_size = f == GEMM_I8 ? FC_I8_X : FC_I4_X;
-    const ptrdiff_t all_lines = f == GEMM_I4 ? 8 : g->lines;
-    const ptrdiff_t lines = f == GEMM_I4 || shorts ? SHORT_LINES : all_lines, chunks = all_lines / lines;
-    const ptrdiff_t x_step = lines * (f == GEMM_I8 ? 4 : 8) * x_size;
+    const int shorts = SHORT_SUMS && f->bits == 4, groups = f->block_groups, affine = f->minimum_bytes > 0;
+    const ptrdiff_t group_lines = f->group == FC_ANY_GROUP ? g->lines : f->group / f->k_step;
+    const ptrdiff_t all_lines = group_lines * groups, lines = groups == 1 && shorts ? SHORT_LINES : group_lines;
+    const ptrdiff_t chunks = all_lines / lines, x_step = lines * f->k_step * int_x_bytes(f);
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, ldsums = g->ldsums, panel_stride = g->panel_stride;
-    const ptrdiff_t block = (all_lines + 1) * 64, in_line = vector % FC_PER_PANEL * FC_BYTES;
+    const ptrdiff_t block = (all_lines + fc_scale_lines(f)) * FC_LINE, in_line = vector % FC_PER_PANEL * FC_BYTES;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    const int32_t *start = (const int32_t *)g->sums + row * ldsums; /* i4z: floats, the sums themselves */
+    const int32_t *start = (const int32_t *)g->sums + row * ldsums; /* affine: floats, the sums themselves */
     gemm_ahead ahead = ahead_of(f, w, g->blocks * block, tile, tiles);
     if (!g->accumulate) {
 #pragma GCC unroll 8
@@ -224,33 +235,33 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) vf_store(c + i * ldc + j * FC_BYTES, vf_zero());
     }
-    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block, start += f == GEMM_I4 ? 2 : 1)
+    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block, start += groups)
         for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
-            const int half = f == GEMM_I4 ? (int)chunk : 0;
+            const int half = groups > 1 ? (int)chunk : 0;
             vi acc[FC_MR][FC_NV_FEW];
             vf scale[FC_NV_FEW], min[FC_NV_FEW];
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++)
-                    acc[i][j] = (vi){0} + (f == GEMM_I4Z || shorts ? 0 : start[i * ldsums + half]);
-            int_lines(f, mr, nv, acc, x, ldx, w + chunk * lines * 64, panel_stride, lines, &ahead);
+                    acc[i][j] = (vi){0} + (affine || shorts ? 0 : start[i * ldsums + half]);
+            int_lines(f, mr, nv, acc, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, &ahead);
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) {
-                const char *line = w - in_line + all_lines * 64 + j / FC_PER_PANEL * panel_stride;
+                const char *line = w - in_line + all_lines * FC_LINE + j / FC_PER_PANEL * panel_stride;
                 const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
                 scale[j] = int_scale(f, half, line, lane);
-                min[j] = f == GEMM_I4Z ? int_scale(f, 1, line, lane) : vf_zero();
+                min[j] = affine ? int_scale(f, 1, line, lane) : vf_zero();
             }
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++) {
                     char *to = c + i * ldc + j * FC_BYTES;
-                    const vi from = (vi){0} + (f == GEMM_I4Z ? 0 : start[i * ldsums + half]);
+                    const vi from = (vi){0} + (affine ? 0 : start[i * ldsums + half]);
                     const vi sum = shorts ? vi_add_madd16(from, acc[i][j], (vi){0} + 0x00010001) : acc[i][j];
                     vf y = vf_load(to);
-                    if (f == GEMM_I4Z && chunk == 0) y = vf_fma(vf_set1(((const float *)start)[i * ldsums]), min[j], y);
+                    if (affine && chunk == 0) y = vf_fma(vf_set1(((const float *)start)[i * ldsums]), min[j], y);
                     vf_store(to, vf_fma(vf_from_int(sum), scale[j], y));
                 }
         }
@@ -260,7 +271,7 @@ FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct
                          ptrdiff_t vector, int tile, int tiles) {
     const char *w = first_line(f, g, vector);
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
-    gemm_ahead ahead = ahead_of(f, w, g->lines * line_bytes(f), tile, tiles);
+    gemm_ahead ahead = ahead_of(f, w, g->lines * fc_line_bytes(f), tile, tiles);
     vi acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
@@ -309,7 +320,7 @@ enum { SHORT_PANEL = 16384 };
 FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[],
                         gemm_tile *const one[], const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
-    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !(f == GEMM_S8 && g->m == 1);
+    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !(f->x == FC_X_I16 && g->m == 1);
     const int step = FC_NV < FC_PER_PANEL ? FC_NV : FC_PER_PANEL;
     if (in_order)
         for (; v + step <= vectors; v += step) gemm_columns(one, g, v);
@@ -333,9 +344,9 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
     static void name(const struct fc_gemm *g) { gemm_all(format, name##_few, name##_tile, name##_tile, name##_tile, g); }
 #endif
 
-FC_GEMM(gemm_f32, float, GEMM_F32)
-FC_GEMM(gemm_bf16, float, GEMM_BF16)
-FC_GEMM(gemm_s8, pair, GEMM_S8)
-FC_GEMM(gemm_i8, int, GEMM_I8)
-FC_GEMM(gemm_i4, int, GEMM_I4)
-FC_GEMM(gemm_i4z, int, GEMM_I4Z)
+FC_GEMM(gemm_f32, float, &fc_formats[FC_PACKED_F32])
+FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
+FC_GEMM(gemm_s8, pair, &fc_page_i8)
+FC_GEMM(gemm_i8, int, &fc_formats[FC_PACKED_I8])
+FC_GEMM(gemm_i4, int, &fc_formats[FC_PACKED_I4])
+FC_GEMM(gemm_i4z, int, &fc_formats[FC_PACKED_I4Z])

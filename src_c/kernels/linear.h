@@ -1,12 +1,13 @@
 /* Epilogues: a row of float32 accumulators to a row of the result; scale is that of a quantised row of x, or 1.
- *   linear:  out = scale acc + bias + residual
+ *   linear:  out = out_scale (scale acc + bias) + residual
  *   gated:   acc and biases hold panels [gated16][linear16]...;  out = f(scale gated + bias) * (scale linear + bias_linear) */
 
 FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
-                                const void *residual, ptrdiff_t n) {
+                                float out_scale, const void *residual, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
         vf v = vf_get_upto(FC_F32, acc, i, n) * scale;
         if (bias) v += vf_get_upto(FC_F32, bias, i, n);
+        v *= out_scale;
         if (residual) v += vf_get_upto(t, residual, i, n);
         vf_put_upto(t, out, i, v, n);
     }
@@ -15,8 +16,8 @@ FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, float s
 FC_INLINE void gated_store(fc_activation f, fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                            const float *bias_linear, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        const float *pair = acc + i / 16 * 32 + i % 16;
-        vf gated = vf_load(pair) * scale, linear = vf_load(pair + 16) * scale;
+        const float *pair = acc + i / FC_PANEL * 2 * FC_PANEL + i % FC_PANEL;
+        vf gated = vf_load(pair) * scale, linear = vf_load(pair + FC_PANEL) * scale;
         if (bias) {
             gated += vf_get_upto(FC_F32, bias, i, n);
             linear += vf_get_upto(FC_F32, bias_linear, i, n);

@@ -1,15 +1,15 @@
-/* Weights that arrive unpacked: made into float32 panels [k][16] of n <= 16 columns, zeros beyond, or streamed. */
+/* Weights that arrive unpacked: made into float32 panels [k][FC_PANEL] of n <= FC_PANEL columns, zeros beyond, or streamed. */
 
 /* from rows: W[k] at w + k*ldw, n contiguous columns */
 FC_INLINE void panel_rows_any(fc_dtype t, float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < k; i++, panel += 16, w = (const char *)w + ldw)
-        for (int j = 0; j < 16; j += FC_N)
+    for (ptrdiff_t i = 0; i < k; i++, panel += FC_PANEL, w = (const char *)w + ldw)
+        for (int j = 0; j < FC_PANEL; j += FC_N)
             vf_store(panel + j, n >= j + FC_N ? vf_get(t, w, j) : vf_get_n(t, w, j, n > j ? n - j : 0));
 }
 
 /* from columns: column j at w + j*ldw, k contiguous; FC_N x FC_N blocks are transposed in registers */
 FC_INLINE void panel_cols_any(fc_dtype t, float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n) {
-    for (int j0 = 0; j0 < 16; j0 += FC_N)
+    for (int j0 = 0; j0 < FC_PANEL; j0 += FC_N)
         for (ptrdiff_t i = 0; i < k; i += FC_N) {
             ptrdiff_t rows = k - i < FC_N ? k - i : FC_N;
             vf block[FC_N];
@@ -24,9 +24,9 @@ FC_INLINE void panel_cols_any(fc_dtype t, float *panel, const void *w, ptrdiff_t
             }
             if (rows == FC_N) {
 #pragma GCC unroll 16
-                for (int j = 0; j < FC_N; j++) vf_store(panel + (i + j) * 16 + j0, block[j]);
+                for (int j = 0; j < FC_N; j++) vf_store(panel + (i + j) * FC_PANEL + j0, block[j]);
             } else {
-                for (ptrdiff_t j = 0; j < rows; j++) vf_store(panel + (i + j) * 16 + j0, block[j]);
+                for (ptrdiff_t j = 0; j < rows; j++) vf_store(panel + (i + j) * FC_PANEL + j0, block[j]);
             }
         }
 }

@@ -6,7 +6,6 @@ enum {
     PIECE = 256,  /* past the caches: results that wait in L1, so few that they are written beside the next ones */
     AHEAD = 4096, /* bytes that are asked for early */
 };
-static const double NS[FC_ACTIVATIONS] = {[FC_RELU] = 0.15, [FC_SILU] = 0.4, [FC_GELU] = 0.9, [FC_GELU_TANH] = 0.5};
 
 struct elementwise {
     void (*unary)(void *out, const void *x, ptrdiff_t n);
@@ -67,7 +66,7 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
         [FC_GELU_TANH] = fc_k->gelu_tanh[type],
     };
     struct elementwise e = {.unary = leaf[f], .out = out, .a = x, .rows = rows, .n = n, .blocks = (n + BLOCK - 1) / BLOCK};
-    return run(&e, type, NS[f]);
+    return run(&e, type, fc_ns.activation[f]);
 }
 
 fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
@@ -80,5 +79,5 @@ fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, c
     };
     struct elementwise e = {.binary = leaf[f], .out = out, .a = gated, .b = linear, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
-    return run(&e, type, NS[f]);
+    return run(&e, type, fc_ns.activation[f]);
 }

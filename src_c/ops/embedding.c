@@ -22,6 +22,6 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
                        ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale) {
     struct embedding a = {table_type, out_type, out, table, ids, n, ldtable, scale};
-    double ns = (double)n * 0.3 + 50;
+    double ns = (double)n * fc_ns.lookup + fc_ns.lookup_row;
     return fc_static(fc_threads_for(count, ns), count, ns, body, &a);
 }

@@ -185,7 +185,7 @@ fc_status fc_append(const fc_append_args *args) {
     struct append t = {.a = args};
     const ptrdiff_t runs = runs_of(args->seq), items = args->batch * c->kv_heads * runs;
     const double tokens = (double)args->seq / (double)runs;
-    const double ns = tokens * (double)(c->head_dim + c->v_dim) * 0.5 + 20;
+    const double ns = tokens * (double)(c->head_dim + c->v_dim) * fc_ns.append + fc_ns.row;
     const int threads = fc_threads_for(items, ns);
     if (fc_scratch_alloc(args->workspace, &t.scratch, threads, fc_kv_store_bytes(c))) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, ns, append_body, &t);
@@ -234,6 +234,6 @@ static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v) {
     struct read r = {cache, b, start, k, v};
-    const double ns = (double)(cache->kv_heads * (cache->head_dim + cache->v_dim)) * 1.5 + 20;
+    const double ns = (double)(cache->kv_heads * (cache->head_dim + cache->v_dim)) * fc_ns.read + fc_ns.row;
     return fc_static(fc_threads_for(seq, ns), seq, ns, read_body, &r);
 }

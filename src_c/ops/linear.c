@@ -1,24 +1,17 @@
-/* out = x W + bias + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of 64 to 256 columns.
+/* out = out_scale (x W + bias) + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of columns.
  *
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
  * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
  * threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are streamed
- * instead. Each packed format multiplies one form of x, the same for every M: float32; bfloat16; int8, one scale a row. */
+ * instead. Each format multiplies one form of x, the same for every M: float32; bfloat16; int8, one scale a row. */
 #include <stdint.h>
 #include <string.h>
 
 #include "rows.h"
 
 enum {
-    MIN_PANELS = 4,      /* of a tile, for few rows, or many threads: 64 columns */
-    MAX_PANELS = 16,     /* many rows: what is read of x then serves 256 columns */
-    MANY_ROWS = 48,
-    ROWS_A_BLOCK = 192,  /* x and accumulators of a block fill most of L2 */
-    ROWS_IN_PLACE = 24,  /* up to here float32 x is multiplied where it lies */
-    LOOSE_K = 512,       /* k packed on the fly at once: 128 KiB */
-    STREAM_ROWS = 4,     /* up to here plain rows of W are streamed, */
-    STREAM_COLUMNS = 1024, /* this many columns */
-    STREAM_K = 64        /* and this many k at a time: 256 KiB */
+    FINER = 64,                 /* parts of a tile that count when threads are chosen: tiles can still be cut */
+    STREAM_UNIT = 4 * FC_PANEL, /* columns of streamed W, whole lines of it */
 };
 
 /* ---- what a layout asks for ---- */
@@ -26,37 +19,48 @@ enum {
 typedef enum { X_F32, X_BF16, X_ROUNDED, X_QUANTIZED } x_form; /* X_ROUNDED: float32 with bfloat16 values */
 
 struct form {
+    const struct fc_format *format;
     void (*gemm)(const struct fc_gemm *);
     x_form x;
-    ptrdiff_t x_size;      /* bytes of a value of x */
-    ptrdiff_t block_k;     /* W comes in whole blocks of so many k, */
-    ptrdiff_t block_lines; /* each so many lines of 64 bytes; */
-    ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales; */
-    int offset;            /* what stands for zero, or 0 */
+    ptrdiff_t x_size;               /* bytes of a value of x */
+    ptrdiff_t block_k, block_bytes; /* W comes in whole blocks of so many k */
+    ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales */
 };
 
-static struct form form_of(const fc_linear_args *a) {
-    const fc_dtype half = fc_k->bf16_x;
-    const ptrdiff_t g = a->group;
-    switch (a->layout) {
-    case FC_PACKED_BF16:
-        return (struct form){fc_k->gemm_bf16, half == FC_BF16 ? X_BF16 : X_ROUNDED, fc_size_of(half), 2, 1, 2, 1, 0};
-    case FC_PACKED_I8: return (struct form){fc_k->gemm_i8, X_QUANTIZED, fc_k->i8_x, g, g / 4 + 1, g, g / 4, 128};
-    case FC_PACKED_I4: return (struct form){fc_k->gemm_i4, X_QUANTIZED, fc_k->i4_x, 64, 9, 32, 4, 8};
-    case FC_PACKED_I4Z: return (struct form){fc_k->gemm_i4z, X_QUANTIZED, fc_k->i4_x, g, g / 8 + 1, g, g / 8, 0};
-    default: return (struct form){fc_k->gemm_f32, X_F32, 4, 1, 1, 1, 1, 0};
+static struct form form_of(const struct fc_kernels *kernels, const fc_linear_args *a) {
+    void (*const gemm[FC_LAYOUTS])(const struct fc_gemm *) = {
+        [FC_PACKED_F32] = kernels->gemm_f32, [FC_PACKED_BF16] = kernels->gemm_bf16, [FC_PACKED_I8] = kernels->gemm_i8,
+        [FC_PACKED_I4] = kernels->gemm_i4,   [FC_PACKED_I4Z] = kernels->gemm_i4z,   [FC_ROWS] = kernels->gemm_f32,
+        [FC_COLS] = kernels->gemm_f32,
+    };
+    const struct fc_format *format = &fc_formats[a->layout];
+    struct form f = {.format = format, .gemm = gemm[a->layout], .x = X_F32, .x_size = 4};
+    f.block_k = fc_block_rows(format, a->group);
+    f.block_bytes = fc_block_bytes(format, a->group);
+    f.group_k = fc_group_rows(format, a->group);
+    f.group_lines = f.group_k / format->k_step;
+    if (format->x == FC_X_BF16) {
+        f.x = kernels->bf16_x == FC_BF16 ? X_BF16 : X_ROUNDED;
+        f.x_size = fc_size_of(kernels->bf16_x);
+    } else if (format->x == FC_X_I8) {
+        f.x = X_QUANTIZED;
+        f.x_size = format->bits == 8 ? kernels->i8_x : kernels->i4_x;
     }
+    return f;
 }
 
 struct linear {
     const fc_linear_args *a;
+    const struct fc_kernels *kernels;
+    const struct fc_blocks *sizes;
     struct form form;
     const char *x; /* (k / kc, M, kc) in the form: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
     const char *sums; /* X_QUANTIZED: (M, groups) of 4 bytes */
     const float *scales; /* X_QUANTIZED: (M); else NULL */
     ptrdiff_t groups;
-    ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, kc;
+    ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
+    ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
     size_t loose_bytes;
     fc_scratch normed; /* a thread: one row of x after its norm */
     fc_scratch scratch; /* a thread: loose panels, then accumulators */
@@ -72,12 +76,12 @@ static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, 
     const char *from = row + k0 * fc_size_of(a->type);
     void *to = (void *)(l->x + k0 / l->kc * l->x_block + i * l->ldx);
     switch (l->form.x) {
-    case X_F32: fc_k->to_f32[a->type](to, from, n, 1.0f); break;
-    case X_BF16: fc_k->to_bf16[a->type](to, from, n); break;
-    case X_ROUNDED: fc_k->round_bf16[a->type](to, from, n); break;
+    case X_F32: l->kernels->to_f32[a->type](to, from, n, 1.0f); break;
+    case X_BF16: l->kernels->to_bf16[a->type](to, from, n); break;
+    case X_ROUNDED: l->kernels->round_bf16[a->type](to, from, n); break;
     case X_QUANTIZED:
-        fc_k->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n, padded,
-                                l->form.group_k, l->form.x_size == 2, l->form.offset);
+        l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n,
+                                      padded, l->form.group_k, l->form.x_size == 2, l->form.format->zero);
         return;
     }
     if (n < padded) memset((char *)to + n * l->form.x_size, 0, (size_t)((padded - n) * l->form.x_size));
@@ -93,25 +97,39 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const char *row = (const char *)a->x + at.at[1];
         if (a->norm) {
             char *normed = fc_scratch_of(&l->normed, rank);
-            fc_k->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL, NULL);
+            l->kernels->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL,
+                                          NULL);
             row = normed;
         }
-        if (l->form.x == X_QUANTIZED) fc_k->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
+        if (l->form.x == X_QUANTIZED)
+            l->kernels->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
         for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
     }
+}
+
+/* Whether x as it came has the right form. */
+static int lies_ready(const struct linear *l) {
+    const fc_linear_args *a = l->a;
+    const int same = (l->form.x == X_F32 && a->type == FC_F32) || (l->form.x == X_BF16 && a->type == FC_BF16);
+    return same && !a->norm && l->k == a->k && a->rows->ndim <= 1 && !a->rows->index[1];
+}
+
+/* k of a block: those of unpacked W that become panels; for one tile of rows, all; else as many as a panel's share of
+ * the caches holds. */
+static ptrdiff_t k_at_once(const struct linear *l) {
+    const ptrdiff_t block = l->form.block_bytes;
+    if (!l->form.format->packed) return l->sizes->unpacked_k;
+    if (l->a->m <= l->sizes->tile_rows) return l->k ? l->k : 1;
+    return (l->sizes->panel_bytes + block - 1) / block * l->form.block_k;
 }
 
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right form; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
-    const ptrdiff_t block_bytes = l->form.block_lines * 64;
     l->k = fc_round_up(a->k, l->form.block_k);
-    l->kc = a->layout >= FC_ROWS      ? LOOSE_K
-            : a->m <= fc_k->tile_rows ? (l->k ? l->k : 1)
-                                      : (fc_k->panel_bytes + block_bytes - 1) / block_bytes * l->form.block_k;
-    if (!a->norm && a->m <= ROWS_IN_PLACE && a->type == (l->form.x == X_BF16 ? FC_BF16 : FC_F32) && l->form.x <= X_BF16 &&
-        l->k == a->k && a->rows->ndim <= 1) {
+    l->kc = k_at_once(l);
+    if (a->m <= l->sizes->rows_in_place && lies_ready(l)) {
         l->x = a->x;
         l->ldx = a->rows->ndim ? a->rows->stride[1][0] : 0;
         l->x_block = l->kc * l->form.x_size;
@@ -121,13 +139,15 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     l->x_block = a->m * l->ldx;
     l->groups = l->form.x == X_QUANTIZED ? l->k / l->form.group_k : 0;
     size_t values = (size_t)(l->x_block * ((l->k + l->kc - 1) / l->kc)), sums = (size_t)(a->m * l->groups) * 4;
-    if (fc_scratch_alloc(a->workspace, copy, 1, values + sums + (l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0))) return FC_NO_MEMORY;
+    const size_t scales = l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0;
+    if (fc_scratch_alloc(a->workspace, copy, 1, values + sums + scales)) return FC_NO_MEMORY;
     l->x = copy->base;
     l->sums = copy->base + values;
-    l->scales = l->form.x == X_QUANTIZED ? (float *)(void *)(copy->base + values + sums) : NULL;
-    const double ns = (double)a->k * (a->norm ? 0.4 : 0.2) + 20;
+    l->scales = scales ? (float *)(void *)(copy->base + values + sums) : NULL;
+    const double ns = (double)a->k * (a->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(a->m, ns);
-    if (a->norm && fc_scratch_alloc(a->workspace, &l->normed, threads, (size_t)(a->k * fc_size_of(a->type)))) return FC_NO_MEMORY;
+    if (a->norm && fc_scratch_alloc(a->workspace, &l->normed, threads, (size_t)(a->k * fc_size_of(a->type))))
+        return FC_NO_MEMORY;
     fc_status status = fc_static(threads, a->m, ns, convert_rows, l);
     fc_scratch_free(&l->normed);
     return status;
@@ -136,102 +156,118 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
 /* ---- one tile: its columns and a block of rows ---- */
 
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
-static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0, ptrdiff_t kc) {
+static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
+                       ptrdiff_t kc) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t size = fc_size_of(a->weight_type);
-    for (ptrdiff_t p = 0; p < count; p++, to += kc * 16) {
-        ptrdiff_t column = (first + p) * 16, n = fc_smaller(16, a->n - column);
+    for (ptrdiff_t p = 0; p < count; p++, to += kc * FC_PANEL) {
+        ptrdiff_t column = (first + p) * FC_PANEL, n = fc_smaller(FC_PANEL, a->n - column);
         const char *w = a->weight;
-        if (a->layout == FC_ROWS) fc_k->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
-        else fc_k->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
+        if (a->layout == FC_ROWS)
+            l->kernels->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
+        else l->kernels->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
     }
 }
 
 static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t row,
                      ptrdiff_t rows) {
     const struct form *f = &l->form;
-    const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_lines * 64;
-    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * 64, .ldx = l->ldx, .ldsums = l->groups,
+    const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_bytes;
+    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * FC_PANEL * 4, .ldx = l->ldx, .ldsums = l->groups,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels};
     for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
         ptrdiff_t kc = fc_smaller(l->kc, l->k - k0);
         g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;
-        g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_lines * 64;
+        g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
         g.blocks = kc / f->block_k;
         g.lines = f->x == X_QUANTIZED ? f->group_lines : g.blocks;
         if (l->groups) g.sums = l->sums + (row * l->groups + k0 / f->group_k) * 4;
         if (l->loose_bytes) {
             pack_loose(l, loose, panel, panels, k0, kc);
             g.w = loose;
-            g.panel_stride = kc * 64;
+            g.panel_stride = kc * FC_PANEL * 4;
         }
         f->gemm(&g);
         g.accumulate = 1;
     }
 }
 
-static void store(const struct linear *l, const float *acc, ptrdiff_t column, ptrdiff_t columns, ptrdiff_t row,
-                  ptrdiff_t rows) {
+/* Rows of accumulators, ld floats apart, to columns of out. */
+static void store(const struct linear *l, const float *acc, ptrdiff_t ld, ptrdiff_t column, ptrdiff_t columns,
+                  ptrdiff_t row, ptrdiff_t rows) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t skip = column * fc_size_of(a->type);
     const float *bias = a->bias ? a->bias + column : NULL;
     fc_cursor at;
     fc_cursor_at(&at, a->rows, row);
-    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += l->tile_panels * 16) {
+    for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += ld) {
         char *out = (char *)a->out + at.at[0] + skip;
-        const float scale = l->scales ? l->scales[i] : 1.0f;
+        const char *residual = a->residual ? (const char *)a->residual + at.at[2] + skip : NULL;
+        const float scale = l->scales ? l->scales[i] : 1.0f, out_scale = a->out_scale ? a->out_scale[i] : 1.0f;
         if (a->gated) l->gated(out, acc, scale, bias, bias ? bias + a->n : NULL, columns);
-        else fc_k->linear_store[a->type](out, acc, scale, bias,
-                                         a->residual ? (const char *)a->residual + at.at[2] + skip : NULL, columns);
+        else l->kernels->linear_store[a->type](out, acc, scale, bias, out_scale, residual, columns);
     }
 }
 
 static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     float *loose = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)loose + l->loose_bytes);
-    for (ptrdiff_t i = begin; i < end; i++) {
+    for (ptrdiff_t i = begin * l->item_blocks; i < end * l->item_blocks; i++) {
         ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = fc_smaller(l->tile_panels, l->panels - panel);
         ptrdiff_t row = i % l->blocks * l->block_rows, rows = fc_smaller(l->block_rows, l->a->m - row);
-        ptrdiff_t column = panel * (l->a->gated ? 8 : 16), columns = panels * (l->a->gated ? 8 : 16);
+        ptrdiff_t column = panel * l->panel_columns, columns = fc_smaller(panels * l->panel_columns, l->a->n - column);
         multiply(l, acc, loose, panel, panels, row, rows);
-        store(l, acc, column, fc_smaller(columns, l->a->n - column), row, rows);
+        store(l, acc, l->tile_panels * FC_PANEL, column, columns, row, rows);
     }
 }
 
 static double item_ns(const struct linear *l) {
-    const double columns = (double)(l->tile_panels * 16);
-    double flops = 2.0 * (double)l->block_rows * (double)l->k * columns;
-    double bytes = (double)(l->k / l->form.block_k * l->form.block_lines) * 4 * columns;
-    return flops / 100 > bytes / 25 ? flops / 100 : bytes / 25;
+    const double columns = (double)(l->tile_panels * FC_PANEL);
+    const double flops = 2.0 * (double)(l->block_rows * l->item_blocks) * (double)l->k * columns;
+    const double bytes = (double)(l->k / l->form.block_k * l->form.block_bytes * l->tile_panels);
+    const double compute = flops * fc_ns.flop, memory = bytes * fc_ns.weight_byte;
+    return compute > memory ? compute : memory;
 }
 
-/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. */
+/* Rows of x whose values and accumulators fill half of L2: panels of W pass over them. */
+static ptrdiff_t rows_in_l2(const struct linear *l) {
+    const ptrdiff_t x = fc_smaller(l->kc, l->k) * l->form.x_size, sums = l->sizes->many_panels * FC_PANEL * 4;
+    const ptrdiff_t fit = fc_cache_bytes(FC_CACHE_L2) / 2 / (x + sums), tile = l->sizes->tile_rows;
+    return fit >= l->sizes->rows ? l->sizes->rows : fit > tile ? fit / tile * tile : tile;
+}
+
+/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. An item is a block of a tile,
+ * or, where a row of out may be named twice, all of them in their order. */
 static void cut(struct linear *l, int threads) {
     const ptrdiff_t m = l->a->m, wanted = 4 * (ptrdiff_t)threads;
-    l->tile_panels = m > MANY_ROWS ? MAX_PANELS : MIN_PANELS;
-    l->block_rows = fc_smaller(m, ROWS_A_BLOCK);
+    const int in_order = l->a->rows->index[0] != NULL;
+    l->tile_panels = m > l->sizes->many_rows ? l->sizes->many_panels : l->sizes->few_panels;
+    l->block_rows = fc_smaller(m, rows_in_l2(l));
     for (;;) {
         l->tiles = (l->panels + l->tile_panels - 1) / l->tile_panels;
         l->blocks = (m + l->block_rows - 1) / l->block_rows;
-        if (l->tiles * l->blocks >= wanted) return;
-        if (l->tile_panels > MIN_PANELS) l->tile_panels /= 2;
-        else if (l->block_rows > 48) l->block_rows = (l->block_rows / 2 + 5) / 6 * 6;
+        l->item_blocks = in_order ? l->blocks : 1;
+        if (l->tiles * l->blocks / l->item_blocks >= wanted) return;
+        if (l->tile_panels > l->sizes->few_panels) l->tile_panels /= 2;
+        else if (l->block_rows > l->sizes->many_rows && !in_order)
+            l->block_rows = fc_round_up(l->block_rows / 2, l->sizes->tile_rows);
         else return;
     }
 }
 
 static fc_status by_tiles(struct linear *l) {
     const fc_linear_args *a = l->a;
-    const int packed = a->layout < FC_ROWS;
-    l->panels = a->gated ? (a->n + 15) / 16 * 2 : (a->n + 15) / 16;
-    l->loose_bytes = packed ? 0 : (size_t)LOOSE_K * MAX_PANELS * 64;
+    const int sides = a->gated ? 2 : 1;
+    l->panel_columns = FC_PANEL / sides;
+    l->panels = fc_round_up(a->n, FC_PANEL) / FC_PANEL * sides;
+    l->loose_bytes = l->form.format->packed ? 0 : (size_t)(l->sizes->unpacked_k * l->sizes->many_panels * FC_PANEL * 4);
     cut(l, 1);
-    int threads = fc_threads_for(l->tiles * l->blocks * 64, item_ns(l) / 64);
+    int threads = fc_threads_for(l->tiles * l->blocks / l->item_blocks * FINER, item_ns(l) / FINER);
     cut(l, threads);
-    const ptrdiff_t items = l->tiles * l->blocks;
+    const ptrdiff_t items = l->tiles * l->blocks / l->item_blocks;
     if (threads > items) threads = (int)items;
-    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, l->loose_bytes + (size_t)(l->block_rows * l->tile_panels * 64)))
-        return FC_NO_MEMORY;
+    const size_t sums = (size_t)(l->block_rows * l->tile_panels * FC_PANEL * 4);
+    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, l->loose_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
     fc_scratch_free(&l->scratch);
     return status;
@@ -239,7 +275,7 @@ static fc_status by_tiles(struct linear *l) {
 
 /* ---- few rows against plain rows of W ---- */
 
-/* Few rows: copied or not, STREAM_K values from a multiple of it on lie side by side. */
+/* Few rows: copied or not, stream_k values from a multiple of it on lie side by side. */
 static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0) {
     return (const float *)(const void *)(l->x + k0 / l->kc * l->x_block + row * l->ldx) + k0 % l->kc;
 }
@@ -247,51 +283,48 @@ static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0
 static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     const fc_linear_args *a = l->a;
-    const ptrdiff_t size = fc_size_of(a->type), w_size = fc_size_of(a->weight_type), width = l->block_rows;
+    const ptrdiff_t w_size = fc_size_of(a->weight_type), width = l->block_rows;
     float *acc = fc_scratch_of(&l->scratch, rank);
     for (ptrdiff_t i = begin; i < end; i++) {
         ptrdiff_t column = i * width, n = fc_smaller(width, a->n - column);
         for (ptrdiff_t j = 0; j < a->m * width; j++) acc[j] = 0.0f;
-        for (ptrdiff_t k0 = 0; k0 < a->k; k0 += STREAM_K)
+        for (ptrdiff_t k0 = 0; k0 < a->k; k0 += l->sizes->stream_k)
             for (ptrdiff_t row = 0; row < a->m; row++)
-                fc_k->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
+                l->kernels->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
                                                 (const char *)a->weight + k0 * a->ldw + column * w_size, a->ldw,
-                                                fc_smaller(STREAM_K, a->k - k0), n);
-        fc_cursor at;
-        fc_cursor_at(&at, a->rows, 0);
-        for (ptrdiff_t row = 0; row < a->m; row++, fc_cursor_next(&at))
-            fc_k->linear_store[a->type]((char *)a->out + at.at[0] + column * size, acc + row * width, 1.0f,
-                                        a->bias ? a->bias + column : NULL,
-                                        a->residual ? (const char *)a->residual + at.at[2] + column * size : NULL, n);
+                                                fc_smaller(l->sizes->stream_k, a->k - k0), n);
+        store(l, acc, width, column, n, 0, a->m);
     }
 }
 
 static fc_status by_streams(struct linear *l) {
     const fc_linear_args *a = l->a;
-    const double ns = (double)(a->k * fc_size_of(a->weight_type) * 64) / 20;
-    int threads = fc_threads_for((a->n + 63) / 64, ns);
-    l->block_rows = fc_smaller(STREAM_COLUMNS, ((a->n + threads - 1) / threads + 63) / 64 * 64);
+    const double ns = (double)(a->k * fc_size_of(a->weight_type) * STREAM_UNIT) * fc_ns.plain_byte;
+    int threads = fc_threads_for((a->n + STREAM_UNIT - 1) / STREAM_UNIT, ns);
+    l->block_rows = fc_smaller(l->sizes->stream_columns, fc_round_up((a->n + threads - 1) / threads, STREAM_UNIT));
     ptrdiff_t items = (a->n + l->block_rows - 1) / l->block_rows;
     if (fc_scratch_alloc(a->workspace, &l->scratch, threads, (size_t)(a->m * l->block_rows * 4))) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / 64), stream_body, l);
+    fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / STREAM_UNIT), stream_body, l);
     fc_scratch_free(&l->scratch);
     return status;
 }
 
 fc_status fc_linear(const fc_linear_args *args) {
-    struct linear l = {.a = args};
+    const struct fc_kernels *kernels = fc_kernels_in_use();
+    struct linear l = {.a = args, .kernels = kernels, .sizes = &kernels->blocks};
     fc_scratch copy = {0};
     void (*const gated[FC_ACTIVATIONS])(void *, const float *, float, const float *, const float *, ptrdiff_t) = {
-        [FC_RELU] = fc_k->gated_store_relu[args->type],
-        [FC_SILU] = fc_k->gated_store_silu[args->type],
-        [FC_GELU] = fc_k->gated_store_gelu[args->type],
-        [FC_GELU_TANH] = fc_k->gated_store_gelu_tanh[args->type],
+        [FC_RELU] = kernels->gated_store_relu[args->type],
+        [FC_SILU] = kernels->gated_store_silu[args->type],
+        [FC_GELU] = kernels->gated_store_gelu[args->type],
+        [FC_GELU_TANH] = kernels->gated_store_gelu_tanh[args->type],
     };
     if (args->m == 0 || args->n == 0) return FC_OK;
     l.gated = gated[args->activation];
-    l.form = form_of(args);
+    l.form = form_of(kernels, args);
     fc_status status = prepare_x(&l, &copy);
-    if (status == FC_OK) status = args->layout == FC_ROWS && args->m <= STREAM_ROWS ? by_streams(&l) : by_tiles(&l);
+    const int streamed = args->layout == FC_ROWS && args->m <= l.sizes->stream_rows;
+    if (status == FC_OK) status = streamed ? by_streams(&l) : by_tiles(&l);
     fc_scratch_free(&copy);
     return status;
 }

@@ -29,6 +29,6 @@ static void merge_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n) {
     struct merge m = {type, out, lse, a, b, lse_a, lse_b, n, fc_size_of(type)};
-    double ns = (double)n * 0.3 + 40;
+    double ns = (double)n * fc_ns.merge + fc_ns.merge_row;
     return fc_static(fc_threads_for(rows, ns), rows, ns, merge_body, &m);
 }

@@ -38,7 +38,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 static fc_status run(struct norm *a, double ns_each) {
     const ptrdiff_t count = fc_rows_count(a->rows);
-    const double ns = (double)a->n * ns_each + 20;
+    const double ns = (double)a->n * ns_each + fc_ns.row;
     const int threads = fc_threads_for(count, ns);
     a->row_bytes = a->n * fc_size_of(a->type);
     a->far = fc_far((double)count * (double)a->row_bytes);
@@ -55,12 +55,12 @@ fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const vo
                       const fc_rows *rows, ptrdiff_t n, float eps, float offset) {
     struct norm a = {.type = type, .out = out, .h = h, .x = x, .residual = residual, .weight = weight, .rows = rows, .n = n,
                      .eps = eps, .offset = offset};
-    return run(&a, residual ? 0.3 : 0.15);
+    return run(&a, residual ? fc_ns.norm_residual : fc_ns.rms_norm);
 }
 
 fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                         const float *bias, const fc_rows *rows, ptrdiff_t n, float eps) {
     struct norm a = {.type = type, .centred = 1, .out = out, .h = h, .x = x, .residual = residual, .weight = weight,
                      .bias = bias, .rows = rows, .n = n, .eps = eps};
-    return run(&a, residual ? 0.3 : 0.2);
+    return run(&a, residual ? fc_ns.norm_residual : fc_ns.layer_norm);
 }

@@ -4,6 +4,7 @@
 #include "rows.h"
 
 struct pack {
+    const struct fc_kernels *kernels;
     fc_dtype type;
     char *out;
     ptrdiff_t panel_stride;
@@ -17,20 +18,20 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const ptrdiff_t words = a->type == FC_BF16 ? a->k / 2 : a->k;
     (void)rank;
     for (ptrdiff_t p = begin; p < end; p++) {
-        const ptrdiff_t n = a->n - p * 16 < 16 ? a->n - p * 16 : 16;
-        const char *w = a->w + p * 16 * a->ldw;
+        const ptrdiff_t n = fc_smaller(FC_PANEL, a->n - p * FC_PANEL);
+        const char *w = a->w + p * FC_PANEL * a->ldw;
         char *out = a->out + p * a->panel_stride;
-        fc_k->panel_cols[FC_F32]((float *)(void *)out, w, a->ldw, words, n);
+        a->kernels->panel_cols[FC_F32]((float *)(void *)out, w, a->ldw, words, n);
         if (a->type == FC_F32 || a->k % 2 == 0) continue;
-        memset(out + words * 64, 0, 64);
-        for (ptrdiff_t j = 0; j < n; j++) memcpy(out + words * 64 + j * 4, w + j * a->ldw + words * 4, 2);
+        memset(out + words * FC_LINE, 0, FC_LINE);
+        for (ptrdiff_t j = 0; j < n; j++) memcpy(out + words * FC_LINE + j * 4, w + j * a->ldw + words * 4, 2);
     }
 }
 
 fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
                           ptrdiff_t n) {
-    struct pack a = {type, out, panel_stride, w, ldw, k, n};
-    const ptrdiff_t panels = (n + 15) / 16;
-    const double ns = (double)k * 4 + 50;
+    struct pack a = {fc_kernels_in_use(), type, out, panel_stride, w, ldw, k, n};
+    const ptrdiff_t panels = fc_round_up(n, FC_PANEL) / FC_PANEL;
+    const double ns = (double)k * fc_ns.pack + fc_ns.pack_panel;
     return fc_static(fc_threads_for(panels, ns), panels, ns, body, &a);
 }

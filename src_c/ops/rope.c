@@ -32,7 +32,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 fc_status fc_rope(const fc_rope_args *a) {
     struct rope t = {.a = a, .head_bytes = a->head_dim * fc_size_of(a->type)};
     const ptrdiff_t items = a->batch * a->seq;
-    const double ns = (double)(a->heads * a->head_dim) * 0.2 + 10;
+    const double ns = (double)(a->heads * a->head_dim) * fc_ns.rope + fc_ns.rope_token;
     const int threads = fc_threads_for(items, ns);
     if (fc_past_cache((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
         fc_scratch_alloc(NULL, &t.room, threads, (size_t)t.head_bytes))

@@ -3,6 +3,7 @@
 #define FC_ROWS_H
 
 #include "../kernels.h"
+#include "../machine.h"
 #include "../threads.h"
 #include "../workspace.h"
 
@@ -11,6 +12,7 @@ static inline ptrdiff_t fc_round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + u
 
 typedef struct {
     const fc_rows *rows;
+    int listed; /* some array has an index */
     ptrdiff_t index[FC_MAX_AXES];
     ptrdiff_t at[FC_MAX_ARRAYS]; /* byte offset of the row in each array */
 } fc_cursor;
@@ -21,33 +23,43 @@ static inline ptrdiff_t fc_rows_count(const fc_rows *rows) {
     return count;
 }
 
+/* The places of arrays with an index. */
+static inline void fc_cursor_look_up(fc_cursor *c) {
+    for (int a = 0; a < FC_MAX_ARRAYS; a++)
+        if (c->rows->index[a]) c->at[a] = (ptrdiff_t)c->rows->index[a][c->index[0]] * c->rows->stride[a][0];
+}
+
 static inline void fc_cursor_at(fc_cursor *c, const fc_rows *rows, ptrdiff_t row) {
     c->rows = rows;
-    for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] = 0;
+    c->listed = 0;
+    for (int a = 0; a < FC_MAX_ARRAYS; a++) {
+        c->at[a] = 0;
+        c->listed |= rows->ndim == 1 && rows->index[a];
+    }
     for (int d = rows->ndim - 1; d >= 0; d--) {
         c->index[d] = row % rows->shape[d];
         row /= rows->shape[d];
         for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] += c->index[d] * rows->stride[a][d];
     }
+    if (c->listed) fc_cursor_look_up(c);
 }
 
 static inline void fc_cursor_next(fc_cursor *c) {
     for (int d = c->rows->ndim - 1; d >= 0; d--) {
         for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] += c->rows->stride[a][d];
-        if (++c->index[d] < c->rows->shape[d]) return;
+        if (++c->index[d] < c->rows->shape[d]) break;
         for (int a = 0; a < FC_MAX_ARRAYS; a++) c->at[a] -= c->rows->shape[d] * c->rows->stride[a][d];
         c->index[d] = 0;
     }
+    if (c->listed) fc_cursor_look_up(c);
 }
 
 /* Whether inputs of so many bytes come from beyond the second cache: then the next row is asked for early. */
-enum { FC_FAR = 1 << 20 };
-static inline int fc_far(double bytes) { return bytes > FC_FAR; }
+static inline int fc_far(double bytes) { return bytes > (double)fc_beyond_l2(); }
 
 /* Whether a result is so large that no cache keeps it until it is read: then it is written past them, and its lines need
  * not be read first. In place they are there anyway. */
-enum { FC_PAST_CACHE = 16 << 20 };
-static inline int fc_past_cache(double bytes, int in_place) { return bytes > FC_PAST_CACHE && !in_place; }
+static inline int fc_past_cache(double bytes, int in_place) { return bytes > (double)fc_stream_from() && !in_place; }
 
 /* to[n] = from[n] * scale, from any storage type to any */
 void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale);

@@ -1,0 +1,142 @@
+"""The bytes of packed weights: src_c/formats.h row by row, for Python. Nobody else looks inside.
+
+A weight W (in, out) is cut into panels of 16 columns, the last one padded with zeros. One 64-byte line of a panel
+holds 16 columns at as many consecutive k as fit, so lanes are columns and no kernel ever adds across lanes:
+
+    float32    panel[k][16]              line k:      W[k,0] W[k,1] ... W[k,15]
+    bfloat16   panel[k/2][16][2]         line k/2:    W[k,0] W[k+1,0]  W[k,1] W[k+1,1] ... W[k,15] W[k+1,15]
+    int8       panel[k/4][16][4]         line k/4:    u[k..k+3, 0]  u[k..k+3, 1]  ...  u[k..k+3, 15], a byte each
+    int4       panel[k/8][16][4]         line k/8:    the same bytes: u[k..k+3] in the low nibbles, u[k+4..k+7] high
+
+Integer formats quantise groups of consecutive k of a column. After the lines of its groups a block has one line with
+what turns u back into W, 16 columns side by side:
+
+    int8, group g (128)      | g/4 lines of u | scale float32                        |   W = scale (u - 128)
+    int4, group 32           | 4 lines | 4 lines | scale float16 of each of the two   |   W = scale (u - 8)
+    int4, group g (64)       | g/8 lines of u | scale float16 | minimum float16      |   W = scale u + minimum
+
+    data:      panel 0 | panel 1 | ...   each as long as in_features, rounded up to whole lines or blocks, asks
+
+int4 of group 32 holds the numbers of llama.cpp's Q4_0, and quantises by its rule; `from_q4_0` takes its bytes.
+
+A gated pair (swished, linear), both (in, hidden), alternates their panels, so that one tile of the product holds
+both sides of each output:      swished 0 | linear 0 | swished 1 | linear 1 | ...
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PANEL = 16
+LINE = 64
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of a column that share a scale: a multiple of `unit` up to `largest`, `default` unless the caller says.
+
+    The sum over a group stays exact: 255 * 127 * 2^16 < 2^31, and 15 * 127 * 2^13 < 2^24, for ISAs that add up parts
+    of it in float32.
+    """
+
+    unit: int
+    largest: int
+    default: int
+
+    def __contains__(self, group: int) -> bool:
+        return 0 < group <= self.largest and group % self.unit == 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of src_c/formats.h: bits of a number u, rows in a line, groups in a block, bytes of a scale and a minimum,
+    and the u that stands for 0."""
+
+    dtype: str
+    bits: int
+    k_step: int
+    groups: Groups | None = None
+    block_groups: int = 1
+    scale_bytes: int = 0
+    minimum_bytes: int = 0
+    zero: int = 0
+
+    @property
+    def scale_lines(self) -> int:
+        return self.block_groups * (self.scale_bytes + self.minimum_bytes) * PANEL // LINE
+
+
+ROWS = {
+    "float32": Row("float32", 32, 1),
+    "bfloat16": Row("bfloat16", 16, 2),
+    "int8": Row("int8", 8, 4, Groups(32, 1 << 16, 128), 1, 4, 0, 128),
+    "int4 symmetric": Row("int4", 4, 8, Groups(32, 32, 32), 2, 2, 0, 8),
+    "int4 affine": Row("int4", 4, 8, Groups(64, 1 << 13, 64), 1, 2, 2, 0),
+}
+# What pack's dtype stands for when no group size is given, and what else a group size makes of it.
+ROWS_OF = {"float32": ("float32",), "bfloat16": ("bfloat16",), "int8": ("int8",),
+           "int4": ("int4 affine", "int4 symmetric")}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format's name and group, and the sizes that follow from them."""
+
+    dtype: str
+    group: int | None
+
+    @staticmethod
+    def checked(name: str, dtype: str, group_size: int | None) -> Format:
+        """The format of these arguments of function `name`; None is the default group. ValueError if there is none."""
+        if dtype not in FORMATS:
+            raise ValueError(f"{name}: dtype is {dtype!r}, expected one of {', '.join(FORMATS)}")
+        choices = [groups for row in ROWS_OF[dtype] if (groups := ROWS[row].groups)]
+        if group_size is None:
+            return Format(dtype, choices[0].default if choices else None)
+        if not choices:
+            raise ValueError(f"{name}: group_size is {group_size}, expected None for {dtype}")
+        integer = isinstance(group_size, int | np.integer) and not isinstance(group_size, bool)
+        if not integer or not any(group_size in groups for groups in choices):
+            *others, most = sorted(choices, key=lambda groups: groups.largest)
+            raise ValueError(f"{name}: group_size is {group_size}, expected {''.join(f'{g.unit} or ' for g in others)}"
+                             f"a multiple of {most.unit} up to {most.largest} for {dtype}")
+        return Format(dtype, int(group_size))
+
+    @property
+    def name(self) -> str:
+        """That of the row: the key of ROWS, and what the C library calls it."""
+        for name in ROWS_OF[self.dtype]:
+            groups = ROWS[name].groups
+            if self.group is None if groups is None else self.group is not None and self.group in groups:
+                return name
+        raise ValueError(f"no format {self.dtype} of group {self.group}")
+
+    @property
+    def row(self) -> Row:
+        return ROWS[self.name]
+
+    @property
+    def has_minimum(self) -> bool:
+        """int4 with a minimum beside the scale."""
+        return self.row.minimum_bytes > 0
+
+    @property
+    def k_per_line(self) -> int:
+        return self.row.k_step
+
+    @property
+    def block_k(self) -> int:
+        """Rows of a block."""
+        return (self.group or self.k_per_line) * self.row.block_groups
+
+    @property
+    def block_bytes(self) -> int:
+        return LINE * (self.block_k // self.k_per_line + self.row.scale_lines)
+
+    def blocks(self, k: int) -> int:
+        return -(-k // self.block_k)
+
+    def panel_bytes(self, k: int) -> int:
+        return self.blocks(k) * self.block_bytes

@@ -1,0 +1,65 @@
+/* Formats of matrices in panels: one row each. What a row does not say follows from it; leaves, drivers and the border
+ * read it here, forge_c/formats/layout.py mirrors it and holds the picture.
+ *
+ * A panel is FC_PANEL columns of W, a line k_step of its rows: one column after the other, the k_step numbers of each
+ * side by side. A block is the lines of block_groups groups of rows, then, if these have scales, a line with the scale of
+ * each group and its minimum, FC_PANEL columns side by side:   W = scale (u - zero) + minimum.
+ * Without groups a block is one line, which holds W itself. */
+#ifndef FC_FORMATS_H
+#define FC_FORMATS_H
+
+#include "forge.h"
+
+enum { FC_PANEL = 16, FC_LINE = 64 }; /* columns; bytes of a cache line, and of a line of weights */
+enum { FC_ANY_GROUP = -1 };           /* the weight says how many rows share a scale */
+
+/* What multiplies a number of W */
+typedef enum {
+    FC_X_F32,
+    FC_X_BF16, /* x rounded to bfloat16 */
+    FC_X_I8,   /* integers -127..127 and a scale a row of x */
+    FC_X_I16   /* integers that whoever multiplies has made */
+} fc_x_form;
+
+struct fc_format {
+    const char *name;
+    int packed; /* 0: W comes as it lies, and becomes this on the way */
+    int bits;   /* of a number u of W */
+    int k_step; /* rows in a line */
+    int group;  /* rows that share a scale, FC_ANY_GROUP, or 0: no scales */
+    int block_groups;
+    int scale_bytes, minimum_bytes; /* of a column and group: 4 float32, 2 float16, 0 none */
+    int zero;                       /* the u that stands for 0 */
+    fc_x_form x;
+};
+
+static const struct fc_format fc_formats[FC_LAYOUTS] = {
+    /*                  name            packed bits k_step group     groups scale min zero x */
+    [FC_PACKED_F32] = {"float32",           1, 32, 1, 0,            1,     0,    0,  0,   FC_X_F32},
+    [FC_PACKED_BF16] = {"bfloat16",         1, 16, 2, 0,            1,     0,    0,  0,   FC_X_BF16},
+    [FC_PACKED_I8] = {"int8",               1,  8, 4, FC_ANY_GROUP, 1,     4,    0,  128, FC_X_I8},
+    [FC_PACKED_I4] = {"int4 symmetric",     1,  4, 8, 32,           2,     2,    0,  8,   FC_X_I8},
+    [FC_PACKED_I4Z] = {"int4 affine",       1,  4, 8, FC_ANY_GROUP, 1,     2,    2,  0,   FC_X_I8},
+    [FC_ROWS] = {"rows",                    0, 32, 1, 0,            1,     0,    0,  0,   FC_X_F32},
+    [FC_COLS] = {"columns",                 0, 32, 1, 0,            1,     0,    0,  0,   FC_X_F32},
+};
+
+/* int8 keys and values in pages, whose scales belong to tokens and lie elsewhere */
+static const struct fc_format fc_page_i8 = {"int8 page", 1, 8, 2, 0, 1, 0, 0, 0, FC_X_I16};
+
+/* What follows from a row, and from the group of a weight */
+static inline ptrdiff_t fc_line_bytes(const struct fc_format *f) { return f->k_step * f->bits * FC_PANEL / 8; }
+static inline ptrdiff_t fc_scale_lines(const struct fc_format *f) {
+    return f->block_groups * (f->scale_bytes + f->minimum_bytes) * FC_PANEL / FC_LINE;
+}
+static inline ptrdiff_t fc_group_rows(const struct fc_format *f, ptrdiff_t group) {
+    return f->group == FC_ANY_GROUP ? group : f->group ? f->group : f->k_step;
+}
+static inline ptrdiff_t fc_block_rows(const struct fc_format *f, ptrdiff_t group) {
+    return fc_group_rows(f, group) * f->block_groups;
+}
+static inline ptrdiff_t fc_block_bytes(const struct fc_format *f, ptrdiff_t group) {
+    return fc_block_rows(f, group) / f->k_step * fc_line_bytes(f) + fc_scale_lines(f) * FC_LINE;
+}
+
+#endif

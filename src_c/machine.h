@@ -1,0 +1,50 @@
+/* Facts about the machine, each once: its caches, and what work costs. They choose blocks, how many threads work, and
+ * whether results go past the caches; never a bit of a result. */
+#ifndef FC_MACHINE_H
+#define FC_MACHINE_H
+
+#include "forge.h"
+
+/* Nanoseconds on one thread, of a server's core with AVX2, rounded: an op is worth threads, and a look for Ctrl-C, by
+ * them. Elementwise work is for one float32; what a row or a token costs besides stands below it. */
+static const struct {
+    double flop, weight_byte; /* of a product: an addition or a multiplication; a byte of packed W from memory */
+    double plain_byte;        /* a byte of W as it lies, streamed past few rows */
+    double convert, convert_normed, row;
+    double rms_norm, layer_norm, norm_residual, softmax, rope, rope_token;
+    double activation[FC_ACTIVATIONS];
+    double merge, merge_row, lookup, lookup_row; /* of attentions' results; of a table's rows */
+    double pack, pack_panel;                        /* a row of a panel; a panel */
+    double append, read;                            /* a channel of a token, into pages and out of them */
+} fc_ns = {
+    .flop = 0.01,
+    .weight_byte = 0.04,
+    .plain_byte = 0.05,
+    .convert = 0.2,
+    .convert_normed = 0.4,
+    .row = 20,
+    .rms_norm = 0.15,
+    .layer_norm = 0.2,
+    .norm_residual = 0.3,
+    .softmax = 0.5,
+    .rope = 0.2,
+    .rope_token = 10,
+    .activation = {[FC_RELU] = 0.15, [FC_SILU] = 0.4, [FC_GELU] = 0.9, [FC_GELU_TANH] = 0.5},
+    .merge = 0.3,
+    .merge_row = 40,
+    .lookup = 0.3,
+    .lookup_row = 50,
+    .pack = 4,
+    .pack_panel = 50,
+    .append = 0.5,
+    .read = 1.5,
+};
+
+/* Inputs of more bytes come from beyond the second cache: then the next row is asked for early. */
+ptrdiff_t fc_beyond_l2(void);
+
+/* A larger result is kept by no cache until it is read: then it is written past them, and its lines need not be read
+ * first. Half of the last cache, where what it was made from lies too; 16 MB at most: a larger cache is shared. */
+ptrdiff_t fc_stream_from(void);
+
+#endif
