@@ -345,6 +345,7 @@ def ended(stdout: int, *arguments: str) -> tuple[int, bytes]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.alone
 def test_an_interrupt_ends_quietly_with_130(endless):
     """The text so far is out, its line is ended, the speed is told."""
     process = started(b"abababab", "generate", "--model", endless, "--prompt", "a", "--max-new-tokens", 900_000)
