@@ -45,6 +45,7 @@ def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
     return sorted(items, key=lambda item: (is_alone(item), places[item.path, case_id(item)]))
 
 
+COMPARED = 16 << 20  # bytes of an argument
 remembered: dict[Any, tuple[Any, Any]] = {}
 current_case: list[tuple[Any, str]] = []
 
@@ -67,9 +68,14 @@ def freeze(result: Any) -> None:
 
 
 def once(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute`, computed once for equal arguments within a case, whatever the ISA; its arrays cannot be written to."""
+    """`compute`, computed once for equal arguments within a case, whatever the ISA; its arrays cannot be written to.
+
+    Not for arguments of many megabytes: to compare those takes as long, and to keep them too much memory.
+    """
     @wraps(compute)
     def look_up(*args: Any, **options: Any) -> Any:
+        if any(getattr(value, "nbytes", 0) > COMPARED for value in (*args, *options.values())):
+            return compute(*args, **options)
         asked = compute, tuple(map(key_of, args)), tuple((name, key_of(value)) for name, value in options.items())
         if asked not in remembered:
             result = compute(*args, **options)
