@@ -287,6 +287,7 @@ def overlapping(a: NDArray[Any], out: NDArray[Any], ahead: bool) -> tuple[NDArra
     return raw, shared, raw[out_at:out_at + out.nbytes].view(out.dtype).reshape(out.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), [("embedding", "ids"), ("rope", "positions"), ("attention", "kv_lens")])
 def test_an_out_over_checked_indices_never_undoes_the_check(name, argument):
     """Refused, or read in time: numbers that the result replaced would index far outside. In a child: it may crash."""

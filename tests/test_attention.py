@@ -546,6 +546,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_prompt_of_32768_tokens_takes_no_memory_of_its_square():
     """Scores would be 8 GiB, one bit for each 256 MiB; a copy of keys and values is 4 MiB, the result too."""
     done = subprocess.run([sys.executable, "-c", LONG_PROMPT], capture_output=True, text=True, timeout=300)

@@ -171,6 +171,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_bench(plain):
     done = run("bench", "--model", plain, *BENCH)
     assert (done.returncode, done.stderr) == (0, "")
@@ -216,6 +217,7 @@ def test_the_median_counts(capsys, monkeypatch, plain):
     assert [cells(line)[6].split()[0] for line in out.splitlines()[2:]] == ["12.00", "3.00"]
 
 
+@pytest.mark.slow
 def test_bench_of_a_shape_as_json(capsys, each_thread_count):
     status, out, err = called(capsys, "bench", "--shape", "llama-tiny", "--json", "--batch", 2, *BENCH)
     assert (status, err) == (0, "")

@@ -20,6 +20,8 @@ from suite import built_once
 
 import forge_c as fc
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Of decode.c.
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 256, 688, 8, 2, 32, 64

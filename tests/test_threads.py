@@ -352,6 +352,7 @@ def test_short_lived_callers_leave_no_threads_behind(thread_count):
     assert status("VmRSS:") - resident < 2048
 
 
+@pytest.mark.slow
 def test_indices_that_another_thread_changes_after_the_check_do_no_harm():
     """Each call is right or an IndexError, whatever happens to the caller's ids meanwhile. In a child: it may crash."""
     assert run_script("""

@@ -315,6 +315,7 @@ def test_a_broken_template_is_a_value_error(trained, template):
     "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "{{ 'x' * 68000000 }}", "{{ ('x' * 9000000) * 8 }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 100 }}{% endfor %}{% endfor %}",
 ], ids=repr)
+@pytest.mark.slow
 def test_a_prompt_without_end_is_cut_off(trained, template):
     with pytest.raises(ValueError) as caught:
         rendered(trained, template)
