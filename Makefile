@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz bench lint clean
+# From tests/, beside the built package: the sources are not what is tested.
+PYTEST := ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider -n auto --dist worksteal
+
+.PHONY: demo test quick fuzz bench lint clean
 
 $(VENV)/built: pyproject.toml setup.py $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -13,8 +16,11 @@ $(VENV)/built: pyproject.toml setup.py $(shell find src_c forge_c -name '*.[chp]
 demo: $(VENV)/built
 	cd $(VENV) && bin/forge-c generate --prompt "$$(printf 'import os\nimport sys\n\nclass Stack:\n')" --max-new-tokens 300 --temperature 0.7 --seed 1
 
-test: $(VENV)/built
-	cd tests && ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider .
+test: $(VENV)/built  ## Build, then all tests, on all cores
+	cd tests && $(PYTEST) .
+
+quick: $(VENV)/built  ## Build, then every test on the best ISA with few of its cases: for the inner loop
+	cd tests && $(PYTEST) --quick .
 
 fuzz: $(VENV)/built
 	$(BIN)/python -m fuzz --seconds $(or $(FUZZ_SECONDS),3600) $(FUZZ_OPTIONS)

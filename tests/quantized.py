@@ -12,6 +12,7 @@ import numpy as np
 import reference
 from conftest import SMALLEST_NORMAL, check_close
 from numpy.typing import ArrayLike, NDArray
+from suite import once
 
 from forge_c import PackedWeight, pack, pack_gated
 
@@ -27,6 +28,7 @@ SMALL_GROUPS = [name for name, (_, _, group) in FORMATS.items() if group < 8192]
 ZERO = {"int8": 128, "int4": 8}
 
 
+@once
 def packed_as(name: str, *sides: Array) -> PackedWeight:
     """One matrix, or the two of a gated pair, in a format of FORMATS."""
     dtype, group_size, _ = FORMATS[name]
@@ -54,12 +56,12 @@ def places(dtype: str, group: int, k: int, n: int, *, sides: int = 1, side: int 
     blocks, panels = -(-k // block), -(-n // 16) * sides
     block_bytes = block // k_per_line * 64 + 64
     row, column = np.arange(blocks * block)[:, None], np.arange(n)[None]
-    panel = column // 16 * sides + side
-    start = (panel * blocks + row // block) * block_bytes
-    u = start + row % block // k_per_line * 64 + column % 16 * 4 + row % 4
-    params = (start + block_bytes - 64)[::group]
+    start = row // block * block_bytes
+    panel = (column // 16 * sides + side) * blocks * block_bytes
+    u = (start + row % block // k_per_line * 64 + row % 4) + (panel + column % 16 * 4)
     size = 4 if dtype == "int8" else 2
-    scale = params + column % 16 * size + (row[::group] % block // group * 32 if twin else 0)
+    params = start + block_bytes - 64 + (row % block // group * 32 if twin else 0)
+    scale = params[::group] + (panel + column % 16 * size)
     minimum = scale + 32 if has_minimum(dtype, group) else None
     return Places(u, row % 8 >= 4 if dtype == "int4" else row < 0, scale, minimum, panels * blocks * block_bytes)
 
@@ -81,6 +83,7 @@ class Parts:
         return w.reshape(w.shape[0] * w.shape[1], w.shape[2])[:self.k]
 
 
+@once
 def parts(packed: PackedWeight, side: int = 0) -> Parts:
     """What the bytes of `packed` say, read one by one."""
     sides, group, dtype = (2 if packed.gated else 1), packed.group_size, packed.dtype
@@ -144,6 +147,7 @@ class Product:
     steps: int
 
 
+@once
 def product(x: Array, w: Parts, bias: Array | None = None, residual: Array | None = None) -> Product:
     q, scale = reference.quantized(x)
     terms = reference.group_terms(q, w.ints, w.scale, w.minimum)
@@ -154,15 +158,21 @@ def product(x: Array, w: Parts, bias: Array | None = None, residual: Array | Non
     return Product(value, magnitude, len(w.ints) * (2 if w.minimum.any() else 1))
 
 
+@once
+def unrounded(x: Array, w: Parts, bias: Array | None = None, residual: Array | None = None) -> Product:
+    """As product, with x as it came."""
+    y = product(x, w, bias, residual)
+    # Half a step for each value of x; as magnitude, in roundings of 2^-24.
+    half_step = 0.5 * reference.quantized(x)[1] * np.abs(w.weight).sum(axis=0) * (1 + 127 * 2.0**-22)
+    return Product(reference.linear(x, w.weight, bias, residual=residual),
+                   y.magnitude + half_step * 2.0**24 / (y.steps + 6), y.steps)
+
+
 def check_product(got: Array, x: Array, w: Parts, bias: Array | None = None, residual: Array | None = None, *,
                   case: str = "") -> None:
     """`got` against the exact arithmetic of x's and W's integers, and against x W with x as it came."""
-    y = product(x, w, bias, residual)
-    check_close("quantized_linear", got, y.value, magnitude=y.magnitude, n=y.steps, case=case)
-    # Half a step for each value of x; as magnitude, in roundings of 2^-24.
-    half_step = 0.5 * reference.quantized(x)[1] * np.abs(w.weight).sum(axis=0) * (1 + 127 * 2.0**-22)
-    check_close("quantized_linear", got, reference.linear(x, w.weight, bias, residual=residual), n=y.steps,
-                magnitude=y.magnitude + half_step * 2.0**24 / (y.steps + 6), case=case)
+    for y in (product(x, w, bias, residual), unrounded(x, w, bias, residual)):
+        check_close("quantized_linear", got, y.value, magnitude=y.magnitude, n=y.steps, case=case)
 
 
 def check_gated(got: Array, x: Array, a: Parts, b: Parts, bias: Array | None, activation: str) -> None:

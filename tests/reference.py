@@ -193,14 +193,15 @@ def quantized(x: ArrayLike) -> tuple[F64, F64]:
 def group_terms(q: ArrayLike, ints: ArrayLike, scale: ArrayLike, minimum: ArrayLike) -> F64:
     """What each group adds to q W, W = scale ints + minimum: (2, groups, rows, n), scale sum(q ints), minimum sum(q).
 
-    q (rows, k); ints (groups, group, n), zero or not beyond k; scale, minimum (groups, n).
+    q (rows, k); ints (groups, group, n), of which those beyond k meet nothing; scale, minimum (groups, n).
     """
-    (groups, group, _), rows = np.shape(ints), len(np.asarray(q))
+    (rows, k), group = np.shape(q), np.shape(ints)[1]
+    groups, group = -(-k // group), min(k, group)
     padded = np.zeros((rows, groups * group))
-    padded[:, :np.shape(q)[1]] = q
+    padded[:, :k] = q
     by_group = padded.reshape(rows, groups, group).transpose(1, 0, 2)
-    return np.stack([f64(scale)[:, None] * (by_group @ f64(ints)),
-                     f64(minimum)[:, None] * by_group.sum(axis=2, keepdims=True)])
+    return np.stack([f64(scale)[:groups, None] * (by_group @ f64(ints)[:groups, :group]),
+                     f64(minimum)[:groups, None] * by_group.sum(axis=2, keepdims=True)])
 
 
 def quantized_linear(x: ArrayLike, ints: ArrayLike, weight_scale: ArrayLike, minimum: ArrayLike,

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from c_constants import c_constant
 from conftest import DTYPES, check_close, multiplies_pairs
 from guard import guarded, guarded_copy
 from hypothesis import HealthCheck, given, settings
@@ -23,7 +24,8 @@ from forge_c import KVCache, attention
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HEAD_DIMS = (1, 5, 16, 17, 33, 40, 64, 80, 96, 112, 128, 256)
-KV_LENS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 600)
+CHUNK = c_constant("FC_KV_CHUNK", "forge.h")
+KV_LENS = (0, 1, 2, 15, 16, 17, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 600)
 NAN, INF = np.nan, np.inf
 
 Array = NDArray[Any]
@@ -107,10 +109,12 @@ def test_head_dims_and_lengths(isa, dtype):
         check_pair(attention(q, k, v, causal=causal, return_lse=True), want, k.shape[1], q.shape[3])
 
 
-# (heads, kv_heads, q_len, kv_len): one past a block of 128 rows for each group, q_len on both sides of kv_len, more
-# heads to a group than a block has rows.
-GROUPS = ((1, 1, 129, 130), (2, 2, 7, 5), (4, 2, 65, 300), (3, 1, 43, 257), (6, 2, 43, 20), (4, 1, 33, 520),
-          (8, 1, 17, 64), (8, 1, 16, 600), (16, 2, 5, 256), (130, 1, 2, 20), (4, 2, 1, 4096))
+# (heads, kv_heads, q_len, kv_len): one past a block of rows for each group, and a whole one; q_len on both sides of
+# kv_len; more heads to a group than a block has rows.
+BLOCK = c_constant("BLOCK_ROWS", "ops/attention.c")
+GROUPS = ((1, 1, BLOCK + 1, BLOCK + 2), (2, 2, 7, 5), (4, 2, BLOCK // 2 + 1, 300), (3, 1, BLOCK // 3 + 1, CHUNK + 1),
+          (6, 2, BLOCK // 3 + 1, 20), (4, 1, BLOCK // 4 + 1, 2 * CHUNK + 8), (8, 1, BLOCK // 8 + 1, 64),
+          (8, 1, BLOCK // 8, 600), (16, 2, 5, CHUNK), (BLOCK + 2, 1, 2, 20), (4, 2, 1, 16 * CHUNK))
 VISIBILITY = ({}, {"causal": True}, {"window": 9}, {"causal": True, "window": 70})
 
 
@@ -540,6 +544,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_prompt_of_32768_tokens_takes_no_memory_of_its_square():
     """Scores would be 8 GiB, one bit for each 256 MiB; a copy of keys and values is 4 MiB, the result too."""
     done = subprocess.run([sys.executable, "-c", LONG_PROMPT], capture_output=True, text=True, timeout=300)

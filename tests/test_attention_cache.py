@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import DTYPES, check_close, multiplies_pairs
+from suite import once
 from test_attention import BFLOAT16, INF, Array, bits, expected, normal, qkv
 
 import forge_c as fc
@@ -39,6 +40,7 @@ def test_a_cache_is_the_arrays_in_it(isa, dtype, rng, stored, kv_len):
             assert bits(attention(q, *kept, return_lse=True, **options)) == want
 
 
+@once
 def integer_roundings(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
     """What an int8 cache's products may add to a score, and (b, i, h, v_dim) to the output by way of the weights.
 

@@ -319,6 +319,7 @@ print(peak_of("RssAnon") - before, bool(np.isfinite(y).all()), cache.nbytes >> 2
 """
 
 
+@pytest.mark.slow
 def test_attention_over_a_mapped_cache_needs_no_memory_of_its_size(tmp_path):
     """256 MiB of keys and values with 64 MiB of data allowed: only the file's pages grow, which the system may drop."""
     done = subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, str(tmp_path / "big.npy")], capture_output=True,

@@ -181,6 +181,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_bench(plain):
     done = run("bench", "--model", plain, *BENCH)
     assert (done.returncode, done.stderr) == (0, "")
@@ -226,6 +227,7 @@ def test_the_median_counts(capsys, monkeypatch, plain):
     assert [cells(line)[6].split()[0] for line in out.splitlines()[2:]] == ["12.00", "3.00"]
 
 
+@pytest.mark.slow
 def test_bench_of_a_shape_as_json(capsys, each_thread_count):
     status, out, err = called(capsys, "bench", "--shape", "llama-tiny", "--json", "--batch", 2, *BENCH)
     assert (status, err) == (0, "")
@@ -355,6 +357,7 @@ def ended(stdout: int, *arguments: str) -> tuple[int, bytes]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.alone
 def test_an_interrupt_ends_quietly_with_130(endless):
     """The text so far is out, its line is ended, the speed is told."""
     process = started(b"abababab", "generate", "--model", endless, "--prompt", "a", "--max-new-tokens", 900_000)

@@ -107,6 +107,7 @@ print(fc.isa(), fc.show_config()["isa"], fingerprint())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fc.available_isas())
 def test_the_environment_forces_an_isa(name):
     prints = fingerprints()

@@ -7,6 +7,8 @@ from child import run_script
 
 from forge_c import functional
 
+pytestmark = pytest.mark.slow
+
 SETUP = """
 import os, signal, sys, threading, time
 import numpy as np

@@ -11,6 +11,8 @@ import pytest
 from child import run_script
 from guard import guarded, guarded_copy
 
+pytestmark = pytest.mark.slow
+
 KILLED = -(signal.SIGBUS if sys.platform == "darwin" else signal.SIGSEGV)
 
 SCRIPT = """

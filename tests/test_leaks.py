@@ -18,6 +18,8 @@ from op_table import LAYERS, OPS
 import forge_c as fc
 from forge_c import nn
 
+pytestmark = pytest.mark.slow
+
 CALLS = 20_000
 ALLOWED = 2 << 20
 PR_SET_THP_DISABLE = 41

@@ -18,6 +18,7 @@ from guard import guarded, guarded_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
+from suite import case
 
 import forge_c as fc
 from forge_c import PackedWeight, gated_linear, linear, pack, pack_gated
@@ -125,17 +126,18 @@ def test_sizes_of_a_bfloat16_pack(isa, dtype, rng):
         check_linear(y, rounded(x), w.astype(BFLOAT16))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("m", "k", "n"), BEYOND_BLOCKS)
-def test_sizes_beyond_the_blocks(isa, rng, threads, m, k, n):
-    fc.set_num_threads(threads)
+def test_sizes_beyond_the_blocks(isa, rng, m, k, n):
     x, w, bias, residual = normal(rng, m, k), normal(rng, k, n), normal(rng, n), normal(rng, m, n)
-    y = linear(x, w, bias, residual=residual)
-    check_linear(y, x, w, bias, residual)
-    for layout in ("columns", "packed"):
-        assert linear(x, LAYOUTS[layout](w), bias, residual=residual).tobytes() == y.tobytes(), layout
-    y = linear(x, pack(w, "bfloat16"), bias, residual=residual)
-    check_linear(y, rounded(x), w.astype(BFLOAT16), bias, residual)
+    for threads in (1, 3):
+        fc.set_num_threads(threads)
+        with case(threads, "threads"):
+            y = linear(x, w, bias, residual=residual)
+            check_linear(y, x, w, bias, residual)
+            for layout in ("columns", "packed"):
+                assert linear(x, LAYOUTS[layout](w), bias, residual=residual).tobytes() == y.tobytes(), layout
+            y = linear(x, pack(w, "bfloat16"), bias, residual=residual)
+            check_linear(y, rounded(x), w.astype(BFLOAT16), bias, residual)
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])

@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 from forge_c.models import model as models
 from forge_c.models.shapes import RandomCheckpoint, shape_config
 
+pytestmark = pytest.mark.slow
+
 WIDTH, INNER, LAYERS, VOCAB, KEYS = 1024, 2816, 8, 12000, 256
 SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": VOCAB,
          "num_attention_heads": 16, "num_key_value_heads": KEYS // 64, "head_dim": 64}

@@ -16,8 +16,11 @@ import pytest
 import reference as ref
 from child import PACKAGE_PARENT
 from numpy.typing import NDArray
+from suite import built_once
 
 import forge_c as fc
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Of decode.c.
@@ -34,27 +37,28 @@ def run(folder: Path, *command: str | Path) -> str:
     return done.stdout
 
 
-def copy_of(example: str, files: list[str], factory: pytest.TempPathFactory) -> Path:
-    folder = factory.mktemp(example)
-    for file in files:
-        shutil.copy(EXAMPLES / example / file, folder)
-    return folder
+def built(config: pytest.Config, example: str, files: list[str], *command: str) -> Path:
+    """The folder of these files of an example, where this command has been run, once for all workers."""
+    def build(folder: Path) -> None:
+        for file in files:
+            shutil.copy(EXAMPLES / example / file, folder)
+        run(folder, *command)
+
+    return built_once(config, example, build)
 
 
-@pytest.fixture(scope="module")
-def c_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def c_pipeline(pytestconfig: pytest.Config) -> Path:
     """The folder of the built program."""
-    folder = copy_of("c_pipeline", ["Makefile", "decode.c"], tmp_path_factory)
-    run(folder, "make", f"PYTHON={sys.executable}", "CFLAGS=-O2 -Wall -Wextra -Wconversion -Werror")
-    return folder
+    return built(pytestconfig, "c_pipeline", ["Makefile", "decode.c"], "make", f"PYTHON={sys.executable}",
+                 "CFLAGS=-O2 -Wall -Wextra -Wconversion -Werror")
 
 
-@pytest.fixture(scope="module")
-def cython_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def cython_pipeline(pytestconfig: pytest.Config) -> Path:
     """The folder of the built module."""
-    folder = copy_of("cython_pipeline", ["block.pyx", "run.py", "setup.py"], tmp_path_factory)
-    run(folder, sys.executable, "setup.py", "build_ext", "--inplace")
-    return folder
+    return built(pytestconfig, "cython_pipeline", ["block.pyx", "run.py", "setup.py"], sys.executable, "setup.py",
+                 "build_ext", "--inplace")
 
 
 @pytest.fixture

@@ -192,6 +192,7 @@ def small():
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["attention", "causal", "linear"])
 def test_ctrl_c_stops_a_long_call_and_the_library_works_on(name, threads):
@@ -216,6 +217,7 @@ assert small() == before
     assert late < 1.5
 
 
+@pytest.mark.alone
 def test_what_a_signal_handler_raises_comes_out_of_the_call():
     assert run_script(LONG.replace("THREADS", "2") + """
 class TooLate(Exception):

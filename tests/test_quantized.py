@@ -27,6 +27,7 @@ from quantized import (
     packed_as,
     parts,
 )
+from suite import case
 
 import forge_c as fc
 from forge_c import PackedWeight, gated_linear, linear
@@ -71,15 +72,16 @@ def test_every_width(isa, rng, name):
         check_product(linear(x, packed), x, parts(packed))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("m", "k", "n"), [(385, 70, 17), (193, 200, 70), (7, 4097, 33), (3, 9000, 49), (1, 9000, 130),
                                            (25, 2049, 65)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_sizes_beyond_the_blocks(isa, rng, name, m, k, n, threads):
-    fc.set_num_threads(threads)
+def test_sizes_beyond_the_blocks(isa, rng, name, m, k, n):
     x, bias, residual = normal(rng, m, k), gauss(rng, n), gauss(rng, m, n)
     packed = packed_as(name, gauss(rng, k, n))
-    check_product(linear(x, packed, bias, residual=residual), x, parts(packed), bias, residual)
+    for threads in (1, 3):
+        fc.set_num_threads(threads)
+        with case(threads, "threads"):
+            check_product(linear(x, packed, bias, residual=residual), x, parts(packed), bias, residual)
 
 
 @pytest.mark.parametrize("name", SMALL_GROUPS)

@@ -330,6 +330,7 @@ def status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
+@pytest.mark.alone
 def test_short_lived_callers_leave_no_threads_behind(thread_count):
     thread_count(2)
     x = np.ones((256, 256), np.float32)
@@ -351,6 +352,7 @@ def test_short_lived_callers_leave_no_threads_behind(thread_count):
     assert status("VmRSS:") - resident < 2048
 
 
+@pytest.mark.slow
 def test_indices_that_another_thread_changes_after_the_check_do_no_harm():
     """Each call is right or an IndexError, whatever happens to the caller's ids meanwhile. In a child: it may crash."""
     assert run_script("""
@@ -415,6 +417,7 @@ HOLDING = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", HOLDING)
 def test_other_python_threads_go_on_during_a_kernel(thread_count, name):
     thread_count(1)
@@ -426,6 +429,7 @@ def test_other_python_threads_go_on_during_a_kernel(thread_count, name):
         sys.setswitchinterval(interval)
 
 
+@pytest.mark.alone
 def test_a_call_that_keeps_the_gil_is_noticed():
     holding = ctypes.PyDLL(None)
     taken, longest = longest_wait(lambda: holding.usleep(200_000))

@@ -409,6 +409,7 @@ def test_a_broken_template_is_a_value_error(trained, template):
     "{{ 'z' * 9000000 }}",
     "{% for i in range(99999) %}{{ messages[0].content * 200 }}{% endfor %}",
 ], ids=repr)
+@pytest.mark.slow
 def test_a_prompt_without_end_is_cut_off(trained, template):
     with pytest.raises(ValueError) as caught:
         rendered(trained, template)
