@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import reference
 from conftest import SMALLEST_NORMAL, check_close
@@ -184,21 +181,3 @@ def check_gated(got: Array, x: Array, a: Parts, b: Parts, bias: Array | None, ac
     magnitude = g.magnitude * np.abs(u.value) + np.abs(f) * u.magnitude
     magnitude += 2.0**-24 * (g.steps + 6) * g.magnitude * u.magnitude
     check_close("quantized_gated_linear", got, f * u.value, magnitude=magnitude, n=max(g.steps, u.steps))
-
-
-@contextmanager
-def case(name: object) -> Iterator[None]:
-    """Names the case of a loop that failed."""
-    try:
-        yield
-    except AssertionError as error:
-        error.add_note(f"case: {name}")
-        raise
-
-
-def half(x: ArrayLike) -> Array:
-    """x as float16 and back."""
-    return np.asarray(x, np.float64).astype(np.float16).astype(np.float64)
-
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

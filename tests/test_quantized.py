@@ -18,7 +18,6 @@ from quantized import (
     FORMATS,
     SMALL_GROUPS,
     Array,
-    case,
     check_gated,
     check_product,
     from_parts,
