@@ -181,6 +181,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """A test begins with one, suite.THREADS."""
+    before = forge_c.get_num_threads()
+    forge_c.set_num_threads(2)
+    yield
+    forge_c.set_num_threads(before)
+
+
+@pytest.fixture
 def each_thread_count() -> Iterator[Callable[[], Iterator[int]]]:
     """A loop over THREAD_COUNTS that sets each of them; the count is restored after the test."""
     before = forge_c.get_num_threads()

@@ -24,6 +24,7 @@ import pytest
 import forge_c
 
 ISA = "isa"  # the fixture of this name
+THREADS = 1  # what a test begins with: the others' cores are theirs
 
 # ---- one case after the other -----------------------------------------------------------------------
 
@@ -179,8 +180,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.locks = Locks(config.shared)
         for name in given["for_workers"]:
             del os.environ[name]  # the libraries have read it; a process that a test starts is like any other
-        share = max(2, (os.cpu_count() or 1) // given["workercount"])
-        forge_c.set_num_threads(min(forge_c.get_num_threads(), share))
+    forge_c.set_num_threads(THREADS)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: or no child would notice Ctrl-C
 
@@ -225,5 +225,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
         current_case[:] = [case]
         remembered.clear()
     locks = getattr(item.config, "locks", None)
-    with locks.held(is_alone(item)) if locks else nullcontext():
-        return (yield)
+    try:
+        with locks.held(is_alone(item)) if locks else nullcontext():
+            return (yield)
+    finally:
+        forge_c.set_num_threads(THREADS)

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import forge_c as fc
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 LENGTHS = (*range(1, 67), 127, 128, 129, 255, 256, 257, 767, 768, 4096, 4099, 8191, 8192, 8193)
 FUNCTIONS = {"relu": fc.relu, "silu": fc.silu, "gelu": fc.gelu,
              "gelu_tanh": functools.partial(fc.gelu, approximate="tanh"),

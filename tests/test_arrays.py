@@ -19,6 +19,8 @@ from suite import case
 
 import forge_c as fc
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 FAR = 2**32 + 4096  # bytes from row to row: beyond what 32 bits hold, signed or not

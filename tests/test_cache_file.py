@@ -15,6 +15,8 @@ import pytest
 import forge_c
 from forge_c.cache import KVCache
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def filled(rng: np.random.Generator, **options) -> KVCache:
     """Rows of 700 and 350 tokens."""

@@ -22,6 +22,8 @@ from model_folder import BYTES, following, small, tensors, write, write_chain, w
 from forge_c.cli import main
 from forge_c.models import load
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SPEED = r"\nprompt {} tokens, (\d+\.\d tokens/s|-); decode {} tokens, (\d+\.\d tokens/s|-)\n"
 # Buffered, as in a user's shell: a broken pipe may then show up as late as at the end of the process.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -4,9 +4,10 @@
     python tools/list_test_cells.py compare BEFORE AFTER [--by-test]     fail if a cell of BEFORE is not in AFTER
 
 A change to the tests that is to lose nothing records before and after. Every call of a function of forge_c.functional
-counts, by whatever test, layer or model it is made; calls in child processes and from C do not. format is that of the
-packed weight or of the key/value cache, dtype that of the first array. --by-test asks for more: that each test function
-still exercises what it did. As a plugin (-p list_test_cells) it also runs in the workers of pytest-xdist.
+that is not refused counts, by whatever test, layer or model it is made; calls in child processes and from C do not.
+format is that of the packed weight or of the key/value cache, dtype that of the first array. --by-test asks for more:
+that each test function still exercises what it did. As a plugin (-p list_test_cells) it also runs in the workers of
+pytest-xdist.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def count(name: str, arguments: tuple[Any, ...], functional: Any) -> None:
 def counted(name: str, call: Callable[..., Any], functional: Any) -> Callable[..., Any]:
     @functools.wraps(call)
     def wrapper(*args: Any, **options: Any) -> Any:
+        result = call(*args, **options)
         count(name, (*args, *options.values()), functional)
-        return call(*args, **options)
+        return result
 
     return wrapper
 
@@ -70,8 +72,8 @@ def watch() -> None:
 
         functional.DecoderBlock = DecoderBlock
     for name, value in list(vars(functional).items()):
-        operation = type(value).__name__ in ("cython_function_or_method", "builtin_function_or_method")
-        if operation and not name.startswith("_") and name not in NOT_OPERATIONS:
+        ours = type(value).__name__ == "cython_function_or_method"
+        if ours and not name.startswith("_") and name not in NOT_OPERATIONS:
             setattr(functional, name, counted(name, value, functional))
 
 
