@@ -382,6 +382,63 @@ def test_indices_that_another_thread_changes_after_the_check_do_no_harm():
     """) == "unharmed\n"
 
 
+# ---- code that runs while an op waits: signal handlers, finalisers ----------------------------------
+
+EVERY_5_MS = """
+    import signal
+    import numpy as np
+    import forge_c as fc
+
+    calls = []
+
+    def every_5_ms(work):
+        def handler(*_):
+            calls.append(work())
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.005)
+"""
+
+
+def test_a_thread_count_that_grows_during_attention_does_no_harm():
+    """The ranks of a later region of the call had no scratch. In a child: it may crash."""
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(1)
+    k = np.broadcast_to(np.ones(64, np.float32), (4, 20480, 64, 64))
+    every_5_ms(lambda: fc.set_num_threads(64))
+    out = fc.attention(np.ones((4, 1, 64, 64), np.float32), k, k)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(len(calls) > 0, (out == 1).all())
+    """) == "True True\n"
+
+
+def test_a_signal_handler_may_call_ops_while_a_model_reads_its_prompt():
+    """The op in the handler is split, yet may not give work to the threads that its caller leads."""
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(2)
+    model, ids, x = fc.models.load(), np.ones((24, 256), np.int64), np.ones((256, 1024), np.float32)
+    want, normed = model(ids), fc.rms_norm(x)
+    every_5_ms(lambda: fc.rms_norm(x).tobytes() == normed.tobytes())
+    while len(calls) < 4:
+        assert model(ids).tobytes() == want.tobytes()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(all(calls))
+    """, timeout=60) == "True\n"
+
+
+def test_a_signal_handler_may_call_ops_during_an_op():
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(2)
+    k, x = np.ones((1, 4096, 8, 64), np.float32), np.ones((256, 1024), np.float32)
+    normed = fc.rms_norm(x)
+    every_5_ms(lambda: fc.rms_norm(x).tobytes() == normed.tobytes())
+    while len(calls) < 5:
+        assert (fc.attention(k, k, k) == 1).all()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(all(calls))
+    """, timeout=60) == "True\n"
+
+
 # ---- the GIL ----------------------------------------------------------------------------------------
 
 def longest_wait(work: Callable[[], Any]) -> tuple[float, float]:

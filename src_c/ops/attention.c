@@ -33,6 +33,7 @@ enum form { FLOATS, BF16, INT16 };
 
 struct attention {
     const fc_attention_args *a;
+    int threads; /* of all its regions at most: the scratch is for as many */
     void (*gemm)(const struct fc_gemm *);
     enum form form;          /* of queries and weights */
     ptrdiff_t x_size;        /* their bytes */
@@ -377,7 +378,7 @@ static double item_ns(const struct attention *t, ptrdiff_t keys) {
 static fc_status attend_blocks(struct attention *t, ptrdiff_t pairs) {
     const ptrdiff_t items = t->blocks * pairs, kv_len = t->a->kv_len;
     const double ns = item_ns(t, t->a->window && t->a->window < kv_len ? t->a->window : kv_len);
-    return fc_dynamic(fc_threads_for(items, ns), items, ns, block_body, t);
+    return fc_dynamic(fc_threads_within(t->threads, items, ns), items, ns, block_body, t);
 }
 
 /* Pages for `pairs` heads' keys and values; NULL without memory. */
@@ -403,7 +404,7 @@ static fc_status pack_and_attend(struct attention *t) {
         t->pairs = fc_smaller(some, all - t->first_pair);
         const ptrdiff_t items = t->pairs * t->kv.pages_a_row;
         const double ns = (double)(fc_smaller(FC_KV_CHUNK, t->a->kv_len) * (t->a->head_dim + t->a->v_dim)) * 0.4;
-        status = fc_static(fc_threads_for(items, ns), items, ns, pack_body, t);
+        status = fc_static(fc_threads_within(t->threads, items, ns), items, ns, pack_body, t);
         if (status == FC_OK) status = attend_blocks(t, t->pairs);
     }
     free(pages);
@@ -411,7 +412,7 @@ static fc_status pack_and_attend(struct attention *t) {
 }
 
 static fc_status by_blocks(struct attention *t) {
-    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(&t->scratch, t->threads, room_bytes(t))) return FC_NO_MEMORY;
     fc_status status = t->a->cache ? attend_blocks(t, t->a->batch * t->a->kv_heads) : pack_and_attend(t);
     fc_scratch_free(&t->scratch);
     return status;
@@ -459,12 +460,12 @@ static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t e
     for (t->first_chunk = begin; t->first_chunk < end && status == FC_OK; t->first_chunk += segment) {
         t->chunks = fc_smaller(segment, end - t->first_chunk);
         const double ns = item_ns(t, FC_KV_CHUNK), fold_ns = (double)(t->chunks * t->e_padded) * 0.1;
-        const int threads = fc_threads_for(pairs * t->chunks, ns);
+        const int threads = fc_threads_within(t->threads, pairs * t->chunks, ns);
         t->run = fc_smaller(RUN, (pairs * t->chunks + 8 * threads - 1) / (8 * threads));
         const ptrdiff_t items = (pairs * t->chunks + t->run - 1) / t->run;
         status = fc_dynamic(threads, items, ns * (double)t->run, chunk_body, t);
         if (status == FC_OK)
-            status = fc_static(fc_threads_for(pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
+            status = fc_static(fc_threads_within(t->threads, pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
     }
     return status;
 }
@@ -475,7 +476,7 @@ static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) 
     fc_scratch parts;
     t->own_page = !t->a->cache;
     if (fc_scratch_alloc(&parts, 1, (size_t)(bytes * (segment + 1)))) return FC_NO_MEMORY;
-    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) {
+    if (fc_scratch_alloc(&t->scratch, t->threads, room_bytes(t))) {
         fc_scratch_free(&parts);
         return FC_NO_MEMORY;
     }
@@ -513,7 +514,7 @@ static void choose_pages(struct attention *t) {
 }
 
 fc_status fc_attention(const fc_attention_args *a) {
-    struct attention t = {.a = a, .group = a->heads / a->kv_heads};
+    struct attention t = {.a = a, .threads = fc_get_num_threads(), .group = a->heads / a->kv_heads};
     choose_pages(&t);
     t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;
     if (t.block > a->q_len) t.block = a->q_len;
