@@ -1,5 +1,5 @@
 /* Every leaf once: its name and signature. all.h makes the leaves and one table per ISA from this list;
- * dispatch.c chooses a table; drivers call fc_k->name(...).
+ * dispatch.c chooses a table; drivers read fc_k once and call k->name(...).
  *
  * A typed leaf exists for each fc_dtype: kernels/<op>.h writes `name_any(type, ...)` once, inlined with a constant. */
 #ifndef FC_KERNELS_H
@@ -127,6 +127,7 @@ struct fc_kernels {
 #undef FC_MEMBER
 };
 
-extern const struct fc_kernels *fc_k; /* the table in use; set by dispatch.c */
+/* The table in use; set by dispatch.c, at any time: an op reads it once, at its start. */
+extern const struct fc_kernels *_Atomic fc_k;
 
 #endif

@@ -17,8 +17,8 @@ int fc_threads_within(int limit, ptrdiff_t items, double ns);
 
 /* body(ctx, begin, end, rank) over [0, items) on `threads` threads, rank < threads.
  * fc_static: one run of neighbours a thread. fc_dynamic: one item at a time, for uneven items.
- * The calling thread polls between pieces when the whole is long; FC_INTERRUPTED then leaves items undone. An op that the
- * poll itself calls (a signal handler's, a finaliser's) runs on that thread alone. */
+ * The calling thread polls between pieces when the whole is long; FC_INTERRUPTED then leaves items undone. An op that
+ * the poll itself calls (a signal handler's, a finaliser's) runs on that thread alone. */
 fc_status fc_static(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 

@@ -412,6 +412,24 @@ def test_a_thread_count_that_grows_during_attention_does_no_harm():
     """) == "True True\n"
 
 
+def test_an_op_ends_on_the_isa_that_it_began_on():
+    """A handler changes the table of kernels over and over; each result is one ISA's, to the bit."""
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 4096, 8, 64), np.float32) for _ in range(3))
+    isas, right = fc.available_isas(), {}
+    for name in isas:
+        fc.use_isa(name)
+        right[name] = fc.attention(q[:, -512:], k, v).tobytes()
+    every_5_ms(lambda: fc.use_isa(isas[len(calls) % len(isas)]))
+    while len(calls) < 5:
+        assert fc.attention(q[:, -512:], k, v).tobytes() in right.values()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print("whole")
+    """) == "whole\n"
+
+
 def test_a_signal_handler_may_call_ops_while_a_model_reads_its_prompt():
     """The op in the handler is split, yet may not give work to the threads that its caller leads."""
     assert run_script(EVERY_5_MS + """

@@ -32,6 +32,7 @@ enum {
 enum form { FLOATS, BF16, INT16 };
 
 struct attention {
+    const struct fc_kernels *k;
     const fc_attention_args *a;
     int threads; /* of all its regions at most: the scratch is for as many */
     void (*gemm)(const struct fc_gemm *);
@@ -146,10 +147,10 @@ static void load_queries(const struct attention *t, const struct where *w, const
         for (ptrdiff_t at = 0; i + QUERIES_AHEAD < w->queries && at < bytes; at += 64)
             __builtin_prefetch(from + QUERIES_AHEAD * a->q_stride[1] + at);
         for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size, scale++) {
-            if (t->form == BF16) fc_k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
-            else fc_k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
+            if (t->form == BF16) t->k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
+            else t->k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
             memset(q + a->head_dim * size, 0, (size_t)pad);
-            if (t->form == INT16) fc_k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->most);
+            if (t->form == INT16) t->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->most);
         }
     }
 }
@@ -163,7 +164,7 @@ static void store_chunk(const struct attention *t, ptrdiff_t pair, ptrdiff_t chu
     const fc_kv_head head = fc_kv_head_at(&t->kv, page, 0);
     const fc_append_args as = {.cache = &t->kv, .type = a->kv_type, .k_stride = {0, a->k_stride[1], 0},
                                .v_stride = {0, a->v_stride[1], 0}};
-    fc_kv_store(&as, &head, 0, n, (const char *)a->k + b * a->k_stride[0] + key0 * a->k_stride[1] + g * a->k_stride[2],
+    fc_kv_store(t->k, &as, &head, 0, n, (const char *)a->k + b * a->k_stride[0] + key0 * a->k_stride[1] + g * a->k_stride[2],
                 (const char *)a->v + b * a->v_stride[0] + key0 * a->v_stride[1] + g * a->v_stride[2], 0, scratch);
 }
 
@@ -192,8 +193,8 @@ static const float *load_bias(const struct attention *t, const struct where *w, 
     const char *mask = (const char *)a->mask + w->b * a->mask_stride[0] + head * a->mask_stride[1] +
                        q * a->mask_stride[2] + key * a->mask_stride[3];
     ptrdiff_t stored = a->mask_stride[3] ? n : 1;
-    if (a->mask_is_bool) fc_k->bias_from_bool(bias, (const uint8_t *)mask, stored);
-    else fc_k->to_f32[a->mask_type](bias, mask, stored, 1.0f);
+    if (a->mask_is_bool) t->k->bias_from_bool(bias, (const uint8_t *)mask, stored);
+    else t->k->to_f32[a->mask_type](bias, mask, stored, 1.0f);
     for (ptrdiff_t i = stored; i < n; i++) bias[i] = bias[0];
     return bias;
 }
@@ -220,8 +221,8 @@ static void weights(const struct attention *t, const struct room *r, const fc_kv
         .softcap = t->a->softcap,
         .q = (int16_t *)(void *)s + from,
         .w_scale = &r->w_scale[row]};
-    fc_k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
-    if (t->form == BF16) fc_k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
+    t->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
+    if (t->form == BF16) t->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
 static void weights_of_block(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
@@ -253,7 +254,7 @@ static void weigh_lines(const struct attention *t, const struct room *r, const f
 static void weigh_ends(const struct attention *t, const struct room *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t lo,
                        ptrdiff_t hi) {
     if (hi > lo)
-        fc_k->attention_ends(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
+        t->k->attention_ends(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
                                                .panel_stride = h->v_panel, .panels = t->e_padded / 16}, t->kv.type, lo, hi);
 }
 
@@ -273,7 +274,7 @@ static void weigh_integers(const struct attention *t, const struct where *w, con
     weigh_lines(t, r, h, row, rows, begin, end, 0);
     for (ptrdiff_t i = row; i < row + rows; i++) {
         float *part = r->part + i * t->e_padded;
-        fc_k->from_f32[FC_F32](part, part, t->e_padded, r->w_scale[i]);
+        t->k->from_f32[FC_F32](part, part, t->e_padded, r->w_scale[i]);
     }
 }
 
@@ -340,7 +341,7 @@ static void finish_row(const struct attention *t, const struct where *w, ptrdiff
         top = higher;
     }
     if (a->lse) a->lse[(w->b * a->q_len + q) * a->heads + head] = total == 0.0f ? -INFINITY : top + logf(total);
-    fc_k->from_f32[a->q_type]((char *)a->out + w->b * a->out_stride[0] + q * a->out_stride[1] + head * a->out_stride[2], o,
+    t->k->from_f32[a->q_type]((char *)a->out + w->b * a->out_stride[0] + q * a->out_stride[1] + head * a->out_stride[2], o,
                               a->v_dim, total == 0.0f ? 0.0f : keep / total);
 }
 
@@ -361,7 +362,7 @@ static void block_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         for (ptrdiff_t c = lo / FC_KV_CHUNK; c * FC_KV_CHUNK < hi; c++) {
             if (!attend_chunk(t, &w, &r, c)) continue;
             for (ptrdiff_t row = 0; row < rows; row++)
-                fc_k->attention_fold(r.o + row * t->e_padded, &r.max[row], &r.sum[row], r.part + row * t->e_padded,
+                t->k->attention_fold(r.o + row * t->e_padded, &r.max[row], &r.sum[row], r.part + row * t->e_padded,
                                      r.part_max[row], r.part_sum[row], t->e_padded);
         }
         for (ptrdiff_t row = 0; row < rows; row++) finish_row(t, &w, row, r.o + row * t->e_padded, r.max[row], r.sum[row]);
@@ -448,7 +449,7 @@ static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         float *to = t->folded + pair * part_floats(t);
         for (ptrdiff_t c = 0; c < t->chunks; c++) {
             const float *part = t->parts + (pair * t->chunks + c) * part_floats(t);
-            fc_k->attention_fold(to + row * t->e_padded, to + maxima + row, to + maxima + t->rows + row,
+            t->k->attention_fold(to + row * t->e_padded, to + maxima + row, to + maxima + t->rows + row,
                                  part + row * t->e_padded, part[maxima + row], part[maxima + t->rows + row], t->e_padded);
         }
     }
@@ -507,14 +508,14 @@ static void choose_pages(struct attention *t) {
         t->kv = (fc_kv_cache){.type = a->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32, .kv_heads = 1,
                               .head_dim = a->head_dim, .v_dim = a->v_dim, .pages_a_row = pages};
     }
-    t->gemm = t->kv.type == FC_KV_F32 ? fc_k->gemm_f32 : t->kv.type == FC_KV_BF16 ? fc_k->gemm_bf16 : fc_k->gemm_s8;
-    t->form = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && fc_k->bf16_x == FC_BF16 ? BF16 : FLOATS;
+    t->gemm = t->kv.type == FC_KV_F32 ? t->k->gemm_f32 : t->kv.type == FC_KV_BF16 ? t->k->gemm_bf16 : t->k->gemm_s8;
+    t->form = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && t->k->bf16_x == FC_BF16 ? BF16 : FLOATS;
     t->x_size = t->form == FLOATS ? 4 : 2;
     t->unit = t->kv.type == FC_KV_F32 ? 1 : 2;
 }
 
 fc_status fc_attention(const fc_attention_args *a) {
-    struct attention t = {.a = a, .threads = fc_get_num_threads(), .group = a->heads / a->kv_heads};
+    struct attention t = {.k = fc_k, .a = a, .threads = fc_get_num_threads(), .group = a->heads / a->kv_heads};
     choose_pages(&t);
     t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;
     if (t.block > a->q_len) t.block = a->q_len;

@@ -49,6 +49,7 @@ enum { FC_PAST_CACHE = 16 << 20 };
 static inline int fc_past_cache(double bytes, int in_place) { return bytes > FC_PAST_CACHE && !in_place; }
 
 /* to[n] = from[n] * scale, from any storage type to any */
-void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale);
+void fc_convert_row(const struct fc_kernels *k, fc_dtype to_type, void *to, fc_dtype from_type, const void *from,
+                    ptrdiff_t n, float scale);
 
 #endif
