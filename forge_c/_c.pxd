@@ -137,6 +137,9 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t v_stride[3]
         ptrdiff_t out_stride[3]
         const int64_t *kv_lens
+        const int64_t *q_positions
+        const int64_t *kv_positions
+        ptrdiff_t q_positions_stride, kv_positions_stride
         int causal
         ptrdiff_t window
         float scale, softcap

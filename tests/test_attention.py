@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -113,10 +115,13 @@ def test_head_dims_and_lengths(isa, dtype):
         check_pair(attention(q, k, v, causal=causal, return_lse=True), want, k.shape[1], q.shape[3])
 
 
-# (heads, kv_heads, q_len, kv_len): one past a block of 128 rows for each group, q_len on both sides of kv_len, more
-# heads to a group than a block has rows.
-GROUPS = ((1, 1, 129, 130), (2, 2, 7, 5), (4, 2, 65, 300), (3, 1, 43, 257), (6, 2, 43, 20), (4, 1, 33, 520),
-          (8, 1, 17, 64), (8, 1, 16, 600), (16, 2, 5, 256), (130, 1, 2, 20), (4, 2, 1, 4096))
+DRIVER = Path(__file__).parents[1] / "src_c" / "ops" / "attention.c"
+ROWS = int(re.search(r"BLOCK_ROWS = (\d+)", DRIVER.read_text())[1])  # type: ignore[index]
+# (heads, kv_heads, q_len, kv_len): one query past a block for each group, q_len on both sides of kv_len, more heads to a
+# group than a block has rows.
+GROUPS = ((1, 1, ROWS + 1, ROWS + 2), (2, 2, 7, 5), (4, 2, ROWS // 2 + 1, 300), (3, 1, ROWS // 3 + 1, 257),
+          (6, 2, ROWS // 3 + 1, 20), (4, 1, ROWS // 4 + 1, 520), (8, 1, ROWS // 8 + 1, 64), (8, 1, ROWS // 8, 600),
+          (16, 2, 5, 256), (ROWS + 2, 1, 2, 20), (4, 2, 1, 4096))
 VISIBILITY = ({}, {"causal": True}, {"window": 9}, {"causal": True, "window": 70})
 
 
@@ -328,6 +333,16 @@ def test_large_scores(isa, dtype, rng, size):
         out, lse, magnitude, score_sizes = expected(q, k[:, order], v[:, order], **options)
         check_pair(got, (out, lse, magnitude, 0 * score_sizes), 597, 8)
         assert (lse > size / 4).all() if mask is None else (lse < -size).all()
+
+
+@pytest.mark.parametrize("window", [2**31, 2**62, 2**63 - 1, 2**63, 2**70])
+def test_a_window_over_everything_is_none(isa, rng, window):
+    """sys.maxsize is a usual "no window"; with more queries than keys its distance to a position passes 2^63."""
+    for q_len in (3, 6, 40):
+        q, k, v = qkv(rng, 1, q_len, 5)
+        for causal in (False, True):
+            want = attention(q, k, v, causal=causal, return_lse=True)
+            assert bits(attention(q, k, v, causal=causal, window=window, return_lse=True)) == bits(want)
 
 
 # ---- dtypes and layouts: the same bits --------------------------------------------------------------

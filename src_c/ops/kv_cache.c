@@ -12,17 +12,18 @@ static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : t
 /* ---- where things lie ---- */
 
 static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
-    return FC_KV_CHUNK * fc_round_up(c->head_dim, unit_of(c->type)) * value_bytes(c->type);
+    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->head_dim, unit_of(c->type)));
 }
 static ptrdiff_t values_bytes(const fc_kv_cache *c) {
-    return FC_KV_CHUNK * fc_round_up(c->v_dim, PANEL) * value_bytes(c->type);
+    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->v_dim, PANEL));
 }
 
 static ptrdiff_t head_bytes(const fc_kv_cache *c) {
-    return fc_round_up(keys_bytes(c) + values_bytes(c) + (c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0), 64);
+    const ptrdiff_t scales = c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0;
+    return fc_round_up(fc_plus(fc_plus(keys_bytes(c), values_bytes(c)), scales), 64);
 }
 
-ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return c->kv_heads * head_bytes(c); }
+ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return fc_times(c->kv_heads, head_bytes(c)); }
 
 fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
     const ptrdiff_t unit = unit_of(c->type);
@@ -44,7 +45,7 @@ fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
 static ptrdiff_t widest(const fc_kv_cache *c) { return fc_round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64); }
 
 /* 16 rows of float32, and one to convert or turn in */
-size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)(PANEL + 1) * (size_t)widest(c) * 4; }
+size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)fc_times((PANEL + 1) * 4, widest(c)); }
 
 /* One channel of a key, or one key of a channel, is `size` bytes; its line-mates are `step` apart. */
 static void scatter(char *to, ptrdiff_t step, const char *from, ptrdiff_t size, ptrdiff_t n) {
