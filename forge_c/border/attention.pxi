@@ -12,17 +12,18 @@ cdef cnp.ndarray attention_input(str arg, object x):
 
 cdef cnp.ndarray attention_kv_lens(object kv_lens, ptrdiff_t batch, ptrdiff_t kv_len):
     cdef cnp.ndarray a = viewed("attention", "kv_lens", kv_lens)
+    cdef cnp.ndarray given
     cdef ptrdiff_t b
     cdef int64_t *p
     if a.dtype.kind not in "iu":
         raise TypeError(f"attention: kv_lens has dtype {a.dtype}, expected integers")
     if shape_of(a) != (batch,):
         raise ValueError(f"attention: kv_lens has shape {shape_of(a)}, expected ({batch},)")
-    a = private_ints(a)
+    given, a = a, private_ints(a)
     p = <int64_t *>cnp.PyArray_DATA(a)
     for b in range(batch):
         if p[b] < 0 or p[b] > kv_len:
-            raise ValueError(f"attention: kv_lens[{b}] is {p[b]}, expected 0 to {kv_len}")
+            raise ValueError(f"attention: kv_lens[{b}] is {given_number(p[b], given)}, expected 0 to {kv_len}")
     return a
 
 
@@ -78,12 +79,23 @@ cdef int attention_arrays(fc_attention_args *a, cnp.ndarray k, cnp.ndarray v) ex
     return 0
 
 
-cdef cnp.ndarray attention_cache(object cache, fc_attention_args *a, object kv_lens, object window):
-    """The lengths of a KVCache, whose pages go into a."""
+cdef ptrdiff_t attention_window(object window) except -1:
+    """0: none. One that no ptrdiff_t holds sees what the largest does."""
+    if window is None:
+        return 0
+    size = integer("attention", "window", window)
+    if size < 1:
+        raise ValueError(f"attention: window is {size}, expected at least 1")
+    return min(size, PY_SSIZE_T_MAX)
+
+
+cdef tuple attention_cache(object cache, fc_attention_args *a, object kv_lens):
+    """(pages, lengths) of a KVCache, to be held during the call. Another thread may append meanwhile: the lengths are
+    copied first, and nothing else is asked how many tokens there are."""
     cdef KVPages pages
     cdef cnp.ndarray lengths
     try:
-        pages, lengths, held = cache._pages, cache._lengths, cache.window
+        lengths, pages, held = cache._lengths.copy(), cache._pages, cache.window
     except AttributeError:
         raise TypeError(f"attention: v is None and k is a {type(cache).__name__}, expected arrays k and v, "
                         "or a KVCache as k") from None
@@ -96,10 +108,31 @@ cdef cnp.ndarray attention_cache(object cache, fc_attention_args *a, object kv_l
     attention_heads(a)
     a.kv_len = lengths.max() if a.batch else 0
     if held is not None:
-        if window is not None and window > held:
-            raise ValueError(f"attention: window is {window}, expected at most the cache's {held}")
-        a.window = held
-    return lengths.copy()
+        if a.window > held:
+            raise ValueError(f"attention: window is {a.window}, expected at most the cache's {held}")
+        a.window = a.window or min(held, PY_SSIZE_T_MAX)
+    return pages, lengths
+
+
+cdef int attention_apart(cnp.ndarray y, dict given) except -1:
+    """No output over an input, as the caller has it: kernels may read a copy."""
+    for name, value in given.items():
+        if value is not None:
+            no_overlap("attention", "out", y, name, viewed("attention", name, value), False)
+    return 0
+
+
+cdef int run_attention(fc_attention_args *a, cnp.ndarray y, cnp.ndarray lse) except -1:
+    cdef fc_status status
+    a.out = cnp.PyArray_DATA(y)
+    a.out_stride[0], a.out_stride[1], a.out_stride[2] = y.strides[0], y.strides[1], y.strides[2]
+    if lse is not None:
+        a.lse = <float *>cnp.PyArray_DATA(lse)
+    if a.batch and a.q_len and a.heads and (a.v_dim or lse is not None):
+        with nogil:
+            status = fc_attention(a)
+        check("attention", status)
+    return 0
 
 
 def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None, softcap=None, sinks=None, kv_lens=None,
@@ -125,65 +158,45 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
              [2., 3., 4., 5.]]]], dtype=float32)
     """
     cdef fc_attention_args a
-    cdef fc_status status
     cdef cnp.ndarray qa = attention_input("q", q)
     cdef cnp.ndarray ka = None
     cdef cnp.ndarray va = None
     cdef cnp.ndarray lens = None
     cdef cnp.ndarray ma = None
-    cdef cnp.ndarray sa = None
+    cdef cnp.ndarray sa
     cdef cnp.ndarray y
     cdef cnp.ndarray lse = None
+    cdef KVPages pages = None
     cdef cnp.npy_intp dims[4]
     memset(&a, 0, sizeof(a))
-    if window is not None:
-        window = index(window)
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}, expected at least 1")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap is {softcap}, expected a number > 0")
+    a.window, a.causal = attention_window(window), 1 if causal else 0
     attention_queries(&a, qa)
     if v is None:
-        lens = attention_cache(k, &a, kv_lens, window)
+        pages, lens = attention_cache(k, &a, kv_lens)
     else:
         ka, va = attention_input("k", k), attention_input("v", v)
         same_type("attention", "v", va, dtype_index(ka))
         attention_arrays(&a, ka, va)
         if kv_lens is not None:
             lens = attention_kv_lens(kv_lens, a.batch, a.kv_len)
+    if lens is not None:
+        a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
     if mask is not None:
         ma = attention_mask(mask, &a)
     sa = parameter("attention", "sinks", sinks, a.heads)
+    a.sinks = floats(sa)
+    a.scale = <float>(scale if scale is not None else a.head_dim ** -0.5 if a.head_dim else 1.0)
+    a.softcap = <float>(0.0 if softcap is None else softcap)
     dims[0], dims[1], dims[2], dims[3] = a.batch, a.q_len, a.heads, a.v_dim
     y = result("attention", out, 4, dims, a.q_type)
     if out is not None:
-        no_overlap("attention", "out", y, "q", qa, False)
-        if v is not None:
-            no_overlap("attention", "out", y, "k", ka, False)
-            no_overlap("attention", "out", y, "v", va, False)
-        if ma is not None:
-            no_overlap("attention", "out", y, "mask", ma, False)
-        if kv_lens is not None:
-            no_overlap("attention", "out", y, "kv_lens", viewed("attention", "kv_lens", kv_lens), False)
-        if sa is not None:
-            no_overlap("attention", "out", y, "sinks", sa, False)
+        attention_apart(y, {"q": q, "k": k if v is not None else None, "v": v, "mask": mask, "kv_lens": kv_lens,
+                            "sinks": sinks})
     if return_lse:
         lse = cnp.PyArray_EMPTY(3, dims, cnp.NPY_FLOAT32, 0)
-        a.lse = <float *>cnp.PyArray_DATA(lse)
-    a.scale = <float>(scale if scale is not None else a.head_dim ** -0.5 if a.head_dim else 1.0)
-    a.causal = 1 if causal else 0
-    if window is not None:
-        a.window = window
-    a.softcap = <float>(0.0 if softcap is None else softcap)
-    a.sinks = floats(sa)
-    if lens is not None:
-        a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
-    a.out = cnp.PyArray_DATA(y)
-    a.out_stride[0], a.out_stride[1], a.out_stride[2] = y.strides[0], y.strides[1], y.strides[2]
-    if a.batch and a.q_len and a.heads:
-        with nogil:
-            status = fc_attention(&a)
-        check("attention", status)
+    run_attention(&a, y, lse)
     return (y, lse) if return_lse else y
 
 
