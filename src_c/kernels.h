@@ -101,6 +101,7 @@ struct fc_past {
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                      \
     X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
+    X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \

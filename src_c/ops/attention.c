@@ -7,7 +7,7 @@
  * keys), or, where blocks are too few, single chunks whose partials are folded afterwards.
  *
  * Keys outside a row's [lo, hi) (visible.h) are not multiplied at all: a NaN there changes nothing.
- * Keys hidden by `mask` weigh zero. No (S, T) matrix exists: scores are (block, 256). */
+ * A key that `mask` hides (False, or -inf) counts for nothing either, whatever it and its value hold. No (S, T) matrix exists: scores are (block, 256). */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -187,9 +187,12 @@ static fc_kv_head head_of(const struct attention *t, const struct where *w, cons
 
 /* ---- one chunk ---- */
 
-static const float *load_bias(const struct attention *t, const struct where *w, ptrdiff_t q, ptrdiff_t head, ptrdiff_t key,
-                              ptrdiff_t n, float *bias) {
+/* What the mask adds to the scores of the keys that a row sees; `bias` holds it. */
+static const float *load_bias(const struct attention *t, const struct where *w, ptrdiff_t row, struct chunk c, float *bias) {
     const fc_attention_args *a = t->a;
+    const struct fc_range see = see_in(t, w, row, c);
+    const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
+    const ptrdiff_t key = c.key0 + see.lo, n = see.hi - see.lo;
     const char *mask = (const char *)a->mask + w->b * a->mask_stride[0] + head * a->mask_stride[1] +
                        q * a->mask_stride[2] + key * a->mask_stride[3];
     ptrdiff_t stored = a->mask_stride[3] ? n : 1;
@@ -230,10 +233,8 @@ static void weights_of_block(const struct attention *t, const struct where *w, c
     const fc_attention_args *a = t->a;
     const float *bias = NULL;
     for (ptrdiff_t row = 0; row < w->queries * t->group; row++) {
-        const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
         const struct fc_range see = see_in(t, w, row, c);
-        if (a->mask && (row % t->group == 0 || a->mask_stride[1]))
-            bias = load_bias(t, w, q, head, c.key0 + see.lo, see.hi - see.lo, r->bias);
+        if (a->mask && (row % t->group == 0 || a->mask_stride[1])) bias = load_bias(t, w, row, c, r->bias);
         weights(t, r, h, row, see.lo, see.hi, bias);
     }
 }
@@ -295,6 +296,23 @@ static void weigh_rows(const struct attention *t, const struct where *w, const s
     }
 }
 
+/* A hidden key weighs 0, and 0 times an infinity or a NaN in its value is NaN: a row where that may be is made again, from
+ * the runs of keys that it sees. Their chain is the same, so nothing else changes. */
+static void weigh_unhidden(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
+                           ptrdiff_t row, struct chunk c) {
+    float *part = r->part + row * t->e_padded;
+    int finite;
+    t->k->all_finite(&finite, part, t->e_padded);
+    if (finite || r->part_sum[row] == 0.0f) return;
+    const struct fc_range see = see_in(t, w, row, c);
+    const float *bias = load_bias(t, w, row, c, r->bias) - see.lo;
+    memset(part, 0, (size_t)t->e_padded * 4);
+    for (ptrdiff_t lo = see.lo, hi; lo < see.hi; lo = hi + 1) {
+        for (hi = lo; hi < see.hi && bias[hi] != -INFINITY;) hi++;
+        weigh_ends(t, r, h, row, lo, hi);
+    }
+}
+
 /* part, part_max, part_sum of a chunk; returns 0 if the block sees none of it. */
 static int attend_chunk(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t chunk) {
     const fc_attention_args *a = t->a;
@@ -313,6 +331,7 @@ static int attend_chunk(const struct attention *t, const struct where *w, const 
     weights_of_block(t, w, r, &h, c);
     for (ptrdiff_t row = 0, count = same ? rows : STRIP; row < rows; row += count)
         (t->form == INT16 ? weigh_integers : weigh_rows)(t, w, r, &h, row, fc_smaller(count, rows - row), c);
+    for (ptrdiff_t row = 0; a->mask && t->form != INT16 && row < rows; row++) weigh_unhidden(t, w, r, &h, row, c);
     return 1;
 }
 
