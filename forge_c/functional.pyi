@@ -81,12 +81,14 @@ def embedding(ids: ArrayLike, table: Array, *, scale: float = 1.0, dtype: DTypeL
 @overload
 def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: bool = False, scale: float | None = None,
               mask: Array | None = None, window: int | None = None, softcap: float | None = None,
-              sinks: Array | None = None, kv_lens: Array | None = None, return_lse: Literal[False] = False,
+              sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
+              kv_positions: Array | None = None, return_lse: Literal[False] = False,
               out: Array | None = None) -> Array: ...
 @overload
 def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: bool = False, scale: float | None = None,
               mask: Array | None = None, window: int | None = None, softcap: float | None = None,
-              sinks: Array | None = None, kv_lens: Array | None = None, return_lse: Literal[True],
+              sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
+              kv_positions: Array | None = None, return_lse: Literal[True],
               out: Array | None = None) -> tuple[Array, NDArray[np.float32]]: ...
 def merge_attention(out_a: Array, lse_a: NDArray[np.float32], out_b: Array,
                     lse_b: NDArray[np.float32]) -> tuple[Array, NDArray[np.float32]]: ...

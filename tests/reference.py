@@ -258,7 +258,7 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, causal: bool = False,
               mask: ArrayLike | None = None, window: int | None = None, softcap: float | None = None,
               sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None, q_positions: ArrayLike | None = None,
               kv_positions: ArrayLike | None = None) -> tuple[F64, F64]:
-    """(out (b, i, h, v_dim), lse (b, i, h)); score = cap(q.k scale) + mask; only visible keys that no mask hides exist."""
+    """(out (b, i, h, v_dim), lse (b, i, h)); score = cap(q.k scale) + mask; only keys that are seen exist."""
     q, k, v = f64(q), f64(k), f64(v)
     (batch, q_len, heads, head_dim), kv_len, group = q.shape, k.shape[1], max(q.shape[2] // k.shape[2], 1)
     bias = np.broadcast_to(additive(mask), (batch, heads, q_len, kv_len))

@@ -117,8 +117,8 @@ def test_head_dims_and_lengths(isa, dtype):
 
 DRIVER = Path(__file__).parents[1] / "src_c" / "ops" / "attention.c"
 ROWS = int(re.search(r"BLOCK_ROWS = (\d+)", DRIVER.read_text())[1])  # type: ignore[index]
-# (heads, kv_heads, q_len, kv_len): one query past a block for each group, q_len on both sides of kv_len, more heads to a
-# group than a block has rows.
+# (heads, kv_heads, q_len, kv_len): one query past a block for each group, q_len on both sides of kv_len, more heads
+# to a group than a block has rows.
 GROUPS = ((1, 1, ROWS + 1, ROWS + 2), (2, 2, 7, 5), (4, 2, ROWS // 2 + 1, 300), (3, 1, ROWS // 3 + 1, 257),
           (6, 2, ROWS // 3 + 1, 20), (4, 1, ROWS // 4 + 1, 520), (8, 1, ROWS // 8 + 1, 64), (8, 1, ROWS // 8, 600),
           (16, 2, 5, 256), (ROWS + 2, 1, 2, 20), (4, 2, 1, 4096))

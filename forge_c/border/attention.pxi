@@ -80,16 +80,16 @@ cdef int attention_arrays(fc_attention_args *a, cnp.ndarray k, cnp.ndarray v) ex
 
 
 cdef ptrdiff_t attention_window(object window) except -1:
-    """0: none. One that no ptrdiff_t holds sees what the largest does."""
+    """0: none. One of 2^63 or more hides nothing."""
     if window is None:
         return 0
     size = integer("attention", "window", window)
     if size < 1:
         raise ValueError(f"attention: window is {size}, expected at least 1")
-    return min(size, PY_SSIZE_T_MAX)
+    return size if size <= PY_SSIZE_T_MAX else 0
 
 
-cdef tuple attention_cache(object cache, fc_attention_args *a, object kv_lens):
+cdef tuple attention_cache(object cache, fc_attention_args *a, object kv_lens, object window):
     """(pages, lengths) of a KVCache, to be held during the call. Another thread may append meanwhile: the lengths are
     copied first, and nothing else is asked how many tokens there are."""
     cdef KVPages pages
@@ -108,10 +108,74 @@ cdef tuple attention_cache(object cache, fc_attention_args *a, object kv_lens):
     attention_heads(a)
     a.kv_len = lengths.max() if a.batch else 0
     if held is not None:
-        if a.window > held:
-            raise ValueError(f"attention: window is {a.window}, expected at most the cache's {held}")
-        a.window = a.window or min(held, PY_SSIZE_T_MAX)
+        if window is not None and window > held:
+            raise ValueError(f"attention: window is {window}, expected at most the cache's {held}")
+        a.window = a.window or attention_window(held)
     return pages, lengths
+
+
+cdef cnp.ndarray attention_positions(str arg, object positions, ptrdiff_t batch, ptrdiff_t n, str axis):
+    """(n,) or (batch, n) as int64, copied, not yet known to be ascending."""
+    cdef cnp.ndarray a = viewed("attention", arg, positions)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"attention: {arg} has dtype {a.dtype}, expected integers")
+    if shape_of(a) != (n,) and shape_of(a) != (batch, n):
+        raise ValueError(f"attention: {arg} has shape {shape_of(a)}, expected ({axis},) = ({n},) or "
+                         f"(batch, {axis}) = ({batch}, {n})")
+    if a.dtype.kind == "u" and a.size and a.max() > PY_SSIZE_T_MAX:
+        raise ValueError(f"attention: {arg} holds {a.max()}, expected at most {PY_SSIZE_T_MAX}")
+    return private_ints(a)
+
+
+cdef int attention_ascending(str arg, cnp.ndarray a, ptrdiff_t n, const int64_t *lens) except -1:
+    """Each row ascends, equal neighbours allowed; of keys, the valid ones of the row."""
+    cdef const int64_t *p = <const int64_t *>cnp.PyArray_DATA(a)
+    cdef ptrdiff_t rows = cnp.PyArray_DIM(a, 0) if cnp.PyArray_NDIM(a) == 2 else 1
+    cdef ptrdiff_t b, i, valid
+    for b in range(rows):
+        valid = n if lens == NULL or cnp.PyArray_NDIM(a) == 1 else lens[b]
+        for i in range(1, valid):
+            if p[b * n + i] < p[b * n + i - 1]:
+                at = f"{b}, {i}" if cnp.PyArray_NDIM(a) == 2 else f"{i}"
+                raise ValueError(f"attention: {arg}[{at}] is {p[b * n + i]} after {p[b * n + i - 1]}, expected "
+                                 "positions that ascend")
+    return 0
+
+
+cdef cnp.ndarray attention_last_positions(cnp.ndarray kv, fc_attention_args *a):
+    """(batch, q_len): where the last q_len of each row's keys lie."""
+    cdef cnp.ndarray lens = np.empty(a.batch, np.int64)
+    cdef ptrdiff_t b
+    for b in range(a.batch):
+        (<int64_t *>cnp.PyArray_DATA(lens))[b] = a.kv_len if a.kv_lens == NULL else a.kv_lens[b]
+    if a.batch and lens.min() < a.q_len:
+        raise ValueError(f"attention: kv_positions is given without q_positions, and a row of {lens.min()} keys has no "
+                         f"last {a.q_len}: pass q_positions")
+    last = lens[:, None] - a.q_len + np.arange(a.q_len)
+    return np.take_along_axis(np.broadcast_to(kv, (a.batch, a.kv_len)), last, axis=1)
+
+
+cdef tuple attention_placed(fc_attention_args *a, object q_positions, object kv_positions):
+    """(q_positions, kv_positions) that a points to, to be held during the call, or None where the default holds."""
+    cdef cnp.ndarray qp = None
+    cdef cnp.ndarray kp = None
+    if a.cache != NULL and a.cache.ring and (q_positions is not None or kv_positions is not None):
+        raise ValueError("attention: q_positions or kv_positions is given with a KVCache that has a window, which knows "
+                         "only the last positions; expected a KVCache without one")
+    if kv_positions is not None:
+        kp = attention_positions("kv_positions", kv_positions, a.batch, a.kv_len, "kv_len")
+        attention_ascending("kv_positions", kp, a.kv_len, a.kv_lens)
+        a.kv_positions = <const int64_t *>cnp.PyArray_DATA(kp)
+        a.kv_positions_stride = a.kv_len if cnp.PyArray_NDIM(kp) == 2 else 0
+    if q_positions is not None:
+        qp = attention_positions("q_positions", q_positions, a.batch, a.q_len, "q_len")
+        attention_ascending("q_positions", qp, a.q_len, NULL)
+    elif kp is not None:
+        qp = attention_last_positions(kp, a)
+    if qp is not None:
+        a.q_positions = <const int64_t *>cnp.PyArray_DATA(qp)
+        a.q_positions_stride = a.q_len if cnp.PyArray_NDIM(qp) == 2 else 0
+    return qp, kp
 
 
 cdef int attention_apart(cnp.ndarray y, dict given) except -1:
@@ -136,7 +200,7 @@ cdef int run_attention(fc_attention_args *a, cnp.ndarray y, cnp.ndarray lse) exc
 
 
 def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None, softcap=None, sinks=None, kv_lens=None,
-              bint return_lse=False, out=None):
+              q_positions=None, kv_positions=None, bint return_lse=False, out=None):
     """softmax(softcap(scale * q @ k.T) + mask) @ v with online softmax; no (q_len, kv_len) matrix is ever in memory.
 
     q (batch, q_len, heads, head_dim); k (batch, kv_len, kv_heads, head_dim); v (batch, kv_len, kv_heads, v_dim), where
@@ -147,6 +211,11 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     scale: head_dim**-0.5 by default. The q_len queries are the last positions of kv_len (or of kv_lens[b]).
     causal: query i sees keys j <= i + kv_len - q_len. window=W: only keys j > i + kv_len - q_len - W (W keys with
     itself). mask: bool (True = attend) or float added after the softcap, broadcastable to (batch, heads, q_len, kv_len).
+    A key that the mask hides (False, -inf) counts for nothing, whatever it holds.
+    q_positions (q_len,) or (batch, q_len), kv_positions (kv_len,) or (batch, kv_len): ascending integers, equal ones
+    allowed. causal is kv_position <= q_position, window kv_position > q_position - W. By default keys lie at
+    0 .. kv_len - 1 and the queries are the last of them; a KVCache holds 0, 1, 2, ... Keys are summed in chunks of the
+    arrays' 256, so positions that say what the default does give its bits.
     softcap c: c * tanh(s / c). sinks (heads,): one more logit in each row's denominator. kv_lens (batch,): valid keys.
     A row that sees no key gives 0. With return_lse the result is (out, lse): lse (batch, q_len, heads) float32 is the
     log of the softmax's denominator, sinks included, -inf for an empty row.
@@ -174,7 +243,7 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     a.window, a.causal = attention_window(window), 1 if causal else 0
     attention_queries(&a, qa)
     if v is None:
-        pages, lens = attention_cache(k, &a, kv_lens)
+        pages, lens = attention_cache(k, &a, kv_lens, window)
     else:
         ka, va = attention_input("k", k), attention_input("v", v)
         same_type("attention", "v", va, dtype_index(ka))
@@ -183,6 +252,7 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
             lens = attention_kv_lens(kv_lens, a.batch, a.kv_len)
     if lens is not None:
         a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
+    placed = attention_placed(&a, q_positions, kv_positions)
     if mask is not None:
         ma = attention_mask(mask, &a)
     sa = parameter("attention", "sinks", sinks, a.heads)
@@ -193,7 +263,7 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     y = result("attention", out, 4, dims, a.q_type)
     if out is not None:
         attention_apart(y, {"q": q, "k": k if v is not None else None, "v": v, "mask": mask, "kv_lens": kv_lens,
-                            "sinks": sinks})
+                            "sinks": sinks, "q_positions": q_positions, "kv_positions": kv_positions})
     if return_lse:
         lse = cnp.PyArray_EMPTY(3, dims, cnp.NPY_FLOAT32, 0)
     run_attention(&a, y, lse)
