@@ -27,6 +27,7 @@ cdef extern from "forge.h" nogil:
     int fc_use_isa(const char *name)
     const char *fc_openmp()
     const char *fc_build()
+    int fc_bound_cpus(int *cpus, int n)
     int fc_get_num_threads()
     void fc_set_num_threads(int n)
     void fc_set_poll(int (*poll)() noexcept nogil)

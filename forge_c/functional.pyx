@@ -38,7 +38,7 @@ include "border/cache.pxi"
 include "border/attention.pxi"
 include "border/decoder.pxi"
 
-set_num_threads(default_threads()[0])
+set_num_threads(default_threads(_bound_cpus())[0])
 if os.environ.get("FORGE_C_ISA"):
     use_isa(os.environ["FORGE_C_ISA"])
 

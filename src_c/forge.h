@@ -37,6 +37,9 @@ const char *fc_isa_name(int i); /* best first; NULL where this CPU cannot run it
 int fc_use_isa(const char *name); /* 0, or -1: not a name that this CPU can run */
 const char *fc_openmp(void);      /* "libgomp", "libomp", "none" */
 const char *fc_build(void);       /* the compiler and its flags */
+/* The CPUs that OpenMP binds threads to (OMP_PROC_BIND, OMP_PLACES), at most n of them into cpus; how many there are, 0
+ * where it binds none. The calling thread is then bound itself: its affinity says less. */
+int fc_bound_cpus(int *cpus, int n);
 int fc_get_num_threads(void);
 void fc_set_num_threads(int n);
 void fc_set_poll(int (*poll)(void)); /* called on the calling thread now and then; nonzero stops the op */

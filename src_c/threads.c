@@ -58,6 +58,23 @@ const char *fc_openmp(void) {
 #endif
 }
 
+int fc_bound_cpus(int *cpus, int n) {
+    int count = 0;
+    (void)cpus, (void)n;
+#ifdef _OPENMP
+    for (int place = 0; omp_get_proc_bind() != omp_proc_bind_false && place < omp_get_num_places(); place++) {
+        const int size = omp_get_place_num_procs(place);
+        int *ids = malloc((size_t)size * sizeof *ids + 1);
+        if (!ids) return 0;
+        omp_get_place_proc_ids(place, ids);
+        for (int i = 0; i < size; i++, count++)
+            if (count < n) cpus[count] = ids[i];
+        free(ids);
+    }
+#endif
+    return count;
+}
+
 void fc_set_num_threads(int n) { __atomic_store_n(&wanted, n, __ATOMIC_RELAXED); }
 
 int fc_get_num_threads(void) {

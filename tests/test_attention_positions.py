@@ -1,4 +1,4 @@
-"""attention with explicit positions: against the float64 definition, and to the bit where they say what is so anyway."""
+"""attention with explicit positions: against float64, and bit for bit where they say what the default does."""
 
 from __future__ import annotations
 

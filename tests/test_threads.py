@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
 import time
@@ -203,6 +204,26 @@ def test_omp_num_threads_is_obeyed_at_import():
 def test_affinity_is_obeyed_at_import():
     out = run_script("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + PRINT_COUNT)
     assert out.splitlines()[-1].startswith("1 1 (")
+
+
+def counted(source: str = "", **env: str) -> str:
+    """The line of PRINT_COUNT, without what libgomp says about its environment."""
+    return re.findall(r"^\d+ \d+ \(.*", run_script(source + PRINT_COUNT, OMP_NUM_THREADS="64", **env), re.M)[-1]
+
+
+@pytest.mark.parametrize("bind", ["true", "close", "spread"])
+def test_threads_that_openmp_binds_are_as_many(bind):
+    """OpenMP has bound the main thread to one CPU before anyone can ask for its affinity."""
+    assert counted(OMP_PROC_BIND=bind) == counted(OMP_PROC_BIND="false")
+
+
+def test_the_places_of_openmp_are_a_limit():
+    assert counted(OMP_PLACES=f"{{{min(os.sched_getaffinity(0))}}}").startswith("1 1 (") or not needs_openmp
+
+
+def test_the_affinity_of_the_process_is_obeyed_under_binding():
+    one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert counted(one, OMP_PROC_BIND="close").startswith("1 1 (")
 
 
 def test_set_num_threads_may_ask_for_more_than_the_default_and_comes_back(thread_count):

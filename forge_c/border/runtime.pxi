@@ -43,6 +43,13 @@ def set_num_threads(n) -> None:
     fc_set_num_threads(<int>count)
 
 
+def _bound_cpus() -> frozenset:
+    """CPUs that OpenMP binds threads to; empty where it binds none."""
+    cdef int cpus[4096]
+    cdef int count = min(fc_bound_cpus(cpus, 4096), 4096)
+    return frozenset([cpus[i] for i in range(count)])
+
+
 def _openmp() -> str:
     return fc_openmp().decode()
 
