@@ -3,9 +3,6 @@ from libc.string cimport memcpy
 from cpython.exc cimport PyErr_SetObject
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 
-cdef extern from "Python.h":
-    ptrdiff_t PY_SSIZE_T_MAX
-
 cdef dict NORMS = {"rms": FC_RMS_NORM, "layer": FC_LAYER_NORM}
 
 

@@ -167,7 +167,7 @@ static void count_tokens(struct pass *p) {
 }
 
 fc_status fc_forward(const fc_forward_args *a) {
-    struct forward f = {.a = a, .p = {.k = fc_kernels_in_use(), .workspace = a->workspace, .batch = a->batch, .seq = a->seq,
+    struct forward f = {.a = a, .p = {.k = fc_k, .workspace = a->workspace, .batch = a->batch, .seq = a->seq,
                                       .rows = a->batch * a->seq, .hidden = a->model->hidden, .start = a->start}};
     fc_scratch scratch;
     const size_t rows = (size_t)f.p.rows, numbers = ((size_t)a->batch + rows) * 8;
