@@ -58,7 +58,7 @@ static fc_matrix gated_pair(ptrdiff_t k, ptrdiff_t n) {
 
 /* One row with room for `tokens` tokens, in pages of FC_KV_CHUNK */
 static fc_block_cache new_cache(ptrdiff_t tokens) {
-    fc_block_cache cache = {.kv = {.type = FC_KV_F32, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .v_dim = HEAD_DIM}};
+    fc_block_cache cache = {.kv = {.size = sizeof(fc_kv_cache), .type = FC_KV_F32, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .v_dim = HEAD_DIM}};
     cache.kv.pages_a_row = (tokens + FC_KV_CHUNK - 1) / FC_KV_CHUNK;
     void **pages = zeros(cache.kv.pages_a_row * (ptrdiff_t)sizeof *pages);
     for (ptrdiff_t i = 0; i < cache.kv.pages_a_row; i++) pages[i] = zeros(fc_kv_page_bytes(&cache.kv));
@@ -100,7 +100,7 @@ int main(int argc, char **argv) {
     }
 
     float *x = random_floats(HIDDEN, 1), *out = zeros(TOKENS * HIDDEN * 4);
-    const fc_rows one_row = {.ndim = 0};
+    const fc_rows one_row = {.size = sizeof one_row};
     const double start = seconds();
     for (int64_t t = 0; t < TOKENS; t++) {
         if (fc_decode(blocks, caches, LAYERS, x, 1, 1, &t) != FC_OK) return 1;

@@ -55,6 +55,7 @@ cdef class Block:
     cdef void new_cache(self) except *:
         """One row with room for self.room tokens, in pages of FC_KV_CHUNK."""
         memset(&self.cache, 0, sizeof(self.cache))
+        self.cache.kv.size = sizeof(_c.fc_kv_cache)
         self.cache.kv.type, self.cache.kv.kv_heads = _c.FC_KV_F32, self.c.kv_heads
         self.cache.kv.head_dim, self.cache.kv.v_dim = self.c.head_dim, self.c.head_dim
         self.cache.kv.pages_a_row = (self.room + _c.FC_KV_CHUNK - 1) // _c.FC_KV_CHUNK
@@ -79,6 +80,7 @@ cdef class Block:
         cdef _c.fc_status status = _c.FC_OK
         cdef _c.fc_rows one_row
         memset(&one_row, 0, sizeof(one_row))
+        one_row.size = sizeof(one_row)
         with nogil:
             for t in range(tokens):
                 memcpy(&out[t, 0], &x[0], n * sizeof(float))

@@ -136,6 +136,7 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     cdef cnp.ndarray lse = None
     cdef cnp.npy_intp dims[4]
     memset(&a, 0, sizeof(a))
+    a.size = sizeof(a)
     if window is not None:
         window = index(window)
     if window is not None and window < 1:

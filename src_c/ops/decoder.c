@@ -20,7 +20,7 @@ struct decode {
 };
 
 static fc_rows one_stride(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t x, ptrdiff_t residual) {
-    return (fc_rows){.ndim = 1, .shape = {rows}, .stride = {{out * 4}, {x * 4}, {residual * 4}}};
+    return (fc_rows){.size = sizeof(fc_rows), .ndim = 1, .shape = {rows}, .stride = {{out * 4}, {x * 4}, {residual * 4}}};
 }
 
 /* out (M, n) = norm(x (M, k)) W + bias + residual, or the gated pair */
@@ -28,7 +28,7 @@ static fc_status project(const struct decode *d, const fc_block *b, float *out, 
                          ptrdiff_t k, ptrdiff_t n, const float *norm, const float *residual, int gated) {
     const fc_rows rows = one_stride(d->batch * d->seq, n, k, n);
     return fc_linear(&(fc_linear_args){
-        .type = FC_F32, .out = out, .x = x, .residual = residual, .rows = &rows, .m = d->batch * d->seq, .k = k, .n = n,
+        .size = sizeof(fc_linear_args), .type = FC_F32, .out = out, .x = x, .residual = residual, .rows = &rows, .m = d->batch * d->seq, .k = k, .n = n,
         .layout = w->layout, .weight = w->data, .group = w->group, .norm = norm, .norm_eps = b->eps,
         .norm_offset = b->norm_offset, .bias = w->bias, .gated = gated, .activation = b->activation});
 }
@@ -39,7 +39,7 @@ static fc_status add_projection(const struct decode *d, const fc_block *b, const
     const ptrdiff_t rows = d->batch * d->seq, n = b->hidden;
     if (!post && b->residual_scale == 1.0f) return project(d, b, d->x, y, w, k, n, NULL, d->x, 0);
     fc_status status = project(d, b, d->part, y, w, k, n, NULL, NULL, 0);
-    const fc_rows each = {.ndim = 1, .shape = {rows}, .stride = {{n * 4}, {0}, {n * 4}, {0}}};
+    const fc_rows each = {.size = sizeof each, .ndim = 1, .shape = {rows}, .stride = {{n * 4}, {0}, {n * 4}, {0}}};
     if (status == FC_OK && post)
         status = fc_rms_norm(FC_F32, d->part, NULL, d->part, NULL, post, &each, n, b->eps, b->norm_offset);
     for (ptrdiff_t i = 0; status == FC_OK && i < rows * n; i++) d->x[i] += b->residual_scale * d->part[i];
@@ -51,7 +51,7 @@ static fc_status norm_heads(const struct decode *d, const fc_block *b, const flo
                             ptrdiff_t heads) {
     const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4, head = b->head_dim * 4;
     float *from = d->qkv + first * b->head_dim;
-    const fc_rows rows = {.ndim = 2, .shape = {d->batch * d->seq, heads},
+    const fc_rows rows = {.size = sizeof rows, .ndim = 2, .shape = {d->batch * d->seq, heads},
                           .stride = {{row, head}, {0, 0}, {row, head}, {0, 0}}};
     return fc_rms_norm(FC_F32, from, NULL, from, NULL, weight, &rows, b->head_dim, b->eps, 0.0f);
 }
@@ -60,7 +60,7 @@ static fc_status norm_heads(const struct decode *d, const fc_block *b, const flo
 static fc_status turn(const struct decode *d, const fc_block *b) {
     const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4;
     return fc_rope(&(fc_rope_args){
-        .type = FC_F32, .out = d->qkv, .x = d->qkv, .cos = b->cos, .sin = b->sin, .positions = d->positions,
+        .size = sizeof(fc_rope_args), .type = FC_F32, .out = d->qkv, .x = d->qkv, .cos = b->cos, .sin = b->sin, .positions = d->positions,
         .positions_stride = d->seq, .batch = d->batch, .seq = d->seq, .heads = b->heads, .head_dim = b->head_dim,
         .half = b->half, .x_stride = {d->seq * row, row, b->head_dim * 4},
         .out_stride = {d->seq * row, row, b->head_dim * 4}});
@@ -70,7 +70,7 @@ static fc_status append(const struct decode *d, const fc_block *b, const fc_bloc
     const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4, head = b->head_dim * 4;
     const float *k = d->qkv + b->heads * b->head_dim;
     return fc_append(&(fc_append_args){
-        .cache = &c->kv, .type = FC_F32, .k = k, .v = k + b->kv_heads * b->head_dim, .k_stride = {d->seq * row, row, head},
+        .size = sizeof(fc_append_args), .cache = &c->kv, .type = FC_F32, .k = k, .v = k + b->kv_heads * b->head_dim, .k_stride = {d->seq * row, row, head},
         .v_stride = {d->seq * row, row, head}, .batch = d->batch, .seq = d->seq, .start = d->start, .cos = b->cos,
         .sin = b->sin, .half = b->half});
 }
@@ -78,7 +78,7 @@ static fc_status append(const struct decode *d, const fc_block *b, const fc_bloc
 static fc_status attend(const struct decode *d, const fc_block *b, const fc_block_cache *c) {
     const ptrdiff_t row = (b->heads + 2 * b->kv_heads) * b->head_dim * 4, head = b->head_dim * 4;
     return fc_attention(&(fc_attention_args){
-        .q_type = FC_F32, .out = d->heads, .q = d->qkv, .cache = &c->kv, .batch = d->batch, .q_len = d->seq,
+        .size = sizeof(fc_attention_args), .q_type = FC_F32, .out = d->heads, .q = d->qkv, .cache = &c->kv, .batch = d->batch, .q_len = d->seq,
         .kv_len = d->longest, .heads = b->heads, .kv_heads = b->kv_heads, .head_dim = b->head_dim, .v_dim = b->head_dim,
         .q_stride = {d->seq * row, row, head}, .out_stride = {d->seq * b->heads * head, b->heads * head, head},
         .kv_lens = d->lens, .causal = 1, .window = c->window, .scale = b->attention_scale, .softcap = b->softcap});

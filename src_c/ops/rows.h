@@ -9,6 +9,9 @@
 static inline ptrdiff_t fc_smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t fc_round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
 
+/* A struct of another size comes from another version of forge.h: its members would be misread. */
+#define FC_IS_OURS(p) ((p)->size == sizeof *(p))
+
 typedef struct {
     const fc_rows *rows;
     int listed; /* some array has an index */
