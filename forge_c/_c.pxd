@@ -33,6 +33,7 @@ cdef extern from "forge.h" nogil:
     int fc_use_isa(const char *name)
     const char *fc_openmp()
     const char *fc_build()
+    int fc_bound_cpus(int *cpus, int n)
     int fc_get_num_threads()
     void fc_set_num_threads(int n)
     ctypedef enum fc_cache:
@@ -156,6 +157,9 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t v_stride[3]
         ptrdiff_t out_stride[3]
         const int64_t *kv_lens
+        const int64_t *q_positions
+        const int64_t *kv_positions
+        ptrdiff_t q_positions_stride, kv_positions_stride
         int causal
         ptrdiff_t window
         float scale, softcap

@@ -5,7 +5,6 @@ Each function checks its arguments, allocates the result unless `out=` is given,
 into src_c. Conventions (axis order, dtypes, errors, `out=`) are in docs/conventions.md.
 """
 cimport numpy as cnp
-from cpython.exc cimport PyErr_Occurred
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 from libc.string cimport memset
@@ -23,6 +22,12 @@ from forge_c.threads import default_threads
 
 cnp.import_array()
 
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
+cdef enum:
+    MAX_AXES = 64  # of NumPy
+
 include "border/arrays.pxi"
 include "border/runtime.pxi"
 include "border/norms.pxi"
@@ -33,12 +38,13 @@ include "border/cache.pxi"
 include "border/attention.pxi"
 include "border/decoder.pxi"
 
-set_num_threads(default_threads()[0])
+set_num_threads(default_threads(_bound_cpus())[0])
 if os.environ.get("FORGE_C_ISA"):
     use_isa(os.environ["FORGE_C_ISA"])
 
+# Not KVPages, DecoderBlock, decode and pack_columns: what checks their arguments is the package above them.
 __all__ = [
-    "KV_CHUNK", "DecoderBlock", "KVPages", "PackedWeight", "attention", "available_isas", "decode", "embedding", "gated_linear",
-    "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "pack_columns", "relu",
-    "rms_norm", "rope", "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
+    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "embedding", "gated_linear", "geglu", "gelu",
+    "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope", "set_num_threads",
+    "silu", "softmax", "swiglu", "use_isa",
 ]

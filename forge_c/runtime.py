@@ -29,7 +29,7 @@ def _cpu_flags() -> str:
 
 def show_config() -> dict[str, object]:
     """Print and return what this build is and what it found: version, ISA, CPU features, threads, OpenMP, flags."""
-    count, why = default_threads()
+    count, why = default_threads(functional._bound_cpus())
     config: dict[str, object] = {
         "version": __version__,
         "isa": functional.isa(),

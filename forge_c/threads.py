@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Set
 from pathlib import Path
 
 
@@ -50,7 +51,7 @@ def _quota_v1(folder: Path) -> float | None:
         return None
 
 
-def _physical_cores(cpus: set[int]) -> int:
+def _physical_cores(cpus: Set[int]) -> int:
     """Distinct cores behind these CPUs: two hardware threads of one core share its vector units."""
     cores = set()
     for cpu in cpus:
@@ -61,9 +62,13 @@ def _physical_cores(cpus: set[int]) -> int:
     return len(cores)
 
 
-def default_threads() -> tuple[int, str]:
-    """(count, why): the thread count chosen at import, and the limit that set it."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def default_threads(bound: Set[int] = frozenset()) -> tuple[int, str]:
+    """(count, why): the thread count chosen at import, and the limit that set it.
+
+    bound: the CPUs that OpenMP binds its threads to, if it does. It read the process's affinity for them before it bound
+    this thread to one, which is all that the affinity still says.
+    """
+    cpus = bound or (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1)))
     limits = {"physical cores": _physical_cores(cpus), "affinity": len(cpus)}
     quota = cgroup_quota()
     if quota is not None:

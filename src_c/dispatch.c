@@ -48,7 +48,7 @@ static const struct {
 };
 enum { NUM_ISAS = sizeof isas / sizeof isas[0] };
 
-const struct fc_kernels *fc_k = &fc_kernels_base;
+const struct fc_kernels *_Atomic fc_k = &fc_kernels_base;
 
 int fc_num_isas(void) { return NUM_ISAS; }
 
@@ -71,7 +71,7 @@ const char *fc_build(void) { return COMPILER __VERSION__ ", " FC_BUILD_FLAGS; }
 int fc_use_isa(const char *name) {
     for (int i = 0; i < NUM_ISAS; i++)
         if (isas[i].runs_here() && !strcmp(isas[i].table->isa, name)) {
-            __atomic_store_n(&fc_k, isas[i].table, __ATOMIC_RELEASE);
+            fc_k = isas[i].table;
             return 0;
         }
     return -1;

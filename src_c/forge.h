@@ -4,7 +4,8 @@
  *           D head_dim   E v_dim   M rows   K in_features   N out_features   R = H / G
  *
  * The caller owns and checks every array: nothing here validates, allocates outputs or keeps state,
- * apart from the thread count and the ISA. Any pointer may be unaligned. ld* and strides count bytes.
+ * apart from the thread count and the ISA. Floats and weights may lie on any byte; structs, int64_t and pointers are aligned.
+ * ld* and strides count bytes.
  * An fc_dtype argument is an index into a row of kernels, never a branch.
  * Results are the same bits for any thread count, and for a row alone or in a batch. */
 #ifndef FC_FORGE_H
@@ -46,6 +47,9 @@ const char *fc_isa_name(int i); /* best first; NULL where this CPU cannot run it
 int fc_use_isa(const char *name); /* 0, or -1: not a name that this CPU can run */
 const char *fc_openmp(void);      /* "libgomp", "libomp", "none" */
 const char *fc_build(void);       /* the compiler and its flags */
+/* The CPUs that OpenMP binds threads to (OMP_PROC_BIND, OMP_PLACES), at most n of them into cpus; how many there are, 0
+ * where it binds none. The calling thread is then bound itself: its affinity says less. */
+int fc_bound_cpus(int *cpus, int n);
 int fc_get_num_threads(void);
 void fc_set_num_threads(int n);
 /* Bytes of the caches that one core sees, as the system tells: they choose blocks, and which results are written past
@@ -146,7 +150,7 @@ typedef struct {
     void **pages;          /* (B, pages_a_row) */
     int ring;
 } fc_kv_cache;
-ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *cache);
+ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *cache); /* PTRDIFF_MAX: more than that */
 
 /* Tokens into their slots, rounded to the cache's type; keys through RoPE on their way if there is a table. */
 typedef struct {
@@ -179,8 +183,10 @@ typedef struct {
     ptrdiff_t batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim;
     ptrdiff_t q_stride[3], k_stride[3], v_stride[3], out_stride[3]; /* batch, position, head */
     const int64_t *kv_lens; /* (B) or NULL: kv_len */
-    int causal;
-    ptrdiff_t window; /* 0: none */
+    const int64_t *q_positions, *kv_positions; /* (B or 1, S), (B or 1, T), ascending; NULL: the last of kv_lens; 0, 1, .. */
+    ptrdiff_t q_positions_stride, kv_positions_stride; /* elements from batch to batch; 0: shared */
+    int causal;       /* a query sees keys at positions up to its own */
+    ptrdiff_t window; /* and beyond its own less this; 0: none */
     float scale, softcap; /* softcap 0: none */
     const void *mask;     /* NULL, bool bytes, or floats of mask_type added to the scores */
     int mask_is_bool;

@@ -1,5 +1,5 @@
 /* Every leaf once: its name and signature. all.h makes the leaves and one table per ISA from this list;
- * dispatch.c chooses a table; drivers read fc_k once an op and call name(...) of what it points to.
+ * dispatch.c chooses a table; drivers read fc_k once and call k->name(...).
  *
  * A typed leaf exists for each fc_dtype: kernels/<op>.h writes `name_any(type, ...)` once, inlined with a constant. */
 #ifndef FC_KERNELS_H
@@ -102,6 +102,7 @@ struct fc_past {
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                      \
     X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
+    X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
@@ -141,9 +142,7 @@ struct fc_kernels {
 #undef FC_MEMBER
 };
 
-extern const struct fc_kernels *fc_k; /* the table in use; set by dispatch.c */
-
-/* An op reads it once, at its start: fc_use_isa beside it then cannot mix two tables in one result. */
-static inline const struct fc_kernels *fc_kernels_in_use(void) { return __atomic_load_n(&fc_k, __ATOMIC_ACQUIRE); }
+/* The table in use; set by dispatch.c, at any time: an op reads it once, at its start. */
+extern const struct fc_kernels *_Atomic fc_k;
 
 #endif

@@ -28,6 +28,12 @@ typedef float vf_any __attribute__((vector_size(FC_BYTES), aligned(1), may_alias
 FC_INLINE vf vf_set1(float a) { return a - (vf){0}; }
 FC_INLINE vf vf_zero(void) { return (vf){0}; }
 FC_INLINE vf vf_load(const void *p) { return *(const vf_any *)p; }
+/* p[0] in every lane */
+FC_INLINE vf vf_load1(const void *p) {
+    float a;
+    memcpy(&a, p, 4);
+    return vf_set1(a);
+}
 FC_INLINE void vf_store(void *p, vf a) { *(vf_any *)p = a; }
 #ifdef __clang__
 #define vi_shuffle(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
@@ -213,6 +219,9 @@ FC_INLINE vf vf_exp(vf x) {
     return vf_scale2(vf_fma(r * r, q, r) + vf_set1(1.0f), t - vf_set1(12582912.0f));
 }
 
+/* 2^n, n in the lowest bits of t; unsigned, as the bits above them go over the edge */
+FC_INLINE vf vf_power_of_2(vf t) { return (vf)(((vu)t << 23) + 0x3f800000u); }
+
 /* 2^x for x <= 0, as the weights of attention need it: 2^n (1 + r (c1 + ... + c6 r^5)), r = x - n exact, c minimax; 0 where
  * 2^n is no normal float. A NaN stays one. */
 FC_INLINE vf vf_exp2_negative(vf x) {
@@ -225,7 +234,7 @@ FC_INLINE vf vf_exp2_negative(vf x) {
     p = vf_fma(r, p, vf_set1(0.240226477f));
     p = vf_fma(r, p, vf_set1(0.693147182f));
     p = vf_fma(r, p, vf_set1(1.0f));
-    return p * (vf)(((vi)t << 23) + 0x3f800000); /* the lowest bits of t are n */
+    return p * vf_power_of_2(t);
 }
 
 /* e^r and, in the lowest bits of *t, n, where x = n ln2 + r: e^x = 2^n e^r. -127 ln2 <= x <= 129 ln2. */
@@ -238,7 +247,7 @@ FC_INLINE vf vf_exp_parts(vf x, vf *t) {
 /* e^x for x <= 0 in fewer operations than vf_exp: 0 where 2^n is no normal float, under 2^-126.5. */
 FC_INLINE vf vf_exp_negative(vf x) {
     vf t, p = vf_exp_parts(vf_max(vf_set1(-88.0f), x), &t);
-    return p * (vf)(((vi)t << 23) + 0x3f800000);
+    return p * vf_power_of_2(t);
 }
 
 /* x / (1 + e^-u) as  x s / (s + e^-u s),  s = 2^-(n/2) where e^-u = 2^n e^r is large: nothing overflows, and the result
@@ -246,8 +255,8 @@ FC_INLINE vf vf_exp_negative(vf x) {
 FC_INLINE vf vf_times_sigmoid(vf x, vf u) {
     vf t, p = vf_exp_parts(vf_min(vf_set1(176.4f), vf_max(vf_set1(-87.0f), -u)), &t);
     const vi n = (vi)t - 0x4b400000, half = (n & ~(n >> 31)) >> 1;
-    const vf s = (vf)((127 - half) << 23);
-    return x * s / (s + p * (vf)((n - half + 127) << 23));
+    const vf s = (vf)((vu)(127 - half) << 23);
+    return x * s / (s + p * (vf)((vu)(n - half + 127) << 23));
 }
 
 /* |x| < 0.625: x + x^3 p(x^2);  else sign(x) (1 - 2 / (e^(2|x|) + 1)) */

@@ -26,6 +26,8 @@ static int wanted;         /* fc_set_num_threads; 0: what OpenMP says */
 static int omp_at_start;   /* omp_get_max_threads() at load: a lower value later is threadpoolctl's limit */
 static int serial_child;   /* forked, with a runtime that cannot let its team go */
 static int (*poll_signals)(void);
+static _Thread_local struct team *my_team; /* of the thread that runs a program */
+static _Thread_local int polling;          /* inside poll_signals: ops are serial */
 
 #ifdef _OPENMP
 #if defined(__GNUC__) && !defined(__clang__)
@@ -56,6 +58,23 @@ const char *fc_openmp(void) {
 #endif
 }
 
+int fc_bound_cpus(int *cpus, int n) {
+    int count = 0;
+    (void)cpus, (void)n;
+#ifdef _OPENMP
+    for (int place = 0; omp_get_proc_bind() != omp_proc_bind_false && place < omp_get_num_places(); place++) {
+        const int size = omp_get_place_num_procs(place);
+        int *ids = malloc((size_t)size * sizeof *ids + 1);
+        if (!ids) return 0;
+        omp_get_place_proc_ids(place, ids);
+        for (int i = 0; i < size; i++, count++)
+            if (count < n) cpus[count] = ids[i];
+        free(ids);
+    }
+#endif
+    return count;
+}
+
 void fc_set_num_threads(int n) { __atomic_store_n(&wanted, n, __ATOMIC_RELAXED); }
 
 int fc_get_num_threads(void) {
@@ -71,11 +90,12 @@ int fc_get_num_threads(void) {
 
 void fc_set_poll(int (*poll)(void)) { poll_signals = poll; }
 
-int fc_threads_for(ptrdiff_t items, double ns) {
+int fc_threads_within(int limit, ptrdiff_t items, double ns) {
     if (items < 2 || (double)items * ns < PARALLEL_NS) return 1;
-    int n = fc_get_num_threads();
-    return items < n ? (int)items : n;
+    return items < limit ? (int)items : limit;
 }
+
+int fc_threads_for(ptrdiff_t items, double ns) { return fc_threads_within(fc_get_num_threads(), items, ns); }
 
 static double now_ns(void) {
     struct timespec t;
@@ -92,9 +112,20 @@ struct region {
     void *ctx;
 };
 
+/* The poll runs the program's own code, which may call ops: those must not give work to the team or the region whose
+ * leader waits here for them. */
+static int poll_alone(void) {
+    struct team *const team = my_team;
+    const int outer = polling;
+    my_team = NULL, polling = 1;
+    const int stop = poll_signals();
+    my_team = team, polling = outer;
+    return stop;
+}
+
 static int stopped(struct region *r, int rank) {
     if (rank == 0 && r->poll && now_ns() - r->polled_at > POLL_NS) {
-        if (poll_signals()) __atomic_store_n(&r->stop, 1, __ATOMIC_RELAXED);
+        if (poll_alone()) __atomic_store_n(&r->stop, 1, __ATOMIC_RELAXED);
         r->polled_at = now_ns();
     }
     return __atomic_load_n(&r->stop, __ATOMIC_RELAXED);
@@ -135,7 +166,6 @@ struct team {
     uint32_t done; /* pieces */
 };
 enum { CLOSED = 0x40000000, PIECES_A_THREAD = 4, SPINS = 4000 /* some 100 us */ };
-static _Thread_local struct team *my_team; /* of the thread that runs a program */
 
 static void wait_a_little(int *spins) {
     if (++*spins < SPINS) pause_cpu();
@@ -165,7 +195,7 @@ static void follow(struct team *t, int rank) {
 }
 
 static void lead(struct team *t, struct region *r, int threads) {
-    const uint64_t turn = (t->ticket >> 32) + 1;
+    const uint64_t turn = (__atomic_load_n(&t->ticket, __ATOMIC_RELAXED) >> 32) + 1;
     const ptrdiff_t share = r->items / ((ptrdiff_t)threads * PIECES_A_THREAD);
     const ptrdiff_t chunk = r->dynamic || share < 1 ? 1 : share < r->piece ? share : r->piece;
     const uint32_t pieces = (uint32_t)((r->items + chunk - 1) / chunk);
@@ -182,7 +212,7 @@ static void lead(struct team *t, struct region *r, int threads) {
 
 fc_status fc_together(fc_status (*program)(void *ctx), void *ctx) {
     const int threads = fc_get_num_threads();
-    if (threads < 2 || my_team) return program(ctx);
+    if (threads < 2 || my_team || polling) return program(ctx);
     fc_status status = FC_OK;
 #ifdef _OPENMP
     struct team t = {.ticket = CLOSED};
@@ -202,7 +232,7 @@ fc_status fc_together(fc_status (*program)(void *ctx), void *ctx) {
     return status;
 }
 
-int fc_interrupted(void) { return poll_signals && poll_signals(); }
+int fc_interrupted(void) { return poll_signals && poll_alone(); }
 
 /* ---- */
 
@@ -213,6 +243,7 @@ static fc_status run(int threads, ptrdiff_t items, double ns, int dynamic, fc_bo
         r.polled_at = now_ns();
         r.piece = ns * 4 > POLL_NS ? 1 : (ptrdiff_t)(POLL_NS / 4 / ns);
     }
+    if (polling) threads = 1;
     if (threads > 1 && my_team && items < CLOSED) lead(my_team, &r, threads < my_team->size ? threads : my_team->size);
 #ifdef _OPENMP
     else if (threads > 1 && !my_team) {
@@ -237,9 +268,10 @@ fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, voi
 
 int fc_scratch_alloc(fc_scratch *s, int threads, size_t bytes) {
     /* A spare line between slices, and never a multiple of 4096: equal low bits would collide in L1. */
+    s->block = NULL;
+    if (bytes > PTRDIFF_MAX) return -1;
     s->stride = (bytes + 127) / 64 * 64;
     if (s->stride % 4096 == 0) s->stride += 64;
-    s->block = NULL;
     if ((size_t)threads > (SIZE_MAX - 64) / s->stride) return -1;
     s->block = malloc((size_t)threads * s->stride + 64);
     if (!s->block) return -1;

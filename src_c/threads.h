@@ -9,12 +9,16 @@
 
 typedef void fc_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank);
 
-/* Threads for `items` items of `ns` nanoseconds each on one thread; 1 when splitting would not pay. */
+/* Threads for `items` items of `ns` nanoseconds each on one thread; 1 when splitting would not pay. An op that asks for
+ * several regions reads fc_get_num_threads() once and asks fc_threads_within that: the count may change meanwhile, and
+ * scratch is for the ranks of the first reading. */
 int fc_threads_for(ptrdiff_t items, double ns);
+int fc_threads_within(int limit, ptrdiff_t items, double ns);
 
 /* body(ctx, begin, end, rank) over [0, items) on `threads` threads, rank < threads.
  * fc_static: one run of neighbours a thread. fc_dynamic: one item at a time, for uneven items.
- * The calling thread polls between pieces when the whole is long; FC_INTERRUPTED then leaves items undone. */
+ * The calling thread polls between pieces when the whole is long; FC_INTERRUPTED then leaves items undone. An op that
+ * the poll itself calls (a signal handler's, a finaliser's) runs on that thread alone. */
 fc_status fc_static(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 
@@ -26,7 +30,7 @@ fc_status fc_together(fc_status (*program)(void *ctx), void *ctx);
 int fc_interrupted(void);
 
 /* Scratch: `bytes` for each of `threads` threads, 64-byte aligned, each slice on its own cache lines.
- * NULL when there is no memory. Release with fc_scratch_free. */
+ * -1 when there is no memory, or could be none. Release with fc_scratch_free. */
 typedef struct {
     char *base;
     size_t stride;

@@ -230,13 +230,17 @@ def embedding(ids: ArrayLike, table: ArrayLike, *, scale: float = 1.0) -> F64:
 # ---- attention: q (b, i, h, d), k (b, j, g, d), v (b, j, g, v_dim) ----------------------------------
 
 def visible(b: int, i: int, q_len: int, kv_len: int, *, causal: bool = False, window: int | None = None,
-            kv_lens: ArrayLike | None = None) -> slice:
-    """The keys that query i of batch row b may look at; the queries are the last q_len of the row's keys."""
+            kv_lens: ArrayLike | None = None, q_positions: ArrayLike | None = None,
+            kv_positions: ArrayLike | None = None) -> NDArray[np.intp]:
+    """The keys that query i of batch row b may look at; by default the queries are the last q_len of the row's keys."""
+    def of_row(positions: ArrayLike) -> NDArray[Any]:
+        return np.asarray(positions) if np.ndim(positions) == 1 else np.asarray(positions)[b]
+
     valid = kv_len if kv_lens is None else int(np.asarray(kv_lens)[b])
-    position = valid - q_len + i
-    stop = min(position + 1, valid) if causal else valid
-    start = 0 if window is None else max(position - window + 1, 0)
-    return slice(start, max(stop, start))
+    key = np.arange(kv_len) if kv_positions is None else of_row(kv_positions)
+    query = valid - q_len + i if q_positions is None else int(of_row(q_positions)[i])
+    seen = (np.arange(kv_len) < valid) & (not causal or key <= query) & (window is None or key > query - window)
+    return np.flatnonzero(seen)
 
 
 def attend(score: F64, v: F64, sink: float = -math.inf) -> tuple[F64, float]:
@@ -252,14 +256,17 @@ def attend(score: F64, v: F64, sink: float = -math.inf) -> tuple[F64, float]:
 
 def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, causal: bool = False, scale: float | None = None,
               mask: ArrayLike | None = None, window: int | None = None, softcap: float | None = None,
-              sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None) -> tuple[F64, F64]:
-    """(out (b, i, h, v_dim), lse (b, i, h)); score = cap(q.k scale) + mask; only visible keys exist."""
+              sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None, q_positions: ArrayLike | None = None,
+              kv_positions: ArrayLike | None = None) -> tuple[F64, F64]:
+    """(out (b, i, h, v_dim), lse (b, i, h)); score = cap(q.k scale) + mask; only keys that are seen exist."""
     q, k, v = f64(q), f64(k), f64(v)
     (batch, q_len, heads, head_dim), kv_len, group = q.shape, k.shape[1], max(q.shape[2] // k.shape[2], 1)
     bias = np.broadcast_to(additive(mask), (batch, heads, q_len, kv_len))
     out, lse = np.zeros((batch, q_len, heads, v.shape[-1])), np.full((batch, q_len, heads), -np.inf)
     for b, i, h in np.ndindex(batch, q_len, heads):
-        seen = visible(b, i, q_len, kv_len, causal=causal, window=window, kv_lens=kv_lens)
+        seen = visible(b, i, q_len, kv_len, causal=causal, window=window, kv_lens=kv_lens, q_positions=q_positions,
+                       kv_positions=kv_positions)
+        seen = seen[bias[b, h, i, seen] != -np.inf]
         score = k[b, seen, h // group] @ q[b, i, h] * (head_dim ** -0.5 if scale is None else scale)
         score = (score if softcap is None else softcap * np.tanh(score / softcap)) + bias[b, h, i, seen]
         sink = -math.inf if sinks is None else f64(sinks)[h]

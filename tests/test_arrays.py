@@ -393,6 +393,10 @@ EMPTY = {
                               (1, 2, 4, 3)),
     "attention no values": (lambda: fc.attention(empty(1, 2, 4, 8), empty(1, 5, 2, 8), empty(1, 5, 2, 0)),
                             (1, 2, 4, 0)),
+    "attention no values of a batch of 2^40": (
+        lambda: fc.attention(np.broadcast_to(empty(1, 1, 1, 0), (2**40, 1, 1, 0)), *[empty(2**40, 3, 1, 0)] * 2),
+        (2**40, 1, 1, 0)),
+    "pack no inputs and 2^40 columns": (lambda: fc.pack(empty(0, 2**40)).data, (2**36, 0)),
     "merge_attention no rows": (lambda: fc.merge_attention(empty(0, 4), empty(0), empty(0, 4), empty(0))[0], (0, 4)),
     "merge_attention no channels": (lambda: fc.merge_attention(empty(2, 0), empty(2), empty(2, 0), empty(2))[0],
                                     (2, 0)),

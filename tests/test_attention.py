@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -113,10 +115,13 @@ def test_head_dims_and_lengths(isa, dtype):
         check_pair(attention(q, k, v, causal=causal, return_lse=True), want, k.shape[1], q.shape[3])
 
 
-# (heads, kv_heads, q_len, kv_len): one past a block of 128 rows for each group, q_len on both sides of kv_len, more
-# heads to a group than a block has rows.
-GROUPS = ((1, 1, 129, 130), (2, 2, 7, 5), (4, 2, 65, 300), (3, 1, 43, 257), (6, 2, 43, 20), (4, 1, 33, 520),
-          (8, 1, 17, 64), (8, 1, 16, 600), (16, 2, 5, 256), (130, 1, 2, 20), (4, 2, 1, 4096))
+DRIVER = Path(__file__).parents[1] / "src_c" / "ops" / "attention.c"
+ROWS = int(re.search(r"BLOCK_ROWS = (\d+)", DRIVER.read_text())[1])  # type: ignore[index]
+# (heads, kv_heads, q_len, kv_len): one query past a block for each group, q_len on both sides of kv_len, more heads
+# to a group than a block has rows.
+GROUPS = ((1, 1, ROWS + 1, ROWS + 2), (2, 2, 7, 5), (4, 2, ROWS // 2 + 1, 300), (3, 1, ROWS // 3 + 1, 257),
+          (6, 2, ROWS // 3 + 1, 20), (4, 1, ROWS // 4 + 1, 520), (8, 1, ROWS // 8 + 1, 64), (8, 1, ROWS // 8, 600),
+          (16, 2, 5, 256), (ROWS + 2, 1, 2, 20), (4, 2, 1, 4096))
 VISIBILITY = ({}, {"causal": True}, {"window": 9}, {"causal": True, "window": 70})
 
 
@@ -296,6 +301,36 @@ def test_nan_and_infinity_in_the_inputs(isa, dtype, rng, special, at):
             assert np.delete(out, channel, 3).tobytes() == np.delete(clean, channel, 3).tobytes()
 
 
+@pytest.mark.parametrize("special", [NAN, INF, -INF])
+@pytest.mark.parametrize("hidden", [slice(5, 6), slice(0, 256), slice(256, 512), slice(250, 300), slice(511, 600, 2)])
+def test_a_key_that_the_mask_hides_counts_for_nothing(isa, dtype, rng, special, hidden):
+    """Whatever it and its value hold, alone or with all of its chunk: 0 times infinity is not looked at."""
+    q, k, v = qkv(rng, 1, 3, 600, 4, 2, 8, 20, dtype)
+    keep = np.ones(600, bool)
+    keep[hidden] = False
+    dirty_k, dirty_v = k.copy(), v.copy()
+    dirty_k[:, hidden, 1, 3], dirty_v[:, hidden, 0, 7] = special, special
+    for options in ({}, {"causal": True, "window": 590}, {"softcap": 3.0, "sinks": np.zeros(4, np.float32)}):
+        for mask in (keep, np.where(keep, 0.5, -INF).astype(np.float32), np.broadcast_to(keep, (4, 3, 600)).copy()):
+            want = bits(attention(q, k, v, mask=mask, return_lse=True, **options))
+            assert bits(attention(q, dirty_k, dirty_v, mask=mask, return_lse=True, **options)) == want
+            for stored in ("float32", "int8"):
+                clean, dirty = (KVCache(1, 600, 2, 8, v_dim=20, dtype=stored) for _ in range(2))
+                clean.append(k, v)
+                dirty.append(dirty_k, dirty_v)
+                want_cached = bits(attention(q, clean, mask=mask, **options))
+                assert bits(attention(q, dirty, mask=mask, **options)) == want_cached
+
+
+@pytest.mark.parametrize("special", [NAN, INF, -INF])
+def test_what_a_masked_row_sees_does_reach_it(isa, dtype, rng, special):
+    """Beside hidden keys with the same value: infinity stays infinity."""
+    q, k, v = qkv(rng, 2, 2, 300, 4, 2, 8, 18, dtype)
+    v[:, [7, 8, 40], :, 3] = special
+    for mask in (np.arange(300) != 7, rng.random((2, 1, 2, 300)) < 0.5):
+        check(q, k, v, mask=mask)
+
+
 @pytest.mark.parametrize("special", [NAN, INF])
 def test_what_a_row_may_not_see_does_not_reach_it(isa, rng, special):
     q, k, v = qkv(rng, 1, 4, 300, dim=8)
@@ -328,6 +363,16 @@ def test_large_scores(isa, dtype, rng, size):
         out, lse, magnitude, score_sizes = expected(q, k[:, order], v[:, order], **options)
         check_pair(got, (out, lse, magnitude, 0 * score_sizes), 597, 8)
         assert (lse > size / 4).all() if mask is None else (lse < -size).all()
+
+
+@pytest.mark.parametrize("window", [2**31, 2**62, 2**63 - 1, 2**63, 2**70])
+def test_a_window_over_everything_is_none(isa, rng, window):
+    """sys.maxsize is a usual "no window"; with more queries than keys its distance to a position passes 2^63."""
+    for q_len in (3, 6, 40):
+        q, k, v = qkv(rng, 1, q_len, 5)
+        for causal in (False, True):
+            want = attention(q, k, v, causal=causal, return_lse=True)
+            assert bits(attention(q, k, v, causal=causal, window=window, return_lse=True)) == bits(want)
 
 
 # ---- dtypes and layouts: the same bits --------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -181,3 +182,47 @@ def test_a_cache_gives_the_same_bits_on_any_threads(isa, rng, stored, each_threa
         q = normal(rng, 2, q_len, 8, 32)
         seen = [bits(attention(q, kept, causal=True, return_lse=True)) for _ in each_thread_count()]
         assert all(other == seen[0] for other in seen[1:])
+
+
+# ---- a reader beside a writer -----------------------------------------------------------------------
+
+class Growing(np.ndarray):
+    """Lengths to which another thread appends whenever NumPy, and with it the GIL, is asked for something."""
+
+    def max(self, *args: Any, **options: Any) -> Any:
+        longest = super().max(*args, **options)
+        self[...] += 200
+        return longest
+
+    def copy(self, order: Any = "C") -> Any:
+        return np.array(self, subok=False)
+
+
+def test_a_cache_that_grows_during_the_call_is_read_as_it_was_at_one_moment(rng):
+    """Its length decides about the mask's size, and then how much of the mask is read."""
+    cache = KVCache(1, 300, 1, 16)
+    k = np.ones((1, 240, 1, 16), np.float32)
+    cache.append(k, k)
+    cache.truncate(10)
+    cache._lengths = cache._lengths.view(Growing)
+    _, lse = attention(k[:, :1], cache, mask=np.zeros(10, np.float32), return_lse=True)
+    np.testing.assert_allclose(lse, 4 + np.log(10), rtol=1e-6)
+
+
+def test_attention_beside_a_thread_that_appends_sees_the_tokens_there_were(rng):
+    cache = KVCache(1, 20_000, 2, 16)
+    k, q = np.ones((1, 50, 2, 16), np.float32), np.ones((1, 1, 2, 16), np.float32)
+    cache.append(k, k)
+
+    def write() -> None:
+        while cache.seq_len + 50 <= 20_000:
+            cache.append(k, k)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while writer.is_alive():
+        least = cache.seq_len
+        out, lse = attention(q, cache, return_lse=True)
+        seen = np.exp(lse.astype(np.float64) - 4)
+        assert (out == 1).all() and (seen > least - 1).all() and (seen < cache.seq_len + 1).all()
+    writer.join()

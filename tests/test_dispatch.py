@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +130,11 @@ def test_a_wrong_name_in_the_environment_fails_the_import(name):
 def test_importing_the_package_alone_runs_no_kernel_code():
     source = "import forge_c, sys; print('forge_c.functional' in sys.modules)"
     assert run_script(source, FORGE_C_ISA="nope") == "False\n"
+
+
+def test_drivers_read_the_table_once():
+    """`k = fc_k` at an op's start, `k->name` from there on: the table may be changed at any time."""
+    drivers = {path.name: path.read_text() for path in (Path(__file__).parents[1] / "src_c" / "ops").glob("*.c")}
+    assert len(drivers) > 10
+    again = {name for name, text in drivers.items() if re.search(r"\bfc_k(->|\)->)", text)}
+    assert again <= {"linear.c", "pack.c"}

@@ -31,6 +31,23 @@ def ints(*values: int) -> NDArray[np.int64]:
     return array
 
 
+class Unreadable:
+    """An array that will not be one, as a torch tensor with a gradient."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise RuntimeError("call detach() first")
+
+
+def interleaved() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Two views of one piece of memory of which it takes minutes to say whether they share a byte."""
+    raw, shape = np.zeros(300_000_000, np.uint8), (600, 600, 600, 1)  # pages that nobody touches take no memory
+
+    def view(start: int, *strides: int) -> NDArray[Any]:
+        return np.ndarray(shape, F16, raw, start, (*strides, 2))
+
+    return view(0, 73348, 122238, 171138), view(1000, 24446, 24448, 171142)
+
+
 @dataclass(frozen=True)
 class Wrong:
     """call(out) raises error(message); out is an array of out_shape, which the call must leave alone."""
@@ -97,6 +114,20 @@ NORMS = [
           "layer_norm: x has dtype int64, " + DTYPES_HINT.format("x")),
     Wrong(lambda o: fc.layer_norm(X, a(4), a(5), out=o), ValueError, "layer_norm: bias has shape (5,), expected (4,)"),
     Wrong(lambda o: fc.layer_norm(X, eps=-0.5, out=o), ValueError, "layer_norm: eps is -0.5, expected a number >= 0"),
+    Wrong(lambda o: fc.rms_norm(a(2, 4, dtype=F16), o[0].view(F16)[:4], out=o[0].view(F16).reshape(2, 4)), ValueError,
+          "rms_norm: out overlaps weight; pass an array of its own"),
+    Wrong(lambda o: fc.layer_norm(a(2, 4, dtype=BF16), None, o[0].view(BF16)[:4], out=o[0].view(BF16).reshape(2, 4)),
+          ValueError, "layer_norm: out overlaps bias; pass an array of its own"),
+    Wrong(lambda o: fc.rms_norm(np.ma.masked_array(X, X > 0), out=o), TypeError,
+          "rms_norm: x is a MaskedArray, expected a NumPy array without a mask"),
+    Wrong(lambda o: fc.rms_norm(X, np.ma.masked_array(a(4)), out=o), TypeError,
+          "rms_norm: weight is a MaskedArray, expected a NumPy array without a mask"),
+    Wrong(lambda o: fc.rms_norm(X, out=np.ma.masked_array(o)), TypeError,
+          "rms_norm: out is a MaskedArray, expected a NumPy array without a mask"),
+    Wrong(lambda o: fc.rms_norm(Unreadable(), out=o), TypeError,
+          "rms_norm: x is a Unreadable that NumPy cannot view (call detach() first), expected a NumPy array"),
+    Wrong(lambda o: fc.relu(*interleaved()), ValueError,
+          "relu: out may overlap x; pass an array of its own, or x itself"),
     Wrong(lambda o: fc.softmax(a(), out=o), ValueError, "softmax: x has shape (), expected at least one axis"),
     Wrong(lambda o: fc.softmax(a(4), out=o), ValueError, "softmax: out has shape (2, 4), expected (4,)"),
 ]
@@ -136,6 +167,10 @@ ROPE = [
           "rope: position 8 is outside the table of 8 positions"),
     Wrong(lambda o: fc.rope(a(1, 2, 4), TABLE, positions=ints(0, -1), out=o[None]), IndexError,
           "rope: position -1 is outside the table of 8 positions"),
+    Wrong(lambda o: fc.rope(a(1, 2, 4), TABLE, positions=np.array([0, 2**64 - 1], np.uint64), out=o[None]), IndexError,
+          "rope: position 18446744073709551615 is outside the table of 8 positions"),
+    Wrong(lambda o: fc.rope(a(1, 2, 4), TABLE, start_pos=0.5, out=o[None]), TypeError,
+          "rope: start_pos is 0.5, expected an integer"),
     Wrong(lambda o: fc.rope(a(1, 2, 4), TABLE, positions=a(2), out=o[None]), TypeError,
           "rope: positions has dtype float32, expected integers"),
     Wrong(lambda o: fc.rope(a(1, 2, 4), TABLE, positions=ints(0, 1, 2), out=o[None]), ValueError,
@@ -189,6 +224,20 @@ LINEAR = [
     Wrong(lambda o: fc.embedding([[0, -1]], X, out=o[None]), IndexError,
           "embedding: id -1 at (0, 1) is outside the table of 2 rows"),
     Wrong(lambda o: fc.embedding(5, X, out=o[0]), IndexError, "embedding: id 5 at () is outside the table of 2 rows"),
+    Wrong(lambda o: fc.embedding(np.array([0, 2**64 - 1], np.uint64), X, out=o), IndexError,
+          "embedding: id 18446744073709551615 at (1,) is outside the table of 2 rows"),
+    Wrong(lambda o: fc.embedding(np.zeros((1,) * 64, int), X, out=o), ValueError,
+          "embedding: ids has 64 axes, expected at most 63"),
+    Wrong(lambda o: fc.embedding(np.ma.masked_array([0, 1]), X, out=o), TypeError,
+          "embedding: ids is a MaskedArray, expected a NumPy array without a mask"),
+    Wrong(lambda o: fc.embedding(Unreadable(), X, out=o), TypeError,
+          "embedding: ids is a Unreadable that NumPy cannot view (call detach() first), expected a NumPy array "
+          "or a list"),
+    Wrong(lambda o: fc.linear(a(2, 4, dtype=F16), W, o[0].view(F16)[:3], out=o[0].view(F16)[:6].reshape(2, 3)),
+          ValueError, "linear: out overlaps bias; pass an array of its own"),
+    Wrong(lambda o: fc.gated_linear(a(1, 4, dtype=F16), PAIR, o[0].view(F16)[:6].reshape(2, 3),
+                                    out=o[0].view(F16)[None, :3]),
+          ValueError, "gated_linear: out overlaps bias; pass an array of its own"),
     Wrong(lambda o: fc.embedding([0.5, 1.0], X, out=o), TypeError,
           "embedding: ids has dtype float64, expected integers"),
     Wrong(lambda o: fc.embedding([0, 1], a(4), out=o), ValueError,
@@ -215,6 +264,9 @@ ATTENTION = [
     Wrong(lambda o: attend(o, v=None), TypeError,
           "attention: v is None and k is a ndarray, expected arrays k and v, or a KVCache as k", BTSD),
     Wrong(lambda o: attend(o, window=0), ValueError, "attention: window is 0, expected at least 1", BTSD),
+    Wrong(lambda o: attend(o, window=-2**70), ValueError,
+          "attention: window is -1180591620717411303424, expected at least 1", BTSD),
+    Wrong(lambda o: attend(o, window=1.5), TypeError, "attention: window is 1.5, expected an integer", BTSD),
     Wrong(lambda o: attend(o, softcap=0.0), ValueError, "attention: softcap is 0.0, expected a number > 0", BTSD),
     Wrong(lambda o: attend(o, softcap=float("nan")), ValueError,
           "attention: softcap is nan, expected a number > 0", BTSD),
@@ -230,6 +282,12 @@ ATTENTION = [
           "attention: kv_lens has shape (2,), expected (1,)", BTSD),
     Wrong(lambda o: attend(o, kv_lens=ints(6)), ValueError, "attention: kv_lens[0] is 6, expected 0 to 5", BTSD),
     Wrong(lambda o: attend(o, kv_lens=ints(-1)), ValueError, "attention: kv_lens[0] is -1, expected 0 to 5", BTSD),
+    Wrong(lambda o: attend(o, kv_lens=np.array([2**64 - 1], np.uint64)), ValueError,
+          "attention: kv_lens[0] is 18446744073709551615, expected 0 to 5", BTSD),
+    Wrong(lambda o: attend(o.view(F16)[..., :8], q=a(*BTSD, dtype=F16), sinks=o.view(F16)[0, 0, 0, :4]), ValueError,
+          "attention: out overlaps sinks; pass an array of its own", BTSD),
+    Wrong(lambda o: attend(o, mask=o[0, :, 0, ::-1][:, :5]), ValueError,
+          "attention: out overlaps mask; pass an array of its own", BTSD),
     Wrong(lambda o: attend(o[:, :, :3]), ValueError,
           "attention: out has shape (1, 2, 3, 8), expected (1, 2, 4, 8)", BTSD),
     Wrong(lambda o: attend(o, q=o), ValueError, "attention: out overlaps q; pass an array of its own", BTSD),
@@ -308,6 +366,16 @@ LAYERS = [
 RUNTIME = [
     Wrong(lambda o: fc.set_num_threads(0), ValueError, "set_num_threads: n is 0, expected 1 to 4096"),
     Wrong(lambda o: fc.set_num_threads(4097), ValueError, "set_num_threads: n is 4097, expected 1 to 4096"),
+    Wrong(lambda o: fc.set_num_threads(2**70), ValueError,
+          "set_num_threads: n is 1180591620717411303424, expected 1 to 4096"),
+    Wrong(lambda o: fc.set_num_threads(1.5), TypeError, "set_num_threads: n is 1.5, expected an integer"),
+    Wrong(lambda o: fc.use_isa(fc.isa() + "\0junk"), ValueError,
+          f"use_isa: {fc.isa() + chr(0) + 'junk'!r} does not run here, expected one of "
+          f"{', '.join(fc.available_isas())}"),
+    Wrong(lambda o: fc.PackedWeight(np.zeros(512, np.uint8), (16, 16), "int8", False, 0), ValueError,
+          "PackedWeight: group_size is 0, expected a multiple of 32 up to 65536 for int8"),
+    Wrong(lambda o: fc.PackedWeight(np.zeros(512, np.uint8), (16, 16), "int5"), ValueError,
+          "PackedWeight: dtype is 'int5', expected one of float32, bfloat16, int8, int4"),
     Wrong(lambda o: fc.use_isa("mmx"), ValueError,
           f"use_isa: 'mmx' does not run here, expected one of {', '.join(fc.available_isas())}"),
 ]

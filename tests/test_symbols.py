@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from c_api import constants, structs
 from c_api import functions as declared
+from child import run_script
 
 import forge_c
 from forge_c import functional
@@ -200,3 +201,60 @@ def test_only_dispatch_names_the_tables_of_the_isas():
     assert sorted(tables) == sorted(f"fc_kernels_{name}" for name in ("base", "avx2", "avx512", "avx512_vnni_bf16")) \
         or not on_x86()
     assert {name for *_, kind, name in symbols if kind == "T"} == set(offered(LIBRARY))
+
+
+def test_what_functional_offers_checks_its_arguments():
+    """KVPages, DecoderBlock and what else trusts the package above it are no part of the offer."""
+    trusting = {"KVPages", "DecoderBlock", "decode", "pack_columns"}
+    assert not trusting & set(functional.__all__) and all(hasattr(functional, name) for name in trusting)
+    for call in (lambda: functional.KVPages(None, 1, 4, 4, False), lambda: functional.pack_columns(None, None),
+                 lambda: functional.KVPages("float32", 1, 4, 4, False).with_table(None),
+                 lambda: functional.decode(None, None, None, None, None), lambda: functional._read_bytes(None),
+                 lambda: functional._copy_bytes(None, None)):
+        with pytest.raises(TypeError, match="must not be None|expected"):
+            call()
+
+
+SCRATCH_BEYOND_MEMORY = """
+import ctypes
+import re
+from pathlib import Path
+
+import forge_c
+from c_api import structs
+
+header = Path(forge_c.get_include(), "forge.h").read_text()
+sizes = {"size_t": ctypes.c_size_t, "ptrdiff_t": ctypes.c_ssize_t, "float": ctypes.c_float}
+
+
+def c_type(kind):
+    plain = ctypes.c_void_p if "*" in kind else sizes.get(kind.split()[0], ctypes.c_int)
+    length = re.search(r"\\[(\\d+)\\]", kind)
+    return plain * int(length[1]) if length else plain
+
+
+class Args(ctypes.Structure):
+    _fields_ = [(name, c_type(kind)) for kind, name in structs(header)["fc_attention_args"]]
+
+
+one = (ctypes.c_float * 1)(1.0)
+at = ctypes.addressof(one)
+library = ctypes.CDLL(str(Path(forge_c.get_library_dir(), "libforge_c.so")))
+for heads, v_dim in ((2**64 // 1116 + 1, 0), (2**54, 0), (1, 2**60), (1, 2**62)):
+    for kv_len in (3, 600):
+        args = Args(size=ctypes.sizeof(Args), q=at, k=at, v=at, out=at, batch=1, q_len=1, kv_len=kv_len,
+                    heads=heads, kv_heads=1, head_dim=1, v_dim=v_dim, scale=1.0)
+        print(library.fc_attention(ctypes.byref(args)), end=" ")
+"""
+
+
+def test_scratch_that_no_memory_holds_is_no_memory():
+    """Sizes whose product passes 2^63: FC_NO_MEMORY, not a block of what is left of the product."""
+    assert run_script(SCRATCH_BEYOND_MEMORY) == "1 " * 8
+
+
+def test_a_page_that_no_memory_holds_has_the_largest_size():
+    for sizes in ((2**40, 2**13, 2**13), (1, 2**54, 16), (1, 2**63 - 1, 2**63 - 1), (2**62, 1, 1)):
+        for dtype in ("float32", "bfloat16", "int8"):
+            assert functional.KVPages(dtype, *sizes, False).page_nbytes > 2**62
+    assert functional.KVPages("float32", 1, 2**54, 16, False).page_nbytes > 2**62

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
 import time
@@ -205,6 +206,26 @@ def test_affinity_is_obeyed_at_import():
     assert out.splitlines()[-1].startswith("1 1 (")
 
 
+def counted(source: str = "", **env: str) -> str:
+    """The line of PRINT_COUNT, without what libgomp says about its environment."""
+    return re.findall(r"^\d+ \d+ \(.*", run_script(source + PRINT_COUNT, OMP_NUM_THREADS="64", **env), re.M)[-1]
+
+
+@pytest.mark.parametrize("bind", ["true", "close", "spread"])
+def test_threads_that_openmp_binds_are_as_many(bind):
+    """OpenMP has bound the main thread to one CPU before anyone can ask for its affinity."""
+    assert counted(OMP_PROC_BIND=bind) == counted(OMP_PROC_BIND="false")
+
+
+def test_the_places_of_openmp_are_a_limit():
+    assert counted(OMP_PLACES=f"{{{min(os.sched_getaffinity(0))}}}").startswith("1 1 (") or not needs_openmp
+
+
+def test_the_affinity_of_the_process_is_obeyed_under_binding():
+    one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert counted(one, OMP_PROC_BIND="close").startswith("1 1 (")
+
+
 def test_set_num_threads_may_ask_for_more_than_the_default_and_comes_back(thread_count):
     before = fc.get_num_threads()
     for count in (1, 2, 17, 4096, before):
@@ -380,6 +401,81 @@ def test_indices_that_another_thread_changes_after_the_check_do_no_harm():
         meddler.join()
         print("unharmed")
     """) == "unharmed\n"
+
+
+# ---- code that runs while an op waits: signal handlers, finalisers ----------------------------------
+
+EVERY_5_MS = """
+    import signal
+    import numpy as np
+    import forge_c as fc
+
+    calls = []
+
+    def every_5_ms(work):
+        def handler(*_):
+            calls.append(work())
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.005)
+"""
+
+
+def test_a_thread_count_that_grows_during_attention_does_no_harm():
+    """The ranks of a later region of the call had no scratch. In a child: it may crash."""
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(1)
+    k = np.broadcast_to(np.ones(64, np.float32), (4, 20480, 64, 64))
+    every_5_ms(lambda: fc.set_num_threads(64))
+    out = fc.attention(np.ones((4, 1, 64, 64), np.float32), k, k)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(len(calls) > 0, (out == 1).all())
+    """) == "True True\n"
+
+
+def test_an_op_ends_on_the_isa_that_it_began_on():
+    """A handler changes the table of kernels over and over; each result is one ISA's, to the bit."""
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 4096, 8, 64), np.float32) for _ in range(3))
+    isas, right = fc.available_isas(), {}
+    for name in isas:
+        fc.use_isa(name)
+        right[name] = fc.attention(q[:, -512:], k, v).tobytes()
+    every_5_ms(lambda: fc.use_isa(isas[len(calls) % len(isas)]))
+    while len(calls) < 5:
+        assert fc.attention(q[:, -512:], k, v).tobytes() in right.values()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print("whole")
+    """) == "whole\n"
+
+
+def test_a_signal_handler_may_call_ops_while_a_model_reads_its_prompt():
+    """The op in the handler is split, yet may not give work to the threads that its caller leads."""
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(2)
+    model, ids, x = fc.models.load(), np.ones((64, 256), np.int64), np.ones((256, 1024), np.float32)
+    want, normed = model(ids), fc.rms_norm(x)
+    every_5_ms(lambda: fc.rms_norm(x).tobytes() == normed.tobytes())
+    while len(calls) < 4:
+        assert model(ids).tobytes() == want.tobytes()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(all(calls))
+    """, timeout=60) == "True\n"
+
+
+def test_a_signal_handler_may_call_ops_during_an_op():
+    assert run_script(EVERY_5_MS + """
+    fc.set_num_threads(2)
+    k, x = np.ones((1, 4096, 8, 64), np.float32), np.ones((256, 1024), np.float32)
+    normed = fc.rms_norm(x)
+    every_5_ms(lambda: fc.rms_norm(x).tobytes() == normed.tobytes())
+    while len(calls) < 5:
+        assert (fc.attention(k, k, k) == 1).all()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(all(calls))
+    """, timeout=60) == "True\n"
 
 
 # ---- the GIL ----------------------------------------------------------------------------------------

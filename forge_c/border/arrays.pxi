@@ -16,18 +16,52 @@ cdef int dtype_index(cnp.ndarray a) noexcept:
     return FC_BF16 if num == BF16_NUM and cnp.PyArray_ISNOTSWAPPED(a) else -1
 
 
+cdef int not_masked(str fn, str arg, object x) except -1:
+    """No kernel knows of a mask: it would be lost without a word."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{fn}: {arg} is a {type(x).__name__}, expected a NumPy array without a mask")
+    return 0
+
+
 cdef cnp.ndarray viewed(str fn, str arg, object x):
     """x as an ndarray over the same memory."""
+    if cnp.PyArray_CheckExact(x):
+        return x
+    not_masked(fn, arg, x)
     if cnp.PyArray_Check(x):
         return x
-    if hasattr(x, "__array__") or hasattr(x, "__array_interface__") or hasattr(x, "__array_struct__"):
-        return np.asarray(x)
-    if hasattr(x, "__dlpack__"):
-        return np.from_dlpack(x)
+    offered = hasattr(x, "__array__") or hasattr(x, "__array_interface__") or hasattr(x, "__array_struct__")
     try:
+        if offered:
+            return np.asarray(x)
+        if hasattr(x, "__dlpack__"):
+            return np.from_dlpack(x)
         return np.asarray(memoryview(x))
-    except (TypeError, ValueError):
-        raise TypeError(f"{fn}: {arg} is a {type(x).__name__}, expected a NumPy array") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = f" that NumPy cannot view ({error})" if offered or hasattr(x, "__dlpack__") else ""
+        raise TypeError(f"{fn}: {arg} is a {type(x).__name__}{why}, expected a NumPy array") from None
+
+
+cdef cnp.ndarray listed(str fn, str arg, object x):
+    """x as an ndarray, lists and numbers too."""
+    not_masked(fn, arg, x)
+    try:
+        return np.asarray(x)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{fn}: {arg} is a {type(x).__name__} that NumPy cannot view ({error}), expected a NumPy array "
+                        "or a list") from None
+
+
+cdef object integer(str fn, str arg, object value):
+    """The Python int that value is."""
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{fn}: {arg} is {value!r}, expected an integer") from None
 
 
 cdef int float_type(str fn, str arg, cnp.ndarray a) except -1:
@@ -78,6 +112,7 @@ cdef cnp.ndarray result(str fn, object out, int nd, cnp.npy_intp *dims, int t, s
     cdef cnp.ndarray a
     if out is None:
         return new_array(nd, dims, t)
+    not_masked(fn, arg, out)
     if not cnp.PyArray_Check(out):
         raise TypeError(f"{fn}: {arg} is a {type(out).__name__}, expected a NumPy array")
     a = out
@@ -113,6 +148,10 @@ cdef bint same_view(cnp.ndarray a, cnp.ndarray b) noexcept:
     return cnp.PyArray_ITEMSIZE(a) == cnp.PyArray_ITEMSIZE(b)
 
 
+# Steps in which two views are told apart, some milliseconds; arrays that are rows of one another take a few.
+cdef long OVERLAP_WORK = 100_000
+
+
 cdef int no_overlap(str fn, str name, cnp.ndarray out, str arg, cnp.ndarray a, bint alias_allowed) except -1:
     """`out` may be `a` itself where the op allows it, and shares no other memory with it."""
     cdef char *out_lo
@@ -125,8 +164,12 @@ cdef int no_overlap(str fn, str name, cnp.ndarray out, str arg, cnp.ndarray a, b
     extent(a, &lo, &hi)
     if out_hi <= lo or hi <= out_lo or (alias_allowed and same_view(out, a)):
         return 0
-    if np.shares_memory(out, a):
-        raise ValueError(f"{fn}: {name} overlaps {arg}; pass an array of its own"
+    try:
+        shared, word = np.shares_memory(out, a, max_work=OVERLAP_WORK), "overlaps"
+    except (np.exceptions.TooHardError, OverflowError):
+        shared, word = True, "may overlap"
+    if shared:
+        raise ValueError(f"{fn}: {name} {word} {arg}; pass an array of its own"
                          + (f", or {arg} itself" if alias_allowed else ""))
     return 0
 
@@ -134,6 +177,11 @@ cdef int no_overlap(str fn, str name, cnp.ndarray out, str arg, cnp.ndarray a, b
 cdef cnp.ndarray private_ints(cnp.ndarray a):
     """A contiguous int64 copy: no other thread can write to it between its check and its use."""
     return np.array(a, dtype=np.int64, order="C")
+
+
+cdef object given_number(int64_t value, cnp.ndarray given):
+    """A number of private_ints(given) as the caller wrote it: beyond 2^63 - 1 a uint64 has become negative."""
+    return value + 2**64 if value < 0 and given.dtype.kind == "u" else value
 
 
 cdef cnp.ndarray parameter(str fn, str arg, object value, ptrdiff_t n):

@@ -12,17 +12,18 @@ cdef cnp.ndarray attention_input(str arg, object x):
 
 cdef cnp.ndarray attention_kv_lens(object kv_lens, ptrdiff_t batch, ptrdiff_t kv_len):
     cdef cnp.ndarray a = viewed("attention", "kv_lens", kv_lens)
+    cdef cnp.ndarray given
     cdef ptrdiff_t b
     cdef int64_t *p
     if a.dtype.kind not in "iu":
         raise TypeError(f"attention: kv_lens has dtype {a.dtype}, expected integers")
     if shape_of(a) != (batch,):
         raise ValueError(f"attention: kv_lens has shape {shape_of(a)}, expected ({batch},)")
-    a = private_ints(a)
+    given, a = a, private_ints(a)
     p = <int64_t *>cnp.PyArray_DATA(a)
     for b in range(batch):
         if p[b] < 0 or p[b] > kv_len:
-            raise ValueError(f"attention: kv_lens[{b}] is {p[b]}, expected 0 to {kv_len}")
+            raise ValueError(f"attention: kv_lens[{b}] is {given_number(p[b], given)}, expected 0 to {kv_len}")
     return a
 
 
@@ -78,12 +79,23 @@ cdef int attention_arrays(fc_attention_args *a, cnp.ndarray k, cnp.ndarray v) ex
     return 0
 
 
-cdef cnp.ndarray attention_cache(object cache, fc_attention_args *a, object kv_lens, object window):
-    """The lengths of a KVCache, whose pages go into a."""
+cdef ptrdiff_t attention_window(object window) except -1:
+    """0: none. One of 2^63 or more hides nothing."""
+    if window is None:
+        return 0
+    size = integer("attention", "window", window)
+    if size < 1:
+        raise ValueError(f"attention: window is {size}, expected at least 1")
+    return size if size <= PY_SSIZE_T_MAX else 0
+
+
+cdef tuple attention_cache(object cache, fc_attention_args *a, object kv_lens, object window):
+    """(pages, lengths) of a KVCache, to be held during the call. Another thread may append meanwhile: the lengths are
+    copied first, and nothing else is asked how many tokens there are."""
     cdef KVPages pages
     cdef cnp.ndarray lengths
     try:
-        pages, lengths, held = cache._pages, cache._lengths, cache.window
+        lengths, pages, held = cache._lengths.copy(), cache._pages, cache.window
     except AttributeError:
         raise TypeError(f"attention: v is None and k is a {type(cache).__name__}, expected arrays k and v, "
                         "or a KVCache as k") from None
@@ -98,12 +110,97 @@ cdef cnp.ndarray attention_cache(object cache, fc_attention_args *a, object kv_l
     if held is not None:
         if window is not None and window > held:
             raise ValueError(f"attention: window is {window}, expected at most the cache's {held}")
-        a.window = held
-    return lengths.copy()
+        a.window = a.window or attention_window(held)
+    return pages, lengths
+
+
+cdef cnp.ndarray attention_positions(str arg, object positions, ptrdiff_t batch, ptrdiff_t n, str axis):
+    """(n,) or (batch, n) as int64, copied, not yet known to be ascending."""
+    cdef cnp.ndarray a = viewed("attention", arg, positions)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"attention: {arg} has dtype {a.dtype}, expected integers")
+    if shape_of(a) != (n,) and shape_of(a) != (batch, n):
+        raise ValueError(f"attention: {arg} has shape {shape_of(a)}, expected ({axis},) = ({n},) or "
+                         f"(batch, {axis}) = ({batch}, {n})")
+    if a.dtype.kind == "u" and a.size and a.max() > PY_SSIZE_T_MAX:
+        raise ValueError(f"attention: {arg} holds {a.max()}, expected at most {PY_SSIZE_T_MAX}")
+    return private_ints(a)
+
+
+cdef int attention_ascending(str arg, cnp.ndarray a, ptrdiff_t n, const int64_t *lens) except -1:
+    """Each row ascends, equal neighbours allowed; of keys, the valid ones of the row."""
+    cdef const int64_t *p = <const int64_t *>cnp.PyArray_DATA(a)
+    cdef ptrdiff_t rows = cnp.PyArray_DIM(a, 0) if cnp.PyArray_NDIM(a) == 2 else 1
+    cdef ptrdiff_t b, i, valid
+    for b in range(rows):
+        valid = n if lens == NULL or cnp.PyArray_NDIM(a) == 1 else lens[b]
+        for i in range(1, valid):
+            if p[b * n + i] < p[b * n + i - 1]:
+                at = f"{b}, {i}" if cnp.PyArray_NDIM(a) == 2 else f"{i}"
+                raise ValueError(f"attention: {arg}[{at}] is {p[b * n + i]} after {p[b * n + i - 1]}, expected "
+                                 "positions that ascend")
+    return 0
+
+
+cdef cnp.ndarray attention_last_positions(cnp.ndarray kv, fc_attention_args *a):
+    """(batch, q_len): where the last q_len of each row's keys lie."""
+    cdef cnp.ndarray lens = np.empty(a.batch, np.int64)
+    cdef ptrdiff_t b
+    for b in range(a.batch):
+        (<int64_t *>cnp.PyArray_DATA(lens))[b] = a.kv_len if a.kv_lens == NULL else a.kv_lens[b]
+    if a.batch and lens.min() < a.q_len:
+        raise ValueError(f"attention: kv_positions is given without q_positions, and a row of {lens.min()} keys has no "
+                         f"last {a.q_len}: pass q_positions")
+    last = lens[:, None] - a.q_len + np.arange(a.q_len)
+    return np.take_along_axis(np.broadcast_to(kv, (a.batch, a.kv_len)), last, axis=1)
+
+
+cdef tuple attention_placed(fc_attention_args *a, object q_positions, object kv_positions):
+    """(q_positions, kv_positions) that a points to, to be held during the call, or None where the default holds."""
+    cdef cnp.ndarray qp = None
+    cdef cnp.ndarray kp = None
+    if a.cache != NULL and a.cache.ring and (q_positions is not None or kv_positions is not None):
+        raise ValueError("attention: q_positions or kv_positions is given with a KVCache that has a window, which knows "
+                         "only the last positions; expected a KVCache without one")
+    if kv_positions is not None:
+        kp = attention_positions("kv_positions", kv_positions, a.batch, a.kv_len, "kv_len")
+        attention_ascending("kv_positions", kp, a.kv_len, a.kv_lens)
+        a.kv_positions = <const int64_t *>cnp.PyArray_DATA(kp)
+        a.kv_positions_stride = a.kv_len if cnp.PyArray_NDIM(kp) == 2 else 0
+    if q_positions is not None:
+        qp = attention_positions("q_positions", q_positions, a.batch, a.q_len, "q_len")
+        attention_ascending("q_positions", qp, a.q_len, NULL)
+    elif kp is not None:
+        qp = attention_last_positions(kp, a)
+    if qp is not None:
+        a.q_positions = <const int64_t *>cnp.PyArray_DATA(qp)
+        a.q_positions_stride = a.q_len if cnp.PyArray_NDIM(qp) == 2 else 0
+    return qp, kp
+
+
+cdef int attention_apart(cnp.ndarray y, dict given) except -1:
+    """No output over an input, as the caller has it: kernels may read a copy."""
+    for name, value in given.items():
+        if value is not None:
+            no_overlap("attention", "out", y, name, viewed("attention", name, value), False)
+    return 0
+
+
+cdef int run_attention(fc_attention_args *a, cnp.ndarray y, cnp.ndarray lse) except -1:
+    cdef fc_status status
+    a.out = cnp.PyArray_DATA(y)
+    a.out_stride[0], a.out_stride[1], a.out_stride[2] = y.strides[0], y.strides[1], y.strides[2]
+    if lse is not None:
+        a.lse = <float *>cnp.PyArray_DATA(lse)
+    if a.batch and a.q_len and a.heads and (a.v_dim or lse is not None):
+        with nogil:
+            status = fc_attention(a)
+        check("attention", status)
+    return 0
 
 
 def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None, softcap=None, sinks=None, kv_lens=None,
-              bint return_lse=False, out=None):
+              q_positions=None, kv_positions=None, bint return_lse=False, out=None):
     """softmax(softcap(scale * q @ k.T) + mask) @ v with online softmax; no (q_len, kv_len) matrix is ever in memory.
 
     q (batch, q_len, heads, head_dim); k (batch, kv_len, kv_heads, head_dim); v (batch, kv_len, kv_heads, v_dim), where
@@ -114,6 +211,11 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     scale: head_dim**-0.5 by default. The q_len queries are the last positions of kv_len (or of kv_lens[b]).
     causal: query i sees keys j <= i + kv_len - q_len. window=W: only keys j > i + kv_len - q_len - W (W keys with
     itself). mask: bool (True = attend) or float added after the softcap, broadcastable to (batch, heads, q_len, kv_len).
+    A key that the mask hides (False, -inf) counts for nothing, whatever it holds.
+    q_positions (q_len,) or (batch, q_len), kv_positions (kv_len,) or (batch, kv_len): ascending integers, equal ones
+    allowed. causal is kv_position <= q_position, window kv_position > q_position - W. By default keys lie at
+    0 .. kv_len - 1 and the queries are the last of them; a KVCache holds 0, 1, 2, ... Keys are summed in chunks of the
+    arrays' 256, so positions that say what the default does give its bits.
     softcap c: c * tanh(s / c). sinks (heads,): one more logit in each row's denominator. kv_lens (batch,): valid keys.
     A row that sees no key gives 0. With return_lse the result is (out, lse): lse (batch, q_len, heads) float32 is the
     log of the softmax's denominator, sinks included, -inf for an empty row.
@@ -125,66 +227,47 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
              [2., 3., 4., 5.]]]], dtype=float32)
     """
     cdef fc_attention_args a
-    cdef fc_status status
     cdef cnp.ndarray qa = attention_input("q", q)
     cdef cnp.ndarray ka = None
     cdef cnp.ndarray va = None
     cdef cnp.ndarray lens = None
     cdef cnp.ndarray ma = None
-    cdef cnp.ndarray sa = None
+    cdef cnp.ndarray sa
     cdef cnp.ndarray y
     cdef cnp.ndarray lse = None
+    cdef KVPages pages = None
     cdef cnp.npy_intp dims[4]
     memset(&a, 0, sizeof(a))
     a.size = sizeof(a)
-    if window is not None:
-        window = index(window)
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}, expected at least 1")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap is {softcap}, expected a number > 0")
+    a.window, a.causal = attention_window(window), 1 if causal else 0
     attention_queries(&a, qa)
     if v is None:
-        lens = attention_cache(k, &a, kv_lens, window)
+        pages, lens = attention_cache(k, &a, kv_lens, window)
     else:
         ka, va = attention_input("k", k), attention_input("v", v)
         same_type("attention", "v", va, dtype_index(ka))
         attention_arrays(&a, ka, va)
         if kv_lens is not None:
             lens = attention_kv_lens(kv_lens, a.batch, a.kv_len)
+    if lens is not None:
+        a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
+    placed = attention_placed(&a, q_positions, kv_positions)
     if mask is not None:
         ma = attention_mask(mask, &a)
     sa = parameter("attention", "sinks", sinks, a.heads)
+    a.sinks = floats(sa)
+    a.scale = <float>(scale if scale is not None else a.head_dim ** -0.5 if a.head_dim else 1.0)
+    a.softcap = <float>(0.0 if softcap is None else softcap)
     dims[0], dims[1], dims[2], dims[3] = a.batch, a.q_len, a.heads, a.v_dim
     y = result("attention", out, 4, dims, a.q_type)
     if out is not None:
-        no_overlap("attention", "out", y, "q", qa, False)
-        if v is not None:
-            no_overlap("attention", "out", y, "k", ka, False)
-            no_overlap("attention", "out", y, "v", va, False)
-        if ma is not None:
-            no_overlap("attention", "out", y, "mask", ma, False)
-        if kv_lens is not None:
-            no_overlap("attention", "out", y, "kv_lens", viewed("attention", "kv_lens", kv_lens), False)
-        if sa is not None:
-            no_overlap("attention", "out", y, "sinks", sa, False)
+        attention_apart(y, {"q": q, "k": k if v is not None else None, "v": v, "mask": mask, "kv_lens": kv_lens,
+                            "sinks": sinks, "q_positions": q_positions, "kv_positions": kv_positions})
     if return_lse:
         lse = cnp.PyArray_EMPTY(3, dims, cnp.NPY_FLOAT32, 0)
-        a.lse = <float *>cnp.PyArray_DATA(lse)
-    a.scale = <float>(scale if scale is not None else a.head_dim ** -0.5 if a.head_dim else 1.0)
-    a.causal = 1 if causal else 0
-    if window is not None:
-        a.window = window
-    a.softcap = <float>(0.0 if softcap is None else softcap)
-    a.sinks = floats(sa)
-    if lens is not None:
-        a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
-    a.out = cnp.PyArray_DATA(y)
-    a.out_stride[0], a.out_stride[1], a.out_stride[2] = y.strides[0], y.strides[1], y.strides[2]
-    if a.batch and a.q_len and a.heads:
-        with nogil:
-            status = fc_attention(&a)
-        check("attention", status)
+    run_attention(&a, y, lse)
     return (y, lse) if return_lse else y
 
 

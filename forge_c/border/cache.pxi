@@ -13,7 +13,7 @@ cdef class KVPages:
     cdef readonly cnp.ndarray table
     cdef readonly str dtype
 
-    def __init__(self, str dtype, ptrdiff_t kv_heads, ptrdiff_t head_dim, ptrdiff_t v_dim, bint ring,
+    def __init__(self, str dtype not None, ptrdiff_t kv_heads, ptrdiff_t head_dim, ptrdiff_t v_dim, bint ring,
                  cnp.ndarray table=None):
         self.dtype = dtype
         self.c.size = sizeof(fc_kv_cache)
@@ -23,7 +23,7 @@ cdef class KVPages:
             self.table, self.c.pages_a_row = table, table.shape[1]
             self.c.pages = <void **>cnp.PyArray_DATA(table)
 
-    def with_table(self, cnp.ndarray table):
+    def with_table(self, cnp.ndarray table not None):
         """The same layout over other pages."""
         return KVPages(self.dtype, self.c.kv_heads, self.c.head_dim, self.c.v_dim, self.c.ring, table)
 
@@ -44,8 +44,8 @@ cdef class KVPages:
     def v_dim(self):
         return self.c.v_dim
 
-    def append(self, cnp.ndarray k, cnp.ndarray v, cnp.ndarray start, cnp.ndarray count, table=None,
-               bint interleaved=False):
+    def append(self, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray start not None,
+               cnp.ndarray count not None, table=None, bint interleaved=False):
         """k, v (batch, seq, heads, dim) of one float dtype: the first count[b] tokens to the positions from start[b] on,
         keys through the RopeTable first if there is one."""
         cdef fc_append_args a

@@ -11,8 +11,8 @@ cdef class DecoderBlock:
     cdef list held
     cdef readonly bint turned
 
-    def __init__(self, *, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim, PackedWeight qkv, PackedWeight out,
-                 PackedWeight gate_up, PackedWeight down, input_norm, mlp_norm, q_norm=None, k_norm=None,
+    def __init__(self, *, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim, PackedWeight qkv not None,
+                 PackedWeight out not None, PackedWeight gate_up not None, PackedWeight down not None, input_norm, mlp_norm, q_norm=None, k_norm=None,
                  post_attention_norm=None, post_mlp_norm=None, qkv_bias=None, out_bias=None, gate_up_bias=None,
                  down_bias=None, str activation="silu", double eps=1e-6, double norm_offset=0.0,
                  double residual_scale=1.0, double attention_scale=1.0, double softcap=0.0, bint turned=True):
@@ -65,7 +65,7 @@ cdef int block_cache(fc_block_cache *c, object cache) except -1:
     return 0
 
 
-def decode(cnp.ndarray x, list blocks, list caches, cnp.ndarray start, table):
+def decode(cnp.ndarray x not None, list blocks not None, list caches not None, cnp.ndarray start not None, table):
     """x (batch, seq, hidden) float32, in place, through `blocks`; the tokens join `caches` after the start (batch,) that
     each row holds, with the RoPE positions start, start + 1, ... The caches' lengths are left to the caller, who has also
     seen to it that there is room. table: a RopeTable for at least as many positions."""

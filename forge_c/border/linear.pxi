@@ -38,7 +38,7 @@ cdef class PackedWeight:
     cdef fc_layout layout
     cdef ptrdiff_t k, n, group
 
-    def __init__(self, cnp.ndarray data, shape, str dtype, bint gated=False, group_size=None):
+    def __init__(self, cnp.ndarray data not None, shape, str dtype not None, bint gated=False, group_size=None):
         from forge_c.formats.layout import Format
         cdef ptrdiff_t sides = 2 if gated else 1
         f = Format.checked("PackedWeight", dtype, group_size)
@@ -156,7 +156,7 @@ cdef cnp.ndarray run_linear(str fn, object x, object weight, object bias, object
         no_overlap(fn, "out", y, "x", xa, False)
         no_overlap(fn, "out", y, "weight", w, False)
         if b is not None:
-            no_overlap(fn, "out", y, "bias", b, False)
+            no_overlap(fn, "out", y, "bias", viewed(fn, "bias", bias), False)
         if res is not None:
             no_overlap(fn, "out", y, "residual", res, True)
     if cnp.PyArray_SIZE(y) == 0:
@@ -287,12 +287,13 @@ def _linear_rows(x, weight, bias=None, *, x_rows=None, out_rows=None, out_scale=
     return y
 
 
-cdef int ids_inside(const int64_t *ids, ptrdiff_t count, ptrdiff_t limit, tuple shape) except -1:
+cdef int ids_inside(const int64_t *ids, ptrdiff_t count, ptrdiff_t limit, tuple shape, cnp.ndarray given) except -1:
     cdef ptrdiff_t i
     for i in range(count):
         if ids[i] < 0 or ids[i] >= limit:
             where = tuple([int(v) for v in np.unravel_index(i, shape)]) if shape else ()
-            raise IndexError(f"embedding: id {ids[i]} at {where} is outside the table of {limit} rows")
+            raise IndexError(f"embedding: id {given_number(ids[i], given)} at {where} is outside the table of "
+                             f"{limit} rows")
     return 0
 
 
@@ -306,14 +307,14 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
     array([[3., 4.],
            [1., 2.]], dtype=float32)
     """
-    cdef cnp.ndarray ia = np.asarray(ids)
+    cdef cnp.ndarray ia = listed("embedding", "ids", ids)
     cdef cnp.ndarray given
     cdef cnp.ndarray ta = viewed("embedding", "table", table)
     cdef int t = float_type("embedding", "table", ta)
     cdef int out_t = t
     cdef cnp.ndarray y
     cdef fc_status status
-    cdef cnp.npy_intp dims[64]
+    cdef cnp.npy_intp dims[MAX_AXES]
     cdef int i, nd
     cdef ptrdiff_t count, n, ld
     if ia.dtype.kind not in "iu" and ia.size:
@@ -325,8 +326,10 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
         if np.dtype(dtype) not in DTYPES:
             raise TypeError(f"embedding: dtype is {np.dtype(dtype)}, expected float32, float16 or bfloat16")
         out_t = DTYPES.index(np.dtype(dtype))
-    given, ia = ia, private_ints(ia)
     nd = cnp.PyArray_NDIM(ia)
+    if nd >= MAX_AXES:
+        raise ValueError(f"embedding: ids has {nd} axes, expected at most {MAX_AXES - 1}")
+    given, ia = ia, private_ints(ia)
     for i in range(nd):
         dims[i] = cnp.PyArray_DIM(ia, i)
     n = dims[nd] = cnp.PyArray_DIM(ta, 1)
@@ -336,7 +339,7 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
         raise ValueError("embedding: out is not C-contiguous")
     no_overlap("embedding", "out", y, "table", ta, False)
     no_overlap("embedding", "out", y, "ids", given, False)
-    ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, cnp.PyArray_DIM(ta, 0), shape_of(ia))
+    ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, cnp.PyArray_DIM(ta, 0), shape_of(ia), given)
     if cnp.PyArray_SIZE(y):
         with nogil:
             status = fc_embedding(<fc_dtype>t, <fc_dtype>out_t, cnp.PyArray_DATA(y), cnp.PyArray_DATA(ta),

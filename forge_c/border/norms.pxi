@@ -24,6 +24,15 @@ cdef tuple norm_outputs(str fn, object out, cnp.ndarray x, int t, cnp.ndarray re
     return ya, ha
 
 
+cdef int not_over(str fn, cnp.ndarray y, cnp.ndarray h, str arg, object given) except -1:
+    """No output over a parameter, as the caller has it: kernels may read a float32 copy."""
+    cdef cnp.ndarray a = viewed(fn, arg, given)
+    no_overlap(fn, "out", y, arg, a, False)
+    if h is not None:
+        no_overlap(fn, "out[1]", h, arg, a, False)
+    return 0
+
+
 cdef cnp.ndarray norm_input(str fn, str arg, object x):
     cdef cnp.ndarray a = viewed(fn, arg, x)
     float_type(fn, arg, a)
@@ -76,9 +85,7 @@ def rms_norm(x, weight=None, double eps=1e-6, *, double weight_offset=0.0, resid
     else:
         y, h = norm_outputs("rms_norm", out, xa, t, res)
     if out is not None and w is not None:
-        no_overlap("rms_norm", "out", y, "weight", w, False)
-        if h is not None:
-            no_overlap("rms_norm", "out[1]", h, "weight", w, False)
+        not_over("rms_norm", y, h, "weight", weight)
     if cnp.PyArray_SIZE(xa):
         collapse("rms_norm", &rows, nd - 1, 4, y, h, xa, res)
         with nogil:
@@ -115,13 +122,9 @@ def layer_norm(x, weight=None, bias=None, double eps=1e-5, *, residual=None, out
         raise ValueError(f"layer_norm: eps is {eps}, expected a number >= 0")
     y, h = norm_outputs("layer_norm", out, xa, t, res)
     if out is not None and w is not None:
-        no_overlap("layer_norm", "out", y, "weight", w, False)
-        if h is not None:
-            no_overlap("layer_norm", "out[1]", h, "weight", w, False)
+        not_over("layer_norm", y, h, "weight", weight)
     if out is not None and b is not None:
-        no_overlap("layer_norm", "out", y, "bias", b, False)
-        if h is not None:
-            no_overlap("layer_norm", "out[1]", h, "bias", b, False)
+        not_over("layer_norm", y, h, "bias", bias)
     if cnp.PyArray_SIZE(xa):
         collapse("layer_norm", &rows, nd - 1, 4, y, h, xa, res)
         with nogil:

@@ -10,11 +10,12 @@ cdef cnp.ndarray rope_positions(object positions, ptrdiff_t batch, ptrdiff_t seq
     return private_ints(p)
 
 
-cdef int positions_inside(const int64_t *p, ptrdiff_t count, ptrdiff_t limit) except -1:
+cdef int positions_inside(const int64_t *p, ptrdiff_t count, ptrdiff_t limit, object positions) except -1:
     cdef ptrdiff_t i
     for i in range(count):
         if p[i] < 0 or p[i] >= limit:
-            raise IndexError(f"rope: position {p[i]} is outside the table of {limit} positions")
+            given = given_number(p[i], viewed("rope", "positions", positions))
+            raise IndexError(f"rope: position {given} is outside the table of {limit} positions")
     return 0
 
 
@@ -68,11 +69,11 @@ def rope(x, table, *, start_pos=0, positions=None, interleaved=False, out=None):
         p = rope_positions(positions, a.batch, a.seq)
         if out is not None:
             no_overlap("rope", "out", y, "positions", viewed("rope", "positions", positions), False)
-        positions_inside(<const int64_t *>cnp.PyArray_DATA(p), cnp.PyArray_SIZE(p), limit)
+        positions_inside(<const int64_t *>cnp.PyArray_DATA(p), cnp.PyArray_SIZE(p), limit, positions)
         a.positions = <const int64_t *>cnp.PyArray_DATA(p)
         a.positions_stride = a.seq if cnp.PyArray_NDIM(p) == 2 else 0
     else:
-        start_pos = index(start_pos)
+        start_pos = integer("rope", "start_pos", start_pos)
         if a.seq and (start_pos < 0 or start_pos > limit - a.seq):
             raise IndexError(f"rope: positions {start_pos} to {start_pos + a.seq - 1} are outside the table of "
                              f"{limit} positions")

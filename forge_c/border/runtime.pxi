@@ -24,9 +24,9 @@ def available_isas() -> tuple:
     return tuple([fc_isa_name(i).decode() for i in range(fc_num_isas()) if fc_isa_name(i) != NULL])
 
 
-def use_isa(name: str) -> None:
+def use_isa(name) -> None:
     """Run the kernels of this ISA from now on. ValueError if this CPU or this build has none of that name."""
-    if fc_use_isa(str(name).encode()) != 0:
+    if str(name) not in available_isas() or fc_use_isa(str(name).encode()) != 0:
         raise ValueError(f"use_isa: {name!r} does not run here, expected one of {', '.join(available_isas())}")
 
 
@@ -35,9 +35,9 @@ def get_num_threads() -> int:
     return fc_get_num_threads()
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(n) -> None:
     """Use at most n threads from now on, n >= 1; more than there are cores is allowed."""
-    cdef long count = n
+    count = integer("set_num_threads", "n", n)
     if not 1 <= count <= 4096:
         raise ValueError(f"set_num_threads: n is {n}, expected 1 to 4096")
     fc_set_num_threads(<int>count)
@@ -58,6 +58,13 @@ def _set_cache_bytes(str which, ptrdiff_t size) -> None:
     fc_set_cache_bytes(<fc_cache><int>CACHES[which], size)
 
 
+def _bound_cpus() -> frozenset:
+    """CPUs that OpenMP binds threads to; empty where it binds none."""
+    cdef int cpus[4096]
+    cdef int count = min(fc_bound_cpus(cpus, 4096), 4096)
+    return frozenset([cpus[i] for i in range(count)])
+
+
 def _openmp() -> str:
     return fc_openmp().decode()
 
@@ -66,7 +73,7 @@ def _build() -> str:
     return fc_build().decode()
 
 
-def _peak_ops(str what, ptrdiff_t iterations) -> float:
+def _peak_ops(str what not None, ptrdiff_t iterations) -> float:
     """Run `iterations` of the peak loop on every thread; the number of operations done, 0 where there is no unit."""
     cdef fc_peak peak = {"fp32": FC_PEAK_F32, "bf16": FC_PEAK_BF16, "int8": FC_PEAK_I8}[what]
     cdef double ops
@@ -75,7 +82,7 @@ def _peak_ops(str what, ptrdiff_t iterations) -> float:
     return ops
 
 
-def _read_bytes(cnp.ndarray data) -> float:
+def _read_bytes(cnp.ndarray data not None) -> float:
     cdef float total
     cdef fc_status status
     cdef ptrdiff_t size = cnp.PyArray_NBYTES(data)
@@ -85,9 +92,11 @@ def _read_bytes(cnp.ndarray data) -> float:
     return total
 
 
-def _copy_bytes(cnp.ndarray out, cnp.ndarray data) -> None:
+def _copy_bytes(cnp.ndarray out not None, cnp.ndarray data not None) -> None:
     cdef fc_status status
     cdef ptrdiff_t size = cnp.PyArray_NBYTES(data)
+    if cnp.PyArray_NBYTES(out) < size:
+        raise ValueError(f"_copy_bytes: out has {cnp.PyArray_NBYTES(out)} bytes, expected {size}")
     with nogil:
         status = fc_copy_bytes(cnp.PyArray_DATA(out), cnp.PyArray_DATA(data), size)
     check("roofline", status)

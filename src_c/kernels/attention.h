@@ -5,13 +5,21 @@ static void bias_from_bool(float *bias, const uint8_t *mask, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) bias[i] = mask[i] ? 0.0f : -INFINITY;
 }
 
+/* s where bias > -inf or NaN, else `hidden`: a mask's -inf hides a key whatever its score is, infinite or NaN too */
+FC_INLINE vf unless_hidden(vf bias, vf s, vf hidden) {
+    const vu is = (vu)(bias == vf_set1(-INFINITY));
+    return (vf)(((vu)s & ~is) | ((vu)hidden & is));
+}
+
 /* cap tanh(scale s k_scale / cap) + bias for lanes from i on */
 FC_INLINE vf attention_score(const struct fc_attention_row *r, ptrdiff_t i, ptrdiff_t n) {
     vf s = vf_get_upto(FC_F32, r->s, i, n);
     if (r->scale != 1.0f) s *= vf_set1(r->scale);
     if (r->k_scale) s *= vf_get_upto(FC_F32, r->k_scale, i, n);
     if (r->softcap > 0.0f) s = vf_set1(r->softcap) * vf_tanh(s / vf_set1(r->softcap));
-    return r->bias ? s + vf_get_upto(FC_F32, r->bias, i, n) : s;
+    if (!r->bias) return s;
+    const vf bias = vf_get_upto(FC_F32, r->bias, i, n);
+    return unless_hidden(bias, s + bias, bias);
 }
 
 /* max of s[n], and of its tail's lanes */
@@ -56,19 +64,25 @@ FC_INLINE vf weights_of(float *s, ptrdiff_t n, vf shift) {
     return total;
 }
 
+/* w v_scale for lanes from i on, 0 where the mask hides the key: its v_scale may be infinite */
+FC_INLINE vf scaled_weight(const struct fc_attention_row *r, ptrdiff_t i, ptrdiff_t n, int masked) {
+    const vf w = vf_get_upto(FC_F32, r->s, i, n) * vf_get_upto(FC_F32, r->v_scale, i, n);
+    return masked ? unless_hidden(vf_get_upto(FC_F32, r->bias, i, n), w, vf_zero()) : w;
+}
+
 /* q[n] w_scale ~ e^(s - shift) v_scale; the sum before v_scale */
-FC_INLINE vf integer_weights_of(const struct fc_attention_row *r, ptrdiff_t n, vf shift) {
+FC_INLINE vf integer_weights_of(const struct fc_attention_row *r, ptrdiff_t n, vf shift, int masked) {
     const vf total = weights_of(r->s, n, shift);
     vf most = vf_zero(), poison = vf_zero();
     ptrdiff_t i = 0;
     for (; i + FC_N <= n; i += FC_N) {
-        vf w = vf_load(r->s + i) * vf_load(r->v_scale + i);
+        vf w = scaled_weight(r, i, n, masked);
         most = vf_max(w, most);
         poison += w * 0.0f;
         vf_store(r->s + i, w);
     }
     if (i < n) {
-        vf w = vf_load_n(r->s + i, n - i) * vf_load_n(r->v_scale + i, n - i);
+        vf w = scaled_weight(r, i, n, masked);
         most = vf_max(w, most);
         poison += w * 0.0f;
         vf_store_n(r->s + i, w, n - i);
@@ -88,7 +102,9 @@ static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *
     const float m = vf_hmax(max_of(r->s, n));
     const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
     *max = m;
-    *sum = vf_sum(r->v_scale ? integer_weights_of(r, n, shift) : weights_of(r->s, n, shift));
+    if (!r->v_scale) *sum = vf_sum(weights_of(r->s, n, shift));
+    else if (r->bias) *sum = vf_sum(integer_weights_of(r, n, shift, 1));
+    else *sum = vf_sum(integer_weights_of(r, n, shift, 0));
 }
 
 /* Vector j of the values of `key` in a panel of V at w. */
@@ -127,6 +143,13 @@ FC_INLINE void ends_of(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, p
 static void attention_ends(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi) {
     if (type == FC_KV_F32) ends_of(FC_KV_F32, g, lo, hi);
     else ends_of(FC_KV_BF16, g, lo, hi);
+}
+
+/* Whether x[n] holds neither an infinity nor a NaN */
+static void all_finite(int *yes, const float *x, ptrdiff_t n) {
+    vf poison = vf_zero();
+    for (ptrdiff_t i = 0; i < n; i += FC_N) poison += vf_get_upto(FC_F32, x, i, n) * 0.0f;
+    *yes = vf_sum(poison) == 0.0f;
 }
 
 /* (o, max, sum) <- its union with a chunk's (o_part, max_part, sum_part); an empty chunk changes nothing. */

@@ -41,12 +41,12 @@ FC_INLINE void gemv_rows_any(fc_dtype t, float *c, const float *x, const void *w
             vf acc = vf_get_upto(FC_F32, c, j, n);
 #pragma GCC unroll 8
             for (int u = 0; u < 8; u++)
-                acc = vf_fma(vf_set1(x[i + u]), vf_get_upto(t, (const char *)w + (i + u) * ldw, j, n), acc);
+                acc = vf_fma(vf_load1(x + i + u), vf_get_upto(t, (const char *)w + (i + u) * ldw, j, n), acc);
             vf_put_upto(FC_F32, c, j, acc, n);
         }
     for (; i < k; i++)
         for (ptrdiff_t j = 0; j < n; j += FC_N)
             vf_put_upto(FC_F32, c, j,
-                        vf_fma(vf_set1(x[i]), vf_get_upto(t, (const char *)w + i * ldw, j, n),
+                        vf_fma(vf_load1(x + i), vf_get_upto(t, (const char *)w + i * ldw, j, n),
                                vf_get_upto(FC_F32, c, j, n)), n);
 }

@@ -8,6 +8,7 @@ enum {
 };
 
 struct elementwise {
+    const struct fc_kernels *k;
     void (*unary)(void *out, const void *x, ptrdiff_t n);
     void (*binary)(void *out, const void *gated, const void *linear, ptrdiff_t n);
     char *out;
@@ -29,7 +30,7 @@ static void apply_past(const struct elementwise *e, struct fc_past *past, char *
     for (ptrdiff_t i = 0; i < n; i += PIECE) {
         const ptrdiff_t count = fc_smaller(PIECE, n - i), at = i * e->size;
         apply(e, some, a + at, b + at, count);
-        fc_k->stream(past, out + at, some, count * e->size, a + at + AHEAD);
+        e->k->stream(past, out + at, some, count * e->size, a + at + AHEAD);
     }
 }
 
@@ -47,7 +48,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         else apply(e, out, a, b, n);
         if (from + n == e->n) fc_cursor_next(&c);
     }
-    if (e->past) fc_k->stream_end(&past);
+    if (e->past) e->k->stream_end(&past);
 }
 
 static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
@@ -60,25 +61,28 @@ static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
 }
 
 fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
+    const struct fc_kernels *k = fc_k;
     void (*const leaf[FC_ACTIVATIONS])(void *, const void *, ptrdiff_t) = {
-        [FC_RELU] = fc_k->relu[type],
-        [FC_SILU] = fc_k->silu[type],
-        [FC_GELU] = fc_k->gelu[type],
-        [FC_GELU_TANH] = fc_k->gelu_tanh[type],
+        [FC_RELU] = k->relu[type],
+        [FC_SILU] = k->silu[type],
+        [FC_GELU] = k->gelu[type],
+        [FC_GELU_TANH] = k->gelu_tanh[type],
     };
-    struct elementwise e = {.unary = leaf[f], .out = out, .a = x, .rows = rows, .n = n, .blocks = (n + BLOCK - 1) / BLOCK};
+    struct elementwise e = {.k = k, .unary = leaf[f], .out = out, .a = x, .rows = rows, .n = n,
+                            .blocks = (n + BLOCK - 1) / BLOCK};
     return run(&e, type, fc_ns.activation[f]);
 }
 
 fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
                  ptrdiff_t n) {
+    const struct fc_kernels *k = fc_k;
     void (*const leaf[FC_ACTIVATIONS])(void *, const void *, const void *, ptrdiff_t) = {
-        [FC_RELU] = fc_k->reglu[type],
-        [FC_SILU] = fc_k->swiglu[type],
-        [FC_GELU] = fc_k->geglu[type],
-        [FC_GELU_TANH] = fc_k->geglu_tanh[type],
+        [FC_RELU] = k->reglu[type],
+        [FC_SILU] = k->swiglu[type],
+        [FC_GELU] = k->geglu[type],
+        [FC_GELU_TANH] = k->geglu_tanh[type],
     };
-    struct elementwise e = {.binary = leaf[f], .out = out, .a = gated, .b = linear, .rows = rows, .n = n,
+    struct elementwise e = {.k = k, .binary = leaf[f], .out = out, .a = gated, .b = linear, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
     return run(&e, type, fc_ns.activation[f]);
 }

@@ -6,8 +6,8 @@
  * into such pages first. Work is a block of queries of one key/value head (all R query heads of the group share its
  * keys), or, where blocks are too few, single chunks whose partials are folded afterwards.
  *
- * Keys outside a row's [lo, hi) (causal, window, kv_lens) are not multiplied at all: a NaN there changes nothing.
- * Keys hidden by `mask` weigh zero. No (S, T) matrix exists: scores are (block, 256). */
+ * Keys outside a row's [lo, hi) (visible.h) are not multiplied at all: a NaN there changes nothing.
+ * A key that `mask` hides (False, or -inf) counts for nothing either, whatever it and its value hold. No (S, T) matrix exists: scores are (block, 256). */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -15,6 +15,7 @@
 
 #include "kv.h"
 #include "rows.h"
+#include "visible.h"
 
 enum {
     BLOCK_ROWS = 96,
@@ -32,7 +33,9 @@ enum {
 enum form { FLOATS, BF16, INT16 };
 
 struct attention {
+    const struct fc_kernels *k;
     const fc_attention_args *a;
+    int threads; /* of all its regions at most: the scratch is for as many */
     void (*gemm)(const struct fc_gemm *);
     enum form form;          /* of queries and weights */
     ptrdiff_t x_size;        /* their bytes */
@@ -50,6 +53,7 @@ struct attention {
     ptrdiff_t first_chunk, chunks, run; /* of the segment at hand; chunks an item */
     float *parts;                  /* (B, G, chunks) partials: o (rows, e_padded), max (rows), sum (rows) */
     float *folded;                 /* (B, G) likewise */
+    struct fc_range *see;          /* (B, S) */
 };
 
 /* A thread's scratch. */
@@ -67,11 +71,15 @@ struct room {
 static ptrdiff_t chunks_of(ptrdiff_t keys) { return (keys + FC_KV_CHUNK - 1) / FC_KV_CHUNK; }
 
 static ptrdiff_t room_floats(const struct attention *t) {
-    return t->rows * (t->d_padded + LD_SCORES + 2 * t->e_padded + 6) + FC_KV_CHUNK + 128;
+    const ptrdiff_t row = fc_plus(fc_plus(t->d_padded, LD_SCORES + 6), fc_times(2, t->e_padded));
+    return fc_plus(fc_times(t->rows, row), FC_KV_CHUNK + 128);
 }
-static size_t store_bytes(const struct attention *t) { return t->a->cache ? 0 : (fc_kv_store_bytes(&t->kv) + 63) / 64 * 64; }
+static ptrdiff_t store_bytes(const struct attention *t) {
+    return t->a->cache ? 0 : fc_round_up((ptrdiff_t)fc_kv_store_bytes(&t->kv), 64);
+}
 static size_t room_bytes(const struct attention *t) {
-    return (size_t)room_floats(t) * 4 + store_bytes(t) + (t->own_page ? (size_t)fc_kv_page_bytes(&t->kv) : 0);
+    const ptrdiff_t page = t->own_page ? fc_kv_page_bytes(&t->kv) : 0;
+    return (size_t)fc_plus(fc_plus(fc_times(room_floats(t), 4), store_bytes(t)), page);
 }
 
 static struct room room_of(const struct attention *t, int rank) {
@@ -94,41 +102,35 @@ static struct room room_of(const struct attention *t, int rank) {
     return r;
 }
 
-/* One block of queries of one sequence and group. */
+/* One block of queries of one sequence and group, and what each of them sees. */
 struct where {
     ptrdiff_t b, g, q0, queries, kv_len;
+    const struct fc_range *see; /* (queries) */
 };
-
-static ptrdiff_t keys_of(const fc_attention_args *a, ptrdiff_t b) { return a->kv_lens ? a->kv_lens[b] : a->kv_len; }
 
 static struct where where_of(const struct attention *t, ptrdiff_t pair, ptrdiff_t block) {
     const fc_attention_args *a = t->a;
     const ptrdiff_t b = pair / a->kv_heads, q0 = block * t->block;
-    return (struct where){b, pair % a->kv_heads, q0, fc_smaller(t->block, a->q_len - q0), keys_of(a, b)};
+    return (struct where){b, pair % a->kv_heads, q0, fc_smaller(t->block, a->q_len - q0), fc_keys_of(a, b), NULL};
 }
 
-/* Keys [lo, hi) that query q sees. */
-static inline void visible(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff_t q, ptrdiff_t *lo, ptrdiff_t *hi) {
-    ptrdiff_t position = q + kv_len - a->q_len;
-    *hi = a->causal && position + 1 < kv_len ? position + 1 : kv_len;
-    *lo = a->window && position - a->window + 1 > 0 ? position - a->window + 1 : 0;
-    if (*hi < 0) *hi = 0;
-    if (*lo > *hi) *lo = *hi;
+/* A chunk of n keys from key0 on; of a block's rows (query, head) from `row` on, [lo, hi) are the keys that any of them
+ * sees, [from, to) those that all of them see: intervals only move on from query to query. */
+struct chunk {
+    ptrdiff_t key0, n;
+};
+struct shared {
+    ptrdiff_t lo, from, to, hi;
+};
+
+static inline struct fc_range see_in(const struct attention *t, const struct where *w, ptrdiff_t row, struct chunk c) {
+    return fc_visible_in(w->see[row / t->group], c.key0, c.n);
 }
 
-/* The same inside the chunk of n keys that starts at key0. */
-static inline void visible_in(const fc_attention_args *a, const struct where *w, ptrdiff_t q, ptrdiff_t key0, ptrdiff_t n,
-                       ptrdiff_t *lo, ptrdiff_t *hi) {
-    visible(a, w->kv_len, q, lo, hi);
-    *lo = *lo < key0 ? 0 : *lo - key0 < n ? *lo - key0 : n;
-    *hi = *hi < key0 ? 0 : *hi - key0 < n ? *hi - key0 : n;
-}
-
-/* Keys that any query of a sequence of kv_len sees. */
-static void visible_to_all(const fc_attention_args *a, ptrdiff_t kv_len, ptrdiff_t *lo, ptrdiff_t *hi) {
-    ptrdiff_t other;
-    visible(a, kv_len, 0, lo, &other);
-    visible(a, kv_len, a->q_len - 1, &other, hi);
+static struct shared seen_by(const struct attention *t, const struct where *w, ptrdiff_t row, ptrdiff_t rows,
+                             struct chunk c) {
+    const struct fc_range first = see_in(t, w, row, c), last = see_in(t, w, row + rows - 1, c);
+    return (struct shared){.lo = first.lo, .from = last.lo, .to = first.hi, .hi = last.hi};
 }
 
 /* Rows (query, head) of a block. A token's heads lie together and tokens far apart: the next ones are asked for. */
@@ -145,10 +147,10 @@ static void load_queries(const struct attention *t, const struct where *w, const
         for (ptrdiff_t at = 0; i + QUERIES_AHEAD < w->queries && at < bytes; at += 64)
             __builtin_prefetch(from + QUERIES_AHEAD * a->q_stride[1] + at);
         for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size, scale++) {
-            if (t->form == BF16) fc_k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
-            else fc_k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
+            if (t->form == BF16) t->k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
+            else t->k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
             memset(q + a->head_dim * size, 0, (size_t)pad);
-            if (t->form == INT16) fc_k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->most);
+            if (t->form == INT16) t->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->most);
         }
     }
 }
@@ -158,11 +160,11 @@ static void load_queries(const struct attention *t, const struct where *w, const
 static void store_chunk(const struct attention *t, ptrdiff_t pair, ptrdiff_t chunk, void *page, void *scratch) {
     const fc_attention_args *a = t->a;
     const ptrdiff_t b = pair / a->kv_heads, g = pair % a->kv_heads, key0 = chunk * FC_KV_CHUNK;
-    const ptrdiff_t n = fc_smaller(FC_KV_CHUNK, keys_of(a, b) - key0);
+    const ptrdiff_t n = fc_smaller(FC_KV_CHUNK, fc_keys_of(a, b) - key0);
     const fc_kv_head head = fc_kv_head_at(&t->kv, page, 0);
     const fc_append_args as = {.cache = &t->kv, .type = a->kv_type, .k_stride = {0, a->k_stride[1], 0},
                                .v_stride = {0, a->v_stride[1], 0}};
-    fc_kv_store(&as, &head, 0, n, (const char *)a->k + b * a->k_stride[0] + key0 * a->k_stride[1] + g * a->k_stride[2],
+    fc_kv_store(t->k, &as, &head, 0, n, (const char *)a->k + b * a->k_stride[0] + key0 * a->k_stride[1] + g * a->k_stride[2],
                 (const char *)a->v + b * a->v_stride[0] + key0 * a->v_stride[1] + g * a->v_stride[2], 0, scratch);
 }
 
@@ -171,9 +173,9 @@ static void pack_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct room r = room_of(t, rank);
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t pair = t->first_pair + i / t->kv.pages_a_row, chunk = i % t->kv.pages_a_row;
-        ptrdiff_t lo, hi;
-        visible_to_all(t->a, keys_of(t->a, pair / t->a->kv_heads), &lo, &hi);
-        if (chunk * FC_KV_CHUNK < hi && (chunk + 1) * FC_KV_CHUNK > lo) store_chunk(t, pair, chunk, t->kv.pages[i], r.store);
+        const struct fc_range see = fc_visible_to(t->a, pair / t->a->kv_heads, 0, t->a->q_len - 1);
+        if (chunk * FC_KV_CHUNK < see.hi && (chunk + 1) * FC_KV_CHUNK > see.lo)
+            store_chunk(t, pair, chunk, t->kv.pages[i], r.store);
     }
 }
 
@@ -185,14 +187,17 @@ static fc_kv_head head_of(const struct attention *t, const struct where *w, cons
 
 /* ---- one chunk ---- */
 
-static const float *load_bias(const struct attention *t, const struct where *w, ptrdiff_t q, ptrdiff_t head, ptrdiff_t key,
-                              ptrdiff_t n, float *bias) {
+/* What the mask adds to the scores of the keys that a row sees; `bias` holds it. */
+static const float *load_bias(const struct attention *t, const struct where *w, ptrdiff_t row, struct chunk c, float *bias) {
     const fc_attention_args *a = t->a;
+    const struct fc_range see = see_in(t, w, row, c);
+    const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
+    const ptrdiff_t key = c.key0 + see.lo, n = see.hi - see.lo;
     const char *mask = (const char *)a->mask + w->b * a->mask_stride[0] + head * a->mask_stride[1] +
                        q * a->mask_stride[2] + key * a->mask_stride[3];
     ptrdiff_t stored = a->mask_stride[3] ? n : 1;
-    if (a->mask_is_bool) fc_k->bias_from_bool(bias, (const uint8_t *)mask, stored);
-    else fc_k->to_f32[a->mask_type](bias, mask, stored, 1.0f);
+    if (a->mask_is_bool) t->k->bias_from_bool(bias, (const uint8_t *)mask, stored);
+    else t->k->to_f32[a->mask_type](bias, mask, stored, 1.0f);
     for (ptrdiff_t i = stored; i < n; i++) bias[i] = bias[0];
     return bias;
 }
@@ -219,21 +224,18 @@ static void weights(const struct attention *t, const struct room *r, const fc_kv
         .softcap = t->a->softcap,
         .q = (int16_t *)(void *)s + from,
         .w_scale = &r->w_scale[row]};
-    fc_k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
-    if (t->form == BF16) fc_k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
+    t->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
+    if (t->form == BF16) t->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
 static void weights_of_block(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
-                             ptrdiff_t key0, ptrdiff_t n) {
+                             struct chunk c) {
     const fc_attention_args *a = t->a;
     const float *bias = NULL;
     for (ptrdiff_t row = 0; row < w->queries * t->group; row++) {
-        const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
-        ptrdiff_t from, to;
-        visible_in(a, w, q, key0, n, &from, &to);
-        if (a->mask && (row % t->group == 0 || a->mask_stride[1]))
-            bias = load_bias(t, w, q, head, key0 + from, to - from, r->bias);
-        weights(t, r, h, row, from, to, bias);
+        const struct fc_range see = see_in(t, w, row, c);
+        if (a->mask && (row % t->group == 0 || a->mask_stride[1])) bias = load_bias(t, w, row, c, r->bias);
+        weights(t, r, h, row, see.lo, see.hi, bias);
     }
 }
 
@@ -252,73 +254,84 @@ static void weigh_lines(const struct attention *t, const struct room *r, const f
 static void weigh_ends(const struct attention *t, const struct room *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t lo,
                        ptrdiff_t hi) {
     if (hi > lo)
-        fc_k->attention_ends(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
+        t->k->attention_ends(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
                                                .panel_stride = h->v_panel, .panels = t->e_padded / 16}, t->kv.type, lo, hi);
 }
 
 /* part = w_scale weights V for rows: zeros stand for keys that some of them do not see. Integer sums have no order. */
 static void weigh_integers(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
-                           ptrdiff_t row, ptrdiff_t rows, ptrdiff_t key0, ptrdiff_t n) {
-    ptrdiff_t from, to, begin, end, other;
-    visible_in(t->a, w, w->q0 + row / t->group, key0, n, &begin, &other);
-    visible_in(t->a, w, w->q0 + (row + rows - 1) / t->group, key0, n, &other, &end);
-    begin = begin / t->unit * t->unit, end = fc_round_up(end, t->unit);
+                           ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
+    const struct shared see = seen_by(t, w, row, rows, c);
+    const ptrdiff_t begin = see.lo / t->unit * t->unit, end = fc_round_up(see.hi, t->unit);
     for (ptrdiff_t i = row; i < row + rows; i++) {
         int16_t *weight = (int16_t *)(void *)(r->scores + i * LD_SCORES);
-        visible_in(t->a, w, w->q0 + i / t->group, key0, n, &from, &to);
-        memset(weight + begin, 0, (size_t)(from - begin) * sizeof *weight);
-        memset(weight + to, 0, (size_t)(end - to) * sizeof *weight);
+        const struct fc_range own = see_in(t, w, i, c);
+        memset(weight + begin, 0, (size_t)(own.lo - begin) * sizeof *weight);
+        memset(weight + own.hi, 0, (size_t)(end - own.hi) * sizeof *weight);
     }
     weigh_lines(t, r, h, row, rows, begin, end, 0);
     for (ptrdiff_t i = row; i < row + rows; i++) {
         float *part = r->part + i * t->e_padded;
-        fc_k->from_f32[FC_F32](part, part, t->e_padded, r->w_scale[i]);
+        t->k->from_f32[FC_F32](part, part, t->e_padded, r->w_scale[i]);
     }
 }
 
 /* part = weights V for rows: the keys that all of them see in whole lines and at once, the ends of each on its own: rows
  * take their keys in order, so the bits are those of a row alone. */
 static void weigh_rows(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
-                       ptrdiff_t row, ptrdiff_t rows, ptrdiff_t key0, ptrdiff_t n) {
-    ptrdiff_t from, to, lo, hi, other;
-    visible_in(t->a, w, w->q0 + row / t->group, key0, n, &other, &to);
-    visible_in(t->a, w, w->q0 + (row + rows - 1) / t->group, key0, n, &from, &other);
-    const ptrdiff_t begin = fc_round_up(from, t->unit), last = to / t->unit * t->unit, end = last > begin ? last : begin;
-    visible_in(t->a, w, w->q0 + row / t->group, key0, n, &lo, &other);
-    const int heads = lo < begin; /* some row begins before the common keys: the first does */
+                       ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
+    const struct shared see = seen_by(t, w, row, rows, c);
+    const ptrdiff_t begin = fc_round_up(see.from, t->unit), last = see.to / t->unit * t->unit;
+    const ptrdiff_t end = last > begin ? last : begin;
+    const int heads = see.lo < begin; /* some row begins before the common keys: the first does */
     if (heads) memset(r->part + row * t->e_padded, 0, (size_t)(rows * t->e_padded) * 4);
     for (ptrdiff_t i = row; heads && i < row + rows; i++) {
-        visible_in(t->a, w, w->q0 + i / t->group, key0, n, &lo, &hi);
-        weigh_ends(t, r, h, i, lo, fc_smaller(hi, begin));
+        const struct fc_range own = see_in(t, w, i, c);
+        weigh_ends(t, r, h, i, own.lo, fc_smaller(own.hi, begin));
     }
     weigh_lines(t, r, h, row, rows, begin, end, heads);
     for (ptrdiff_t i = row; i < row + rows; i++) {
-        visible_in(t->a, w, w->q0 + i / t->group, key0, n, &lo, &hi);
-        weigh_ends(t, r, h, i, lo > end ? lo : end, hi);
+        const struct fc_range own = see_in(t, w, i, c);
+        weigh_ends(t, r, h, i, own.lo > end ? own.lo : end, own.hi);
     }
 }
 
-/* part, part_max, part_sum of chunk c; returns 0 if the block sees none of it. */
-static int attend_chunk(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t c) {
+/* A hidden key weighs 0, and 0 times an infinity or a NaN in its value is NaN: a row where that may be is made again, from
+ * the runs of keys that it sees. Their chain is the same, so nothing else changes. */
+static void weigh_unhidden(const struct attention *t, const struct where *w, const struct room *r, const fc_kv_head *h,
+                           ptrdiff_t row, struct chunk c) {
+    float *part = r->part + row * t->e_padded;
+    int finite;
+    t->k->all_finite(&finite, part, t->e_padded);
+    if (finite || r->part_sum[row] == 0.0f) return;
+    const struct fc_range see = see_in(t, w, row, c);
+    const float *bias = load_bias(t, w, row, c, r->bias) - see.lo;
+    memset(part, 0, (size_t)t->e_padded * 4);
+    for (ptrdiff_t lo = see.lo, hi; lo < see.hi; lo = hi + 1) {
+        for (hi = lo; hi < see.hi && bias[hi] != -INFINITY;) hi++;
+        weigh_ends(t, r, h, row, lo, hi);
+    }
+}
+
+/* part, part_max, part_sum of a chunk; returns 0 if the block sees none of it. */
+static int attend_chunk(const struct attention *t, const struct where *w, const struct room *r, ptrdiff_t chunk) {
     const fc_attention_args *a = t->a;
-    const ptrdiff_t key0 = c * FC_KV_CHUNK, rows = w->queries * t->group, n = fc_smaller(w->kv_len - key0, FC_KV_CHUNK);
-    ptrdiff_t lo, hi, first_hi, last_lo;
-    visible_in(a, w, w->q0, key0, n, &lo, &first_hi);
-    visible_in(a, w, w->q0 + w->queries - 1, key0, n, &last_lo, &hi);
-    if (hi <= lo) return 0;
-    if (t->own_page) store_chunk(t, w->b * a->kv_heads + w->g, c, r->page, r->store);
-    const fc_kv_head h = head_of(t, w, r, c);
-    const int same = first_hi == hi && last_lo == lo;
+    const ptrdiff_t key0 = chunk * FC_KV_CHUNK, rows = w->queries * t->group;
+    const struct chunk c = {key0, fc_smaller(w->kv_len - key0, FC_KV_CHUNK)};
+    const struct shared all = seen_by(t, w, 0, rows, c);
+    if (all.hi <= all.lo) return 0;
+    if (t->own_page) store_chunk(t, w->b * a->kv_heads + w->g, chunk, r->page, r->store);
+    const fc_kv_head h = head_of(t, w, r, chunk);
+    const int same = all.lo == all.from && all.to == all.hi;
     for (ptrdiff_t row = 0, count = same ? rows : SCORE_ROWS; row < rows; row += count) {
         const ptrdiff_t these = fc_smaller(count, rows - row);
-        ptrdiff_t from, to, other;
-        visible_in(a, w, w->q0 + row / t->group, key0, n, &from, &other);
-        visible_in(a, w, w->q0 + (row + these - 1) / t->group, key0, n, &other, &to);
-        score(t, r, &h, row, these, from, to);
+        const struct shared see = seen_by(t, w, row, these, c);
+        score(t, r, &h, row, these, see.lo, see.hi);
     }
-    weights_of_block(t, w, r, &h, key0, n);
+    weights_of_block(t, w, r, &h, c);
     for (ptrdiff_t row = 0, count = same ? rows : STRIP; row < rows; row += count)
-        (t->form == INT16 ? weigh_integers : weigh_rows)(t, w, r, &h, row, fc_smaller(count, rows - row), key0, n);
+        (t->form == INT16 ? weigh_integers : weigh_rows)(t, w, r, &h, row, fc_smaller(count, rows - row), c);
+    for (ptrdiff_t row = 0; a->mask && t->form != INT16 && row < rows; row++) weigh_unhidden(t, w, r, &h, row, c);
     return 1;
 }
 
@@ -332,14 +345,16 @@ static void finish_row(const struct attention *t, const struct where *w, ptrdiff
         top = -INFINITY, keep = 0.0f;
         for (ptrdiff_t j = 0; j < a->v_dim; j++) o[j] = 0.0f;
     }
-    if (a->sinks && a->sinks[head] != -INFINITY) {
-        float sink = a->sinks[head], higher = sink > top ? sink : top;
+    const float sink = a->sinks ? fc_get_float(a->sinks, head) : -INFINITY;
+    if (sink != -INFINITY) {
+        const float higher = sink > top ? sink : top;
         keep = total == 0.0f ? 0.0f : expf(top - higher);
         total = total * keep + expf(sink - higher);
         top = higher;
     }
-    if (a->lse) a->lse[(w->b * a->q_len + q) * a->heads + head] = total == 0.0f ? -INFINITY : top + logf(total);
-    fc_k->from_f32[a->q_type]((char *)a->out + w->b * a->out_stride[0] + q * a->out_stride[1] + head * a->out_stride[2], o,
+    if (a->lse)
+        fc_put_float(a->lse, (w->b * a->q_len + q) * a->heads + head, total == 0.0f ? -INFINITY : top + logf(total));
+    t->k->from_f32[a->q_type]((char *)a->out + w->b * a->out_stride[0] + q * a->out_stride[1] + head * a->out_stride[2], o,
                               a->v_dim, total == 0.0f ? 0.0f : keep / total);
 }
 
@@ -349,18 +364,19 @@ static void block_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     const struct room r = room_of(t, rank);
     const ptrdiff_t pairs = t->a->cache ? t->a->batch * t->a->kv_heads : t->pairs;
+    struct fc_range see[BLOCK_ROWS];
     for (ptrdiff_t i = begin; i < end; i++) {
-        const struct where w = where_of(t, t->first_pair + i % pairs, t->blocks - 1 - i / pairs);
+        struct where w = where_of(t, t->first_pair + i % pairs, t->blocks - 1 - i / pairs);
         const ptrdiff_t rows = w.queries * t->group;
-        ptrdiff_t lo, hi, other;
-        visible(t->a, w.kv_len, w.q0, &lo, &other);
-        visible(t->a, w.kv_len, w.q0 + w.queries - 1, &other, &hi);
+        for (ptrdiff_t q = 0; q < w.queries; q++) see[q] = fc_visible(t->a, w.b, w.q0 + q);
+        const ptrdiff_t lo = see[0].lo, hi = see[w.queries - 1].hi;
+        w.see = see;
         load_queries(t, &w, &r);
         for (ptrdiff_t row = 0; row < rows; row++) r.max[row] = -INFINITY, r.sum[row] = 0.0f;
         for (ptrdiff_t c = lo / FC_KV_CHUNK; c * FC_KV_CHUNK < hi; c++) {
             if (!attend_chunk(t, &w, &r, c)) continue;
             for (ptrdiff_t row = 0; row < rows; row++)
-                fc_k->attention_fold(r.o + row * t->e_padded, &r.max[row], &r.sum[row], r.part + row * t->e_padded,
+                t->k->attention_fold(r.o + row * t->e_padded, &r.max[row], &r.sum[row], r.part + row * t->e_padded,
                                      r.part_max[row], r.part_sum[row], t->e_padded);
         }
         for (ptrdiff_t row = 0; row < rows; row++) finish_row(t, &w, row, r.o + row * t->e_padded, r.max[row], r.sum[row]);
@@ -377,12 +393,12 @@ static double item_ns(const struct attention *t, ptrdiff_t keys) {
 static fc_status attend_blocks(struct attention *t, ptrdiff_t pairs) {
     const ptrdiff_t items = t->blocks * pairs, kv_len = t->a->kv_len;
     const double ns = item_ns(t, t->a->window && t->a->window < kv_len ? t->a->window : kv_len);
-    return fc_dynamic(fc_threads_for(items, ns), items, ns, block_body, t);
+    return fc_dynamic(fc_threads_within(t->threads, items, ns), items, ns, block_body, t);
 }
 
 /* Pages for `pairs` heads' keys and values; NULL without memory. */
 static void **new_pages(struct attention *t, ptrdiff_t pairs) {
-    const size_t count = (size_t)(pairs * t->kv.pages_a_row), bytes = (size_t)fc_kv_page_bytes(&t->kv);
+    const size_t count = (size_t)fc_times(pairs, t->kv.pages_a_row), bytes = (size_t)fc_kv_page_bytes(&t->kv);
     if (count > SIZE_MAX / 2 / (bytes + sizeof(void *))) return NULL;
     char *block = malloc(count * (bytes + sizeof(void *)) + 64);
     if (!block) return NULL;
@@ -395,7 +411,7 @@ static void **new_pages(struct attention *t, ptrdiff_t pairs) {
 
 /* Heads' keys and values into pages, as many heads as PACKED_BYTES allow, then their blocks. */
 static fc_status pack_and_attend(struct attention *t) {
-    const ptrdiff_t all = t->a->batch * t->a->kv_heads, each = t->kv.pages_a_row * fc_kv_page_bytes(&t->kv);
+    const ptrdiff_t all = t->a->batch * t->a->kv_heads, each = fc_times(t->kv.pages_a_row, fc_kv_page_bytes(&t->kv));
     const ptrdiff_t some = each > 0 && PACKED_BYTES / each < all ? (PACKED_BYTES / each > 0 ? PACKED_BYTES / each : 1) : all;
     void **pages = new_pages(t, some);
     fc_status status = pages ? FC_OK : FC_NO_MEMORY;
@@ -403,7 +419,7 @@ static fc_status pack_and_attend(struct attention *t) {
         t->pairs = fc_smaller(some, all - t->first_pair);
         const ptrdiff_t items = t->pairs * t->kv.pages_a_row;
         const double ns = (double)(fc_smaller(FC_KV_CHUNK, t->a->kv_len) * (t->a->head_dim + t->a->v_dim)) * 0.4;
-        status = fc_static(fc_threads_for(items, ns), items, ns, pack_body, t);
+        status = fc_static(fc_threads_within(t->threads, items, ns), items, ns, pack_body, t);
         if (status == FC_OK) status = attend_blocks(t, t->pairs);
     }
     free(pages);
@@ -411,7 +427,7 @@ static fc_status pack_and_attend(struct attention *t) {
 }
 
 static fc_status by_blocks(struct attention *t) {
-    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(&t->scratch, t->threads, room_bytes(t))) return FC_NO_MEMORY;
     fc_status status = t->a->cache ? attend_blocks(t, t->a->batch * t->a->kv_heads) : pack_and_attend(t);
     fc_scratch_free(&t->scratch);
     return status;
@@ -419,7 +435,7 @@ static fc_status by_blocks(struct attention *t) {
 
 /* ---- an item is a run of chunks of keys; partials are folded after each segment of chunks ---- */
 
-static ptrdiff_t part_floats(const struct attention *t) { return t->rows * (t->e_padded + 2); }
+static ptrdiff_t part_floats(const struct attention *t) { return fc_times(t->rows, fc_plus(t->e_padded, 2)); }
 
 static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
@@ -428,7 +444,8 @@ static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     for (ptrdiff_t i = begin * t->run; i < fc_smaller(end * t->run, pairs * t->chunks); i++) {
         /* All heads of a chunk before the next chunk: in (batch, seq, heads, dim) they share their pages. */
         const ptrdiff_t pair = i % pairs, chunk = i / pairs;
-        const struct where w = where_of(t, pair, 0);
+        struct where w = where_of(t, pair, 0);
+        w.see = t->see + w.b * t->a->q_len;
         r.part = t->parts + (pair * t->chunks + chunk) * part_floats(t);
         r.part_max = r.part + t->rows * t->e_padded;
         r.part_sum = r.part_max + t->rows;
@@ -447,7 +464,7 @@ static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         float *to = t->folded + pair * part_floats(t);
         for (ptrdiff_t c = 0; c < t->chunks; c++) {
             const float *part = t->parts + (pair * t->chunks + c) * part_floats(t);
-            fc_k->attention_fold(to + row * t->e_padded, to + maxima + row, to + maxima + t->rows + row,
+            t->k->attention_fold(to + row * t->e_padded, to + maxima + row, to + maxima + t->rows + row,
                                  part + row * t->e_padded, part[maxima + row], part[maxima + t->rows + row], t->e_padded);
         }
     }
@@ -459,27 +476,30 @@ static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t e
     for (t->first_chunk = begin; t->first_chunk < end && status == FC_OK; t->first_chunk += segment) {
         t->chunks = fc_smaller(segment, end - t->first_chunk);
         const double ns = item_ns(t, FC_KV_CHUNK), fold_ns = (double)(t->chunks * t->e_padded) * 0.1;
-        const int threads = fc_threads_for(pairs * t->chunks, ns);
+        const int threads = fc_threads_within(t->threads, pairs * t->chunks, ns);
         t->run = fc_smaller(RUN, (pairs * t->chunks + 8 * threads - 1) / (8 * threads));
         const ptrdiff_t items = (pairs * t->chunks + t->run - 1) / t->run;
         status = fc_dynamic(threads, items, ns * (double)t->run, chunk_body, t);
         if (status == FC_OK)
-            status = fc_static(fc_threads_for(pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
+            status = fc_static(fc_threads_within(t->threads, pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
     }
     return status;
 }
 
 static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) {
-    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, bytes = pairs * part_floats(t) * 4;
+    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, bytes = fc_times(fc_times(pairs, part_floats(t)), 4);
     const ptrdiff_t segment = fc_smaller(end - begin, PARTS_BYTES / bytes > 8 ? PARTS_BYTES / bytes : 8);
+    const ptrdiff_t queries = t->a->batch * t->a->q_len, see_bytes = fc_times(queries, sizeof(struct fc_range));
     fc_scratch parts;
     t->own_page = !t->a->cache;
-    if (fc_scratch_alloc(&parts, 1, (size_t)(bytes * (segment + 1)))) return FC_NO_MEMORY;
-    if (fc_scratch_alloc(&t->scratch, fc_get_num_threads(), room_bytes(t))) {
+    if (fc_scratch_alloc(&parts, 1, (size_t)fc_plus(see_bytes, fc_times(bytes, segment + 1)))) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(&t->scratch, t->threads, room_bytes(t))) {
         fc_scratch_free(&parts);
         return FC_NO_MEMORY;
     }
-    t->folded = (float *)(void *)parts.base;
+    t->see = (struct fc_range *)(void *)parts.base;
+    for (ptrdiff_t i = 0; i < queries; i++) t->see[i] = fc_visible(t->a, i / t->a->q_len, i % t->a->q_len);
+    t->folded = (float *)(void *)(t->see + queries);
     t->parts = t->folded + pairs * part_floats(t);
     for (ptrdiff_t i = 0; i < pairs * part_floats(t); i++) /* maxima -inf, sums 0 */
         t->folded[i] = i % part_floats(t) < t->rows * (t->e_padded + 1) ? -INFINITY : 0.0f;
@@ -506,15 +526,15 @@ static void choose_pages(struct attention *t) {
         t->kv = (fc_kv_cache){.type = a->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32, .kv_heads = 1,
                               .head_dim = a->head_dim, .v_dim = a->v_dim, .pages_a_row = pages};
     }
-    t->gemm = t->kv.type == FC_KV_F32 ? fc_k->gemm_f32 : t->kv.type == FC_KV_BF16 ? fc_k->gemm_bf16 : fc_k->gemm_s8;
-    t->form = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && fc_k->bf16_x == FC_BF16 ? BF16 : FLOATS;
+    t->gemm = t->kv.type == FC_KV_F32 ? t->k->gemm_f32 : t->kv.type == FC_KV_BF16 ? t->k->gemm_bf16 : t->k->gemm_s8;
+    t->form = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && t->k->bf16_x == FC_BF16 ? BF16 : FLOATS;
     t->x_size = t->form == FLOATS ? 4 : 2;
     t->unit = t->kv.type == FC_KV_F32 ? 1 : 2;
 }
 
 fc_status fc_attention(const fc_attention_args *a) {
     if (!FC_IS_OURS(a) || (a->cache && !FC_IS_OURS(a->cache))) return FC_BAD_SIZE;
-    struct attention t = {.a = a, .group = a->heads / a->kv_heads};
+    struct attention t = {.k = fc_k, .a = a, .threads = fc_get_num_threads(), .group = a->heads / a->kv_heads};
     choose_pages(&t);
     t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;
     if (t.block > a->q_len) t.block = a->q_len;
@@ -525,11 +545,10 @@ fc_status fc_attention(const fc_attention_args *a) {
     t.most = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (t.d_padded > 0 ? t.d_padded : 1));
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;
     for (ptrdiff_t b = 0; b < a->batch; b++) {
-        ptrdiff_t lo, hi;
-        visible_to_all(a, keys_of(a, b), &lo, &hi);
-        if (hi <= lo) continue;
-        if (lo / FC_KV_CHUNK < begin) begin = lo / FC_KV_CHUNK;
-        if (chunks_of(hi) > end) end = chunks_of(hi);
+        const struct fc_range see = fc_visible_to(a, b, 0, a->q_len - 1);
+        if (see.hi <= see.lo) continue;
+        if (see.lo / FC_KV_CHUNK < begin) begin = see.lo / FC_KV_CHUNK;
+        if (chunks_of(see.hi) > end) end = chunks_of(see.hi);
     }
     if (t.blocks == 1 && end - begin > 1) return by_chunks(&t, begin, end);
     return by_blocks(&t);

@@ -2,6 +2,7 @@
 #include "rows.h"
 
 struct embedding {
+    const struct fc_kernels *k;
     fc_dtype table_type, out_type;
     char *out;
     const char *table;
@@ -15,13 +16,13 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const ptrdiff_t out_size = fc_size_of(a->out_type);
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++)
-        fc_convert_row(a->out_type, a->out + i * a->n * out_size, a->table_type, a->table + a->ids[i] * a->ldtable, a->n,
-                       a->scale);
+        fc_convert_row(a->k, a->out_type, a->out + i * a->n * out_size, a->table_type, a->table + a->ids[i] * a->ldtable,
+                       a->n, a->scale);
 }
 
 fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
                        ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale) {
-    struct embedding a = {table_type, out_type, out, table, ids, n, ldtable, scale};
+    struct embedding a = {fc_k, table_type, out_type, out, table, ids, n, ldtable, scale};
     double ns = (double)n * fc_ns.lookup + fc_ns.lookup_row;
     return fc_static(fc_threads_for(count, ns), count, ns, body, &a);
 }

@@ -23,7 +23,7 @@ size_t fc_kv_store_bytes(const fc_kv_cache *cache);
 
 /* Slots [slot, slot + n) of a page <- n tokens of one head; position: that of the first, for RoPE. args: type, strides,
  * cache and table; k, v: the first token's. */
-void fc_kv_store(const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot, ptrdiff_t n, const char *k,
-                 const char *v, int64_t position, void *scratch);
+void fc_kv_store(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot,
+                 ptrdiff_t n, const char *k, const char *v, int64_t position, void *scratch);
 
 #endif

@@ -12,17 +12,18 @@ static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : t
 /* ---- where things lie ---- */
 
 static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
-    return FC_KV_CHUNK * fc_round_up(c->head_dim, unit_of(c->type)) * value_bytes(c->type);
+    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->head_dim, unit_of(c->type)));
 }
 static ptrdiff_t values_bytes(const fc_kv_cache *c) {
-    return FC_KV_CHUNK * fc_round_up(c->v_dim, PANEL) * value_bytes(c->type);
+    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->v_dim, PANEL));
 }
 
 static ptrdiff_t head_bytes(const fc_kv_cache *c) {
-    return fc_round_up(keys_bytes(c) + values_bytes(c) + (c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0), 64);
+    const ptrdiff_t scales = c->type == FC_KV_I8 ? 2 * FC_KV_CHUNK * 4 : 0;
+    return fc_round_up(fc_plus(fc_plus(keys_bytes(c), values_bytes(c)), scales), 64);
 }
 
-ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return c->kv_heads * head_bytes(c); }
+ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return fc_times(c->kv_heads, head_bytes(c)); }
 
 fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
     const ptrdiff_t unit = unit_of(c->type);
@@ -44,7 +45,7 @@ fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
 static ptrdiff_t widest(const fc_kv_cache *c) { return fc_round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64); }
 
 /* 16 rows of float32, and one to convert or turn in */
-size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)(PANEL + 1) * (size_t)widest(c) * 4; }
+size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)fc_times((PANEL + 1) * 4, widest(c)); }
 
 /* One channel of a key, or one key of a channel, is `size` bytes; its line-mates are `step` apart. */
 static void scatter(char *to, ptrdiff_t step, const char *from, ptrdiff_t size, ptrdiff_t n) {
@@ -54,62 +55,64 @@ static void scatter(char *to, ptrdiff_t step, const char *from, ptrdiff_t size, 
 }
 
 /* row (n) of one token as the cache's type, in `to`; its scale, or 1 */
-static float encode(fc_kv_type type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n) {
+static float encode(const struct fc_kernels *kernels, fc_kv_type type, void *to, fc_dtype from_type, const void *from,
+                    ptrdiff_t n) {
     float scale = 1.0f, inverse, sum;
     if (type != FC_KV_I8) {
-        fc_convert_row(type == FC_KV_F32 ? FC_F32 : FC_BF16, to, from_type, from, n, 1.0f);
+        fc_convert_row(kernels, type == FC_KV_F32 ? FC_F32 : FC_BF16, to, from_type, from, n, 1.0f);
         return scale;
     }
-    fc_k->quantize_scale[from_type](&scale, &inverse, from, n, 127.0f);
-    fc_k->quantize[from_type](to, &sum, from, inverse, n, fc_round_up(n, 64), fc_round_up(n, 64), 0, 0);
+    kernels->quantize_scale[from_type](&scale, &inverse, from, n, 127.0f);
+    kernels->quantize[from_type](to, &sum, from, inverse, n, fc_round_up(n, 64), fc_round_up(n, 64), 0, 0);
     return scale;
 }
 
 /* The key of one token, turned if there is a table, as rows of it: where, and in which dtype */
-static const void *turned(const fc_append_args *a, const void *key, int64_t position, float *room, fc_dtype *type) {
+static const void *turned(const struct fc_kernels *kernels, const fc_append_args *a, const void *key, int64_t position,
+                          float *room, fc_dtype *type) {
     const ptrdiff_t d = a->cache->head_dim;
     *type = a->type;
     if (!a->cos) return key;
     *type = FC_F32;
-    fc_k->to_f32[a->type](room, key, d, 1.0f);
-    (a->interleaved ? fc_k->rope_interleaved : fc_k->rope_half)[FC_F32](
+    kernels->to_f32[a->type](room, key, d, 1.0f);
+    (a->interleaved ? kernels->rope_interleaved : kernels->rope_half)[FC_F32](
         room, room, a->cos + position * a->half, a->sin + position * a->half, a->half, d);
     return room;
 }
 
 /* A whole panel: as words of 4 bytes, a channel or a pair of them, it is a transposition. */
-static void store_panel_of_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, const char *k,
-                                int64_t position, char *rows, float *room) {
+static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h,
+                                ptrdiff_t slot, const char *k, int64_t position, char *rows, float *room) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t d = c->head_dim, ld = widest(c) * 4;
     char *panel = h->k + slot / PANEL * h->k_panel;
     if (c->type == FC_KV_F32 && !a->cos) {
-        fc_k->panel_cols[a->type]((float *)(void *)panel, k, a->k_stride[1], d, PANEL);
+        kernels->panel_cols[a->type]((float *)(void *)panel, k, a->k_stride[1], d, PANEL);
         return;
     }
     for (ptrdiff_t i = 0; i < PANEL; i++) {
         fc_dtype type;
-        const void *key = turned(a, k + i * a->k_stride[1], position + i, room, &type);
-        encode(c->type, rows + i * ld, type, key, d);
+        const void *key = turned(kernels, a, k + i * a->k_stride[1], position + i, room, &type);
+        encode(kernels, c->type, rows + i * ld, type, key, d);
         if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
     }
-    fc_k->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
+    kernels->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
 }
 
-static void store_keys(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, ptrdiff_t n, const char *k,
-                       int64_t position, char *rows, float *room) {
+static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
+                       ptrdiff_t n, const char *k, int64_t position, char *rows, float *room) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type), d = c->head_dim;
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t at = slot + i;
         if (c->type != FC_KV_I8 && at % PANEL == 0 && n - i >= PANEL) {
-            store_panel_of_keys(a, h, at, k + i * a->k_stride[1], position + i, rows, room);
+            store_panel_of_keys(kernels, a, h, at, k + i * a->k_stride[1], position + i, rows, room);
             i += PANEL;
             continue;
         }
         fc_dtype type;
-        const void *key = turned(a, k + i * a->k_stride[1], position + i, room, &type);
-        const float scale = encode(c->type, rows, type, key, d);
+        const void *key = turned(kernels, a, k + i * a->k_stride[1], position + i, room, &type);
+        const float scale = encode(kernels, c->type, rows, type, key, d);
         char *to = h->k + at / PANEL * h->k_panel + at % PANEL * unit * size;
         scatter(to, h->line, rows, unit * size, d / unit);
         if (d % unit) {
@@ -130,8 +133,8 @@ static void put_pair(char *line, const char *first, const char *second, ptrdiff_
 }
 
 /* Values of one token, or of the two of a line */
-static void store_values(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot, ptrdiff_t n, const char *v,
-                         char *rows) {
+static void store_values(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
+                         ptrdiff_t n, const char *v, char *rows) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type);
     const ptrdiff_t e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
@@ -139,7 +142,7 @@ static void store_values(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t
         const ptrdiff_t at = slot + i;
         two = unit == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
         for (ptrdiff_t j = 0; j < two; j++) {
-            const float scale = encode(c->type, rows + j * ld, a->type, v + (i + j) * a->v_stride[1], e);
+            const float scale = encode(kernels, c->type, rows + j * ld, a->type, v + (i + j) * a->v_stride[1], e);
             memset(rows + j * ld + e * size, 0, (size_t)((padded - e) * size));
             if (h->v_scale) h->v_scale[at + j] = scale;
         }
@@ -152,14 +155,16 @@ static void store_values(const fc_append_args *a, const fc_kv_head *h, ptrdiff_t
     }
 }
 
-void fc_kv_store(const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot, ptrdiff_t n, const char *k,
-                 const char *v, int64_t position, void *scratch) {
+void fc_kv_store(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot,
+                 ptrdiff_t n, const char *k, const char *v, int64_t position, void *scratch) {
     char *rows = scratch;
-    store_keys(args, head, slot, n, k, position, rows, (float *)(void *)(rows + PANEL * widest(args->cache) * 4));
-    store_values(args, head, slot, n, v, rows);
+    float *room = (float *)(void *)(rows + PANEL * widest(args->cache) * 4);
+    store_keys(kernels, args, head, slot, n, k, position, rows, room);
+    store_values(kernels, args, head, slot, n, v, rows);
 }
 
 struct append {
+    const struct fc_kernels *kernels;
     const fc_append_args *a;
     fc_scratch scratch;
 };
@@ -181,7 +186,7 @@ static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         if (to > stop) to = stop;
         if (from >= to) continue;
         const fc_kv_head head = fc_kv_head_of(c, b, g, chunk);
-        fc_kv_store(a, &head, (ptrdiff_t)(from - chunk * FC_KV_CHUNK), (ptrdiff_t)(to - from),
+        fc_kv_store(t->kernels, a, &head, (ptrdiff_t)(from - chunk * FC_KV_CHUNK), (ptrdiff_t)(to - from),
                     (const char *)a->k + b * a->k_stride[0] + (from - first) * a->k_stride[1] + g * a->k_stride[2],
                     (const char *)a->v + b * a->v_stride[0] + (from - first) * a->v_stride[1] + g * a->v_stride[2], from,
                     fc_scratch_of(&t->scratch, rank));
@@ -191,7 +196,7 @@ static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 fc_status fc_append(const fc_append_args *args) {
     if (!FC_IS_OURS(args) || !FC_IS_OURS(args->cache)) return FC_BAD_SIZE;
     const fc_kv_cache *c = args->cache;
-    struct append t = {.a = args};
+    struct append t = {.kernels = fc_k, .a = args};
     const ptrdiff_t runs = runs_of(args->seq), items = args->batch * c->kv_heads * runs;
     const double tokens = (double)args->seq / (double)runs;
     const double ns = tokens * (double)(c->head_dim + c->v_dim) * fc_ns.append + fc_ns.row;

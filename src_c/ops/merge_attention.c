@@ -4,6 +4,7 @@
 #include "rows.h"
 
 struct merge {
+    const struct fc_kernels *k;
     fc_dtype type;
     char *out;
     float *lse;
@@ -17,18 +18,19 @@ static void merge_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
         /* A NaN on either side must win. */
-        float la = m->lse_a[i], lb = m->lse_b[i], top = la > lb || la != la ? la : lb, wa = 0.0f, wb = 0.0f;
+        const float la = fc_get_float(m->lse_a, i), lb = fc_get_float(m->lse_b, i), top = la > lb || la != la ? la : lb;
+        float wa = 0.0f, wb = 0.0f;
         if (top != -INFINITY) wa = expf(la - top), wb = expf(lb - top);
         float total = wa + wb;
-        fc_k->merge[m->type](m->out + i * m->n * m->size, m->a + i * m->n * m->size, m->b + i * m->n * m->size,
+        m->k->merge[m->type](m->out + i * m->n * m->size, m->a + i * m->n * m->size, m->b + i * m->n * m->size,
                              total == 0.0f ? 0.0f : wa / total, total == 0.0f ? 0.0f : wb / total, m->n);
-        m->lse[i] = total == 0.0f ? -INFINITY : top + logf(total);
+        fc_put_float(m->lse, i, total == 0.0f ? -INFINITY : top + logf(total));
     }
 }
 
 fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n) {
-    struct merge m = {type, out, lse, a, b, lse_a, lse_b, n, fc_size_of(type)};
+    struct merge m = {fc_k, type, out, lse, a, b, lse_a, lse_b, n, fc_size_of(type)};
     double ns = (double)n * fc_ns.merge + fc_ns.merge_row;
     return fc_static(fc_threads_for(rows, ns), rows, ns, merge_body, &m);
 }

@@ -2,6 +2,7 @@
 #include "rows.h"
 
 struct norm {
+    const struct fc_kernels *k;
     fc_dtype type;
     int centred; /* LayerNorm */
     char *out, *h;
@@ -27,13 +28,13 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         char *out = a->out + c.at[0], *h = a->h ? a->h + c.at[1] : NULL;
         char *room = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
         if (a->centred)
-            fc_k->layer_norm[a->type](out, room, x, residual, a->weight, a->bias, a->n, a->eps, next, out_past);
+            a->k->layer_norm[a->type](out, room, x, residual, a->weight, a->bias, a->n, a->eps, next, out_past);
         else
-            fc_k->rms_norm[a->type](out, room, x, residual, a->weight, a->n, a->eps, a->offset, next, out_past);
-        if (room != h) fc_k->stream(past + 1, h, room, a->row_bytes, more ? residual + a->row_bytes : NULL);
+            a->k->rms_norm[a->type](out, room, x, residual, a->weight, a->n, a->eps, a->offset, next, out_past);
+        if (room != h) a->k->stream(past + 1, h, room, a->row_bytes, more ? residual + a->row_bytes : NULL);
     }
-    if (a->past) fc_k->stream_end(past);
-    if (a->sums.block) fc_k->stream_end(past + 1);
+    if (a->past) a->k->stream_end(past);
+    if (a->sums.block) a->k->stream_end(past + 1);
 }
 
 static fc_status run(struct norm *a, double ns_each) {
@@ -54,14 +55,14 @@ static fc_status run(struct norm *a, double ns_each) {
 
 fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                       const fc_rows *rows, ptrdiff_t n, float eps, float offset) {
-    struct norm a = {.type = type, .out = out, .h = h, .x = x, .residual = residual, .weight = weight, .rows = rows, .n = n,
-                     .eps = eps, .offset = offset};
+    struct norm a = {.k = fc_k, .type = type, .out = out, .h = h, .x = x, .residual = residual, .weight = weight,
+                     .rows = rows, .n = n, .eps = eps, .offset = offset};
     return run(&a, residual ? fc_ns.norm_residual : fc_ns.rms_norm);
 }
 
 fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                         const float *bias, const fc_rows *rows, ptrdiff_t n, float eps) {
-    struct norm a = {.type = type, .centred = 1, .out = out, .h = h, .x = x, .residual = residual, .weight = weight,
-                     .bias = bias, .rows = rows, .n = n, .eps = eps};
+    struct norm a = {.k = fc_k, .type = type, .centred = 1, .out = out, .h = h, .x = x, .residual = residual,
+                     .weight = weight, .bias = bias, .rows = rows, .n = n, .eps = eps};
     return run(&a, residual ? fc_ns.norm_residual : fc_ns.layer_norm);
 }

@@ -30,7 +30,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
                           ptrdiff_t n) {
-    struct pack a = {fc_kernels_in_use(), type, out, panel_stride, w, ldw, k, n};
+    struct pack a = {fc_k, type, out, panel_stride, w, ldw, k, n};
     const ptrdiff_t panels = fc_round_up(n, FC_PANEL) / FC_PANEL;
     const double ns = (double)k * fc_ns.pack + fc_ns.pack_panel;
     return fc_static(fc_threads_for(panels, ns), panels, ns, body, &a);

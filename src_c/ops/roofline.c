@@ -20,8 +20,9 @@ static void run_peak(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 double fc_peak_ops(fc_peak what, ptrdiff_t iterations) {
-    void (*const leaf[])(float *, ptrdiff_t) = {fc_k->peak_f32, fc_k->peak_bf16, fc_k->peak_i8};
-    const double ops[] = {fc_k->ops_f32, fc_k->ops_bf16, fc_k->ops_i8};
+    const struct fc_kernels *k = fc_k;
+    void (*const leaf[])(float *, ptrdiff_t) = {k->peak_f32, k->peak_bf16, k->peak_i8};
+    const double ops[] = {k->ops_f32, k->ops_bf16, k->ops_i8};
     struct peak p = {leaf[what], iterations};
     int threads = fc_get_num_threads();
     if (ops[what] > 0) fc_static(threads, threads, LONG_NS, run_peak, &p);
@@ -29,6 +30,7 @@ double fc_peak_ops(fc_peak what, ptrdiff_t iterations) {
 }
 
 struct stream {
+    const struct fc_kernels *k;
     char *out;
     const char *in;
     ptrdiff_t bytes;
@@ -39,7 +41,7 @@ static void read_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct stream *s = ctx;
     for (float part; begin < end; begin++) {
         ptrdiff_t at = begin * PIECE, n = s->bytes - at < PIECE ? s->bytes - at : PIECE;
-        fc_k->read_sum(&part, (const float *)(const void *)(s->in + at), n / 4);
+        s->k->read_sum(&part, (const float *)(const void *)(s->in + at), n / 4);
         s->sums[rank * 16] += part;
     }
 }
@@ -48,7 +50,7 @@ fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum) {
     int threads = fc_get_num_threads();
     fc_scratch scratch;
     if (fc_scratch_alloc(&scratch, 1, (size_t)threads * 64)) return FC_NO_MEMORY;
-    struct stream s = {.in = data, .bytes = bytes, .sums = (float *)scratch.base};
+    struct stream s = {.k = fc_k, .in = data, .bytes = bytes, .sums = (float *)scratch.base};
     memset(s.sums, 0, (size_t)threads * 64);
     fc_status status = fc_static(threads, (bytes + PIECE - 1) / PIECE, LONG_NS / 10, read_piece, &s);
     *sum = 0;
@@ -61,11 +63,11 @@ static void copy_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct stream *s = ctx;
     ptrdiff_t from = begin * PIECE, to = end * PIECE < s->bytes ? end * PIECE : s->bytes;
     (void)rank;
-    fc_k->copy_stream((float *)(void *)(s->out + from), (const float *)(const void *)(s->in + from), (to - from) / 4);
+    s->k->copy_stream((float *)(void *)(s->out + from), (const float *)(const void *)(s->in + from), (to - from) / 4);
     memcpy(s->out + to - (to - from) % 4, s->in + to - (to - from) % 4, (size_t)((to - from) % 4));
 }
 
 fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes) {
-    struct stream s = {.out = out, .in = data, .bytes = bytes};
+    struct stream s = {.k = fc_k, .out = out, .in = data, .bytes = bytes};
     return fc_static(fc_get_num_threads(), (bytes + PIECE - 1) / PIECE, LONG_NS / 10, copy_piece, &s);
 }

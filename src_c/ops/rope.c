@@ -4,6 +4,7 @@
 enum { AHEAD = 4096 }; /* bytes of x that are asked for early */
 
 struct rope {
+    const struct fc_kernels *k;
     const fc_rope_args *a;
     ptrdiff_t head_bytes;
     fc_scratch room; /* a thread: a head on its way past the caches */
@@ -13,7 +14,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct rope *t = ctx;
     const fc_rope_args *a = t->a;
     void (*turn)(void *, const void *, const float *, const float *, ptrdiff_t, ptrdiff_t) =
-        a->interleaved ? fc_k->rope_interleaved[a->type] : fc_k->rope_half[a->type];
+        a->interleaved ? t->k->rope_interleaved[a->type] : t->k->rope_half[a->type];
     struct fc_past past = {0};
     char *room = t->room.block ? fc_scratch_of(&t->room, rank) : NULL;
     for (ptrdiff_t i = begin; i < end; i++) {
@@ -23,15 +24,15 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         char *out = (char *)a->out + b * a->out_stride[0] + s * a->out_stride[1];
         for (ptrdiff_t h = 0; h < a->heads; h++, x += a->x_stride[2], out += a->out_stride[2]) {
             turn(room ? room : out, x, a->cos + p * a->half, a->sin + p * a->half, a->half, a->head_dim);
-            if (room) fc_k->stream(&past, out, room, t->head_bytes, x + AHEAD);
+            if (room) t->k->stream(&past, out, room, t->head_bytes, x + AHEAD);
         }
     }
-    if (room) fc_k->stream_end(&past);
+    if (room) t->k->stream_end(&past);
 }
 
 fc_status fc_rope(const fc_rope_args *a) {
     if (!FC_IS_OURS(a)) return FC_BAD_SIZE;
-    struct rope t = {.a = a, .head_bytes = a->head_dim * fc_size_of(a->type)};
+    struct rope t = {.k = fc_k, .a = a, .head_bytes = a->head_dim * fc_size_of(a->type)};
     const ptrdiff_t items = a->batch * a->seq;
     const double ns = (double)(a->heads * a->head_dim) * fc_ns.rope + fc_ns.rope_token;
     const int threads = fc_threads_for(items, ns);

@@ -2,12 +2,35 @@
 #ifndef FC_ROWS_H
 #define FC_ROWS_H
 
+#include <stdint.h>
+#include <string.h>
+
 #include "../kernels.h"
 #include "../machine.h"
 #include "../threads.h"
 
 static inline ptrdiff_t fc_smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static inline ptrdiff_t fc_round_up(ptrdiff_t a, ptrdiff_t unit) { return (a + unit - 1) / unit * unit; }
+
+/* Sizes of memory: PTRDIFF_MAX, which no allocation gives, stands for all that is larger. */
+static inline ptrdiff_t fc_times(ptrdiff_t a, ptrdiff_t b) {
+    ptrdiff_t c;
+    return __builtin_mul_overflow(a, b, &c) ? PTRDIFF_MAX : c;
+}
+static inline ptrdiff_t fc_plus(ptrdiff_t a, ptrdiff_t b) {
+    ptrdiff_t c;
+    return __builtin_add_overflow(a, b, &c) ? PTRDIFF_MAX : c;
+}
+static inline ptrdiff_t fc_round_up(ptrdiff_t a, ptrdiff_t unit) {
+    return a > PTRDIFF_MAX - unit ? PTRDIFF_MAX : (a + unit - 1) / unit * unit;
+}
+
+/* p[i] of a caller's floats, which may lie on any byte */
+static inline float fc_get_float(const float *p, ptrdiff_t i) {
+    float x;
+    memcpy(&x, (const char *)(const void *)p + i * 4, 4);
+    return x;
+}
+static inline void fc_put_float(float *p, ptrdiff_t i, float x) { memcpy((char *)(void *)p + i * 4, &x, 4); }
 
 /* A struct of another size comes from another version of forge.h: its members would be misread. */
 #define FC_IS_OURS(p) ((p)->size == sizeof *(p))
@@ -64,6 +87,7 @@ static inline int fc_far(double bytes) { return bytes > (double)fc_beyond_l2(); 
 static inline int fc_past_cache(double bytes, int in_place) { return bytes > (double)fc_stream_from() && !in_place; }
 
 /* to[n] = from[n] * scale, from any storage type to any */
-void fc_convert_row(fc_dtype to_type, void *to, fc_dtype from_type, const void *from, ptrdiff_t n, float scale);
+void fc_convert_row(const struct fc_kernels *k, fc_dtype to_type, void *to, fc_dtype from_type, const void *from,
+                    ptrdiff_t n, float scale);
 
 #endif

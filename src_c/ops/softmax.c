@@ -2,6 +2,7 @@
 #include "rows.h"
 
 struct softmax {
+    const struct fc_kernels *k;
     fc_dtype type;
     char *out;
     const char *x;
@@ -19,15 +20,15 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
         void *out = a->out + c.at[0];
         const char *x = a->x + c.at[1];
-        fc_k->softmax[a->type](out, x, a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n,
+        a->k->softmax[a->type](out, x, a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n,
                                a->far && i + 1 < end ? x + a->n * fc_size_of(a->type) : NULL, a->past ? &past : NULL);
     }
-    if (a->past) fc_k->stream_end(&past);
+    if (a->past) a->k->stream_end(&past);
 }
 
 fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
-    struct softmax a = {.type = type, .out = out, .x = x, .rows = rows, .n = n};
     if (!FC_IS_OURS(rows)) return FC_BAD_SIZE;
+    struct softmax a = {.k = fc_k, .type = type, .out = out, .x = x, .rows = rows, .n = n};
     const ptrdiff_t count = fc_rows_count(rows);
     const double ns = (double)n * fc_ns.softmax + fc_ns.row;
     const int threads = fc_threads_for(count, ns);

@@ -26,5 +26,5 @@ FC_INLINE vu vf_bf16_bits(vf a) {
 
 FC_INLINE vf vf_scale2(vf a, vf n) {
     vi i = __builtin_convertvector(n, vi), half = i >> 1;
-    return a * (vf)((half + 127) << 23) * (vf)((i - half + 127) << 23);
+    return a * (vf)((vu)(half + 127) << 23) * (vf)((vu)(i - half + 127) << 23);
 }
