@@ -12,11 +12,16 @@ cdef extern from "forge.h" nogil:
         FC_OK
         FC_NO_MEMORY
         FC_INTERRUPTED
+        FC_BAD_SIZE
+    enum:
+        FC_VERSION
+    int fc_version()
     enum:
         FC_MAX_AXES
         FC_MAX_ARRAYS
         FC_KV_CHUNK
     ctypedef struct fc_rows:
+        size_t size
         int ndim
         ptrdiff_t shape[32]
         ptrdiff_t stride[4][32]
@@ -63,6 +68,7 @@ cdef extern from "forge.h" nogil:
     fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n)
 
     ctypedef struct fc_rope_args:
+        size_t size
         fc_dtype type
         void *out
         const void *x
@@ -90,6 +96,7 @@ cdef extern from "forge.h" nogil:
         FC_COLS
         FC_LAYOUTS
     ctypedef struct fc_linear_args:
+        size_t size
         fc_dtype type
         void *out
         const void *x
@@ -117,6 +124,7 @@ cdef extern from "forge.h" nogil:
         FC_KV_BF16
         FC_KV_I8
     ctypedef struct fc_kv_cache:
+        size_t size
         fc_kv_type type
         ptrdiff_t kv_heads, head_dim, v_dim
         ptrdiff_t pages_a_row
@@ -124,6 +132,7 @@ cdef extern from "forge.h" nogil:
         int ring
     ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *cache)
     ctypedef struct fc_append_args:
+        size_t size
         const fc_kv_cache *cache
         fc_dtype type
         const void *k
@@ -142,6 +151,7 @@ cdef extern from "forge.h" nogil:
     fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v)
 
     ctypedef struct fc_attention_args:
+        size_t size
         fc_dtype q_type, kv_type
         void *out
         float *lse

@@ -56,6 +56,8 @@ const char *fc_isa_name(int i) { return isas[i].runs_here() ? isas[i].table->isa
 
 const char *fc_isa(void) { return fc_k->isa; }
 
+int fc_version(void) { return FC_VERSION; }
+
 #ifndef FC_BUILD_FLAGS
 #define FC_BUILD_FLAGS "flags unknown"
 #endif

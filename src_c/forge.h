@@ -20,13 +20,20 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 typedef enum { FC_F32, FC_F16, FC_BF16, FC_DTYPES } fc_dtype;
-typedef enum { FC_OK, FC_NO_MEMORY, FC_INTERRUPTED } fc_status;
+typedef enum { FC_OK, FC_NO_MEMORY, FC_INTERRUPTED, FC_BAD_SIZE } fc_status;
+
+/* Of this header, and of the library that runs: 10000 major + 100 minor + patch. Structs that a caller fills in begin with
+ * their size, sizeof of the type as the caller knows it: FC_BAD_SIZE, and nothing done, where the library knows another
+ * one, because its members would be misread. */
+enum { FC_VERSION = 100 };
+int fc_version(void);
 
 /* The shared outer axes of up to FC_MAX_ARRAYS arrays whose last axis is contiguous. ndim = 0 is one row. An array with
  * an index (ndim 1) has at i not its row i but its row index[i]: inputs are gathered, outputs scattered. An op writes no
  * row twice, unless it says so. */
 enum { FC_MAX_AXES = 32, FC_MAX_ARRAYS = 4 };
 typedef struct {
+    size_t size; /* sizeof(fc_rows) */
     int ndim;
     ptrdiff_t shape[FC_MAX_AXES];
     ptrdiff_t stride[FC_MAX_ARRAYS][FC_MAX_AXES];
@@ -80,6 +87,7 @@ fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n);
  * x, out (B, S, H, D), strides of axes 0..2; position (B or 1, S), already checked against the table;
  * cos, sin (max_seq_len, half): the first 2*half channels turn, the rest are copied. */
 typedef struct {
+    size_t size; /* sizeof(fc_rope_args) */
     fc_dtype type;
     void *out;
     const void *x;
@@ -107,6 +115,7 @@ typedef enum {
     FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4, FC_PACKED_I4Z, FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
 typedef struct {
+    size_t size; /* sizeof(fc_linear_args) */
     fc_dtype type; /* of x, residual and out */
     void *out;
     const void *x, *residual; /* residual may be NULL */
@@ -142,6 +151,7 @@ fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, cons
 enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention.c */
 typedef enum { FC_KV_F32, FC_KV_BF16, FC_KV_I8 } fc_kv_type;
 typedef struct {
+    size_t size; /* sizeof(fc_kv_cache) */
     fc_kv_type type;
     ptrdiff_t kv_heads, head_dim, v_dim;
     ptrdiff_t pages_a_row;
@@ -152,6 +162,7 @@ ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *cache); /* PTRDIFF_MAX: more than 
 
 /* Tokens into their slots, rounded to the cache's type; keys through RoPE on their way if there is a table. */
 typedef struct {
+    size_t size; /* sizeof(fc_append_args) */
     const fc_kv_cache *cache;
     fc_dtype type;
     const void *k, *v; /* (B, S, G, D), (B, S, G, E) */
@@ -172,6 +183,7 @@ fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptr
 /* ---- attention: out (B, S, H, E) = softmax(mask(cap(scale q k^T))) v ---- */
 
 typedef struct {
+    size_t size; /* sizeof(fc_attention_args) */
     fc_dtype q_type, kv_type; /* out has q_type */
     void *out;
     float *lse; /* (B, S, H) contiguous, or NULL */

@@ -113,12 +113,13 @@ def test_refused_calls_write_nothing(rng, change, error, named):
 
 
 class Rows(ctypes.Structure):
-    _fields_ = (("ndim", ctypes.c_int), ("shape", ctypes.c_ssize_t * 32), ("stride", ctypes.c_ssize_t * 32 * 4),
+    _fields_ = (("size", ctypes.c_size_t), ("ndim", ctypes.c_int),
+                ("shape", ctypes.c_ssize_t * 32), ("stride", ctypes.c_ssize_t * 32 * 4),
                 ("index", ctypes.c_void_p * 4))
 
 
 def one_axis(count: int, strides: list[int], index: list[Array | None]) -> Rows:
-    rows = Rows(ndim=1)
+    rows = Rows(size=ctypes.sizeof(Rows), ndim=1)
     rows.shape[0] = count
     for i, (stride, places) in enumerate(zip(strides, index, strict=True)):
         rows.stride[i][0], rows.index[i] = stride, None if places is None else places.ctypes.data

@@ -224,7 +224,7 @@ import forge_c
 from c_api import structs
 
 header = Path(forge_c.get_include(), "forge.h").read_text()
-sizes = {"ptrdiff_t": ctypes.c_ssize_t, "float": ctypes.c_float}
+sizes = {"size_t": ctypes.c_size_t, "ptrdiff_t": ctypes.c_ssize_t, "float": ctypes.c_float}
 
 
 def c_type(kind):
@@ -242,8 +242,8 @@ at = ctypes.addressof(one)
 library = ctypes.CDLL(str(Path(forge_c.get_library_dir(), "libforge_c.so")))
 for heads, v_dim in ((2**64 // 1116 + 1, 0), (2**54, 0), (1, 2**60), (1, 2**62)):
     for kv_len in (3, 600):
-        args = Args(q=at, k=at, v=at, out=at, batch=1, q_len=1, kv_len=kv_len, heads=heads, kv_heads=1, head_dim=1,
-                    v_dim=v_dim, scale=1.0)
+        args = Args(size=ctypes.sizeof(Args), q=at, k=at, v=at, out=at, batch=1, q_len=1, kv_len=kv_len,
+                    heads=heads, kv_heads=1, head_dim=1, v_dim=v_dim, scale=1.0)
         print(library.fc_attention(ctypes.byref(args)), end=" ")
 """
 

@@ -35,6 +35,7 @@ static const double U = 1.0 / (1 << 24);
 static fc_rows one_row(void) {
     fc_rows rows;
     memset(&rows, 0, sizeof rows);
+    rows.size = sizeof rows;
     return rows;
 }
 static fc_rows dense_rows(ptrdiff_t m, ptrdiff_t out_bytes, ptrdiff_t x_bytes) {
@@ -110,7 +111,7 @@ static void check_rope(ptrdiff_t half, int interleaved) {
     ptrdiff_t d = 2 * half + 3;
     float *x = random_floats(S * H * d), *y = random_floats(S * H * d);
     float *cosine = random_floats(S * half), *sine = random_floats(S * half);
-    fc_rope_args a = {.type = FC_F32, .out = y, .x = x, .cos = cosine, .sin = sine, .batch = 1, .seq = S, .heads = H,
+    fc_rope_args a = {.size = sizeof a, .type = FC_F32, .out = y, .x = x, .cos = cosine, .sin = sine, .batch = 1, .seq = S, .heads = H,
                       .head_dim = d, .half = half, .interleaved = interleaved};
     a.x_stride[1] = a.out_stride[1] = H * d * 4;
     a.x_stride[2] = a.out_stride[2] = d * 4;
@@ -131,7 +132,7 @@ static void check_linear(ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < k; i++)
         for (ptrdiff_t j = 0; j < n; j++) columns[j * k + i] = w[i * n + j];
     fc_rows rows = dense_rows(m, n * 4, k * 4);
-    fc_linear_args a = {.type = FC_F32, .out = first, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = FC_ROWS,
+    fc_linear_args a = {.size = sizeof a, .type = FC_F32, .out = first, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = FC_ROWS,
                         .weight = w, .ldw = n * 4, .bias = bias};
     fc_linear(&a);
     a.layout = FC_COLS, a.weight = columns, a.ldw = k * 4, a.out = y;
@@ -192,7 +193,7 @@ static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff
         }
     for (ptrdiff_t i = 0; i < m * k; i++) x[i] = i % k ? rintf(x[i] * 127) : 127;
     fc_rows rows = dense_rows(m, n * 4, k * 4);
-    fc_linear(&(fc_linear_args){.type = FC_F32, .out = y, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = layout,
+    fc_linear(&(fc_linear_args){.size = sizeof(fc_linear_args), .type = FC_F32, .out = y, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = layout,
                                 .weight = data, .group = group});
     for (ptrdiff_t i = 0; i < m; i++)
         for (ptrdiff_t j = 0; j < n; j++) {
@@ -213,7 +214,7 @@ static void check_attention(ptrdiff_t q_len, ptrdiff_t kv_len, ptrdiff_t d) {
     float *q = random_floats(q_len * H * d), *k = random_floats(kv_len * G * d), *v = random_floats(kv_len * G * d);
     float *y = random_floats(q_len * H * d);
     double *p = malloc((size_t)kv_len * sizeof *p), scale = 1 / sqrt((double)d);
-    fc_attention_args a = {.out = y, .q = q, .k = k, .v = v, .batch = 1, .q_len = q_len, .kv_len = kv_len, .heads = H,
+    fc_attention_args a = {.size = sizeof a, .out = y, .q = q, .k = k, .v = v, .batch = 1, .q_len = q_len, .kv_len = kv_len, .heads = H,
                            .kv_heads = G, .head_dim = d, .v_dim = d, .causal = 1, .scale = (float)scale};
     a.q_stride[1] = a.out_stride[1] = H * d * 4, a.q_stride[2] = a.out_stride[2] = d * 4;
     a.k_stride[1] = a.v_stride[1] = G * d * 4, a.k_stride[2] = a.v_stride[2] = d * 4;

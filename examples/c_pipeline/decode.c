@@ -58,7 +58,7 @@ static fc_matrix gated_pair(ptrdiff_t k, ptrdiff_t n) {
 
 /* One row with room for `tokens` tokens, in pages of FC_KV_CHUNK */
 static fc_kv_cache new_cache(ptrdiff_t tokens) {
-    fc_kv_cache kv = {.type = FC_KV_F32, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .v_dim = HEAD_DIM};
+    fc_kv_cache kv = {.size = sizeof kv, .type = FC_KV_F32, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .v_dim = HEAD_DIM};
     kv.pages_a_row = (tokens + FC_KV_CHUNK - 1) / FC_KV_CHUNK;
     void **pages = zeros(kv.pages_a_row * (ptrdiff_t)sizeof *pages);
     for (ptrdiff_t i = 0; i < kv.pages_a_row; i++) pages[i] = zeros(fc_kv_page_bytes(&kv));
@@ -107,7 +107,7 @@ int main(int argc, char **argv) {
     const fc_model model = {.hidden = HIDDEN, .layers = layers, .n_layers = LAYERS};
 
     float *x = random_floats(HIDDEN, 1), *out = zeros(TOKENS * HIDDEN * 4);
-    const fc_rows one_row = {.ndim = 0};
+    const fc_rows one_row = {.size = sizeof one_row};
     fc_workspace *workspace = fc_workspace_new();
     const double start = seconds();
     for (int64_t t = 0; t < TOKENS; t++) {

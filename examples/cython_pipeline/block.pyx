@@ -78,6 +78,7 @@ cdef class Block:
     cdef void new_cache(self) except *:
         """One row with room for self.room tokens, in pages of FC_KV_CHUNK."""
         memset(&self.kv, 0, sizeof(self.kv))
+        self.kv.size = sizeof(_c.fc_kv_cache)
         self.kv.type, self.kv.kv_heads = _c.FC_KV_F32, self.attention.kv_heads
         self.kv.head_dim, self.kv.v_dim = self.attention.head_dim, self.attention.head_dim
         self.kv.pages_a_row = (self.room + _c.FC_KV_CHUNK - 1) // _c.FC_KV_CHUNK
@@ -103,6 +104,7 @@ cdef class Block:
         cdef _c.fc_rows one_row
         cdef _c.fc_forward_args token
         memset(&one_row, 0, sizeof(one_row))
+        one_row.size = sizeof(one_row)
         memset(&token, 0, sizeof(token))
         token.size, token.model, token.states, token.workspace = sizeof(token), &self.model, self.states, self.workspace
         token.batch, token.seq, token.start = 1, 1, &self.length

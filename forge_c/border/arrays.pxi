@@ -218,7 +218,7 @@ cdef int collapse(str fn, fc_rows *rows, int axes, int count, cnp.ndarray a0, cn
     cdef ptrdiff_t size
     cdef ptrdiff_t stride[4]
     cdef bint merge
-    rows.ndim = 0
+    rows.size, rows.ndim = sizeof(fc_rows), 0
     for a in range(4):
         rows.index[a] = NULL
     for d in range(axes):
@@ -249,4 +249,6 @@ cdef int check(str fn, fc_status status) except -1:
         return 0
     if status == FC_NO_MEMORY:
         raise MemoryError(f"{fn}: no memory for scratch")
+    if status == FC_BAD_SIZE:
+        raise RuntimeError(f"{fn}: libforge_c.so is version {fc_version()}, expected {FC_VERSION}, which this was built for")
     return -1  # interrupted: the poll left its exception set

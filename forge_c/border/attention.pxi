@@ -238,6 +238,7 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     cdef KVPages pages = None
     cdef cnp.npy_intp dims[4]
     memset(&a, 0, sizeof(a))
+    a.size = sizeof(a)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap is {softcap}, expected a number > 0")
     a.window, a.causal = attention_window(window), 1 if causal else 0

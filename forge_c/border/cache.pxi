@@ -18,6 +18,7 @@ cdef class KVPages:
         if dtype not in KV_TYPES:
             raise ValueError(f"KVPages: dtype is {dtype!r}, expected one of {', '.join(KV_TYPES)}")
         self.dtype = dtype
+        self.c.size = sizeof(fc_kv_cache)
         self.c.type, self.c.kv_heads, self.c.head_dim, self.c.v_dim = KV_TYPES[dtype], kv_heads, head_dim, v_dim
         self.c.ring = ring
         if table is not None:
@@ -69,7 +70,7 @@ cdef class KVPages:
         if cnp.PyArray_STRIDE(v, 3) != cnp.PyArray_ITEMSIZE(v):
             v = np.ascontiguousarray(v)
         memset(&a, 0, sizeof(a))
-        a.cache, a.type = &self.c, <fc_dtype>dtype_index(k)
+        a.size, a.cache, a.type = sizeof(a), &self.c, <fc_dtype>dtype_index(k)
         a.k, a.v = cnp.PyArray_DATA(k), cnp.PyArray_DATA(v)
         for i in range(3):
             a.k_stride[i], a.v_stride[i] = cnp.PyArray_STRIDE(k, i), cnp.PyArray_STRIDE(v, i)

@@ -130,6 +130,7 @@ cdef cnp.ndarray run_linear(str fn, object x, object weight, object bias, object
     cdef cnp.npy_intp dims[64]
     cdef int i
     memset(&a, 0, sizeof(a))
+    a.size = sizeof(a)
     a.type, a.gated, a.activation, a.rows = <fc_dtype>t, gated, activation, &rows
     w = linear_weight(fn, weight, &a)
     if gated:
@@ -246,7 +247,9 @@ def _linear_rows(x, weight, bias=None, *, x_rows=None, out_rows=None, out_scale=
     cdef bint gated = activation is not None
     cdef cnp.ndarray w, b, y, taken, added, scale
     memset(&a, 0, sizeof(a))
+    a.size = sizeof(a)
     memset(&rows, 0, sizeof(rows))
+    rows.size = sizeof(rows)
     if isinstance(weight, PackedWeight) and weight.gated != gated or gated and not isinstance(weight, PackedWeight):
         raise TypeError(f"{fn}: weight is {weight!r}, expected {'a pair' if gated else 'one matrix'}")
     w = linear_weight(fn, weight, &a)

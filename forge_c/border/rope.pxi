@@ -53,6 +53,7 @@ def rope(x, table, *, start_pos=0, positions=None, interleaved=False, out=None):
     cos, sin = table.cos, table.sin
     y = result("rope", out, nd, cnp.PyArray_DIMS(xa), t)
     memset(&a, 0, sizeof(a))
+    a.size = sizeof(a)
     a.type = <fc_dtype>t
     a.batch, a.seq = cnp.PyArray_DIM(xa, 0), cnp.PyArray_DIM(xa, 1)
     a.heads = cnp.PyArray_DIM(xa, 2) if nd == 4 else 1

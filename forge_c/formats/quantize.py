@@ -28,6 +28,8 @@ def fill(name: str, f: Format, panels: Bytes, weight: NDArray) -> None:
     def piece(first: int) -> None:
         put(name, f, panels[first:first + at_once], weight[:, first * PANEL:(first + at_once) * PANEL])
 
+    if panels.size == 0:
+        return
     threads = min(get_num_threads(), os.cpu_count() or 1)
     # Floats are moved by threads of their own, unless NumPy has to convert or transpose them first.
     at_once = max(1, (1 << 18) // max(1, PANEL * weight.shape[0])) if weight.size > 1 << 16 else len(panels)

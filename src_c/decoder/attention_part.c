@@ -22,7 +22,7 @@ static fc_status rotate(const struct attention_pass *t) {
     const struct pass *p = t->p;
     if (!t->s->cos) return FC_OK;
     return fc_rope(&(fc_rope_args){
-        .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin, .positions = p->positions,
+        .size = sizeof(fc_rope_args), .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin, .positions = p->positions,
         .positions_stride = p->seq, .batch = p->batch, .seq = p->seq, .heads = t->w->heads, .head_dim = t->w->head_dim,
         .half = t->s->half, .x_stride = {p->seq * t->row, t->row, t->head},
         .out_stride = {p->seq * t->row, t->row, t->head}});
@@ -32,7 +32,7 @@ static fc_status append(const struct attention_pass *t) {
     const struct pass *p = t->p;
     const float *k = t->qkv + t->w->heads * t->w->head_dim;
     return fc_append(&(fc_append_args){
-        .cache = t->s->kv, .type = FC_F32, .k = k, .v = k + t->w->kv_heads * t->w->head_dim,
+        .size = sizeof(fc_append_args), .cache = t->s->kv, .type = FC_F32, .k = k, .v = k + t->w->kv_heads * t->w->head_dim,
         .k_stride = {p->seq * t->row, t->row, t->head}, .v_stride = {p->seq * t->row, t->row, t->head},
         .batch = p->batch, .seq = p->seq, .start = p->start, .cos = t->s->cos, .sin = t->s->sin, .half = t->s->half,
         .workspace = p->workspace});
@@ -43,7 +43,7 @@ static fc_status attend(const struct attention_pass *t) {
     const fc_attention_weights *w = t->w;
     const ptrdiff_t out_row = w->heads * t->head;
     return fc_attention(&(fc_attention_args){
-        .q_type = FC_F32, .out = t->attn_out, .q = t->qkv, .cache = t->s->kv, .batch = p->batch, .q_len = p->seq,
+        .size = sizeof(fc_attention_args), .q_type = FC_F32, .out = t->attn_out, .q = t->qkv, .cache = t->s->kv, .batch = p->batch, .q_len = p->seq,
         .kv_len = p->longest, .heads = w->heads, .kv_heads = w->kv_heads, .head_dim = w->head_dim, .v_dim = w->head_dim,
         .q_stride = {p->seq * t->row, t->row, t->head}, .out_stride = {p->seq * out_row, out_row, t->head},
         .kv_lens = p->lens, .causal = 1, .window = w->window, .scale = w->scale, .softcap = w->softcap,

@@ -9,7 +9,7 @@ static part_of_layer *const parts[FC_PART_KINDS] = {
 /* ---- steps that parts share ---- */
 
 static fc_rows rows_of(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t x, ptrdiff_t residual) {
-    return (fc_rows){.ndim = 1, .shape = {rows}, .stride = {{out * 4}, {x * 4}, {residual * 4}}};
+    return (fc_rows){.size = sizeof(fc_rows), .ndim = 1, .shape = {rows}, .stride = {{out * 4}, {x * 4}, {residual * 4}}};
 }
 
 static fc_status norm_rows(float *out, const float *x, const fc_norm *norm, const fc_rows *rows, ptrdiff_t n) {
@@ -20,7 +20,7 @@ static fc_status norm_rows(float *out, const float *x, const fc_norm *norm, cons
 
 fc_status normalise(float *out, const float *x, const fc_norm *norm, ptrdiff_t rows, ptrdiff_t row, ptrdiff_t heads,
                     ptrdiff_t n) {
-    const fc_rows each = {.ndim = 2, .shape = {rows, heads},
+    const fc_rows each = {.size = sizeof each, .ndim = 2, .shape = {rows, heads},
                           .stride = {{row * 4, n * 4}, {0, 0}, {row * 4, n * 4}, {0, 0}}};
     return norm_rows(out, x, norm, &each, n);
 }
@@ -35,7 +35,7 @@ static fc_status project_as(const struct pass *p, fc_linear_args *a, const fc_ma
     if (norm->kind == FC_RMS_NORM && norm->weight) {
         a->norm = norm->weight, a->norm_eps = norm->eps, a->norm_offset = norm->offset;
     } else if (norm->kind != FC_NO_NORM) {
-        const fc_rows each = {.ndim = 1, .shape = {a->m}, .stride = {{a->k * 4}, {0}, {rows.stride[1][0]}, {0}}};
+        const fc_rows each = {.size = sizeof each, .ndim = 1, .shape = {a->m}, .stride = {{a->k * 4}, {0}, {rows.stride[1][0]}, {0}}};
         if (fc_scratch_alloc(p->workspace, &copy, 1, (size_t)(a->m * a->k) * 4)) return FC_NO_MEMORY;
         status = norm_rows((float *)(void *)copy.base, a->x, norm, &each, a->k);
         a->x = copy.base, rows.stride[1][0] = a->k * 4, a->rows = &rows;
@@ -48,20 +48,20 @@ static fc_status project_as(const struct pass *p, fc_linear_args *a, const fc_ma
 fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride, const fc_matrix *w,
                   ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual) {
     const fc_rows each = rows_of(rows, n, x_stride, n);
-    fc_linear_args a = {.out = out, .x = x, .residual = residual, .rows = &each, .m = rows, .k = k, .n = n};
+    fc_linear_args a = {.size = sizeof a, .out = out, .x = x, .residual = residual, .rows = &each, .m = rows, .k = k, .n = n};
     return project_as(p, &a, w, norm);
 }
 
 fc_status project_gated(const struct pass *p, float *out, const float *x, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n,
                         const fc_norm *norm, fc_activation activation) {
     const fc_rows each = rows_of(p->rows, n, k, n);
-    fc_linear_args a = {.out = out, .x = x, .rows = &each, .m = p->rows, .k = k, .n = n, .gated = 1,
+    fc_linear_args a = {.size = sizeof a, .out = out, .x = x, .rows = &each, .m = p->rows, .k = k, .n = n, .gated = 1,
                         .activation = activation};
     return project_as(p, &a, w, norm);
 }
 
 fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n) {
-    const fc_rows each = {.ndim = 1, .shape = {rows}, .stride = {{n * 4}, {n * 4}}};
+    const fc_rows each = {.size = sizeof each, .ndim = 1, .shape = {rows}, .stride = {{n * 4}, {n * 4}}};
     return fc_activate(f, FC_F32, y, y, &each, n);
 }
 
@@ -167,6 +167,7 @@ static void count_tokens(struct pass *p) {
 }
 
 fc_status fc_forward(const fc_forward_args *a) {
+    if (!FC_IS_OURS(a)) return FC_BAD_SIZE;
     struct forward f = {.a = a, .p = {.k = fc_k, .workspace = a->workspace, .batch = a->batch, .seq = a->seq,
                                       .rows = a->batch * a->seq, .hidden = a->model->hidden, .start = a->start}};
     fc_scratch scratch;

@@ -52,6 +52,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
+    if (!FC_IS_OURS(e->rows)) return FC_BAD_SIZE;
     const ptrdiff_t count = fc_rows_count(e->rows), items = count * e->blocks;
     const double ns = ns_each * (double)(e->n < BLOCK ? e->n : BLOCK);
     e->size = fc_size_of(type);

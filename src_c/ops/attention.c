@@ -534,6 +534,7 @@ static void choose_pages(struct attention *t) {
 }
 
 fc_status fc_attention(const fc_attention_args *a) {
+    if (!FC_IS_OURS(a) || (a->cache && !FC_IS_OURS(a->cache))) return FC_BAD_SIZE;
     struct attention t = {.k = fc_k, .a = a, .threads = fc_get_num_threads(), .group = a->heads / a->kv_heads};
     choose_pages(&t);
     t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;

@@ -186,6 +186,7 @@ static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 fc_status fc_append(const fc_append_args *args) {
+    if (!FC_IS_OURS(args) || !FC_IS_OURS(args->cache)) return FC_BAD_SIZE;
     const fc_kv_cache *c = args->cache;
     struct append t = {.kernels = fc_k, .a = args};
     const ptrdiff_t runs = runs_of(args->seq), items = args->batch * c->kv_heads * runs;
@@ -238,6 +239,7 @@ static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v) {
+    if (!FC_IS_OURS(cache)) return FC_BAD_SIZE;
     struct read r = {cache, b, start, k, v};
     const double ns = (double)(cache->kv_heads * (cache->head_dim + cache->v_dim)) * fc_ns.read + fc_ns.row;
     return fc_static(fc_threads_for(seq, ns), seq, ns, read_body, &r);

@@ -310,6 +310,7 @@ static fc_status by_streams(struct linear *l) {
 }
 
 fc_status fc_linear(const fc_linear_args *args) {
+    if (!FC_IS_OURS(args) || !FC_IS_OURS(args->rows)) return FC_BAD_SIZE;
     const struct fc_kernels *kernels = fc_k;
     struct linear l = {.a = args, .kernels = kernels, .sizes = &kernels->blocks};
     fc_scratch copy = {0};

@@ -38,6 +38,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 static fc_status run(struct norm *a, double ns_each) {
+    if (!FC_IS_OURS(a->rows)) return FC_BAD_SIZE;
     const ptrdiff_t count = fc_rows_count(a->rows);
     const double ns = (double)a->n * ns_each + fc_ns.row;
     const int threads = fc_threads_for(count, ns);

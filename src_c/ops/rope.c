@@ -31,6 +31,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 fc_status fc_rope(const fc_rope_args *a) {
+    if (!FC_IS_OURS(a)) return FC_BAD_SIZE;
     struct rope t = {.k = fc_k, .a = a, .head_bytes = a->head_dim * fc_size_of(a->type)};
     const ptrdiff_t items = a->batch * a->seq;
     const double ns = (double)(a->heads * a->head_dim) * fc_ns.rope + fc_ns.rope_token;

@@ -33,6 +33,9 @@ static inline float fc_get_float(const float *p, ptrdiff_t i) {
 }
 static inline void fc_put_float(float *p, ptrdiff_t i, float x) { memcpy((char *)(void *)p + i * 4, &x, 4); }
 
+/* A struct of another size comes from another version of forge.h: its members would be misread. */
+#define FC_IS_OURS(p) ((p)->size == sizeof *(p))
+
 typedef struct {
     const fc_rows *rows;
     int listed; /* some array has an index */

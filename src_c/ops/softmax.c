@@ -27,6 +27,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
+    if (!FC_IS_OURS(rows)) return FC_BAD_SIZE;
     struct softmax a = {.k = fc_k, .type = type, .out = out, .x = x, .rows = rows, .n = n};
     const ptrdiff_t count = fc_rows_count(rows);
     const double ns = (double)n * fc_ns.softmax + fc_ns.row;
