@@ -65,8 +65,8 @@ def _physical_cores(cpus: Set[int]) -> int:
 def default_threads(bound: Set[int] = frozenset()) -> tuple[int, str]:
     """(count, why): the thread count chosen at import, and the limit that set it.
 
-    this thread to one, which is all that its affinity still says.
-    this thread to one, which is all that the affinity still says.
+    bound: the CPUs that OpenMP binds its threads to, if it does. It read the process's affinity for them before it
+    bound this thread to one, which is all that the affinity still says.
     """
     cpus = bound or (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1)))
     limits = {"physical cores": _physical_cores(cpus), "affinity": len(cpus)}
