@@ -21,7 +21,7 @@ LIBRARY = "forge_c.libforge_c"
 FLAGS = ["-std=gnu11", "-O2", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall",
          "-Wextra"]
 # Debug information would be ten times the rest of the package, and half of the time that gcc takes.
-FLAGS += ["-g" if os.environ.get("FORGE_C_DEBUG") == "1" else "-g0"]
+FLAGS += ["-g" + os.environ.get("FORGE_C_DEBUG", "0")]  # 1: lines, 2: variables too
 # For tools/check_avx512.sh alone: the AVX-512 tables as AVX2 code, many times slower.
 if os.environ.get("FORGE_C_SOFTWARE_AVX512") == "1":
     FLAGS += ["-DFC_SOFTWARE_AVX512", "-Itools/avx512_in_software", "-Wno-psabi"]
