@@ -62,10 +62,10 @@ class BuildExt(build_ext):
     def compile_changed(self, sources: list[str], output_dir: str, macros: Any, extra_postargs: list[str],
                         **options: Any) -> list[str]:
         """In the place of the compiler's compile(): each set of flags has a folder of objects."""
-        compiler, flags = self.compiler, [*extra_postargs, "-MMD"]
-        folder = f"{zlib.crc32(repr([compiler.compiler_so, macros, flags]).encode()):08x}"
+        compiler, flags, include = self.compiler, [*extra_postargs, "-MMD"], options["include_dirs"]
+        folder = f"{zlib.crc32(repr([compiler.compiler_so, macros, include, flags]).encode()):08x}"
         _, objects, _, cpp, build = compiler._setup_compile(
-            str(Path(output_dir, folder)), macros, options["include_dirs"], sources, options["depends"], flags)
+            str(Path(output_dir, folder)), macros, include, sources, options["depends"], flags)
         stale = sorted((o for o in objects if not is_fresh(Path(o))), key=lambda o: "isa" not in o)  # the longest first
         cc_args = compiler._get_cc_args(cpp, options["debug"], None)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
