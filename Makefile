@@ -64,13 +64,13 @@ spills: $(VENV)/built  ## Loops of the product kernels that keep accumulators on
 asan: $(VENV)/built  ## Tests under AddressSanitizer and UBSan (TESTS="test_linear.py ...")
 	tools/check_sanitizers.sh address $(TESTS)
 
-tsan: $(VENV)/built  ## C kernels and thread tests under ThreadSanitizer (clang, libomp)
-	tools/check_sanitizers.sh thread $(TESTS)
+tsan:  ## C kernels under ThreadSanitizer (clang, libomp)
+	tools/check_sanitizers.sh thread
 
 avx512:  ## Tests on the AVX-512 kernels as AVX2 code, for CPUs without AVX-512 (TESTS=...)
 	tools/check_avx512.sh $(TESTS)
 
-aarch64:  ## C kernels, cross-compiled, under qemu-user
+aarch64:  ## C kernels, cross-compiled, under qemu-user (tests: tools/check_aarch64_suite.sh)
 	tools/check_aarch64.sh
 
 fuzz: $(VENV)/built  ## Fuzz for FUZZ_SECONDS (four hours)
