@@ -149,7 +149,6 @@ cdef extern from "forge.h" nogil:
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
 
-
     ctypedef struct fc_matrix:
         fc_layout layout
         const void *data

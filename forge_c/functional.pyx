@@ -5,7 +5,6 @@ Each function checks its arguments, allocates the result unless `out=` is given,
 into src_c. Conventions (axis order, dtypes, errors, `out=`) are in docs/conventions.md.
 """
 cimport numpy as cnp
-from cpython.exc cimport PyErr_Occurred
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 from libc.string cimport memset
@@ -38,7 +37,7 @@ if os.environ.get("FORGE_C_ISA"):
     use_isa(os.environ["FORGE_C_ISA"])
 
 __all__ = [
-    "KV_CHUNK", "DecoderBlock", "KVPages", "PackedWeight", "attention", "available_isas", "decode", "embedding", "gated_linear",
-    "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "pack_columns", "relu",
-    "rms_norm", "rope", "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
+    "KV_CHUNK", "DecoderBlock", "KVPages", "PackedWeight", "attention", "available_isas", "decode", "embedding",
+    "gated_linear", "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention",
+    "pack_columns", "relu", "rms_norm", "rope", "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
 ]

@@ -113,7 +113,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
 
     scale: head_dim**-0.5 by default. The q_len queries are the last positions of kv_len (or of kv_lens[b]).
     causal: query i sees keys j <= i + kv_len - q_len. window=W: only keys j > i + kv_len - q_len - W (W keys with
-    itself). mask: bool (True = attend) or float added after the softcap, broadcastable to (batch, heads, q_len, kv_len).
+    itself). mask: bool (True = attend) or float added after the softcap, broadcastable to
+    (batch, heads, q_len, kv_len).
     softcap c: c * tanh(s / c). sinks (heads,): one more logit in each row's denominator. kv_lens (batch,): valid keys.
     A row that sees no key gives 0. With return_lse the result is (out, lse): lse (batch, q_len, heads) float32 is the
     log of the softmax's denominator, sinks included, -inf for an empty row.

@@ -21,7 +21,8 @@ cdef class DecoderBlock:
         self.turned = turned
         self.c.heads, self.c.kv_heads, self.c.head_dim = heads, kv_heads, head_dim
         self.c.hidden, self.c.inner = qkv.k, down.k
-        shapes = {"qkv": (qkv.shape, (qkv.k, (heads + 2 * kv_heads) * head_dim)), "out": (out.shape, (heads * head_dim, qkv.k)),
+        shapes = {"qkv": (qkv.shape, (qkv.k, (heads + 2 * kv_heads) * head_dim)),
+                  "out": (out.shape, (heads * head_dim, qkv.k)),
                   "gate_up": (gate_up.shape, (qkv.k, 2 * down.k)), "down": (down.shape, (down.k, qkv.k))}
         for name, (shape, expected) in shapes.items():
             if shape != expected:
@@ -66,9 +67,9 @@ cdef int block_cache(fc_block_cache *c, object cache) except -1:
 
 
 def decode(cnp.ndarray x, list blocks, list caches, cnp.ndarray start, table):
-    """x (batch, seq, hidden) float32, in place, through `blocks`; the tokens join `caches` after the start (batch,) that
-    each row holds, with the RoPE positions start, start + 1, ... The caches' lengths are left to the caller, who has also
-    seen to it that there is room. table: a RopeTable for at least as many positions."""
+    """x (batch, seq, hidden) float32, in place, through `blocks`; the tokens join `caches` after the start (batch,)
+    that each row holds, with the RoPE positions start, start + 1, ... The caches' lengths are left to the caller, who
+    has also seen to it that there is room. table: a RopeTable for at least as many positions."""
     cdef ptrdiff_t n = len(blocks)
     cdef ptrdiff_t batch = cnp.PyArray_DIM(x, 0)
     cdef ptrdiff_t seq = cnp.PyArray_DIM(x, 1)
