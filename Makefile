@@ -1,19 +1,48 @@
-# make demo: build, then run the embedded model.   make test: build, then the tests.   Everything lands in .venv.
+# `make help` lists what there is. Everything lands in .venv; objects stay in build/, so that only what changed is compiled.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TESTS ?= .
+FUZZ_SECONDS ?= 14400
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*' \
+	-not -name functional.c -not -path 'forge_c/include/*')
 
 # From tests/, beside the built package: the sources are not what is tested.
 PYTEST := ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider -n auto --dist worksteal
 
-.PHONY: demo test quick fuzz bench lint clean
+# What pyproject.toml asks for: to build, to run, and for the extras named.
+define NEEDS
+import sys, tomllib
+with open("pyproject.toml", "rb") as file:
+    asked = tomllib.load(file)
+extras = [need for name in sys.argv[1:] for need in asked["project"]["optional-dependencies"][name]]
+print(*asked["build-system"]["requires"], *asked["project"]["dependencies"], *extras, sep="\n")
+endef
+export NEEDS
 
-$(VENV)/built: pyproject.toml setup.py $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*')
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet '.[test]'
-	touch $@
+.PHONY: help demo test quick bench lint docs spills asan tsan avx512 aarch64 fuzz clean
+.DEFAULT_GOAL := demo
 
-demo: $(VENV)/built
+help:  ## This list
+	@sed -n 's/^\([a-z0-9]*\):.*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf 'make %-9s %s\n' "$$name" "$$text"; done
+
+$(VENV)/ready: pyproject.toml
+	@echo "forge_c: what the build and the tests need, into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c "$$NEEDS" test | $(PIP) -r /dev/stdin
+	@touch $@
+
+# Without build isolation: what functional.c includes then lies where it lay before, and its object stays fresh.
+# build/lib* keeps modules that the tree has no more, and they would be installed.
+$(VENV)/built: $(VENV)/ready setup.py $(SOURCES)
+	@rm -rf build/lib* build/bdist*
+	@$(BIN)/python setup.py -q build_ext
+	@$(PIP) --no-deps --no-build-isolation .
+	@touch $@
+
+demo: $(VENV)/built  ## Build, then let the embedded model write some Python
 	cd $(VENV) && bin/forge-c generate --prompt "$$(printf 'import os\nimport sys\n\nclass Stack:\n')" --max-new-tokens 300 --temperature 0.7 --seed 1
 
 test: $(VENV)/built  ## Build, then all tests, on all cores
@@ -22,19 +51,38 @@ test: $(VENV)/built  ## Build, then all tests, on all cores
 quick: $(VENV)/built  ## Build, then every test on the best ISA with few of its cases: for the inner loop
 	cd tests && $(PYTEST) --quick .
 
-fuzz: $(VENV)/built
-	$(BIN)/python -m fuzz --seconds $(or $(FUZZ_SECONDS),3600) $(FUZZ_OPTIONS)
-
-bench: $(VENV)/built
-	$(BIN)/pip install --quiet '.[bench]'
+bench: $(VENV)/built  ## Measure against NumPy and write the pages of docs/
+	@$(BIN)/python -c "$$NEEDS" bench | $(PIP) -r /dev/stdin
 	$(BIN)/python bench/run.py
 
-lint: $(VENV)/built
-	$(BIN)/pip install --quiet '.[dev]'
+lint: $(VENV)/built  ## ruff, mypy, cython-lint
+	@$(BIN)/python -c "$$NEEDS" dev | $(PIP) -r /dev/stdin
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/cython-lint forge_c examples
 
-clean:
+docs: $(VENV)/built  ## Run every example of README, docs/ and the docstrings
+	cd tests && $(PYTEST) test_docs.py
+
+spills: $(VENV)/built  ## Loops of the product kernels that keep accumulators on the stack
+	cd tests && ../$(BIN)/python ../tools/check_spills.py
+
+asan: $(VENV)/built  ## Tests under AddressSanitizer and UBSan (TESTS="test_linear.py ...")
+	tools/check_sanitizers.sh address $(TESTS)
+
+tsan:  ## C kernels under ThreadSanitizer (clang, libomp)
+	tools/check_sanitizers.sh thread
+
+avx512:  ## Tests on the AVX-512 kernels as AVX2 code, for CPUs without AVX-512 (TESTS=...)
+	tools/check_avx512.sh $(TESTS)
+
+aarch64:  ## C kernels, cross-compiled, under qemu-user (tests: tools/check_aarch64_suite.sh)
+	tools/check_aarch64.sh
+
+fuzz: $(VENV)/built  ## Fuzz for FUZZ_SECONDS (four hours)
+	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_OPTIONS)
+
+clean:  ## Remove .venv and whatever was built
 	rm -rf $(VENV) build *.egg-info forge_c/*.so forge_c/functional.c forge_c/include \
 		examples/c_pipeline/decode examples/cython_pipeline/build examples/cython_pipeline/*.so \
 		examples/cython_pipeline/block.c

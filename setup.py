@@ -2,9 +2,14 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import numpy
 from Cython.Build import cythonize
@@ -12,14 +17,36 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 LIBRARY = "forge_c.libforge_c"
-FLAGS = ["-std=gnu11", "-O2", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# NDEBUG here too: CFLAGS in the environment take Python's away, and what Cython writes would assert.
+FLAGS = ["-std=gnu11", "-O2", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall",
+         "-Wextra"]
+# Debug information would be ten times the rest of the package, and half of the time that gcc takes.
+FLAGS += ["-g" + os.environ.get("FORGE_C_DEBUG", "0")]  # 1: lines, 2: variables too
 # For tools/check_avx512.sh alone: the AVX-512 tables as AVX2 code, many times slower.
 if os.environ.get("FORGE_C_SOFTWARE_AVX512") == "1":
     FLAGS += ["-DFC_SOFTWARE_AVX512", "-Itools/avx512_in_software", "-Wno-psabi"]
 
 
+def is_fresh(obj: Path) -> bool:
+    """Whether an object is younger than all it was made of, which gcc and clang write beside it (-MMD)."""
+    made_of = obj.with_suffix(".d")
+    if not obj.exists() or not made_of.exists():
+        return False
+    files = [Path(name) for name in made_of.read_text().replace("\\\n", " ").split()[1:]]
+    return all(file.exists() and file.stat().st_mtime < obj.stat().st_mtime for file in files)
+
+
+def show_progress(jobs: Iterator[None], count: int) -> None:
+    """One line that counts files on a terminal, one line that stands elsewhere."""
+    for done, _ in enumerate(jobs, 1):
+        if sys.stderr.isatty() or done == count:
+            end = "\n" if done == count else ""
+            print(f"\rforge_c: compiled {done} of {count} C files", end=end, file=sys.stderr, flush=True)
+
+
 class BuildExt(build_ext):
-    """Names the library plainly, adds OpenMP where the compiler has it, and records the flags for show_config()."""
+    """Compiles what changed, on all cores. Names the library plainly, adds OpenMP where the compiler has it, and
+    records the flags for show_config()."""
 
     def get_ext_filename(self, fullname: str) -> str:
         plain = fullname.replace(".", "/") + ".so"
@@ -32,6 +59,19 @@ class BuildExt(build_ext):
             command = [*self.compiler.compiler_so, *flags, str(source), "-o", str(Path(folder, "probe"))]
             return subprocess.run([c for c in command if c != "-c"], capture_output=True).returncode == 0
 
+    def compile_changed(self, sources: list[str], output_dir: str, macros: Any, extra_postargs: list[str],
+                        **options: Any) -> list[str]:
+        """In the place of the compiler's compile(): each set of flags has a folder of objects."""
+        compiler, flags, include = self.compiler, [*extra_postargs, "-MMD"], options["include_dirs"]
+        folder = f"{zlib.crc32(repr([compiler.compiler_so, macros, include, flags]).encode()):08x}"
+        _, objects, _, cpp, build = compiler._setup_compile(
+            str(Path(output_dir, folder)), macros, include, sources, options["depends"], flags)
+        stale = sorted((o for o in objects if not is_fresh(Path(o))), key=lambda o: "isa" not in o)  # the longest first
+        cc_args = compiler._get_cc_args(cpp, options["debug"], None)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            show_progress(pool.map(lambda o: compiler._compile(o, *build[o], cc_args, flags, cpp), stale), len(stale))
+        return objects
+
     def build_extensions(self) -> None:
         openmp = ["-fopenmp"] if not os.environ.get("FORGE_C_NO_OPENMP") and self.compiles(["-fopenmp"]) else []
         library, module = self.extensions
@@ -40,6 +80,8 @@ class BuildExt(build_ext):
         library.define_macros = [("FC_BUILD_FLAGS", f'"{" ".join(FLAGS + openmp)}"')]
         module.extra_compile_args = FLAGS
         module.library_dirs.append(str(Path(self.get_ext_fullpath(LIBRARY)).parent))
+        self.compiler.compile = self.compile_changed
+        self.force = True  # always link: what is up to date depends on the flags
         self.parallel = False  # the library first
         super().build_extensions()
 

@@ -23,13 +23,13 @@ static inline void pause_cpu(void) {
 }
 
 static int wanted;         /* fc_set_num_threads; 0: what OpenMP says */
-static int omp_at_start;   /* omp_get_max_threads() at load: a lower value later is threadpoolctl's limit */
-static int serial_child;   /* forked, with a runtime that cannot let its team go */
 static int (*poll_signals)(void);
 static _Thread_local struct team *my_team; /* of the thread that runs a program */
 static _Thread_local int polling;          /* inside poll_signals: ops are serial */
 
 #ifdef _OPENMP
+static int omp_at_start;   /* omp_get_max_threads() at load: a lower value later is threadpoolctl's limit */
+static int serial_child;   /* forked, with a runtime that cannot let its team go */
 #if defined(__GNUC__) && !defined(__clang__)
 #define FC_LIBGOMP 1
 static void before_fork(void) { omp_pause_resource_all(omp_pause_hard); }
@@ -142,6 +142,7 @@ static void run_static(struct region *r, int rank, int threads) {
         run_piece(r, rank, begin, begin + r->piece < end ? begin + r->piece : end);
 }
 
+#ifdef _OPENMP
 static void run_dynamic(struct region *r, int rank) {
     for (;;) {
         ptrdiff_t i = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED);
@@ -149,6 +150,7 @@ static void run_dynamic(struct region *r, int rank) {
         run_piece(r, rank, i, i + 1);
     }
 }
+#endif
 
 /* ---- fc_together: the threads of one region wait for work, piece by piece ----
  * ticket: turn << 32 | next piece. Whoever moves it from v to v + 1 owns the piece, and since every change of the other
@@ -187,12 +189,14 @@ static int take_piece(struct team *t, int rank) {
     return 1;
 }
 
+#ifdef _OPENMP
 static void follow(struct team *t, int rank) {
     for (int spins = 0; !__atomic_load_n(&t->over, __ATOMIC_ACQUIRE);) {
         if (take_piece(t, rank)) spins = 0;
         else wait_a_little(&spins);
     }
 }
+#endif
 
 static void lead(struct team *t, struct region *r, int threads) {
     const uint64_t turn = (__atomic_load_n(&t->ticket, __ATOMIC_RELAXED) >> 32) + 1;

@@ -25,7 +25,8 @@ cdef class Block:
 
     def __init__(self, const float[:, ::1] qkv, const float[:, ::1] out, const float[:, ::1] gate,
                  const float[:, ::1] up, const float[:, ::1] down, const float[::1] input_norm,
-                 const float[::1] mlp_norm, const float[:, ::1] cos, const float[:, ::1] sin, *, int heads, int kv_heads):
+                 const float[::1] mlp_norm, const float[:, ::1] cos, const float[:, ::1] sin, *, int heads,
+                 int kv_heads):
         self.held = [input_norm, mlp_norm, cos, sin]
         self.length, self.room = 0, cos.shape[0]
         memset(&self.attention, 0, sizeof(self.attention))

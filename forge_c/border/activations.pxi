@@ -106,7 +106,7 @@ def swiglu(swished, linear, *, out=None):
     return glu("swiglu", FC_SILU, "swished", swished, linear, out)
 
 
-def geglu(gated, linear, approximate="none", *, out=None):
+def geglu(gated, linear, approximate="none", out=None):
     """gelu(gated) * linear, elementwise (arXiv 2002.05202). Two arrays of one shape and dtype; `out` may be either.
 
     >>> geglu(np.array([1.0], np.float32), np.array([2.0], np.float32)).round(4)

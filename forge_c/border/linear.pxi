@@ -73,7 +73,8 @@ cdef class PackedWeight:
 
     def __repr__(self):
         return (f"PackedWeight(shape={self.shape}, dtype='{self.dtype}'"
-                f"{f', group_size={self.group_size}' if self.group_size else ''}{', gated=True' if self.gated else ''})")
+                f"{f', group_size={self.group_size}' if self.group_size else ''}"
+                f"{', gated=True' if self.gated else ''})")
 
 
 def pack_columns(cnp.ndarray out not None, cnp.ndarray columns not None):
@@ -180,7 +181,8 @@ def linear(x, weight, bias=None, *, residual=None, out=None):
     (out_features,) or None; residual and the result (..., out_features) in x's dtype. Accumulation is float32, each
     output one chain over in_features, so a row's bits do not depend on the other rows. With a bfloat16 PackedWeight,
     x is rounded to bfloat16; with an int8 or int4 one, each row of x is quantised to int8 with a scale of its own, and
-    a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory with anything else.
+    a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory with
+    anything else.
 
     >>> linear(np.ones((2, 3), np.float32), np.eye(3, 2, dtype=np.float32), np.array([1, 2], np.float32))
     array([[2., 3.],
@@ -203,7 +205,8 @@ cdef cnp.ndarray gated_bias(str fn, object bias, ptrdiff_t n):
 
 
 def gated_linear(x, weight, bias=None, *, activation="silu", out=None):
-    """f(x @ swished + bias[0]) * (x @ linear + bias[1]) in one pass: the hidden layer of a gated MLP (arXiv 2002.05202).
+    """f(x @ swished + bias[0]) * (x @ linear + bias[1]) in one pass: the hidden layer of a gated MLP
+    (arXiv 2002.05202).
 
     x (..., in_features); weight from pack_gated(swished, linear), both (in_features, hidden); bias (2, hidden) or
     None; activation "silu", "gelu", "gelu_tanh" or "relu". The result is (..., hidden) in x's dtype; the two products
