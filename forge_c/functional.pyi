@@ -4,8 +4,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c.cache import KVCache
 from forge_c.rotary import RopeTable
+from forge_c.state.kv import KVCache
 
 Array = NDArray[Any]
 Gelu = Literal["none", "tanh"]

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
 from forge_c.models.generation import Generation
-from forge_c.models.loading import Checkpoint, read_json
 from forge_c.models.sampling import Sampler
-from forge_c.models.shapes import RandomCheckpoint, shape_config
 from forge_c.models.spec import Attention, ModelSpec, model_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
+from forge_c.models.weights.hf import Checkpoint, read_json
+from forge_c.models.weights.random import RandomCheckpoint, shape_config
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
 
@@ -67,7 +67,7 @@ def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
-        shape: a name in forge_c.models.shapes.SHAPES, such as "llama-1.1b" (1.1 billion weights) or "llama-tiny".
+        shape: a name in forge_c.models.weights.random.SHAPES: "llama-1.1b" (1.1 billion weights), "llama-tiny", ...
         dtype: as in load; "auto" is bfloat16.
 
     Raises:
@@ -159,7 +159,7 @@ class Model:
             raise ValueError(f"model: {cache.seq_len} tokens in the cache and {seq} more exceed its max_seq_len "
                              f"{cache.max_seq_len}")
         logits = np.empty((batch, seq, self.config.vocab_size), np.float32)
-        with cache.held():
+        with cache.locked():
             before = cache.lengths
             try:
                 for start in range(0, seq if batch else 0, KV_CHUNK):
