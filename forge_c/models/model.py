@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -137,10 +137,19 @@ class Model:
         """
         return self._decoder.new_cache(batch, max_seq_len, dtype)
 
-    def __call__(self, ids: ArrayLike, cache: ModelCache | None = None) -> NDArray[np.float32]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        """Another model over the same weights, which nothing can write to."""
+        return Model(self._decoder, self.tokenizer, self.eos_token_ids)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Model: a model is not pickled; load() the same folder in the other process")
+
+    def __call__(self, ids: ArrayLike, cache: ModelCache | None = None, *,
+                 last_only: bool = False) -> NDArray[np.float32]:
         """Logits (batch, seq, vocab) of ids (batch, seq); with a cache they come after what it holds, and join it.
 
-        The bits do not depend on how a text is cut into calls, nor on the other rows.
+        The bits do not depend on how a text is cut into calls, nor on the other rows. last_only: those after the last
+        token alone, (batch, 1, vocab), as for filling a cache. All tokens join the cache, or on any error none.
 
         Raises:
             IndexError: an id outside the vocabulary.
@@ -158,13 +167,15 @@ class Model:
         elif cache.seq_len + seq > cache.max_seq_len:
             raise ValueError(f"model: {cache.seq_len} tokens in the cache and {seq} more exceed its max_seq_len "
                              f"{cache.max_seq_len}")
-        logits = np.empty((batch, seq, self.config.vocab_size), np.float32)
+        logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
         with cache.locked():
             before = cache.lengths
             try:
                 for start in range(0, seq if batch else 0, KV_CHUNK):
-                    chunk = slice(start, start + KV_CHUNK)
-                    logits[:, chunk] = self._decoder.forward(tokens[:, chunk], cache)[0]
+                    chunk, wanted = slice(start, start + KV_CHUNK), not last_only or start + KV_CHUNK >= seq
+                    found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
+                    if wanted:
+                        logits[:, slice(None) if last_only else chunk] = found
             except BaseException as error:
                 _go_back(cache, before, error)
                 raise
