@@ -148,7 +148,7 @@ fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, cons
  *     K (256 / 16, D / u, 16, u)    V (E / 16, 256 / u, 16, u)    and with FC_KV_I8 scales of K, V (2, 256)
  * u = 1 for FC_KV_F32, else 2; D is rounded up to a multiple of u, E to one of 16, with zeros. FC_KV_I8: a number is
  * int8 times its token's float32 scale, max / 127. */
-enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention.c */
+enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention */
 typedef enum { FC_KV_F32, FC_KV_BF16, FC_KV_I8 } fc_kv_type;
 typedef struct {
     size_t size; /* sizeof(fc_kv_cache) */

@@ -1,8 +1,8 @@
 /* Tokens into the pages of a key/value cache, and out of them again. forge.h has the layout. */
 #include <string.h>
 
-#include "kv.h"
-#include "rows.h"
+#include "../ops/rows.h"
+#include "kv_pages.h"
 
 enum { PANEL = 16 };
 
