@@ -35,23 +35,24 @@ struct fc_attention_row {
     float *w_scale;
 };
 
-/* What goes past the caches, on its way: the last `waiting` bytes before `end`, less than a vector; see kernels/past.h. */
-struct fc_past {
+/* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
+ * kernels/stream.h. */
+struct fc_stream {
     char *end;
     ptrdiff_t waiting;
     char bytes[64];
 };
 
-/* next: the row that will be read next, or NULL. past: if not NULL, out goes past the caches, row after row */
+/* next: the row that will be read next, or NULL. stream: if not NULL, out goes past the caches, row after row */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset, const void *next, struct fc_past *past), out, h, x, residual, weight, n, eps, offset,   \
-      next, past)                                                                                                      \
+                 float offset, const void *next, struct fc_stream *stream), out, h, x, residual, weight, n, eps, offset,\
+      next, stream)                                                                                                    \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
-                   ptrdiff_t n, float eps, const void *next, struct fc_past *past), out, h, x, residual, weight, bias, \
-      n, eps, next, past)                                                                                              \
-    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, const void *next, struct fc_past *past), out, x, e,   \
-      n, next, past)                                                                                                   \
+                   ptrdiff_t n, float eps, const void *next, struct fc_stream *stream), out, h, x, residual, weight,   \
+      bias, n, eps, next, stream)                                                                                      \
+    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, const void *next, struct fc_stream *stream), out, x,  \
+      e, n, next, stream)                                                                                              \
     X(relu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
@@ -68,8 +69,8 @@ struct fc_past {
     X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
-    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float most), scale, inverse, x, n,      \
-      most)                                                                                                           \
+    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float most), scale, inverse, x, n,    \
+      most)                                                                                                            \
     X(quantize, (void *q, void *sums, const void *x, float inverse, ptrdiff_t n, ptrdiff_t padded, ptrdiff_t group,    \
                  int wide, int offset), q, sums, x, inverse, n, padded, group, wide, offset)                           \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
@@ -77,7 +78,7 @@ struct fc_past {
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
     X(linear_store, (void *out, const float *acc, float scale, const float *bias, float out_scale,                     \
-      const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                                                                              \
+      const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                               \
     X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
       ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
     X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
@@ -96,12 +97,12 @@ struct fc_past {
     X(gemm_i8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
-    X(stream, (struct fc_past *past, void *out, const void *from, ptrdiff_t bytes, const void *next))                  \
-    X(stream_end, (struct fc_past *past))                                                                              \
+    X(stream_row, (struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next))          \
+    X(stream_end, (struct fc_stream *stream))                                                                          \
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
-    X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                      \
+    X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                     \
     X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
     X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \

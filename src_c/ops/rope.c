@@ -15,7 +15,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const fc_rope_args *a = t->a;
     void (*turn)(void *, const void *, const float *, const float *, ptrdiff_t, ptrdiff_t) =
         a->interleaved ? t->k->rope_interleaved[a->type] : t->k->rope_half[a->type];
-    struct fc_past past = {0};
+    struct fc_stream stream = {0};
     char *room = t->room.block ? fc_scratch_of(&t->room, rank) : NULL;
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t b = i / a->seq, s = i % a->seq;
@@ -24,10 +24,10 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         char *out = (char *)a->out + b * a->out_stride[0] + s * a->out_stride[1];
         for (ptrdiff_t h = 0; h < a->heads; h++, x += a->x_stride[2], out += a->out_stride[2]) {
             turn(room ? room : out, x, a->cos + p * a->half, a->sin + p * a->half, a->half, a->head_dim);
-            if (room) t->k->stream(&past, out, room, t->head_bytes, x + AHEAD);
+            if (room) t->k->stream_row(&stream, out, room, t->head_bytes, x + AHEAD);
         }
     }
-    if (room) t->k->stream_end(&past);
+    if (room) t->k->stream_end(&stream);
 }
 
 fc_status fc_rope(const fc_rope_args *a) {
@@ -36,7 +36,7 @@ fc_status fc_rope(const fc_rope_args *a) {
     const ptrdiff_t items = a->batch * a->seq;
     const double ns = (double)(a->heads * a->head_dim) * fc_ns.rope + fc_ns.rope_token;
     const int threads = fc_threads_for(items, ns);
-    if (fc_past_cache((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
+    if (fc_should_stream((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
         fc_scratch_alloc(NULL, &t.room, threads, (size_t)t.head_bytes))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, ns, body, &t);
