@@ -46,7 +46,7 @@ struct fc_stream {
 /* next: the row that will be read next, or NULL. stream: if not NULL, out goes past the caches, row after row */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset, const void *next, struct fc_stream *stream), out, h, x, residual, weight, n, eps, offset,\
+                 float offset, const void *next, struct fc_stream *stream), out, h, x, residual, weight, n, eps, offset, \
       next, stream)                                                                                                    \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
                    ptrdiff_t n, float eps, const void *next, struct fc_stream *stream), out, h, x, residual, weight,   \
@@ -69,8 +69,8 @@ struct fc_stream {
     X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
-    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float most), scale, inverse, x, n,    \
-      most)                                                                                                            \
+    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float qmax), scale, inverse, x, n,    \
+      qmax)                                                                                                            \
     X(quantize, (void *q, void *sums, const void *x, float inverse, ptrdiff_t n, ptrdiff_t padded, ptrdiff_t group,    \
                  int wide, int offset), q, sums, x, inverse, n, padded, group, wide, offset)                           \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
@@ -102,7 +102,7 @@ struct fc_stream {
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
-    X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                     \
+    X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float qmax))                                     \
     X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
     X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \

@@ -53,6 +53,6 @@ void fc_set_cache_bytes(fc_cache which, ptrdiff_t bytes) {
 ptrdiff_t fc_beyond_l2(void) { return fc_cache_bytes(FC_CACHE_L2) / 2; }
 
 ptrdiff_t fc_stream_from(void) {
-    const ptrdiff_t half = fc_cache_bytes(FC_CACHE_LAST) / 2, most = 16 << 20;
-    return half < most ? half : most;
+    const ptrdiff_t half = fc_cache_bytes(FC_CACHE_LAST) / 2, limit = 16 << 20;
+    return half < limit ? half : limit;
 }

@@ -73,22 +73,22 @@ FC_INLINE vf scaled_weight(const struct fc_attention_row *r, ptrdiff_t i, ptrdif
 /* q[n] w_scale ~ e^(s - shift) v_scale; the sum before v_scale */
 FC_INLINE vf integer_weights_of(const struct fc_attention_row *r, ptrdiff_t n, vf shift, int masked) {
     const vf total = weights_of(r->s, n, shift);
-    vf most = vf_zero(), poison = vf_zero();
+    vf top = vf_zero(), poison = vf_zero();
     ptrdiff_t i = 0;
     for (; i + FC_N <= n; i += FC_N) {
         vf w = scaled_weight(r, i, n, masked);
-        most = vf_max(w, most);
+        top = vf_max(w, top);
         poison += w * 0.0f;
         vf_store(r->s + i, w);
     }
     if (i < n) {
         vf w = scaled_weight(r, i, n, masked);
-        most = vf_max(w, most);
+        top = vf_max(w, top);
         poison += w * 0.0f;
         vf_store_n(r->s + i, w, n - i);
     }
     float inverse;
-    quantize_scales(r->w_scale, &inverse, vf_hmax(most), vf_sum(poison), 32767.0f);
+    quantize_scales(r->w_scale, &inverse, vf_hmax(top), vf_sum(poison), 32767.0f);
     put_s16(r->q, r->s, n, inverse);
     return total;
 }

@@ -26,12 +26,12 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const int more = a->far && i + 1 < end;
         const char *next = more ? x + a->row_bytes : NULL;
         char *out = a->out + c.at[0], *h = a->h ? a->h + c.at[1] : NULL;
-        char *room = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
+        char *stage = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
         if (a->centred)
-            a->k->layer_norm[a->type](out, room, x, residual, a->weight, a->bias, a->n, a->eps, next, out_stream);
+            a->k->layer_norm[a->type](out, stage, x, residual, a->weight, a->bias, a->n, a->eps, next, out_stream);
         else
-            a->k->rms_norm[a->type](out, room, x, residual, a->weight, a->n, a->eps, a->offset, next, out_stream);
-        if (room != h) a->k->stream_row(stream + 1, h, room, a->row_bytes, more ? residual + a->row_bytes : NULL);
+            a->k->rms_norm[a->type](out, stage, x, residual, a->weight, a->n, a->eps, a->offset, next, out_stream);
+        if (stage != h) a->k->stream_row(stream + 1, h, stage, a->row_bytes, more ? residual + a->row_bytes : NULL);
     }
     if (a->streamed) a->k->stream_end(stream);
     if (a->sums.block) a->k->stream_end(stream + 1);

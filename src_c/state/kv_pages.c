@@ -67,18 +67,18 @@ static float encode(const struct fc_kernels *kernels, fc_kv_type type, void *to,
     return scale;
 }
 
-/* The key (D) of one token: where it lies, or rotated in `room`, rounded to the dtype of k as fc_rope does */
+/* The key (D) of one token: where it lies, or rotated in `stage`, rounded to the dtype of k as fc_rope does */
 static const void *turned(const struct fc_kernels *kernels, const fc_append_args *a, const void *key, int64_t position,
-                          void *room) {
+                          void *stage) {
     if (!a->cos) return key;
     (a->interleaved ? kernels->rope_interleaved : kernels->rope_half)[a->type](
-        room, key, a->cos + position * a->half, a->sin + position * a->half, a->half, a->cache->head_dim);
-    return room;
+        stage, key, a->cos + position * a->half, a->sin + position * a->half, a->half, a->cache->head_dim);
+    return stage;
 }
 
 /* A whole panel: as words of 4 bytes, a channel or a pair of them, it is a transposition. */
 static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h,
-                                ptrdiff_t slot, const char *k, int64_t position, char *rows, void *room) {
+                                ptrdiff_t slot, const char *k, int64_t position, char *rows, void *stage) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t d = c->head_dim, ld = widest(c) * 4;
     char *panel = h->k + slot / PANEL * h->k_panel;
@@ -87,24 +87,24 @@ static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_appen
         return;
     }
     for (ptrdiff_t i = 0; i < PANEL; i++) {
-        encode(kernels, c->type, rows + i * ld, a->type, turned(kernels, a, k + i * a->k_stride[1], position + i, room), d);
+        encode(kernels, c->type, rows + i * ld, a->type, turned(kernels, a, k + i * a->k_stride[1], position + i, stage), d);
         if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
     }
     kernels->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
 }
 
 static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
-                       ptrdiff_t n, const char *k, int64_t position, char *rows, void *room) {
+                       ptrdiff_t n, const char *k, int64_t position, char *rows, void *stage) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type), d = c->head_dim;
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t at = slot + i;
         if (c->type != FC_KV_I8 && at % PANEL == 0 && n - i >= PANEL) {
-            store_panel_of_keys(kernels, a, h, at, k + i * a->k_stride[1], position + i, rows, room);
+            store_panel_of_keys(kernels, a, h, at, k + i * a->k_stride[1], position + i, rows, stage);
             i += PANEL;
             continue;
         }
-        const void *key = turned(kernels, a, k + i * a->k_stride[1], position + i, room);
+        const void *key = turned(kernels, a, k + i * a->k_stride[1], position + i, stage);
         const float scale = encode(kernels, c->type, rows, a->type, key, d);
         char *to = h->k + at / PANEL * h->k_panel + at % PANEL * unit * size;
         scatter(to, h->line, rows, unit * size, d / unit);

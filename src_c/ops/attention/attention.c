@@ -222,7 +222,7 @@ fc_status fc_attention(const fc_attention_args *a) {
     t.rows = t.block * t.group;
     t.d_padded = fc_round_up(a->head_dim, t.unit);
     t.e_padded = fc_round_up(a->v_dim, 16);
-    t.most = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (t.d_padded > 0 ? t.d_padded : 1));
+    t.qmax = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (t.d_padded > 0 ? t.d_padded : 1));
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;
     for (ptrdiff_t b = 0; b < a->batch; b++) {
         const struct fc_range see = fc_visible_to(a, b, 0, a->q_len - 1);

@@ -17,7 +17,7 @@ struct attention {
     void (*gemm)(const struct fc_gemm *);
     enum form form;          /* of queries and weights */
     ptrdiff_t x_size;        /* their bytes */
-    float most;              /* INT16: of a query's channel, so that the sums of its products fit */
+    float qmax;              /* INT16: of a query's channel, so that the sums of its products fit */
     ptrdiff_t unit;          /* keys, or channels of a key, in a line */
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */

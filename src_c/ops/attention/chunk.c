@@ -83,7 +83,7 @@ void fc_attention_load_queries(const struct attention *t, const struct where *w,
             if (t->form == BF16) t->k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
             else t->k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
             memset(q + a->head_dim * size, 0, (size_t)pad);
-            if (t->form == INT16) t->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->most);
+            if (t->form == INT16) t->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->qmax);
         }
     }
 }
