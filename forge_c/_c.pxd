@@ -77,7 +77,7 @@ cdef extern from "forge.h" nogil:
         const int64_t *positions
         ptrdiff_t positions_stride
         int64_t start_pos
-        ptrdiff_t batch, seq, heads, head_dim, half
+        ptrdiff_t batch, seq, heads, head_dim, rotary_pairs
         ptrdiff_t x_stride[3]
         ptrdiff_t out_stride[3]
         int interleaved
@@ -144,7 +144,7 @@ cdef extern from "forge.h" nogil:
         const int64_t *count
         const float *cos
         const float *sin
-        ptrdiff_t half
+        ptrdiff_t rotary_pairs
         int interleaved
         fc_workspace *workspace
     fc_status fc_append(const fc_append_args *args)
@@ -220,7 +220,7 @@ cdef extern from "forge.h" nogil:
         const fc_kv_cache *kv
         const float *cos
         const float *sin
-        ptrdiff_t half
+        ptrdiff_t rotary_pairs
     ctypedef struct fc_mlp_weights:
         ptrdiff_t inner
         fc_matrix up, down

@@ -83,9 +83,9 @@ fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, c
                  ptrdiff_t n);
 fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n);
 
-/* ---- rope: pair (a, b) at position p turns by the angle of (p, pair) ----
+/* ---- rope: pair (a, b) at position p rotates by the angle of (p, pair) ----
  * x, out (B, S, H, D), strides of axes 0..2; position (B or 1, S), already checked against the table;
- * cos, sin (max_seq_len, half): the first 2*half channels turn, the rest are copied. */
+ * cos, sin (max_seq_len, rotary_pairs): the first 2 rotary_pairs channels rotate, the rest are copied. */
 typedef struct {
     size_t size; /* sizeof(fc_rope_args) */
     fc_dtype type;
@@ -95,7 +95,7 @@ typedef struct {
     const int64_t *positions; /* NULL: start_pos + s */
     ptrdiff_t positions_stride; /* elements from batch to batch; 0: shared */
     int64_t start_pos;
-    ptrdiff_t batch, seq, heads, head_dim, half;
+    ptrdiff_t batch, seq, heads, head_dim, rotary_pairs;
     ptrdiff_t x_stride[3], out_stride[3];
     int interleaved;
 } fc_rope_args;
@@ -170,8 +170,8 @@ typedef struct {
     ptrdiff_t batch, seq;
     const int64_t *start; /* (B) position of the first token */
     const int64_t *count; /* (B) tokens to take, or NULL: all */
-    const float *cos, *sin; /* (max_seq_len, half) or NULL, read at the token's position */
-    ptrdiff_t half;
+    const float *cos, *sin; /* (max_seq_len, rotary_pairs) or NULL, read at the token's position */
+    ptrdiff_t rotary_pairs;
     int interleaved;
     fc_workspace *workspace;
 } fc_append_args;
@@ -250,8 +250,8 @@ typedef struct {
 } fc_attention_weights;
 typedef struct {
     const fc_kv_cache *kv;
-    const float *cos, *sin; /* (positions, half), or NULL: no RoPE */
-    ptrdiff_t half;
+    const float *cos, *sin; /* (positions, rotary_pairs), or NULL: no RoPE */
+    ptrdiff_t rotary_pairs;
 } fc_attention_state;
 
 /* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up) */

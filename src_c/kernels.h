@@ -46,7 +46,8 @@ struct fc_stream {
 /* next: the row that will be read next, or NULL. stream: if not NULL, out goes past the caches, row after row */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset, const void *next, struct fc_stream *stream), out, h, x, residual, weight, n, eps, offset, \
+                 float offset, const void *next, struct fc_stream *stream), out, h, x, residual, weight, n, eps,       \
+                 offset,                                                                                               \
       next, stream)                                                                                                    \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
                    ptrdiff_t n, float eps, const void *next, struct fc_stream *stream), out, h, x, residual, weight,   \
@@ -61,10 +62,12 @@ struct fc_stream {
     X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                  \
     X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
     X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)              \
-    X(rope_half, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim),        \
-      out, x, cos, sin, half, dim)                                                                                     \
-    X(rope_interleaved, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim), \
-      out, x, cos, sin, half, dim)                                                                                     \
+    X(rope_split_halves, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t pairs,               \
+      ptrdiff_t dim),                                                                                                  \
+      out, x, cos, sin, pairs, dim)                                                                                    \
+    X(rope_interleaved, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t pairs,                \
+      ptrdiff_t dim),                                                                                                  \
+      out, x, cos, sin, pairs, dim)                                                                                    \
     X(to_f32, (float *out, const void *x, ptrdiff_t n, float scale), out, x, n, scale)                                 \
     X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \

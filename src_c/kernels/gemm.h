@@ -210,10 +210,10 @@ enum { SHORT_SUMS = 1, SHORT_LINES = 4 };
 enum { SHORT_SUMS = 0, SHORT_LINES = 4 };
 #endif
 
-/* A panel's scales, or (half 1) minima or the second group's scales, from `lane` on */
-FC_INLINE vf int_scale(gemm_format f, int half, const char *line, ptrdiff_t lane) {
+/* A panel's scales, or (which 1) minima or the second group's scales, from `lane` on */
+FC_INLINE vf int_scale(gemm_format f, int which, const char *line, ptrdiff_t lane) {
     if (f->scale_bytes == 4) return vf_load(line + lane * 4);
-    return vf_from_f16((const uint16_t *)(const void *)line + half * FC_PANEL + lane);
+    return vf_from_f16((const uint16_t *)(const void *)line + which * FC_PANEL + lane);
 }
 
 /* A block is one chunk of lines, or several: its groups, or as much of a group as 16 bits sum. */
@@ -237,20 +237,20 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
     }
     for (ptrdiff_t b = 0; b < g->blocks; b++, w += block, start += groups)
         for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
-            const int half = groups > 1 ? (int)chunk : 0;
+            const int which = groups > 1 ? (int)chunk : 0;
             vi acc[FC_MR][FC_NV_FEW];
             vf scale[FC_NV_FEW], min[FC_NV_FEW];
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++)
-                    acc[i][j] = (vi){0} + (affine || shorts ? 0 : start[i * ldsums + half]);
+                    acc[i][j] = (vi){0} + (affine || shorts ? 0 : start[i * ldsums + which]);
             int_lines(f, mr, nv, acc, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, &ahead);
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) {
                 const char *line = w - in_line + all_lines * FC_LINE + j / FC_PER_PANEL * panel_stride;
                 const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
-                scale[j] = int_scale(f, half, line, lane);
+                scale[j] = int_scale(f, which, line, lane);
                 min[j] = affine ? int_scale(f, 1, line, lane) : vf_zero();
             }
 #pragma GCC unroll 8
@@ -258,7 +258,7 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++) {
                     char *to = c + i * ldc + j * FC_BYTES;
-                    const vi from = (vi){0} + (affine ? 0 : start[i * ldsums + half]);
+                    const vi from = (vi){0} + (affine ? 0 : start[i * ldsums + which]);
                     const vi sum = shorts ? vi_add_madd16(from, acc[i][j], (vi){0} + 0x00010001) : acc[i][j];
                     vf y = vf_load(to);
                     if (affine && chunk == 0) y = vf_fma(vf_set1(((const float *)start)[i * ldsums]), min[j], y);

@@ -13,8 +13,8 @@ struct rope {
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct rope *t = ctx;
     const fc_rope_args *a = t->a;
-    void (*turn)(void *, const void *, const float *, const float *, ptrdiff_t, ptrdiff_t) =
-        a->interleaved ? t->k->rope_interleaved[a->type] : t->k->rope_half[a->type];
+    void (*rotate)(void *, const void *, const float *, const float *, ptrdiff_t, ptrdiff_t) =
+        a->interleaved ? t->k->rope_interleaved[a->type] : t->k->rope_split_halves[a->type];
     struct fc_stream stream = {0};
     char *stage = t->stage.block ? fc_scratch_of(&t->stage, rank) : NULL;
     for (ptrdiff_t i = begin; i < end; i++) {
@@ -23,7 +23,8 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const char *x = (const char *)a->x + b * a->x_stride[0] + s * a->x_stride[1];
         char *out = (char *)a->out + b * a->out_stride[0] + s * a->out_stride[1];
         for (ptrdiff_t h = 0; h < a->heads; h++, x += a->x_stride[2], out += a->out_stride[2]) {
-            turn(stage ? stage : out, x, a->cos + p * a->half, a->sin + p * a->half, a->half, a->head_dim);
+            rotate(stage ? stage : out, x, a->cos + p * a->rotary_pairs, a->sin + p * a->rotary_pairs, a->rotary_pairs,
+                   a->head_dim);
             if (stage) t->k->stream_row(&stream, out, stage, t->head_bytes, x + AHEAD);
         }
     }

@@ -42,9 +42,11 @@ fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
 
 /* ---- in ---- */
 
-static ptrdiff_t widest(const fc_kv_cache *c) { return fc_round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64); }
+static ptrdiff_t widest(const fc_kv_cache *c) {
+    return fc_round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64);
+}
 
-/* 16 rows of float32, and one to convert or turn in */
+/* 16 rows of float32, and one to convert or rotate in */
 size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)fc_times((PANEL + 1) * 4, widest(c)); }
 
 /* One channel of a key, or one key of a channel, is `size` bytes; its line-mates are `step` apart. */
@@ -68,11 +70,12 @@ static float encode(const struct fc_kernels *kernels, fc_kv_type type, void *to,
 }
 
 /* The key (D) of one token: where it lies, or rotated in `stage`, rounded to the dtype of k as fc_rope does */
-static const void *turned(const struct fc_kernels *kernels, const fc_append_args *a, const void *key, int64_t position,
+static const void *rotated(const struct fc_kernels *kernels, const fc_append_args *a, const void *key, int64_t position,
                           void *stage) {
     if (!a->cos) return key;
-    (a->interleaved ? kernels->rope_interleaved : kernels->rope_half)[a->type](
-        stage, key, a->cos + position * a->half, a->sin + position * a->half, a->half, a->cache->head_dim);
+    (a->interleaved ? kernels->rope_interleaved : kernels->rope_split_halves)[a->type](
+        stage, key, a->cos + position * a->rotary_pairs, a->sin + position * a->rotary_pairs, a->rotary_pairs,
+        a->cache->head_dim);
     return stage;
 }
 
@@ -87,7 +90,8 @@ static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_appen
         return;
     }
     for (ptrdiff_t i = 0; i < PANEL; i++) {
-        encode(kernels, c->type, rows + i * ld, a->type, turned(kernels, a, k + i * a->k_stride[1], position + i, stage), d);
+        encode(kernels, c->type, rows + i * ld, a->type,
+               rotated(kernels, a, k + i * a->k_stride[1], position + i, stage), d);
         if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
     }
     kernels->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
@@ -104,7 +108,7 @@ static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a
             i += PANEL;
             continue;
         }
-        const void *key = turned(kernels, a, k + i * a->k_stride[1], position + i, stage);
+        const void *key = rotated(kernels, a, k + i * a->k_stride[1], position + i, stage);
         const float scale = encode(kernels, c->type, rows, a->type, key, d);
         char *to = h->k + at / PANEL * h->k_panel + at % PANEL * unit * size;
         scatter(to, h->line, rows, unit * size, d / unit);
@@ -180,8 +184,8 @@ static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const fc_kv_head head = fc_kv_head_of(c, b, g, chunk);
         fc_kv_store(t->kernels, a, &head, (ptrdiff_t)(from - chunk * FC_KV_CHUNK), (ptrdiff_t)(to - from),
                     (const char *)a->k + b * a->k_stride[0] + (from - first) * a->k_stride[1] + g * a->k_stride[2],
-                    (const char *)a->v + b * a->v_stride[0] + (from - first) * a->v_stride[1] + g * a->v_stride[2], from,
-                    fc_scratch_of(&t->scratch, rank));
+                    (const char *)a->v + b * a->v_stride[0] + (from - first) * a->v_stride[1] + g * a->v_stride[2],
+                    from, fc_scratch_of(&t->scratch, rank));
     }
 }
 
@@ -232,7 +236,8 @@ static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
                 k[d] = decoded(c->type, key + d / unit * h.line + d % unit * size, h.k_scale ? h.k_scale[slot] : 1.0f);
             for (ptrdiff_t e = 0; e < c->v_dim; e++)
                 v[e] = decoded(c->type,
-                               h.v + e / PANEL * h.v_panel + slot / unit * h.line + (e % PANEL * unit + slot % unit) * size,
+                               h.v + e / PANEL * h.v_panel + slot / unit * h.line +
+                                   (e % PANEL * unit + slot % unit) * size,
                                h.v_scale ? h.v_scale[slot] : 1.0f);
         }
     }
