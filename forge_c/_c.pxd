@@ -63,7 +63,7 @@ cdef extern from "forge.h" nogil:
         FC_GELU_TANH
         FC_ACTIVATIONS
     fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n)
-    fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear,
+    fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up,
                      const fc_rows *rows, ptrdiff_t n)
     fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n)
 

@@ -78,8 +78,8 @@ fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *row
 
 typedef enum { FC_RELU, FC_SILU, FC_GELU, FC_GELU_TANH, FC_ACTIVATIONS } fc_activation;
 fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n);
-/* out = f(gated) * linear */
-fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
+/* out = f(gate) * up. (Where a layer calls its two matrices W_up and W_gate, f acts on W_up.) */
+fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up, const fc_rows *rows,
                  ptrdiff_t n);
 fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n);
 
@@ -129,7 +129,7 @@ typedef struct {
     const float *norm; /* (K) or NULL; else x stands for fc_rms_norm of it, with this weight, eps and offset */
     float norm_eps, norm_offset;
     const float *bias; /* (N) or NULL; gated: (2, N) */
-    int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
+    int gated;         /* W holds 2N columns, panel by panel [gate16][up16]; out = f(gate) * up */
     fc_activation activation;
     const float *out_scale; /* (M) or NULL: 1; not if gated */
     fc_workspace *workspace;

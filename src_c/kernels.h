@@ -58,10 +58,10 @@ struct fc_stream {
     X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(gelu_tanh, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                   \
-    X(reglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
-    X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                  \
-    X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
-    X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)              \
+    X(reglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                             \
+    X(swiglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                            \
+    X(geglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                             \
+    X(geglu_tanh, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                        \
     X(rope_split_halves, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t pairs,               \
       ptrdiff_t dim),                                                                                                  \
       out, x, cos, sin, pairs, dim)                                                                                    \
@@ -82,14 +82,14 @@ struct fc_stream {
       n)                                                                                                               \
     X(linear_store, (void *out, const float *acc, float scale, const float *bias, float out_scale,                     \
       const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                               \
-    X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
-    X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
-    X(gated_store_gelu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
-    X(gated_store_gelu_tanh, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,   \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
+    X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
+    X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
+    X(gated_store_gelu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
+    X(gated_store_gelu_tanh, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,       \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
       weight_a, weight_b, n)
 

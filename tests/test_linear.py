@@ -570,7 +570,7 @@ def test_a_refused_call_says_why_and_writes_nothing(case):
     (lambda: pack(W.astype(np.float64)), TypeError, "pack: weight has dtype float64"),
     (lambda: pack(W[0]), ValueError, "pack: weight has shape (5,)"),
     (lambda: pack(W, group_size=32), ValueError, "pack: group_size is 32"),
-    (lambda: pack_gated(W, W[:3]), ValueError, "pack_gated: linear has shape (3, 5), expected (4, 5)"),
+    (lambda: pack_gated(W, W[:3]), ValueError, "pack_gated: up has shape (3, 5), expected (4, 5)"),
 ])
 def test_what_cannot_be_packed(call, error, message):
     with pytest.raises(error) as caught:

@@ -10,7 +10,7 @@ enum {
 struct elementwise {
     const struct fc_kernels *k;
     void (*unary)(void *out, const void *x, ptrdiff_t n);
-    void (*binary)(void *out, const void *gated, const void *linear, ptrdiff_t n);
+    void (*binary)(void *out, const void *gate, const void *up, ptrdiff_t n);
     char *out;
     const char *a, *b;
     const fc_rows *rows;
@@ -73,7 +73,7 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
     return run(&e, type, fc_ns.activation[f]);
 }
 
-fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
+fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up, const fc_rows *rows,
                  ptrdiff_t n) {
     const struct fc_kernels *k = fc_k;
     void (*const leaf[FC_ACTIVATIONS])(void *, const void *, const void *, ptrdiff_t) = {
@@ -82,7 +82,7 @@ fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, c
         [FC_GELU] = k->geglu[type],
         [FC_GELU_TANH] = k->geglu_tanh[type],
     };
-    struct elementwise e = {.k = k, .binary = leaf[f], .out = out, .a = gated, .b = linear, .rows = rows, .n = n,
+    struct elementwise e = {.k = k, .binary = leaf[f], .out = out, .a = gate, .b = up, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
     return run(&e, type, fc_ns.activation[f]);
 }

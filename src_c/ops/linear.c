@@ -1,4 +1,4 @@
-/* out = out_scale (x W + bias) + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of columns.
+/* out = out_scale (x W + bias) + residual, and the gated pair f(x W_gate + b_gate) * (x W_up + b_up), over tiles of columns.
  *
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
  * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
