@@ -14,7 +14,7 @@ static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 
 struct fc_gemm {
     float *c; /* whole panels, ldc from row to row */
     ptrdiff_t ldc;
-    const void *x; /* in the form that the format eats */
+    const void *x; /* of the a_type that the format multiplies */
     ptrdiff_t ldx;
     const void *sums; /* integer formats: (m, groups) of 4 bytes, what `quantize` makes; ldsums elements */
     ptrdiff_t ldsums;
@@ -106,7 +106,7 @@ struct fc_stream {
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float qmax))                                     \
-    X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
+    X(pv_partial_lines, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                        \
     X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
@@ -134,7 +134,7 @@ struct fc_kernels {
     const char *isa;
     /* operations per iteration of the peak_* leaves; 0: the ISA has no such unit */
     double ops_f32, ops_bf16, ops_i8;
-    /* the form of x that the ISA's products eat: float32 or bfloat16 against bfloat16 weights; bytes a value against
+    /* the a_type of the ISA's products: float32 or bfloat16 against bfloat16 weights; bytes a value against
      * integer ones */
     fc_dtype bf16_x;
     int i8_x, i4_x;

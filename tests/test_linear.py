@@ -27,7 +27,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ROWS = (0, 1, 2, 3, 5, 8, 13, 14, 17, 33, 65, 130)
 SIDES = (0, 1, 15, 16, 17, 31, 33, 48, 100, 257)
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
-# One past each block of ops/linear.c: rows, tile columns, streamed columns and k, loose k, packed float32 and
+# One past each block of ops/linear.c: rows, tile columns, streamed columns and k, unpacked k, packed float32 and
 # bfloat16 k; even and odd.
 BEYOND_BLOCKS = ((385, 33, 17), (769, 5, 70), (7, 33, 65), (7, 33, 129), (4, 65, 1025), (1, 129, 2050), (5, 65, 1025),
                  (7, 513, 33), (5, 1025, 80), (3, 2049, 33), (50, 2049, 17), (3, 4097, 33), (9, 4098, 17))

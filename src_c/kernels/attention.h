@@ -116,7 +116,7 @@ FC_INLINE vf value_of(fc_kv_type type, const char *w, ptrdiff_t key, int j) {
 
 /* c (panels) += x[lo:hi) V[lo:hi) for one row, whatever lo and hi are: the chain of gemm's tile, and where pairs of keys
  * are multiplied at once, half a pair with a zero for the other half. */
-FC_INLINE void ends_of(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, ptrdiff_t hi) {
+FC_INLINE void pv_partial(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, ptrdiff_t hi) {
     const char *w = g->w;
     for (ptrdiff_t p = 0; p < g->panels; p++, w += g->panel_stride)
         for (int j = 0; j < FC_PER_PANEL; j++) {
@@ -140,9 +140,9 @@ FC_INLINE void ends_of(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, p
         }
 }
 
-static void attention_ends(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi) {
-    if (type == FC_KV_F32) ends_of(FC_KV_F32, g, lo, hi);
-    else ends_of(FC_KV_BF16, g, lo, hi);
+static void pv_partial_lines(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi) {
+    if (type == FC_KV_F32) pv_partial(FC_KV_F32, g, lo, hi);
+    else pv_partial(FC_KV_BF16, g, lo, hi);
 }
 
 /* Whether x[n] holds neither an infinity nor a NaN */

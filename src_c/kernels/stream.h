@@ -10,7 +10,7 @@ FC_INLINE void stream_flush(struct fc_stream *p) {
     p->waiting = 0;
 }
 
-/* bytes from `from` to `out`. next: as many that will soon be read, asked for on the way, or NULL; they may lie beyond an
+/* bytes from `from` to `out`. next: as many that will soon be read, prefetched on the way, or NULL; they may lie beyond an
  * array's end. The processor's own fetching stops at each page. */
 FC_INLINE void stream_put(struct fc_stream *p, void *out, const void *from, ptrdiff_t bytes, const void *next) {
     char *to = out;

@@ -4,7 +4,7 @@
 enum {
     BLOCK = 4096,
     PIECE = 256,  /* past the caches: results that wait in L1, so few that they are written beside the next ones */
-    AHEAD = 4096, /* bytes that are asked for early */
+    PREFETCH_BYTES = 4096, /* of inputs, fetched early */
 };
 
 struct elementwise {
@@ -30,7 +30,7 @@ static void apply_streamed(const struct elementwise *e, struct fc_stream *stream
     for (ptrdiff_t i = 0; i < n; i += PIECE) {
         const ptrdiff_t count = fc_smaller(PIECE, n - i), at = i * e->size;
         apply(e, some, a + at, b + at, count);
-        e->k->stream_row(stream, out + at, some, count * e->size, a + at + AHEAD);
+        e->k->stream_row(stream, out + at, some, count * e->size, a + at + PREFETCH_BYTES);
     }
 }
 

@@ -12,7 +12,7 @@ struct norm {
     ptrdiff_t n;
     float eps, offset;
     ptrdiff_t row_bytes;
-    int streamed, far;
+    int streamed, beyond_l2;
     fc_scratch sums; /* a thread: a row of h on its way past the caches */
 };
 
@@ -23,7 +23,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     fc_cursor_at(&c, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
         const char *x = a->x + c.at[2], *residual = a->residual ? a->residual + c.at[3] : NULL;
-        const int more = a->far && i + 1 < end;
+        const int more = a->beyond_l2 && i + 1 < end;
         const char *next = more ? x + a->row_bytes : NULL;
         char *out = a->out + c.at[0], *h = a->h ? a->h + c.at[1] : NULL;
         char *stage = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
@@ -43,7 +43,7 @@ static fc_status run(struct norm *a, double ns_each) {
     const double ns = (double)a->n * ns_each + fc_ns.row;
     const int threads = fc_threads_for(count, ns);
     a->row_bytes = a->n * fc_size_of(a->type);
-    a->far = fc_far((double)count * (double)a->row_bytes);
+    a->beyond_l2 = fc_reads_beyond_l2((double)count * (double)a->row_bytes);
     a->streamed = fc_should_stream((double)count * (double)a->row_bytes, a->out == a->x || a->out == a->residual);
     if (a->streamed && a->residual && a->h != a->x && a->h != a->residual &&
         fc_scratch_alloc(NULL, &a->sums, threads, (size_t)a->row_bytes))

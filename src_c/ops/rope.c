@@ -1,7 +1,7 @@
 /* Rotary embedding: one item is one position of one sequence, all its heads. */
 #include "rows.h"
 
-enum { AHEAD = 4096 }; /* bytes of x that are asked for early */
+enum { PREFETCH_BYTES = 4096 }; /* of x, fetched early */
 
 struct rope {
     const struct fc_kernels *k;
@@ -25,7 +25,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         for (ptrdiff_t h = 0; h < a->heads; h++, x += a->x_stride[2], out += a->out_stride[2]) {
             rotate(stage ? stage : out, x, a->cos + p * a->rotary_pairs, a->sin + p * a->rotary_pairs, a->rotary_pairs,
                    a->head_dim);
-            if (stage) t->k->stream_row(&stream, out, stage, t->head_bytes, x + AHEAD);
+            if (stage) t->k->stream_row(&stream, out, stage, t->head_bytes, x + PREFETCH_BYTES);
         }
     }
     if (stage) t->k->stream_end(&stream);

@@ -8,7 +8,7 @@ struct softmax {
     const char *x;
     const fc_rows *rows;
     ptrdiff_t n;
-    int streamed, far;
+    int streamed, beyond_l2;
     fc_scratch exps; /* a thread: (n), where out cannot hold them */
 };
 
@@ -21,7 +21,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         void *out = a->out + c.at[0];
         const char *x = a->x + c.at[1];
         a->k->softmax[a->type](out, x, a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n,
-                               a->far && i + 1 < end ? x + a->n * fc_size_of(a->type) : NULL, a->streamed ? &stream : NULL);
+                               a->beyond_l2 && i + 1 < end ? x + a->n * fc_size_of(a->type) : NULL, a->streamed ? &stream : NULL);
     }
     if (a->streamed) a->k->stream_end(&stream);
 }
@@ -32,7 +32,7 @@ fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *row
     const ptrdiff_t count = fc_rows_count(rows);
     const double ns = (double)n * fc_ns.softmax + fc_ns.row;
     const int threads = fc_threads_for(count, ns);
-    a.far = fc_far((double)count * (double)(n * fc_size_of(type)));
+    a.beyond_l2 = fc_reads_beyond_l2((double)count * (double)(n * fc_size_of(type)));
     a.streamed = fc_should_stream((double)count * (double)(n * fc_size_of(type)), out == x);
     if ((type != FC_F32 || a.streamed) && fc_scratch_alloc(NULL, &a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, count, ns, body, &a);

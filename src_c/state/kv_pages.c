@@ -6,13 +6,13 @@
 
 enum { PANEL = 16 };
 
-static ptrdiff_t unit_of(fc_kv_type type) { return type == FC_KV_F32 ? 1 : 2; }
+static ptrdiff_t k_step_of(fc_kv_type type) { return type == FC_KV_F32 ? 1 : 2; }
 static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : type == FC_KV_BF16 ? 2 : 1; }
 
 /* ---- where things lie ---- */
 
 static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
-    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->head_dim, unit_of(c->type)));
+    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->head_dim, k_step_of(c->type)));
 }
 static ptrdiff_t values_bytes(const fc_kv_cache *c) {
     return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->v_dim, PANEL));
@@ -26,13 +26,13 @@ static ptrdiff_t head_bytes(const fc_kv_cache *c) {
 ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return fc_times(c->kv_heads, head_bytes(c)); }
 
 fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
-    const ptrdiff_t unit = unit_of(c->type);
+    const ptrdiff_t k_step = k_step_of(c->type);
     fc_kv_head h = {.k = (char *)page + g * head_bytes(c)};
     h.v = h.k + keys_bytes(c);
-    h.k_lines = fc_round_up(c->head_dim, unit) / unit;
-    h.line = PANEL * unit * value_bytes(c->type);
+    h.k_lines = fc_round_up(c->head_dim, k_step) / k_step;
+    h.line = PANEL * k_step * value_bytes(c->type);
     h.k_panel = h.k_lines * h.line;
-    h.v_panel = FC_KV_CHUNK / unit * h.line;
+    h.v_panel = FC_KV_CHUNK / k_step * h.line;
     if (c->type == FC_KV_I8) {
         h.k_scale = (float *)(void *)(h.v + values_bytes(c));
         h.v_scale = h.k_scale + FC_KV_CHUNK;
@@ -100,7 +100,7 @@ static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_appen
 static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
                        ptrdiff_t n, const char *k, int64_t position, char *rows, void *stage) {
     const fc_kv_cache *c = a->cache;
-    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type), d = c->head_dim;
+    const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type), d = c->head_dim;
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t at = slot + i;
         if (c->type != FC_KV_I8 && at % PANEL == 0 && n - i >= PANEL) {
@@ -110,11 +110,11 @@ static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a
         }
         const void *key = rotated(kernels, a, k + i * a->k_stride[1], position + i, stage);
         const float scale = encode(kernels, c->type, rows, a->type, key, d);
-        char *to = h->k + at / PANEL * h->k_panel + at % PANEL * unit * size;
-        scatter(to, h->line, rows, unit * size, d / unit);
-        if (d % unit) {
-            memcpy(to + d / unit * h->line, rows + (d - 1) * size, (size_t)size);
-            memset(to + d / unit * h->line + size, 0, (size_t)size);
+        char *to = h->k + at / PANEL * h->k_panel + at % PANEL * k_step * size;
+        scatter(to, h->line, rows, k_step * size, d / k_step);
+        if (d % k_step) {
+            memcpy(to + d / k_step * h->line, rows + (d - 1) * size, (size_t)size);
+            memset(to + d / k_step * h->line + size, 0, (size_t)size);
         }
         if (h->k_scale) h->k_scale[at] = scale;
         i++;
@@ -133,11 +133,11 @@ static void put_pair(char *line, const char *first, const char *second, ptrdiff_
 static void store_values(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
                          ptrdiff_t n, const char *v, char *rows) {
     const fc_kv_cache *c = a->cache;
-    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type);
+    const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
     const ptrdiff_t e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
     for (ptrdiff_t i = 0, two; i < n; i += two) {
         const ptrdiff_t at = slot + i;
-        two = unit == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
+        two = k_step == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
         for (ptrdiff_t j = 0; j < two; j++) {
             const float scale = encode(kernels, c->type, rows + j * ld, a->type, v + (i + j) * a->v_stride[1], e);
             memset(rows + j * ld + e * size, 0, (size_t)((padded - e) * size));
@@ -146,7 +146,7 @@ static void store_values(const struct fc_kernels *kernels, const fc_append_args 
         for (ptrdiff_t p = 0; p < padded / PANEL; p++) {
             char *line = h->v + p * h->v_panel, *row = rows + p * PANEL * size;
             if (two == 2) put_pair(line + at / 2 * h->line, row, row + ld, size);
-            else if (unit == 2) scatter(line + at / 2 * h->line + at % 2 * size, 2 * size, row, size, PANEL);
+            else if (k_step == 2) scatter(line + at / 2 * h->line + at % 2 * size, 2 * size, row, size, PANEL);
             else memcpy(line + at * h->line, row, (size_t)(PANEL * size));
         }
     }
@@ -224,20 +224,20 @@ struct read {
 static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct read *r = ctx;
     const fc_kv_cache *c = r->c;
-    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type);
+    const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t position = r->start + i, slot = position % FC_KV_CHUNK;
         for (ptrdiff_t g = 0; g < c->kv_heads; g++) {
             const fc_kv_head h = fc_kv_head_of(c, r->b, g, position / FC_KV_CHUNK);
-            const char *key = h.k + slot / PANEL * h.k_panel + slot % PANEL * unit * size;
+            const char *key = h.k + slot / PANEL * h.k_panel + slot % PANEL * k_step * size;
             float *k = r->k + (i * c->kv_heads + g) * c->head_dim, *v = r->v + (i * c->kv_heads + g) * c->v_dim;
             for (ptrdiff_t d = 0; d < c->head_dim; d++)
-                k[d] = decoded(c->type, key + d / unit * h.line + d % unit * size, h.k_scale ? h.k_scale[slot] : 1.0f);
+                k[d] = decoded(c->type, key + d / k_step * h.line + d % k_step * size, h.k_scale ? h.k_scale[slot] : 1.0f);
             for (ptrdiff_t e = 0; e < c->v_dim; e++)
                 v[e] = decoded(c->type,
-                               h.v + e / PANEL * h.v_panel + slot / unit * h.line +
-                                   (e % PANEL * unit + slot % unit) * size,
+                               h.v + e / PANEL * h.v_panel + slot / k_step * h.line +
+                                   (e % PANEL * k_step + slot % k_step) * size,
                                h.v_scale ? h.v_scale[slot] : 1.0f);
         }
     }

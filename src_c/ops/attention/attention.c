@@ -207,9 +207,9 @@ static void choose_pages(struct attention *t) {
                               .head_dim = a->head_dim, .v_dim = a->v_dim, .pages_a_row = pages};
     }
     t->gemm = t->kv.type == FC_KV_F32 ? t->k->gemm_f32 : t->kv.type == FC_KV_BF16 ? t->k->gemm_bf16 : t->k->gemm_s8;
-    t->form = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && t->k->bf16_x == FC_BF16 ? BF16 : FLOATS;
-    t->x_size = t->form == FLOATS ? 4 : 2;
-    t->unit = t->kv.type == FC_KV_F32 ? 1 : 2;
+    t->a_type = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && t->k->bf16_x == FC_BF16 ? BF16 : FLOATS;
+    t->x_size = t->a_type == FLOATS ? 4 : 2;
+    t->k_step = t->kv.type == FC_KV_F32 ? 1 : 2;
 }
 
 fc_status fc_attention(const fc_attention_args *a) {
@@ -220,7 +220,7 @@ fc_status fc_attention(const fc_attention_args *a) {
     if (t.block > a->q_len) t.block = a->q_len;
     t.blocks = (a->q_len + t.block - 1) / t.block;
     t.rows = t.block * t.group;
-    t.d_padded = fc_round_up(a->head_dim, t.unit);
+    t.d_padded = fc_round_up(a->head_dim, t.k_step);
     t.e_padded = fc_round_up(a->v_dim, 16);
     t.qmax = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (t.d_padded > 0 ? t.d_padded : 1));
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;

@@ -8,17 +8,17 @@
 
 /* FLOATS: float32. BF16: where the ISA multiplies pairs of bfloat16. INT16, against int8: each query, and each row of a
  * chunk's weights, has a scale; the sums of products are exact. */
-enum form { FLOATS, BF16, INT16 };
+enum a_type { FLOATS, BF16, INT16 };
 
 struct attention {
     const struct fc_kernels *k;
     const fc_attention_args *a;
     int threads; /* of all its regions at most: the scratch is for as many */
     void (*gemm)(const struct fc_gemm *);
-    enum form form;          /* of queries and weights */
+    enum a_type a_type;          /* of queries and weights */
     ptrdiff_t x_size;        /* their bytes */
     float qmax;              /* INT16: of a query's channel, so that the sums of its products fit */
-    ptrdiff_t unit;          /* keys, or channels of a key, in a line */
+    ptrdiff_t k_step;         /* keys, or channels of a key, in a line */
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
     ptrdiff_t rows, d_padded, e_padded; /* rows of a block = block * R; D in whole lines; E in whole panels */

@@ -7,7 +7,7 @@
 #include "attention.h"
 
 enum {
-    QUERIES_AHEAD = 4,
+    PREFETCH_QUERIES = 4,
     STRIP = 6,       /* rows whose values are multiplied together */
     SCORE_ROWS = 24, /* rows whose keys are, where rows end at different ones */
     LD_SCORES = FC_KV_CHUNK + 16,
@@ -66,10 +66,10 @@ static struct shared seen_by(const struct attention *t, const struct where *w, p
     return (struct shared){.lo = first.lo, .from = last.lo, .to = first.hi, .hi = last.hi};
 }
 
-/* Rows (query, head) of a block. A token's heads lie together and tokens far apart: the next ones are asked for. */
+/* Rows (query, head) of a block. A token's heads lie together and tokens far apart: the next ones are prefetched. */
 void fc_attention_load_queries(const struct attention *t, const struct where *w, const struct scratch *to) {
     const fc_attention_args *a = t->a;
-    const ptrdiff_t size = t->form == BF16 ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
+    const ptrdiff_t size = t->a_type == BF16 ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
     const ptrdiff_t bytes = t->group * a->head_dim * fc_size_of(a->q_type);
     char *q = to->q;
     float *scale = to->q_scale;
@@ -77,13 +77,13 @@ void fc_attention_load_queries(const struct attention *t, const struct where *w,
         (const char *)a->q + w->b * a->q_stride[0] + w->q0 * a->q_stride[1] + w->g * t->group * a->q_stride[2];
     for (ptrdiff_t i = 0; i < w->queries; i++) {
         const char *from = block + i * a->q_stride[1];
-        for (ptrdiff_t at = 0; i + QUERIES_AHEAD < w->queries && at < bytes; at += 64)
-            __builtin_prefetch(from + QUERIES_AHEAD * a->q_stride[1] + at);
+        for (ptrdiff_t at = 0; i + PREFETCH_QUERIES < w->queries && at < bytes; at += 64)
+            __builtin_prefetch(from + PREFETCH_QUERIES * a->q_stride[1] + at);
         for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size, scale++) {
-            if (t->form == BF16) t->k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
+            if (t->a_type == BF16) t->k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
             else t->k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
             memset(q + a->head_dim * size, 0, (size_t)pad);
-            if (t->form == INT16) t->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->qmax);
+            if (t->a_type == INT16) t->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->qmax);
         }
     }
 }
@@ -114,7 +114,7 @@ static const float *load_bias(const struct attention *t, const struct where *w, 
 /* scores (rows [row, row + rows), keys [lo, hi) and those of their panels) = q k^T */
 static void score(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows,
                   ptrdiff_t lo, ptrdiff_t hi) {
-    const ptrdiff_t first = lo / 16, last = (hi + 15) / 16, ldq = t->d_padded * (t->form == BF16 ? 2 : 4);
+    const ptrdiff_t first = lo / 16, last = (hi + 15) / 16, ldq = t->d_padded * (t->a_type == BF16 ? 2 : 4);
     if (hi <= lo) return;
     t->gemm(&(struct fc_gemm){
         .c = r->scores + row * LD_SCORES + first * 16, .ldc = LD_SCORES * 4, .x = r->q + row * ldq, .ldx = ldq,
@@ -122,19 +122,19 @@ static void score(const struct attention *t, const struct scratch *r, const fc_k
         .panels = last - first, .lines = h->k_lines});
 }
 
-/* scores [from, to) of a row -> weights, in the form that values are multiplied by */
+/* scores [from, to) of a row -> weights, in the type that values are multiplied by */
 static void weights(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t from,
                     ptrdiff_t to, const float *bias) {
     float *s = r->scores + row * LD_SCORES;
     const struct fc_attention_row one = {
         .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL, .v_scale = h->v_scale ? h->v_scale + from : NULL,
         .bias = bias,
-        .scale = t->form == FLOATS ? 1.0f : t->form == BF16 ? t->a->scale : r->q_scale[row],
+        .scale = t->a_type == FLOATS ? 1.0f : t->a_type == BF16 ? t->a->scale : r->q_scale[row],
         .softcap = t->a->softcap,
         .q = (int16_t *)(void *)s + from,
         .w_scale = &r->w_scale[row]};
     t->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
-    if (t->form == BF16) t->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
+    if (t->a_type == BF16) t->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
 static void weights_of_block(const struct attention *t, const struct where *w, const struct scratch *r, const fc_kv_head *h,
@@ -155,15 +155,15 @@ static void weigh_lines(const struct attention *t, const struct scratch *r, cons
     t->gemm(&(struct fc_gemm){
         .c = r->part + row * t->e_padded, .ldc = t->e_padded * 4,
         .x = (const char *)(r->scores + row * LD_SCORES) + lo * t->x_size, .ldx = LD_SCORES * 4,
-        .w = h->v + lo / t->unit * h->line, .panel_stride = h->v_panel, .m = rows,
-        .panels = t->e_padded / 16, .lines = (hi - lo) / t->unit, .accumulate = accumulate});
+        .w = h->v + lo / t->k_step * h->line, .panel_stride = h->v_panel, .m = rows,
+        .panels = t->e_padded / 16, .lines = (hi - lo) / t->k_step, .accumulate = accumulate});
 }
 
 /* part (row) += weights[lo:hi) V[lo:hi) */
-static void weigh_ends(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t lo,
+static void weigh_partial_lines(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t lo,
                        ptrdiff_t hi) {
     if (hi > lo)
-        t->k->attention_ends(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
+        t->k->pv_partial_lines(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
                                                .panel_stride = h->v_panel, .panels = t->e_padded / 16}, t->kv.type, lo, hi);
 }
 
@@ -171,7 +171,7 @@ static void weigh_ends(const struct attention *t, const struct scratch *r, const
 static void weigh_integers(const struct attention *t, const struct where *w, const struct scratch *r, const fc_kv_head *h,
                            ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
     const struct shared see = seen_by(t, w, row, rows, c);
-    const ptrdiff_t begin = see.lo / t->unit * t->unit, end = fc_round_up(see.hi, t->unit);
+    const ptrdiff_t begin = see.lo / t->k_step * t->k_step, end = fc_round_up(see.hi, t->k_step);
     for (ptrdiff_t i = row; i < row + rows; i++) {
         int16_t *weight = (int16_t *)(void *)(r->scores + i * LD_SCORES);
         const struct fc_range own = see_in(t, w, i, c);
@@ -190,18 +190,18 @@ static void weigh_integers(const struct attention *t, const struct where *w, con
 static void weigh_rows(const struct attention *t, const struct where *w, const struct scratch *r, const fc_kv_head *h,
                        ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
     const struct shared see = seen_by(t, w, row, rows, c);
-    const ptrdiff_t begin = fc_round_up(see.from, t->unit), last = see.to / t->unit * t->unit;
+    const ptrdiff_t begin = fc_round_up(see.from, t->k_step), last = see.to / t->k_step * t->k_step;
     const ptrdiff_t end = last > begin ? last : begin;
     const int heads = see.lo < begin; /* some row begins before the common keys: the first does */
     if (heads) memset(r->part + row * t->e_padded, 0, (size_t)(rows * t->e_padded) * 4);
     for (ptrdiff_t i = row; heads && i < row + rows; i++) {
         const struct fc_range own = see_in(t, w, i, c);
-        weigh_ends(t, r, h, i, own.lo, fc_smaller(own.hi, begin));
+        weigh_partial_lines(t, r, h, i, own.lo, fc_smaller(own.hi, begin));
     }
     weigh_lines(t, r, h, row, rows, begin, end, heads);
     for (ptrdiff_t i = row; i < row + rows; i++) {
         const struct fc_range own = see_in(t, w, i, c);
-        weigh_ends(t, r, h, i, own.lo > end ? own.lo : end, own.hi);
+        weigh_partial_lines(t, r, h, i, own.lo > end ? own.lo : end, own.hi);
     }
 }
 
@@ -218,7 +218,7 @@ static void weigh_unhidden(const struct attention *t, const struct where *w, con
     memset(part, 0, (size_t)t->e_padded * 4);
     for (ptrdiff_t lo = see.lo, hi; lo < see.hi; lo = hi + 1) {
         for (hi = lo; hi < see.hi && bias[hi] != -INFINITY;) hi++;
-        weigh_ends(t, r, h, row, lo, hi);
+        weigh_partial_lines(t, r, h, row, lo, hi);
     }
 }
 
@@ -239,7 +239,7 @@ int fc_attention_chunk(const struct attention *t, const struct where *w, const s
     }
     weights_of_block(t, w, r, &h, c);
     for (ptrdiff_t row = 0, count = same ? rows : STRIP; row < rows; row += count)
-        (t->form == INT16 ? weigh_integers : weigh_rows)(t, w, r, &h, row, fc_smaller(count, rows - row), c);
-    for (ptrdiff_t row = 0; a->mask && t->form != INT16 && row < rows; row++) weigh_unhidden(t, w, r, &h, row, c);
+        (t->a_type == INT16 ? weigh_integers : weigh_rows)(t, w, r, &h, row, fc_smaller(count, rows - row), c);
+    for (ptrdiff_t row = 0; a->mask && t->a_type != INT16 && row < rows; row++) weigh_unhidden(t, w, r, &h, row, c);
     return 1;
 }
