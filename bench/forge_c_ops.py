@@ -66,10 +66,10 @@ def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
     return lambda: layer(x)
 
 
-def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
-    swished, linear = _cast(swished, dtype), _cast(linear, dtype)
-    out = np.empty_like(swished)
-    return lambda: fc.swiglu(swished, linear, out=out)
+def swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    gate, up = _cast(gate, dtype), _cast(up, dtype)
+    out = np.empty_like(gate)
+    return lambda: fc.swiglu(gate, up, out=out)
 
 
 def silu(x: Array, *, dtype: str) -> Call:
@@ -90,15 +90,15 @@ def gelu_tanh(x: Array, *, dtype: str) -> Call:
     return lambda: fc.gelu(x, "tanh", out=out)
 
 
-def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
-    activated, linear = _cast(activated, dtype), _cast(linear, dtype)
-    out = np.empty_like(activated)
-    return lambda: fc.geglu(activated, linear, out=out)
+def geglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    gate, up = _cast(gate, dtype), _cast(up, dtype)
+    out = np.empty_like(gate)
+    return lambda: fc.geglu(gate, up, out=out)
 
 
-def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
-    both, last = fc.pack_gated(swished, linear, dtype), fc.pack(down, dtype)
-    hidden, out = np.empty((len(x), swished.shape[1]), np.float32), np.empty_like(x)
+def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
+    both, last = fc.pack_gated(gate, up, dtype), fc.pack(down, dtype)
+    hidden, out = np.empty((len(x), gate.shape[1]), np.float32), np.empty_like(x)
     return lambda: fc.linear(fc.gated_linear(x, both, out=hidden), last, out=out)
 
 
@@ -183,7 +183,7 @@ def block(x: Array, weights: dict[str, Any], *, past: tuple[Array, Array] | None
     layer.norm1.weight, layer.norm2.weight = w["norm1"], w["norm2"]
     a, ffn = layer.attention, layer.ffn
     a.W_q, a.W_k, a.W_v, a.W_o = (w[name] for name in "qkvo")
-    ffn.W_up, ffn.W_gate, ffn.W_down = w["swished"], w["linear"], w["down"]
+    ffn.W_up, ffn.W_gate, ffn.W_down = w["gate"], w["up"], w["down"]
     layer = layer.astype(dtype)
     if past is None:
         return lambda: layer(x)

@@ -103,13 +103,13 @@ def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
     return lambda: np.add(x, table[:x.shape[1]], out=out)
 
 
-def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
-    out = np.empty_like(swished)
-    return lambda: _swiglu(swished, linear, out)
+def swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    out = np.empty_like(gate)
+    return lambda: _swiglu(gate, up, out)
 
 
-def _swiglu(swished: Array, linear: Array, out: Array) -> Array:
-    return np.multiply(_silu(swished, out), linear, out=out)
+def _swiglu(gate: Array, up: Array, out: Array) -> Array:
+    return np.multiply(_silu(gate, out), up, out=out)
 
 
 def silu(x: Array, *, dtype: str) -> Call:
@@ -148,9 +148,9 @@ def _gelu(x: Array, out: Array, t: Array, p: Array) -> Array:
     return np.multiply(out, x, out=out)
 
 
-def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
-    out, t, p = (np.empty_like(activated) for _ in range(3))
-    return lambda: np.multiply(_gelu(activated, out, t, p), linear, out=out)
+def geglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    out, t, p = (np.empty_like(gate) for _ in range(3))
+    return lambda: np.multiply(_gelu(gate, out, t, p), up, out=out)
 
 
 def gelu_tanh(x: Array, *, dtype: str) -> Call:
@@ -170,13 +170,13 @@ def gelu_tanh(x: Array, *, dtype: str) -> Call:
     return call
 
 
-def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
-    a, b, hidden = (np.empty((len(x), swished.shape[1]), np.float32) for _ in range(3))
+def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
+    a, b, hidden = (np.empty((len(x), gate.shape[1]), np.float32) for _ in range(3))
     out = np.empty_like(x)
 
     def call() -> Array:
-        np.matmul(x, swished, out=a)
-        np.matmul(x, linear, out=b)
+        np.matmul(x, gate, out=a)
+        np.matmul(x, up, out=b)
         return np.matmul(_swiglu(a, b, hidden), down, out=out)
 
     return call
@@ -379,13 +379,13 @@ def _layer(x: Array, w: dict[str, Any], cache: _Cache, past: int) -> Array:
         _attend(q.transpose(1, 0, 2), keys, values, heads.transpose(1, 0, 2), scores)
     x = heads.reshape(seq, -1) @ w["o"] + x
     h = _rms_norm(x, w["norm2"], np.empty_like(x), w["eps"])
-    hidden = h @ w["swished"]
-    return _swiglu(hidden, h @ w["linear"], np.empty_like(hidden)) @ w["down"] + x
+    hidden = h @ w["gate"]
+    return _swiglu(hidden, h @ w["up"], np.empty_like(hidden)) @ w["down"] + x
 
 
 _NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q": "self_attn.q_proj",
-          "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "swished": "mlp.gate_proj",
-          "linear": "mlp.up_proj", "down": "mlp.down_proj"}
+          "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
+          "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
 
 class _Llama:

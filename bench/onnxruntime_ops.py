@@ -101,13 +101,13 @@ def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
     return _call([helper.make_node("Add", ["x", "t"], ["y"])], {"x": x}, np.empty_like(x), {"t": table[:x.shape[1]]})
 
 
-def _silu_product(swished: str, linear: str, out: str) -> list[Any]:
-    return [helper.make_node("QuickGelu", [swished], ["silu"], domain=_MS, alpha=1.0),
-            helper.make_node("Mul", ["silu", linear], [out])]
+def _silu_product(gate: str, up: str, out: str) -> list[Any]:
+    return [helper.make_node("QuickGelu", [gate], ["silu"], domain=_MS, alpha=1.0),
+            helper.make_node("Mul", ["silu", up], [out])]
 
 
-def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
-    return _call(_silu_product("a", "b", "y"), {"a": swished, "b": linear}, np.empty_like(swished))
+def swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    return _call(_silu_product("a", "b", "y"), {"a": gate, "b": up}, np.empty_like(gate))
 
 
 def silu(x: Array, *, dtype: str) -> Call:
@@ -122,15 +122,15 @@ def gelu_tanh(x: Array, *, dtype: str) -> Call:
     return _call([helper.make_node("Gelu", ["x"], ["y"], approximate="tanh")], {"x": x}, np.empty_like(x))
 
 
-def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
+def geglu(gate: Array, up: Array, *, dtype: str) -> Call:
     nodes = [helper.make_node("Gelu", ["a"], ["gelu"]), helper.make_node("Mul", ["gelu", "b"], ["y"])]
-    return _call(nodes, {"a": activated, "b": linear}, np.empty_like(activated))
+    return _call(nodes, {"a": gate, "b": up}, np.empty_like(gate))
 
 
-def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
+def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
     nodes = [helper.make_node("MatMul", ["x", "wa"], ["a"]), helper.make_node("MatMul", ["x", "wb"], ["b"]),
              *_silu_product("a", "b", "hidden"), helper.make_node("MatMul", ["hidden", "wc"], ["y"])]
-    return _call(nodes, {"x": x}, np.empty_like(x), {"wa": swished, "wb": linear, "wc": down})
+    return _call(nodes, {"x": x}, np.empty_like(x), {"wa": gate, "wb": up, "wc": down})
 
 
 def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Call:

@@ -11,7 +11,7 @@ DTYPES = {"float32": 4, "bfloat16": 2}
 @pytest.fixture
 def weights(normal):
     kv = KV_HEADS * D // HEADS
-    shapes = {"q": (D, D), "k": (D, kv), "v": (D, kv), "o": (D, D), "swished": (D, HIDDEN), "linear": (D, HIDDEN),
+    shapes = {"q": (D, D), "k": (D, kv), "v": (D, kv), "o": (D, D), "gate": (D, HIDDEN), "up": (D, HIDDEN),
               "down": (HIDDEN, D)}
     cos, sin = tables(2048, D // HEADS)
     return {name: normal(*shape, scale=shape[0] ** -0.5) for name, shape in shapes.items()} | {

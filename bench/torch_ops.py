@@ -71,8 +71,8 @@ def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
     return lambda: t + added
 
 
-def swiglu(swished: Array, linear: Array, *, dtype: str) -> Call:
-    a, b = _cast(swished, dtype), _cast(linear, dtype)
+def swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    a, b = _cast(gate, dtype), _cast(up, dtype)
     return lambda: F.silu(a) * b
 
 
@@ -91,13 +91,13 @@ def gelu_tanh(x: Array, *, dtype: str) -> Call:
     return lambda: F.gelu(t, approximate="tanh")
 
 
-def geglu(activated: Array, linear: Array, *, dtype: str) -> Call:
-    a, b = _cast(activated, dtype), _cast(linear, dtype)
+def geglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    a, b = _cast(gate, dtype), _cast(up, dtype)
     return lambda: F.gelu(a) * b
 
 
-def swiglu_mlp(x: Array, swished: Array, linear: Array, down: Array, *, dtype: str) -> Call:
-    t, a, b, c = _cast(x, dtype), *(_transposed(w, dtype) for w in (swished, linear, down))
+def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
+    t, a, b, c = _cast(x, dtype), *(_transposed(w, dtype) for w in (gate, up, down))
     return lambda: F.linear(F.silu(F.linear(t, a)) * F.linear(t, b), c)
 
 
@@ -158,7 +158,7 @@ def block(x: Array, weights: dict[str, Any], *, past: tuple[Array, Array] | None
                                                enable_gqa=True)
         y = t + F.linear(heads.transpose(1, 2).reshape(1, seq, -1), w["o"])
         h = F.rms_norm(y, w["norm2"].shape, w["norm2"], weights["eps"])
-        return y + F.linear(F.silu(F.linear(h, w["swished"])) * F.linear(h, w["linear"]), w["down"])
+        return y + F.linear(F.silu(F.linear(h, w["gate"])) * F.linear(h, w["up"]), w["down"])
 
     return call
 

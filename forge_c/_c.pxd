@@ -63,7 +63,7 @@ cdef extern from "forge.h" nogil:
         FC_GELU_TANH
         FC_ACTIVATIONS
     fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n)
-    fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear,
+    fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up,
                      const fc_rows *rows, ptrdiff_t n)
     fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n)
 
@@ -77,7 +77,7 @@ cdef extern from "forge.h" nogil:
         const int64_t *positions
         ptrdiff_t positions_stride
         int64_t start_pos
-        ptrdiff_t batch, seq, heads, head_dim, half
+        ptrdiff_t batch, seq, heads, head_dim, rotary_pairs
         ptrdiff_t x_stride[3]
         ptrdiff_t out_stride[3]
         int interleaved
@@ -144,7 +144,7 @@ cdef extern from "forge.h" nogil:
         const int64_t *count
         const float *cos
         const float *sin
-        ptrdiff_t half
+        ptrdiff_t rotary_pairs
         int interleaved
         fc_workspace *workspace
     fc_status fc_append(const fc_append_args *args)
@@ -220,7 +220,7 @@ cdef extern from "forge.h" nogil:
         const fc_kv_cache *kv
         const float *cos
         const float *sin
-        ptrdiff_t half
+        ptrdiff_t rotary_pairs
     ctypedef struct fc_mlp_weights:
         ptrdiff_t inner
         fc_matrix up, down

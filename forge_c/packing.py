@@ -60,20 +60,20 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
     return PackedWeight(panels, w.shape, dtype, False, f.group)
 
 
-def pack_gated(swished: ArrayLike, linear: ArrayLike, dtype: str = "float32", *,
+def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *,
                group_size: int | None = None) -> PackedWeight:
     """Pack the two matrices of a gated MLP, both (in_features, hidden), side by side for `gated_linear`.
 
-    `swished` is the side that goes through the activation: LLaMA's gate_proj, transposed. The rest is as in `pack`.
+    `gate` is the side that goes through the activation: LLaMA's gate_proj, transposed. The rest is as in `pack`.
 
     >>> w = np.eye(3, dtype=np.float32)
     >>> pack_gated(w, w)
     PackedWeight(shape=(3, 6), dtype='float32', gated=True)
     """
     f = Format.checked("pack_gated", dtype, group_size)
-    a, b = _matrix("pack_gated", "swished", swished), _matrix("pack_gated", "linear", linear)
+    a, b = _matrix("pack_gated", "gate", gate), _matrix("pack_gated", "up", up)
     if a.shape != b.shape:
-        raise ValueError(f"pack_gated: linear has shape {b.shape}, expected {a.shape}")
+        raise ValueError(f"pack_gated: up has shape {b.shape}, expected {a.shape}")
     panels = _aligned(-(-a.shape[1] // PANEL) * 2, f.panel_bytes(a.shape[0]))
     fill("pack_gated", f, panels[0::2], a)
     fill("pack_gated", f, panels[1::2], b)
@@ -108,7 +108,7 @@ def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> Floats:
-    """The matrix that the kernel multiplies by, (in, out) float32; for a gated pair swished beside linear."""
+    """The matrix that the kernel multiplies by, (in, out) float32; for a gated pair gate beside up."""
     f, (k, n) = Format(packed.dtype, packed.group_size), packed.shape
     panels = packed.data.view(np.uint8).reshape(len(packed.data), f.blocks(k), f.block_bytes)
     sides = [panels[0::2], panels[1::2]] if packed.gated else [panels]

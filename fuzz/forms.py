@@ -124,7 +124,7 @@ def activation(rng: Rng) -> Call:
     name = pick(rng, tuple(REFERENCE))
     tanh = {"approximate": "tanh"} if name.endswith("_tanh") else {}
     function = partial(getattr(fc, name.removesuffix("_tanh")), **tanh)
-    names = {"swiglu": ("swished", "linear"), "geglu": ("gated", "linear"), "geglu_tanh": ("gated", "linear")}
+    names = {"swiglu": ("gate", "up"), "geglu": ("gate", "up"), "geglu_tanh": ("gate", "up")}
     shape, dtype = (*lead(rng), pick(rng, LENGTHS)), pick(rng, DTYPES)
     arrays = {arg: values(rng, shape, dtype, pick(rng, KINDS)) for arg in names.get(name, ("x",))}
     return Call(name, arrays, function, partial(_check_activation, name), alias=tuple(arrays))

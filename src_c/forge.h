@@ -78,14 +78,14 @@ fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *row
 
 typedef enum { FC_RELU, FC_SILU, FC_GELU, FC_GELU_TANH, FC_ACTIVATIONS } fc_activation;
 fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n);
-/* out = f(gated) * linear */
-fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
+/* out = f(gate) * up. (Where a layer calls its two matrices W_up and W_gate, f acts on W_up.) */
+fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up, const fc_rows *rows,
                  ptrdiff_t n);
 fc_status fc_convert(fc_dtype type, float *out, const void *x, ptrdiff_t n);
 
-/* ---- rope: pair (a, b) at position p turns by the angle of (p, pair) ----
+/* ---- rope: pair (a, b) at position p rotates by the angle of (p, pair) ----
  * x, out (B, S, H, D), strides of axes 0..2; position (B or 1, S), already checked against the table;
- * cos, sin (max_seq_len, half): the first 2*half channels turn, the rest are copied. */
+ * cos, sin (max_seq_len, rotary_pairs): the first 2 rotary_pairs channels rotate, the rest are copied. */
 typedef struct {
     size_t size; /* sizeof(fc_rope_args) */
     fc_dtype type;
@@ -95,7 +95,7 @@ typedef struct {
     const int64_t *positions; /* NULL: start_pos + s */
     ptrdiff_t positions_stride; /* elements from batch to batch; 0: shared */
     int64_t start_pos;
-    ptrdiff_t batch, seq, heads, head_dim, half;
+    ptrdiff_t batch, seq, heads, head_dim, rotary_pairs;
     ptrdiff_t x_stride[3], out_stride[3];
     int interleaved;
 } fc_rope_args;
@@ -129,7 +129,7 @@ typedef struct {
     const float *norm; /* (K) or NULL; else x stands for fc_rms_norm of it, with this weight, eps and offset */
     float norm_eps, norm_offset;
     const float *bias; /* (N) or NULL; gated: (2, N) */
-    int gated;         /* W holds 2N columns, panel by panel [gated16][linear16]; out = f(gated) * linear */
+    int gated;         /* W holds 2N columns, panel by panel [gate16][up16]; out = f(gate) * up */
     fc_activation activation;
     const float *out_scale; /* (M) or NULL: 1; not if gated */
     fc_workspace *workspace;
@@ -148,7 +148,7 @@ fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, cons
  *     K (256 / 16, D / u, 16, u)    V (E / 16, 256 / u, 16, u)    and with FC_KV_I8 scales of K, V (2, 256)
  * u = 1 for FC_KV_F32, else 2; D is rounded up to a multiple of u, E to one of 16, with zeros. FC_KV_I8: a number is
  * int8 times its token's float32 scale, max / 127. */
-enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention.c */
+enum { FC_KV_CHUNK = 256 }; /* keys are cut at absolute positions 0, 256, 512, ...; see ops/attention */
 typedef enum { FC_KV_F32, FC_KV_BF16, FC_KV_I8 } fc_kv_type;
 typedef struct {
     size_t size; /* sizeof(fc_kv_cache) */
@@ -170,8 +170,8 @@ typedef struct {
     ptrdiff_t batch, seq;
     const int64_t *start; /* (B) position of the first token */
     const int64_t *count; /* (B) tokens to take, or NULL: all */
-    const float *cos, *sin; /* (max_seq_len, half) or NULL, read at the token's position */
-    ptrdiff_t half;
+    const float *cos, *sin; /* (max_seq_len, rotary_pairs) or NULL, read at the token's position */
+    ptrdiff_t rotary_pairs;
     int interleaved;
     fc_workspace *workspace;
 } fc_append_args;
@@ -250,8 +250,8 @@ typedef struct {
 } fc_attention_weights;
 typedef struct {
     const fc_kv_cache *kv;
-    const float *cos, *sin; /* (positions, half), or NULL: no RoPE */
-    ptrdiff_t half;
+    const float *cos, *sin; /* (positions, rotary_pairs), or NULL: no RoPE */
+    ptrdiff_t rotary_pairs;
 } fc_attention_state;
 
 /* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up) */

@@ -13,13 +13,13 @@
 enum { FC_PANEL = 16, FC_LINE = 64 }; /* columns; bytes of a cache line, and of a line of weights */
 enum { FC_ANY_GROUP = -1 };           /* the weight says how many rows share a scale */
 
-/* What multiplies a number of W */
+/* What a number of W is multiplied by: the type of x in the product */
 typedef enum {
-    FC_X_F32,
-    FC_X_BF16, /* x rounded to bfloat16 */
-    FC_X_I8,   /* integers -127..127 and a scale a row of x */
-    FC_X_I16   /* integers that whoever multiplies has made */
-} fc_x_form;
+    FC_A_F32,
+    FC_A_BF16, /* x rounded to bfloat16 */
+    FC_A_I8,   /* integers -127..127 and a scale a row of x */
+    FC_A_I16   /* integers that whoever multiplies has made */
+} fc_a_type;
 
 struct fc_format {
     const char *name;
@@ -30,22 +30,22 @@ struct fc_format {
     int block_groups;
     int scale_bytes, minimum_bytes; /* of a column and group: 4 float32, 2 float16, 0 none */
     int zero;                       /* the u that stands for 0 */
-    fc_x_form x;
+    fc_a_type a_type;
 };
 
 static const struct fc_format fc_formats[FC_LAYOUTS] = {
-    /*                  name            packed bits k_step group     groups scale min zero x */
-    [FC_PACKED_F32] = {"float32",           1, 32, 1, 0,            1,     0,    0,  0,   FC_X_F32},
-    [FC_PACKED_BF16] = {"bfloat16",         1, 16, 2, 0,            1,     0,    0,  0,   FC_X_BF16},
-    [FC_PACKED_I8] = {"int8",               1,  8, 4, FC_ANY_GROUP, 1,     4,    0,  128, FC_X_I8},
-    [FC_PACKED_I4] = {"int4 symmetric",     1,  4, 8, 32,           2,     2,    0,  8,   FC_X_I8},
-    [FC_PACKED_I4Z] = {"int4 affine",       1,  4, 8, FC_ANY_GROUP, 1,     2,    2,  0,   FC_X_I8},
-    [FC_ROWS] = {"rows",                    0, 32, 1, 0,            1,     0,    0,  0,   FC_X_F32},
-    [FC_COLS] = {"columns",                 0, 32, 1, 0,            1,     0,    0,  0,   FC_X_F32},
+    /*                  name            packed bits k_step group     groups scale min zero a_type */
+    [FC_PACKED_F32] = {"float32",           1, 32, 1, 0,            1,     0,    0,  0,   FC_A_F32},
+    [FC_PACKED_BF16] = {"bfloat16",         1, 16, 2, 0,            1,     0,    0,  0,   FC_A_BF16},
+    [FC_PACKED_I8] = {"int8",               1,  8, 4, FC_ANY_GROUP, 1,     4,    0,  128, FC_A_I8},
+    [FC_PACKED_I4] = {"int4 symmetric",     1,  4, 8, 32,           2,     2,    0,  8,   FC_A_I8},
+    [FC_PACKED_I4Z] = {"int4 affine",       1,  4, 8, FC_ANY_GROUP, 1,     2,    2,  0,   FC_A_I8},
+    [FC_ROWS] = {"rows",                    0, 32, 1, 0,            1,     0,    0,  0,   FC_A_F32},
+    [FC_COLS] = {"columns",                 0, 32, 1, 0,            1,     0,    0,  0,   FC_A_F32},
 };
 
 /* int8 keys and values in pages, whose scales belong to tokens and lie elsewhere */
-static const struct fc_format fc_page_i8 = {"int8 page", 1, 8, 2, 0, 1, 0, 0, 0, FC_X_I16};
+static const struct fc_format fc_page_i8 = {"int8 page", 1, 8, 2, 0, 1, 0, 0, 0, FC_A_I16};
 
 /* What follows from a row, and from the group of a weight */
 static inline ptrdiff_t fc_line_bytes(const struct fc_format *f) { return f->k_step * f->bits * FC_PANEL / 8; }

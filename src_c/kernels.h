@@ -14,7 +14,7 @@ static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 
 struct fc_gemm {
     float *c; /* whole panels, ldc from row to row */
     ptrdiff_t ldc;
-    const void *x; /* in the form that the format eats */
+    const void *x; /* of the a_type that the format multiplies */
     ptrdiff_t ldx;
     const void *sums; /* integer formats: (m, groups) of 4 bytes, what `quantize` makes; ldsums elements */
     ptrdiff_t ldsums;
@@ -35,41 +35,45 @@ struct fc_attention_row {
     float *w_scale;
 };
 
-/* What goes past the caches, on its way: the last `waiting` bytes before `end`, less than a vector; see kernels/past.h. */
-struct fc_past {
+/* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
+ * kernels/stream.h. */
+struct fc_stream {
     char *end;
     ptrdiff_t waiting;
     char bytes[64];
 };
 
-/* next: the row that will be read next, or NULL. past: if not NULL, out goes past the caches, row after row */
+/* next: the row that will be read next, or NULL. stream: if not NULL, out goes past the caches, row after row */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
-                 float offset, const void *next, struct fc_past *past), out, h, x, residual, weight, n, eps, offset,   \
-      next, past)                                                                                                      \
+                 float offset, const void *next, struct fc_stream *stream), out, h, x, residual, weight, n, eps,       \
+                 offset,                                                                                               \
+      next, stream)                                                                                                    \
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
-                   ptrdiff_t n, float eps, const void *next, struct fc_past *past), out, h, x, residual, weight, bias, \
-      n, eps, next, past)                                                                                              \
-    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, const void *next, struct fc_past *past), out, x, e,   \
-      n, next, past)                                                                                                   \
+                   ptrdiff_t n, float eps, const void *next, struct fc_stream *stream), out, h, x, residual, weight,   \
+      bias, n, eps, next, stream)                                                                                      \
+    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, const void *next, struct fc_stream *stream), out, x,  \
+      e, n, next, stream)                                                                                              \
     X(relu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
     X(gelu_tanh, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                   \
-    X(reglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
-    X(swiglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                  \
-    X(geglu, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)                   \
-    X(geglu_tanh, (void *out, const void *gated, const void *linear, ptrdiff_t n), out, gated, linear, n)              \
-    X(rope_half, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim),        \
-      out, x, cos, sin, half, dim)                                                                                     \
-    X(rope_interleaved, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t half, ptrdiff_t dim), \
-      out, x, cos, sin, half, dim)                                                                                     \
+    X(reglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                             \
+    X(swiglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                            \
+    X(geglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                             \
+    X(geglu_tanh, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                        \
+    X(rope_split_halves, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t pairs,               \
+      ptrdiff_t dim),                                                                                                  \
+      out, x, cos, sin, pairs, dim)                                                                                    \
+    X(rope_interleaved, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t pairs,                \
+      ptrdiff_t dim),                                                                                                  \
+      out, x, cos, sin, pairs, dim)                                                                                    \
     X(to_f32, (float *out, const void *x, ptrdiff_t n, float scale), out, x, n, scale)                                 \
     X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
-    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float most), scale, inverse, x, n,      \
-      most)                                                                                                           \
+    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float qmax), scale, inverse, x, n,    \
+      qmax)                                                                                                            \
     X(quantize, (void *q, void *sums, const void *x, float inverse, ptrdiff_t n, ptrdiff_t padded, ptrdiff_t group,    \
                  int wide, int offset), q, sums, x, inverse, n, padded, group, wide, offset)                           \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
@@ -77,15 +81,15 @@ struct fc_past {
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
     X(linear_store, (void *out, const float *acc, float scale, const float *bias, float out_scale,                     \
-      const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                                                                              \
-    X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
-    X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
-    X(gated_store_gelu, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,        \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
-    X(gated_store_gelu_tanh, (void *out, const float *acc, float scale, const float *bias, const float *bias_linear,   \
-      ptrdiff_t n), out, acc, scale, bias, bias_linear, n)                                                             \
+      const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                               \
+    X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
+    X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
+    X(gated_store_gelu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
+    X(gated_store_gelu_tanh, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,       \
+      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
       weight_a, weight_b, n)
 
@@ -96,13 +100,13 @@ struct fc_past {
     X(gemm_i8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
-    X(stream, (struct fc_past *past, void *out, const void *from, ptrdiff_t bytes, const void *next))                  \
-    X(stream_end, (struct fc_past *past))                                                                              \
+    X(stream_row, (struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next))          \
+    X(stream_end, (struct fc_stream *stream))                                                                          \
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
-    X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float most))                                      \
-    X(attention_ends, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                          \
+    X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float qmax))                                     \
+    X(pv_partial_lines, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                        \
     X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
@@ -130,7 +134,7 @@ struct fc_kernels {
     const char *isa;
     /* operations per iteration of the peak_* leaves; 0: the ISA has no such unit */
     double ops_f32, ops_bf16, ops_i8;
-    /* the form of x that the ISA's products eat: float32 or bfloat16 against bfloat16 weights; bytes a value against
+    /* the a_type of the ISA's products: float32 or bfloat16 against bfloat16 weights; bytes a value against
      * integer ones */
     fc_dtype bf16_x;
     int i8_x, i4_x;

@@ -27,7 +27,7 @@ static ptrdiff_t linux_says(char index, const char *name) {
     return *c == 'K' ? n << 10 : *c == 'M' ? n << 20 : n;
 }
 
-static ptrdiff_t ask(int level) {
+static ptrdiff_t ask_system(int level) {
     long bytes = 0;
 #ifdef _SC_LEVEL3_CACHE_SIZE
     bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
@@ -39,7 +39,7 @@ static ptrdiff_t ask(int level) {
 
 __attribute__((constructor)) static void ask_for_caches(void) {
     for (int i = 0; i < FC_CACHES; i++) {
-        const ptrdiff_t bytes = ask(level_of[i]);
+        const ptrdiff_t bytes = ask_system(level_of[i]);
         in_use[i] = found[i] = bytes >= least[i] ? bytes : usual[i];
     }
 }
@@ -53,6 +53,6 @@ void fc_set_cache_bytes(fc_cache which, ptrdiff_t bytes) {
 ptrdiff_t fc_beyond_l2(void) { return fc_cache_bytes(FC_CACHE_L2) / 2; }
 
 ptrdiff_t fc_stream_from(void) {
-    const ptrdiff_t half = fc_cache_bytes(FC_CACHE_LAST) / 2, most = 16 << 20;
-    return half < most ? half : most;
+    const ptrdiff_t half = fc_cache_bytes(FC_CACHE_LAST) / 2, limit = 16 << 20;
+    return half < limit ? half : limit;
 }

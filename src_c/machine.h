@@ -40,7 +40,7 @@ static const struct {
     .read = 1.5,
 };
 
-/* Inputs of more bytes come from beyond the second cache: then the next row is asked for early. */
+/* Inputs of more bytes come from beyond the second cache: then the next row is prefetched. */
 ptrdiff_t fc_beyond_l2(void);
 
 /* A larger result is kept by no cache until it is read: then it is written past them, and its lines need not be read

@@ -24,7 +24,7 @@ fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, voi
 
 /* program(ctx) on the calling thread. Its fc_static and fc_dynamic share one parallel region, whose other threads wait
  * for them without leaving it: cheaper than a region each where ops are short. */
-fc_status fc_together(fc_status (*program)(void *ctx), void *ctx);
+fc_status fc_parallel_region(fc_status (*program)(void *ctx), void *ctx);
 
 /* Whether the user wants to stop (Ctrl-C), asked of the border. For drivers of several ops, between them. */
 int fc_interrupted(void);

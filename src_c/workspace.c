@@ -6,7 +6,7 @@
 
 struct fc_workspace {
     char *block;
-    size_t room, used;
+    size_t capacity, used;
     size_t wanted; /* the most that was in use at once, malloc's share included */
 };
 
@@ -17,16 +17,16 @@ void fc_workspace_free(fc_workspace *w) {
     free(w);
 }
 
-size_t fc_workspace_bytes(const fc_workspace *w) { return w->room; }
+size_t fc_workspace_bytes(const fc_workspace *w) { return w->capacity; }
 
 /* Of an empty stack. Without memory it stays as it was. */
 static void grow(fc_workspace *w) {
-    size_t room = 4096;
-    while (room < w->wanted && room <= SIZE_MAX / 4) room *= 2;
-    char *block = malloc(room + 64);
+    size_t capacity = 4096;
+    while (capacity < w->wanted && capacity <= SIZE_MAX / 4) capacity *= 2;
+    char *block = malloc(capacity + 64);
     if (!block) return;
     free(w->block);
-    w->block = block, w->room = room;
+    w->block = block, w->capacity = capacity;
 }
 
 /* A spare line between slices, and never a multiple of 4096: equal low bits would collide in L1. */
@@ -44,12 +44,12 @@ int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t byte
     *s = (fc_scratch){0};
     if (total_bytes(&s->stride, &total, threads, bytes)) return -1;
     if (from) {
-        if (from->used == 0 && from->wanted > from->room) grow(from);
+        if (from->used == 0 && from->wanted > from->capacity) grow(from);
         const size_t at = from->used;
         from->used += total;
         if (from->used > from->wanted) from->wanted = from->used;
         s->from = from, s->taken = total;
-        if (from->used <= from->room) {
+        if (from->used <= from->capacity) {
             s->base = aligned(from->block) + at;
             return 0;
         }

@@ -81,8 +81,8 @@ def _packed(dtype: str) -> Callable[..., Any]:
 
 
 def _gated(activation: str, dtype: str) -> Callable[..., Any]:
-    return lambda x, swished, linear, bias, out=None: fc.gated_linear(
-        x, fc.pack_gated(swished, linear, dtype), bias, activation=activation, out=out)
+    return lambda x, gate, up, bias, out=None: fc.gated_linear(
+        x, fc.pack_gated(gate, up, dtype), bias, activation=activation, out=out)
 
 
 def _cached(q: Any, k: Any, v: Any, out: Any = None) -> Any:
@@ -104,8 +104,8 @@ _ATTENTION = {"q": rows((2, 3, 4, 16), (2, 150, 4, 32)), "k": rows((2, 7, 2, 16)
 _ROPE = {"cos": Arg("asarray", (ROPE_POSITIONS, 8), (ROPE_POSITIONS, 16), dtype="float32"),
          "sin": Arg("asarray", (ROPE_POSITIONS, 8), (ROPE_POSITIONS, 16), dtype="float32"),
          "positions": Arg("positions", (2, 5), (2, 64), below=ROPE_POSITIONS)}
-_GATED = {"x": _SIZES["x"], "swished": Arg("asarray", (20, 35), (256, 200)),
-          "linear": Arg("asarray", (20, 35), (256, 200)), "bias": Arg("copied", (2, 35), (2, 200))}
+_GATED = {"x": _SIZES["x"], "gate": Arg("asarray", (20, 35), (256, 200)),
+          "up": Arg("asarray", (20, 35), (256, 200)), "bias": Arg("copied", (2, 35), (2, 200))}
 
 OPS = {op.name: op for op in (
     Op("rms_norm", fc.rms_norm, {"x": _X, "weight": vector(33, 512)}, 1, frozenset({"x"})),
@@ -119,8 +119,8 @@ OPS = {op.name: op for op in (
     Op("silu", fc.silu, {"x": _X}, 1, frozenset({"x"})),
     Op("gelu", fc.gelu, {"x": _X}, 1, frozenset({"x"})),
     Op("gelu_tanh", lambda x, out=None: fc.gelu(x, "tanh", out=out), {"x": _X}, 1, frozenset({"x"})),
-    Op("swiglu", fc.swiglu, {"swished": _X, "linear": _X}, 1, frozenset({"swished", "linear"})),
-    Op("geglu", fc.geglu, {"gated": _X, "linear": _X}, 1, frozenset({"gated", "linear"})),
+    Op("swiglu", fc.swiglu, {"gate": _X, "up": _X}, 1, frozenset({"gate", "up"})),
+    Op("geglu", fc.geglu, {"gate": _X, "up": _X}, 1, frozenset({"gate", "up"})),
     Op("rope", _rope, {"x": rows((2, 5, 3, 20), (2, 64, 32, 64)), **_ROPE}, 1, frozenset({"x"})),
     Op("rope_interleaved", lambda **a: _rope(**a, interleaved=True),
        {"x": rows((2, 5, 16), (2, 64, 512)), **_ROPE}, 1, frozenset({"x"})),
@@ -160,8 +160,8 @@ OPS = {op.name: op for op in (
     Op("pack", lambda weight: fc.pack(weight).unpack(), {"weight": numpy_only(20, 35)}),
     Op("pack_int8", lambda weight: fc.pack(weight, "int8").unpack(), {"weight": numpy_only(20, 35)}),
     Op("pack_int4", lambda weight: fc.pack(weight, "int4", group_size=32).unpack(), {"weight": numpy_only(20, 35)}),
-    Op("pack_gated", lambda swished, linear: fc.pack_gated(swished, linear, "bfloat16").unpack(),
-       {"swished": numpy_only(20, 35), "linear": numpy_only(20, 35)}),
+    Op("pack_gated", lambda gate, up: fc.pack_gated(gate, up, "bfloat16").unpack(),
+       {"gate": numpy_only(20, 35), "up": numpy_only(20, 35)}),
 )}
 
 _ROPE_LAYER = nn.RotaryPositionalEmbedding(16, 32)

@@ -153,16 +153,16 @@ def gelu(x: ArrayLike, approximate: str = "none") -> F64:
         return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
-def swiglu(swished: ArrayLike, linear: ArrayLike) -> F64:
-    """silu(swished) * linear."""
+def swiglu(gate: ArrayLike, up: ArrayLike) -> F64:
+    """silu(gate) * up."""
     with np.errstate(invalid="ignore"):
-        return silu(swished) * f64(linear)
+        return silu(gate) * f64(up)
 
 
-def geglu(gated: ArrayLike, linear: ArrayLike, approximate: str = "none") -> F64:
-    """gelu(gated) * linear."""
+def geglu(gate: ArrayLike, up: ArrayLike, approximate: str = "none") -> F64:
+    """gelu(gate) * up."""
     with np.errstate(invalid="ignore"):
-        return gelu(gated, approximate) * f64(linear)
+        return gelu(gate, approximate) * f64(up)
 
 
 def softmax(x: ArrayLike) -> F64:
@@ -213,14 +213,14 @@ def quantized_linear(x: ArrayLike, ints: ArrayLike, weight_scale: ArrayLike, min
     return y if residual is None else y + f64(residual)
 
 
-def gated_linear(x: ArrayLike, swished: ArrayLike, linear_: ArrayLike, bias: ArrayLike | None = None, *,
+def gated_linear(x: ArrayLike, gate: ArrayLike, up: ArrayLike, bias: ArrayLike | None = None, *,
                  activation: str = "silu") -> F64:
-    """act(x @ swished + bias[0]) * (x @ linear + bias[1])."""
+    """act(x @ gate + bias[0]) * (x @ up + bias[1])."""
     b = np.zeros(2) if bias is None else f64(bias)
-    gate, up = linear(x, swished) + b[0], linear(x, linear_) + b[1]
+    g, u = linear(x, gate) + b[0], linear(x, up) + b[1]
     if activation == "silu":
-        return swiglu(gate, up)
-    return geglu(gate, up, {"gelu": "none", "gelu_tanh": "tanh"}[activation])
+        return swiglu(g, u)
+    return geglu(g, u, {"gelu": "none", "gelu_tanh": "tanh"}[activation])
 
 
 def embedding(ids: ArrayLike, table: ArrayLike, *, scale: float = 1.0) -> F64:

@@ -111,7 +111,7 @@ def test_head_dims_and_lengths(isa, dtype):
 
 # (heads, kv_heads, q_len, kv_len): one past a block of rows for each group, and a whole one; q_len on both sides of
 # kv_len; more heads to a group than a block has rows.
-BLOCK = c_constant("BLOCK_ROWS", "ops/attention.c")
+BLOCK = c_constant("BLOCK_ROWS", "ops/attention/attention.c")
 GROUPS = ((1, 1, BLOCK + 1, BLOCK + 2), (2, 2, 7, 5), (4, 2, BLOCK // 2 + 1, 300), (3, 1, BLOCK // 3 + 1, CHUNK + 1),
           (6, 2, BLOCK // 3 + 1, 20), (4, 1, BLOCK // 4 + 1, 2 * CHUNK + 8), (8, 1, BLOCK // 8 + 1, 64),
           (8, 1, BLOCK // 8, 600), (16, 2, 5, CHUNK), (BLOCK + 2, 1, 2, 20), (4, 2, 1, 16 * CHUNK))

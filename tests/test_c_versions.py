@@ -50,7 +50,7 @@ int main(void) {
     REFUSES(rows.size, fc_linear(&l));
 
     fc_rope_args r = {.size = sizeof r, .out = out, .x = x, .cos = x, .sin = x, .batch = 1, .seq = 1, .heads = 1,
-                      .head_dim = 4, .half = 2};
+                      .head_dim = 4, .rotary_pairs = 2};
     REFUSES(r.size, fc_rope(&r));
 
     fc_kv_cache c = {.size = sizeof c, .kv_heads = 1, .head_dim = 4, .v_dim = 4, .pages_a_row = 1, .pages = pages};

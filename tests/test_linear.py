@@ -27,7 +27,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ROWS = (0, 1, 2, 3, 5, 8, 13, 14, 17, 33, 65, 130)
 SIDES = (0, 1, 15, 16, 17, 31, 33, 48, 100, 257)
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
-# One past each block of ops/linear.c: rows, tile columns, streamed columns and k, loose k, packed float32 and
+# One past each block of ops/linear.c: rows, tile columns, streamed columns and k, unpacked k, packed float32 and
 # bfloat16 k; even and odd.
 BEYOND_BLOCKS = ((385, 33, 17), (769, 5, 70), (7, 33, 65), (7, 33, 129), (4, 65, 1025), (1, 129, 2050), (5, 65, 1025),
                  (7, 513, 33), (5, 1025, 80), (3, 2049, 33), (50, 2049, 17), (3, 4097, 33), (9, 4098, 17))
@@ -570,7 +570,7 @@ def test_a_refused_call_says_why_and_writes_nothing(case):
     (lambda: pack(W.astype(np.float64)), TypeError, "pack: weight has dtype float64"),
     (lambda: pack(W[0]), ValueError, "pack: weight has shape (5,)"),
     (lambda: pack(W, group_size=32), ValueError, "pack: group_size is 32"),
-    (lambda: pack_gated(W, W[:3]), ValueError, "pack_gated: linear has shape (3, 5), expected (4, 5)"),
+    (lambda: pack_gated(W, W[:3]), ValueError, "pack_gated: up has shape (3, 5), expected (4, 5)"),
 ])
 def test_what_cannot_be_packed(call, error, message):
     with pytest.raises(error) as caught:

@@ -112,7 +112,7 @@ static void check_rope(ptrdiff_t half, int interleaved) {
     float *x = random_floats(S * H * d), *y = random_floats(S * H * d);
     float *cosine = random_floats(S * half), *sine = random_floats(S * half);
     fc_rope_args a = {.size = sizeof a, .type = FC_F32, .out = y, .x = x, .cos = cosine, .sin = sine, .batch = 1, .seq = S, .heads = H,
-                      .head_dim = d, .half = half, .interleaved = interleaved};
+                      .head_dim = d, .rotary_pairs = half, .interleaved = interleaved};
     a.x_stride[1] = a.out_stride[1] = H * d * 4;
     a.x_stride[2] = a.out_stride[2] = d * 4;
     fc_rope(&a);

@@ -101,7 +101,7 @@ int main(int argc, char **argv) {
         layers[i] = (fc_layer){.mixer = {.kind = FC_ATTENTION, .weights = &attention[i], .norm = norm},
                                .mlp = {.kind = FC_GATED_MLP, .weights = &mlp[i], .norm = norm}, .residual_scale = 1};
         caches[i] = new_cache(TOKENS);
-        held[i] = (fc_attention_state){.kv = &caches[i], .cos = cosine, .sin = sine, .half = HALF};
+        held[i] = (fc_attention_state){.kv = &caches[i], .cos = cosine, .sin = sine, .rotary_pairs = HALF};
         states[i] = &held[i];
     }
     const fc_model model = {.hidden = HIDDEN, .layers = layers, .n_layers = LAYERS};

@@ -36,23 +36,23 @@ cdef cnp.ndarray activate(str fn, fc_activation f, object x, object out):
     return y
 
 
-cdef cnp.ndarray glu(str fn, fc_activation f, str gated_name, object gated, object linear, object out):
-    cdef cnp.ndarray a = viewed(fn, gated_name, gated)
-    cdef int t = float_type(fn, gated_name, a)
-    cdef cnp.ndarray b = viewed(fn, "linear", linear)
+cdef cnp.ndarray glu(str fn, fc_activation f, object gate, object up, object out):
+    cdef cnp.ndarray a = viewed(fn, "gate", gate)
+    cdef int t = float_type(fn, "gate", a)
+    cdef cnp.ndarray b = viewed(fn, "up", up)
     cdef int nd = cnp.PyArray_NDIM(a)
     cdef cnp.ndarray y
     cdef fc_rows rows
     cdef fc_status status
     cdef ptrdiff_t n
-    same_type(fn, "linear", b, t)
-    same_shape(fn, "linear", b, a)
-    contiguous_last(fn, gated_name, a)
-    contiguous_last(fn, "linear", b)
+    same_type(fn, "up", b, t)
+    same_shape(fn, "up", b, a)
+    contiguous_last(fn, "gate", a)
+    contiguous_last(fn, "up", b)
     y = result(fn, out, nd, cnp.PyArray_DIMS(a), t)
     if out is not None:
-        no_overlap(fn, "out", y, gated_name, a, True)
-        no_overlap(fn, "out", y, "linear", b, True)
+        no_overlap(fn, "out", y, "gate", a, True)
+        no_overlap(fn, "out", y, "up", b, True)
     if cnp.PyArray_SIZE(a):
         collapse(fn, &rows, nd - 1, 3, y, a, b)
         n = split_last(nd, a, &rows, 3)
@@ -97,19 +97,19 @@ def gelu(x, approximate="none", out=None):
     return activate("gelu", gelu_kind("gelu", approximate), x, out)
 
 
-def swiglu(swished, linear, *, out=None):
-    """silu(swished) * linear, elementwise (arXiv 2002.05202). Two arrays of one shape and dtype; `out` may be either.
+def swiglu(gate, up, *, out=None):
+    """silu(gate) * up, elementwise (arXiv 2002.05202). Two arrays of one shape and dtype; `out` may be either.
 
     >>> swiglu(np.array([1.0], np.float32), np.array([2.0], np.float32)).round(4)
     array([1.4621], dtype=float32)
     """
-    return glu("swiglu", FC_SILU, "swished", swished, linear, out)
+    return glu("swiglu", FC_SILU, gate, up, out)
 
 
-def geglu(gated, linear, approximate="none", out=None):
-    """gelu(gated) * linear, elementwise (arXiv 2002.05202). Two arrays of one shape and dtype; `out` may be either.
+def geglu(gate, up, approximate="none", out=None):
+    """gelu(gate) * up, elementwise (arXiv 2002.05202). Two arrays of one shape and dtype; `out` may be either.
 
     >>> geglu(np.array([1.0], np.float32), np.array([2.0], np.float32)).round(4)
     array([1.6827], dtype=float32)
     """
-    return glu("geglu", gelu_kind("geglu", approximate), "gated", gated, linear, out)
+    return glu("geglu", gelu_kind("geglu", approximate), gate, up, out)

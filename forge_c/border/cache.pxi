@@ -78,7 +78,7 @@ cdef class KVPages:
         a.start, a.count = <const int64_t *>cnp.PyArray_DATA(start), <const int64_t *>cnp.PyArray_DATA(count)
         if table is not None:
             cos, sin = table.cos, table.sin
-            a.cos, a.sin, a.half, a.interleaved = floats(cos), floats(sin), cnp.PyArray_DIM(cos, 1), interleaved
+            a.cos, a.sin, a.rotary_pairs, a.interleaved = floats(cos), floats(sin), cnp.PyArray_DIM(cos, 1), interleaved
         if a.batch and a.seq:
             with nogil:
                 status = fc_append(&a)

@@ -151,7 +151,7 @@ cdef class AttentionState:
         self.table, self.positions = table, PY_SSIZE_T_MAX
         if table is not None:
             cos, sin = table.cos, table.sin
-            self.c.cos, self.c.sin, self.c.half = floats(cos), floats(sin), cnp.PyArray_DIM(cos, 1)
+            self.c.cos, self.c.sin, self.c.rotary_pairs = floats(cos), floats(sin), cnp.PyArray_DIM(cos, 1)
             self.positions = cnp.PyArray_DIM(cos, 0)
 
 

@@ -205,10 +205,10 @@ cdef cnp.ndarray gated_bias(str fn, object bias, ptrdiff_t n):
 
 
 def gated_linear(x, weight, bias=None, *, activation="silu", out=None):
-    """f(x @ swished + bias[0]) * (x @ linear + bias[1]) in one pass: the hidden layer of a gated MLP
+    """f(x @ gate + bias[0]) * (x @ up + bias[1]) in one pass: the hidden layer of a gated MLP
     (arXiv 2002.05202).
 
-    x (..., in_features); weight from pack_gated(swished, linear), both (in_features, hidden); bias (2, hidden) or
+    x (..., in_features); weight from pack_gated(gate, up), both (in_features, hidden); bias (2, hidden) or
     None; activation "silu", "gelu", "gelu_tanh" or "relu". The result is (..., hidden) in x's dtype; the two products
     are never in memory. dtypes and `out` as in linear.
 

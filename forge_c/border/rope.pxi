@@ -58,9 +58,9 @@ def rope(x, table, *, start_pos=0, positions=None, interleaved=False, out=None):
     a.batch, a.seq = cnp.PyArray_DIM(xa, 0), cnp.PyArray_DIM(xa, 1)
     a.heads = cnp.PyArray_DIM(xa, 2) if nd == 4 else 1
     a.head_dim = cnp.PyArray_DIM(xa, nd - 1)
-    limit, a.half = cnp.PyArray_DIM(cos, 0), cnp.PyArray_DIM(cos, 1)
-    if 2 * a.half > a.head_dim:
-        raise ValueError(f"rope: table has dim {2 * a.half}, expected at most x's head_dim {a.head_dim}")
+    limit, a.rotary_pairs = cnp.PyArray_DIM(cos, 0), cnp.PyArray_DIM(cos, 1)
+    if 2 * a.rotary_pairs > a.head_dim:
+        raise ValueError(f"rope: table has dim {2 * a.rotary_pairs}, expected at most x's head_dim {a.head_dim}")
     if out is not None:
         no_overlap("rope", "out", y, "x", xa, True)
         no_overlap("rope", "out", y, "table.cos", cos, False)

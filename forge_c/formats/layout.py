@@ -19,8 +19,8 @@ what turns u back into W, 16 columns side by side:
 
 int4 of group 32 holds the numbers of llama.cpp's Q4_0, and quantises by its rule; `from_q4_0` takes its bytes.
 
-A gated pair (swished, linear), both (in, hidden), alternates their panels, so that one tile of the product holds
-both sides of each output:      swished 0 | linear 0 | swished 1 | linear 1 | ...
+A gated pair (gate, up), both (in, hidden), alternates their panels, so that one tile of the product holds
+both sides of each output:      gate 0 | up 0 | gate 1 | up 1 | ...
 """
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ static fc_status rotate(const struct attention_pass *t) {
     return fc_rope(&(fc_rope_args){
         .size = sizeof(fc_rope_args), .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin, .positions = p->positions,
         .positions_stride = p->seq, .batch = p->batch, .seq = p->seq, .heads = t->w->heads, .head_dim = t->w->head_dim,
-        .half = t->s->half, .x_stride = {p->seq * t->row, t->row, t->head},
+        .rotary_pairs = t->s->rotary_pairs, .x_stride = {p->seq * t->row, t->row, t->head},
         .out_stride = {p->seq * t->row, t->row, t->head}});
 }
 
@@ -34,7 +34,7 @@ static fc_status append(const struct attention_pass *t) {
     return fc_append(&(fc_append_args){
         .size = sizeof(fc_append_args), .cache = t->s->kv, .type = FC_F32, .k = k, .v = k + t->w->kv_heads * t->w->head_dim,
         .k_stride = {p->seq * t->row, t->row, t->head}, .v_stride = {p->seq * t->row, t->row, t->head},
-        .batch = p->batch, .seq = p->seq, .start = p->start, .cos = t->s->cos, .sin = t->s->sin, .half = t->s->half,
+        .batch = p->batch, .seq = p->seq, .start = p->start, .cos = t->s->cos, .sin = t->s->sin, .rotary_pairs = t->s->rotary_pairs,
         .workspace = p->workspace});
 }
 

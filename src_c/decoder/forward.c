@@ -179,7 +179,7 @@ fc_status fc_forward(const fc_forward_args *a) {
     f.y = (float *)(void *)(scratch.base + numbers);
     f.x = a->x ? a->x : f.y + f.p.rows * f.p.hidden;
     count_tokens(&f.p);
-    const fc_status status = fc_together(run, &f);
+    const fc_status status = fc_parallel_region(run, &f);
     fc_scratch_free(&scratch);
     return status;
 }

@@ -6,7 +6,7 @@
 
 #include "../kernels.h"
 
-#include "../kernels/past.h"
+#include "../kernels/stream.h"
 #include "../kernels/activations.h"
 #include "../kernels/convert.h"
 #include "../kernels/gemm.h"

@@ -73,22 +73,22 @@ FC_INLINE vf scaled_weight(const struct fc_attention_row *r, ptrdiff_t i, ptrdif
 /* q[n] w_scale ~ e^(s - shift) v_scale; the sum before v_scale */
 FC_INLINE vf integer_weights_of(const struct fc_attention_row *r, ptrdiff_t n, vf shift, int masked) {
     const vf total = weights_of(r->s, n, shift);
-    vf most = vf_zero(), poison = vf_zero();
+    vf top = vf_zero(), poison = vf_zero();
     ptrdiff_t i = 0;
     for (; i + FC_N <= n; i += FC_N) {
         vf w = scaled_weight(r, i, n, masked);
-        most = vf_max(w, most);
+        top = vf_max(w, top);
         poison += w * 0.0f;
         vf_store(r->s + i, w);
     }
     if (i < n) {
         vf w = scaled_weight(r, i, n, masked);
-        most = vf_max(w, most);
+        top = vf_max(w, top);
         poison += w * 0.0f;
         vf_store_n(r->s + i, w, n - i);
     }
     float inverse;
-    quantize_scales(r->w_scale, &inverse, vf_hmax(most), vf_sum(poison), 32767.0f);
+    quantize_scales(r->w_scale, &inverse, vf_hmax(top), vf_sum(poison), 32767.0f);
     put_s16(r->q, r->s, n, inverse);
     return total;
 }
@@ -116,7 +116,7 @@ FC_INLINE vf value_of(fc_kv_type type, const char *w, ptrdiff_t key, int j) {
 
 /* c (panels) += x[lo:hi) V[lo:hi) for one row, whatever lo and hi are: the chain of gemm's tile, and where pairs of keys
  * are multiplied at once, half a pair with a zero for the other half. */
-FC_INLINE void ends_of(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, ptrdiff_t hi) {
+FC_INLINE void pv_partial(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, ptrdiff_t hi) {
     const char *w = g->w;
     for (ptrdiff_t p = 0; p < g->panels; p++, w += g->panel_stride)
         for (int j = 0; j < FC_PER_PANEL; j++) {
@@ -140,9 +140,9 @@ FC_INLINE void ends_of(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, p
         }
 }
 
-static void attention_ends(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi) {
-    if (type == FC_KV_F32) ends_of(FC_KV_F32, g, lo, hi);
-    else ends_of(FC_KV_BF16, g, lo, hi);
+static void pv_partial_lines(const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi) {
+    if (type == FC_KV_F32) pv_partial(FC_KV_F32, g, lo, hi);
+    else pv_partial(FC_KV_BF16, g, lo, hi);
 }
 
 /* Whether x[n] holds neither an infinity nor a NaN */

@@ -19,7 +19,7 @@
  * same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
  *
- * While the rows of X pass over a block of W, the bytes after it are asked for, so that memory and arithmetic overlap. */
+ * While the rows of X pass over a block of W, the bytes after it are prefetched, so that memory and arithmetic overlap. */
 
 #define FC_PER_PANEL (FC_PANEL / FC_N)
 #if FC_BYTES == 64 || !defined(__x86_64__)
@@ -59,9 +59,9 @@ typedef const struct fc_format *gemm_format; /* a constant wherever it is used: 
 FC_INLINE ptrdiff_t vector_bytes(gemm_format f) { return FC_BYTES * fc_line_bytes(f) / FC_LINE; }
 
 /* Bytes of an integer of x, and parts of a line */
-FC_INLINE int int_x_bytes(gemm_format f) { return f->x == FC_X_I16 ? 2 : f->bits == 8 ? FC_I8_X : FC_I4_X; }
+FC_INLINE int int_x_bytes(gemm_format f) { return f->a_type == FC_A_I16 ? 2 : f->bits == 8 ? FC_I8_X : FC_I4_X; }
 FC_INLINE int parts_of(gemm_format f) {
-    return f->x == FC_X_F32 ? 1 : f->x == FC_X_BF16 ? BF16_PARTS : f->k_step * int_x_bytes(f) / 4;
+    return f->a_type == FC_A_F32 ? 1 : f->a_type == FC_A_BF16 ? BF16_PARTS : f->k_step * int_x_bytes(f) / 4;
 }
 
 /* Vector j of the tile's columns inside a line. */
@@ -69,27 +69,27 @@ FC_INLINE const char *line_of(gemm_format f, const char *w, ptrdiff_t panel_stri
     return w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * vector_bytes(f);
 }
 
-/* The same address, but the compiler cannot know: a line is loaded again for each of its parts, since keeping all of
+/* The same address, but the compiler cannot know: a line is loaded opaque for each of its parts, since keeping all of
  * them would not leave enough registers for the accumulators. */
-FC_INLINE const char *again(const char *p) {
+FC_INLINE const char *opaque(const char *p) {
     __asm__ volatile("" : "+r"(p));
     return p;
 }
 
-/* Asks for a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. A
- * tile that is alone reads as fast as memory gives, and asks for what it needs next: against s8 further away, since
+/* Prefetches a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. A
+ * tile that is alone reads as fast as memory gives, and fetches what it needs next: against s8 further away, since
  * between its products and the next ones a row of weights takes longer than the bytes it is for. */
-FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f->x == FC_X_I16 ? 8192 : 2048; }
+FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f->a_type == FC_A_I16 ? 8192 : 2048; }
 typedef struct {
     const char *at;
     ptrdiff_t step;
-} gemm_ahead;
+} gemm_prefetch;
 
-FC_INLINE gemm_ahead ahead_of(gemm_format f, const char *w, ptrdiff_t bytes, int tile, int tiles) {
-    return (gemm_ahead){w + (tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile), fc_line_bytes(f) / tiles};
+FC_INLINE gemm_prefetch prefetch_from(gemm_format f, const char *w, ptrdiff_t bytes, int tile, int tiles) {
+    return (gemm_prefetch){w + (tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile), fc_line_bytes(f) / tiles};
 }
 
-FC_INLINE void ask(gemm_ahead *a, const int nv, ptrdiff_t panel_stride) {
+FC_INLINE void prefetch_line(gemm_prefetch *a, const int nv, ptrdiff_t panel_stride) {
 #pragma GCC unroll 4
     for (int j = 0; j < nv; j += FC_PER_PANEL) __builtin_prefetch(line_of(&fc_formats[FC_PACKED_F32], a->at, panel_stride, j), 0, 2);
     a->at += a->step;
@@ -102,14 +102,14 @@ FC_INLINE const char *first_line(gemm_format f, const struct fc_gemm *g, ptrdiff
 /* ---- float formats ---- */
 
 FC_INLINE vf float_part(gemm_format f, int part, const char *line) {
-    if (f->x == FC_X_F32 || BF16_PARTS == 1) return vf_load(line);
+    if (f->a_type == FC_A_F32 || BF16_PARTS == 1) return vf_load(line);
     vu pair = (vu)vf_load(line);
     return (vf)(part == 0 ? pair << 16 : pair & 0xffff0000u);
 }
 
 FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
 #ifdef FC_HAS_BF16_DOT
-    if (f->x == FC_X_BF16) {
+    if (f->a_type == FC_A_BF16) {
         uint32_t pair;
         memcpy(&pair, x, 4);
         return vf_dot_bf16(acc, (vu)w, (vu){0} + pair);
@@ -127,17 +127,17 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    gemm_ahead ahead = ahead_of(f, w, g->lines * fc_line_bytes(f), tile, tiles);
+    gemm_prefetch prefetch = prefetch_from(f, w, g->lines * fc_line_bytes(f), tile, tiles);
     vf acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) acc[i][j] = g->accumulate ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
     for (ptrdiff_t lines = g->lines; lines > 0; lines--, x += 4 * parts, w += fc_line_bytes(f)) {
-        ask(&ahead, nv, panel_stride);
+        prefetch_line(&prefetch, nv, panel_stride);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
-            const char *line = parts > 1 ? again(w) : w;
+            const char *line = parts > 1 ? opaque(w) : w;
             vf wv[FC_NV_FEW];
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) wv[j] = float_part(f, part, line_of(f, line, panel_stride, j));
@@ -157,7 +157,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
 /* ---- integer formats ---- */
 
 FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
-    if (f->x == FC_X_I16) return vi_from_s8((const int8_t *)line);
+    if (f->a_type == FC_A_I16) return vi_from_s8((const int8_t *)line);
     vu w = (vu)vf_load(line);
     const int wide = int_x_bytes(f) == 2;
     if (f->bits == 4) w = ((wide ? part / 2 : part) == 0 ? w : w >> 4) & 0x0f0f0f0fu;
@@ -170,10 +170,10 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
     memcpy(&four, x, 4);
     vi xv = (vi){0} + four;
 #ifdef FC_HAS_I8_DOT
-    if (f->x == FC_X_I16) return vi_dot_i16(acc, w, xv);
+    if (f->a_type == FC_A_I16) return vi_dot_i16(acc, w, xv);
     return vi_dot_i8(acc, w, xv);
 #else
-    if (f->x == FC_X_I16) return acc + vi_madd16(w, xv); /* here gcc orders them well by itself */
+    if (f->a_type == FC_A_I16) return acc + vi_madd16(w, xv); /* here gcc orders them well by itself */
 #ifdef FC_HAS_MADDUBS
     if (f->bits == 4) return vi_add_maddubs(acc, w, xv);
 #endif
@@ -184,13 +184,13 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
 
 /* acc += `lines` lines of every row */
 FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
-                         const char *w, ptrdiff_t panel_stride, ptrdiff_t lines, gemm_ahead *ahead) {
+                         const char *w, ptrdiff_t panel_stride, ptrdiff_t lines, gemm_prefetch *prefetch) {
     const int parts = parts_of(f);
     for (; lines > 0; lines--, x += 4 * parts, w += fc_line_bytes(f)) {
-        ask(ahead, nv, panel_stride);
+        prefetch_line(prefetch, nv, panel_stride);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
-            const char *line = parts > 1 ? again(w) : w;
+            const char *line = parts > 1 ? opaque(w) : w;
             vi wv[FC_NV_FEW];
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) wv[j] = int_part(f, part, line_of(f, line, panel_stride, j));
@@ -210,10 +210,10 @@ enum { SHORT_SUMS = 1, SHORT_LINES = 4 };
 enum { SHORT_SUMS = 0, SHORT_LINES = 4 };
 #endif
 
-/* A panel's scales, or (half 1) minima or the second group's scales, from `lane` on */
-FC_INLINE vf int_scale(gemm_format f, int half, const char *line, ptrdiff_t lane) {
+/* A panel's scales, or (which 1) minima or the second group's scales, from `lane` on */
+FC_INLINE vf int_scale(gemm_format f, int which, const char *line, ptrdiff_t lane) {
     if (f->scale_bytes == 4) return vf_load(line + lane * 4);
-    return vf_from_f16((const uint16_t *)(const void *)line + half * FC_PANEL + lane);
+    return vf_from_f16((const uint16_t *)(const void *)line + which * FC_PANEL + lane);
 }
 
 /* A block is one chunk of lines, or several: its groups, or as much of a group as 16 bits sum. */
@@ -228,7 +228,7 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     const int32_t *start = (const int32_t *)g->sums + row * ldsums; /* affine: floats, the sums themselves */
-    gemm_ahead ahead = ahead_of(f, w, g->blocks * block, tile, tiles);
+    gemm_prefetch prefetch = prefetch_from(f, w, g->blocks * block, tile, tiles);
     if (!g->accumulate) {
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++)
@@ -237,20 +237,20 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
     }
     for (ptrdiff_t b = 0; b < g->blocks; b++, w += block, start += groups)
         for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
-            const int half = groups > 1 ? (int)chunk : 0;
+            const int which = groups > 1 ? (int)chunk : 0;
             vi acc[FC_MR][FC_NV_FEW];
             vf scale[FC_NV_FEW], min[FC_NV_FEW];
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++)
-                    acc[i][j] = (vi){0} + (affine || shorts ? 0 : start[i * ldsums + half]);
-            int_lines(f, mr, nv, acc, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, &ahead);
+                    acc[i][j] = (vi){0} + (affine || shorts ? 0 : start[i * ldsums + which]);
+            int_lines(f, mr, nv, acc, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, &prefetch);
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) {
                 const char *line = w - in_line + all_lines * FC_LINE + j / FC_PER_PANEL * panel_stride;
                 const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
-                scale[j] = int_scale(f, half, line, lane);
+                scale[j] = int_scale(f, which, line, lane);
                 min[j] = affine ? int_scale(f, 1, line, lane) : vf_zero();
             }
 #pragma GCC unroll 8
@@ -258,7 +258,7 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++) {
                     char *to = c + i * ldc + j * FC_BYTES;
-                    const vi from = (vi){0} + (affine ? 0 : start[i * ldsums + half]);
+                    const vi from = (vi){0} + (affine ? 0 : start[i * ldsums + which]);
                     const vi sum = shorts ? vi_add_madd16(from, acc[i][j], (vi){0} + 0x00010001) : acc[i][j];
                     vf y = vf_load(to);
                     if (affine && chunk == 0) y = vf_fma(vf_set1(((const float *)start)[i * ldsums]), min[j], y);
@@ -271,13 +271,13 @@ FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct
                          ptrdiff_t vector, int tile, int tiles) {
     const char *w = first_line(f, g, vector);
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
-    gemm_ahead ahead = ahead_of(f, w, g->lines * fc_line_bytes(f), tile, tiles);
+    gemm_prefetch prefetch = prefetch_from(f, w, g->lines * fc_line_bytes(f), tile, tiles);
     vi acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) acc[i][j] = (vi){0};
-    int_lines(f, mr, nv, acc, (const char *)g->x + row * g->ldx, g->ldx, w, g->panel_stride, g->lines, &ahead);
+    int_lines(f, mr, nv, acc, (const char *)g->x + row * g->ldx, g->ldx, w, g->panel_stride, g->lines, &prefetch);
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -302,7 +302,7 @@ typedef void gemm_tile(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector,
     FC_TILE(name##_6, kind, format, 6, nv)                                                                             \
     static gemm_tile *const name[] = {NULL, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
 
-/* As few tiles as rows ask for, all of nearly the same height: a low one would wait for its own sums. */
+/* As few tiles as rows prefetch_line for, all of nearly the same height: a low one would wait for its own sums. */
 FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g, ptrdiff_t vector) {
     const int tiles = (int)((g->m + FC_MR - 1) / FC_MR);
     for (ptrdiff_t row = 0, rows, t = 0; t < tiles; t++, row += rows) {
@@ -312,7 +312,7 @@ FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g,
 }
 
 /* Panels this short, as those of keys and values are, follow each other in memory: few rows take one at a time, so that
- * memory is read in order. Several would be as many streams, each too short for what fetches ahead. (Not bytes under
+ * memory is read in order. Several would be as many streams, each too short for what fetches prefetch. (Not bytes under
  * one row: half a line is too little work for a loop.) */
 enum { SHORT_PANEL = 16384 };
 
@@ -320,7 +320,7 @@ enum { SHORT_PANEL = 16384 };
 FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[],
                         gemm_tile *const one[], const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
-    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !(f->x == FC_X_I16 && g->m == 1);
+    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !(f->a_type == FC_A_I16 && g->m == 1);
     const int step = FC_NV < FC_PER_PANEL ? FC_NV : FC_PER_PANEL;
     if (in_order)
         for (; v + step <= vectors; v += step) gemm_columns(one, g, v);

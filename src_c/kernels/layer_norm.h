@@ -91,19 +91,19 @@ FC_INLINE void layer_norm_scale(fc_dtype t, void *out, const void *x, const floa
 }
 
 FC_INLINE void layer_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
-                              const float *bias, ptrdiff_t n, float eps, const void *next, struct fc_past *past) {
+                              const float *bias, ptrdiff_t n, float eps, const void *next, struct fc_stream *stream) {
     float mean = layer_norm_sum(t, h, x, residual, n) / (float)n, pre = 1.0f, inv;
     const char *row = residual ? h : x;
     float sum = layer_norm_sum_squares(t, row, mean, n);
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
     else inv = layer_norm_wide(t, row, n, eps, &mean, &pre);
-    const ptrdiff_t size = fc_size_of(t), step = past || next ? PAST_BYTES / size : n;
-    char some[PAST_BYTES];
+    const ptrdiff_t size = fc_size_of(t), step = stream || next ? STREAM_BYTES / size : n;
+    char some[STREAM_BYTES];
     for (ptrdiff_t i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;
         char *to = (char *)out + i * size;
-        layer_norm_scale(t, past ? some : to, row + i * size, weight ? weight + i : NULL, bias ? bias + i : NULL, count, pre,
+        layer_norm_scale(t, stream ? some : to, row + i * size, weight ? weight + i : NULL, bias ? bias + i : NULL, count, pre,
                          mean, inv);
-        part_done(past, to, past ? some : to, count * size, next ? (const char *)next + i * size : NULL);
+        stream_part(stream, to, stream ? some : to, count * size, next ? (const char *)next + i * size : NULL);
     }
 }

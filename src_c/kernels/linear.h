@@ -1,6 +1,6 @@
 /* Epilogues: a row of float32 accumulators to a row of the result; scale is that of a quantised row of x, or 1.
  *   linear:  out = out_scale (scale acc + bias) + residual
- *   gated:   acc and biases hold panels [gated16][linear16]...;  out = f(scale gated + bias) * (scale linear + bias_linear) */
+ *   gated:   acc and biases hold panels [gate16][up16]...;  out = f(scale gate + bias) * (scale up + bias_up) */
 
 FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
                                 float out_scale, const void *residual, ptrdiff_t n) {
@@ -14,31 +14,31 @@ FC_INLINE void linear_store_any(fc_dtype t, void *out, const float *acc, float s
 }
 
 FC_INLINE void gated_store(fc_activation f, fc_dtype t, void *out, const float *acc, float scale, const float *bias,
-                           const float *bias_linear, ptrdiff_t n) {
+                           const float *bias_up, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
         const float *pair = acc + i / FC_PANEL * 2 * FC_PANEL + i % FC_PANEL;
-        vf gated = vf_load(pair) * scale, linear = vf_load(pair + FC_PANEL) * scale;
+        vf gate = vf_load(pair) * scale, up = vf_load(pair + FC_PANEL) * scale;
         if (bias) {
-            gated += vf_get_upto(FC_F32, bias, i, n);
-            linear += vf_get_upto(FC_F32, bias_linear, i, n);
+            gate += vf_get_upto(FC_F32, bias, i, n);
+            up += vf_get_upto(FC_F32, bias_up, i, n);
         }
-        vf_put_upto(t, out, i, vf_activate(f, gated) * linear, n);
+        vf_put_upto(t, out, i, vf_activate(f, gate) * up, n);
     }
 }
 
 FC_INLINE void gated_store_relu_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
-                                    const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_RELU, t, out, acc, scale, bias, bias_linear, n);
+                                    const float *bias_up, ptrdiff_t n) {
+    gated_store(FC_RELU, t, out, acc, scale, bias, bias_up, n);
 }
 FC_INLINE void gated_store_silu_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
-                                    const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_SILU, t, out, acc, scale, bias, bias_linear, n);
+                                    const float *bias_up, ptrdiff_t n) {
+    gated_store(FC_SILU, t, out, acc, scale, bias, bias_up, n);
 }
 FC_INLINE void gated_store_gelu_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
-                                    const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_GELU, t, out, acc, scale, bias, bias_linear, n);
+                                    const float *bias_up, ptrdiff_t n) {
+    gated_store(FC_GELU, t, out, acc, scale, bias, bias_up, n);
 }
 FC_INLINE void gated_store_gelu_tanh_any(fc_dtype t, void *out, const float *acc, float scale, const float *bias,
-                                         const float *bias_linear, ptrdiff_t n) {
-    gated_store(FC_GELU_TANH, t, out, acc, scale, bias, bias_linear, n);
+                                         const float *bias_up, ptrdiff_t n) {
+    gated_store(FC_GELU_TANH, t, out, acc, scale, bias, bias_up, n);
 }

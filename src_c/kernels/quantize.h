@@ -2,23 +2,23 @@
  * nearest even; sums[g] = -offset * sum of q over each group of k as int32, or with offset 0 the sum as float32, which
  * holds it exactly (a group has at most 2^16 values). q is int8, or, `wide`, int16 with each four in the order
  * 0 2 1 3 (see gemm.h). q and sums are zero from n to `padded`. A row with a NaN or an infinity gets the scale NaN; one
- * with nothing above 2^-100 counts as zero, so that 127 / max|x| is an ordinary number. most: 127, or what else q may be. */
+ * with nothing above 2^-100 counts as zero, so that 127 / max|x| is an ordinary number. qmax: 127, or what else q may be. */
 
 /* scale and its inverse, of a row whose largest magnitude is `largest`; poison: NaN if the row has a NaN or an infinity */
-FC_INLINE void quantize_scales(float *scale, float *inverse, float largest, float poison, float most) {
+FC_INLINE void quantize_scales(float *scale, float *inverse, float largest, float poison, float qmax) {
     const int usable = poison == 0.0f && largest > 0x1p-100f;
-    *inverse = usable ? most / largest : 0.0f;
-    *scale = poison != 0.0f ? poison : usable ? largest / most : 0.0f;
+    *inverse = usable ? qmax / largest : 0.0f;
+    *scale = poison != 0.0f ? poison : usable ? largest / qmax : 0.0f;
 }
 
-FC_INLINE void quantize_scale_any(fc_dtype t, float *scale, float *inverse, const void *x, ptrdiff_t n, float most) {
+FC_INLINE void quantize_scale_any(fc_dtype t, float *scale, float *inverse, const void *x, ptrdiff_t n, float qmax) {
     vf top = vf_zero(), poison = vf_zero();
     for (ptrdiff_t i = 0; i < n; i += FC_N) {
         vf v = vf_get_upto(t, x, i, n);
         top = vf_max(vf_abs(v), top);
         poison += v * 0.0f;
     }
-    quantize_scales(scale, inverse, vf_hmax(top), vf_sum(poison), most);
+    quantize_scales(scale, inverse, vf_hmax(top), vf_sum(poison), qmax);
 }
 
 /* Part of a row, from a group's first value on, with the row's inverse scale. */
@@ -56,9 +56,9 @@ FC_INLINE void put_s16(int16_t *q, const float *x, ptrdiff_t n, float inverse) {
     }
 }
 
-/* x[n] ~ scale q[n], q int16 in -most..most as above */
-static void to_s16(int16_t *q, float *scale, const float *x, ptrdiff_t n, float most) {
+/* x[n] ~ scale q[n], q int16 in -qmax..qmax as above */
+static void to_s16(int16_t *q, float *scale, const float *x, ptrdiff_t n, float qmax) {
     float inverse;
-    quantize_scale_any(FC_F32, scale, &inverse, x, n, most);
+    quantize_scale_any(FC_F32, scale, &inverse, x, n, qmax);
     put_s16(q, x, n, inverse);
 }

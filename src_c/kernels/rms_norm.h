@@ -63,17 +63,17 @@ FC_INLINE void rms_scale(fc_dtype t, void *out, const void *x, const float *weig
 }
 
 FC_INLINE void rms_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
-                            ptrdiff_t n, float eps, float offset, const void *next, struct fc_past *past) {
+                            ptrdiff_t n, float eps, float offset, const void *next, struct fc_stream *stream) {
     float sum = rms_sum_squares(t, h, x, residual, n), pre = 1.0f, inv;
     const char *row = residual ? h : x;
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
     else inv = rms_wide_inverse(t, row, n, eps, &pre);
-    const ptrdiff_t size = fc_size_of(t), step = past || next ? PAST_BYTES / size : n;
-    char some[PAST_BYTES];
+    const ptrdiff_t size = fc_size_of(t), step = stream || next ? STREAM_BYTES / size : n;
+    char some[STREAM_BYTES];
     for (ptrdiff_t i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;
         char *to = (char *)out + i * size;
-        rms_scale(t, past ? some : to, row + i * size, weight ? weight + i : NULL, count, pre, inv, offset);
-        part_done(past, to, past ? some : to, count * size, next ? (const char *)next + i * size : NULL);
+        rms_scale(t, stream ? some : to, row + i * size, weight ? weight + i : NULL, count, pre, inv, offset);
+        stream_part(stream, to, stream ? some : to, count * size, next ? (const char *)next + i * size : NULL);
     }
 }

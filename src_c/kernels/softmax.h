@@ -9,7 +9,7 @@ FC_INLINE void softmax_scale(fc_dtype t, void *out, const float *e, ptrdiff_t n,
 }
 
 FC_INLINE void softmax_any(fc_dtype t, void *out, const void *x, float *e, ptrdiff_t n, const void *next,
-                           struct fc_past *past) {
+                           struct fc_stream *stream) {
     vf top = vf_set1(-INFINITY), sum = vf_zero();
     ptrdiff_t i = 0;
     for (; i + FC_N <= n; i += FC_N) top = vf_max(top, vf_get(t, x, i));
@@ -26,12 +26,12 @@ FC_INLINE void softmax_any(fc_dtype t, void *out, const void *x, float *e, ptrdi
         vf_store_n(e + i, v, n - i);
     }
     const vf share = vf_set1(1.0f / vf_sum(sum));
-    const ptrdiff_t size = fc_size_of(t), step = past || next ? PAST_BYTES / size : n;
-    char some[PAST_BYTES];
+    const ptrdiff_t size = fc_size_of(t), step = stream || next ? STREAM_BYTES / size : n;
+    char some[STREAM_BYTES];
     for (i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;
         char *to = (char *)out + i * size;
-        softmax_scale(t, past ? some : to, e + i, count, share);
-        part_done(past, to, past ? some : to, count * size, next ? (const char *)next + i * size : NULL);
+        softmax_scale(t, stream ? some : to, e + i, count, share);
+        stream_part(stream, to, stream ? some : to, count * size, next ? (const char *)next + i * size : NULL);
     }
 }

@@ -4,19 +4,19 @@
 enum {
     BLOCK = 4096,
     PIECE = 256,  /* past the caches: results that wait in L1, so few that they are written beside the next ones */
-    AHEAD = 4096, /* bytes that are asked for early */
+    PREFETCH_BYTES = 4096, /* of inputs, fetched early */
 };
 
 struct elementwise {
     const struct fc_kernels *k;
     void (*unary)(void *out, const void *x, ptrdiff_t n);
-    void (*binary)(void *out, const void *gated, const void *linear, ptrdiff_t n);
+    void (*binary)(void *out, const void *gate, const void *up, ptrdiff_t n);
     char *out;
     const char *a, *b;
     const fc_rows *rows;
     ptrdiff_t n, blocks;
     ptrdiff_t size;
-    int past;
+    int streamed;
 };
 
 static void apply(const struct elementwise *e, char *out, const char *a, const char *b, ptrdiff_t n) {
@@ -24,19 +24,19 @@ static void apply(const struct elementwise *e, char *out, const char *a, const c
     else e->binary(out, a, b, n);
 }
 
-static void apply_past(const struct elementwise *e, struct fc_past *past, char *out, const char *a, const char *b,
+static void apply_streamed(const struct elementwise *e, struct fc_stream *stream, char *out, const char *a, const char *b,
                        ptrdiff_t n) {
     char some[PIECE * 4];
     for (ptrdiff_t i = 0; i < n; i += PIECE) {
         const ptrdiff_t count = fc_smaller(PIECE, n - i), at = i * e->size;
         apply(e, some, a + at, b + at, count);
-        e->k->stream(past, out + at, some, count * e->size, a + at + AHEAD);
+        e->k->stream_row(stream, out + at, some, count * e->size, a + at + PREFETCH_BYTES);
     }
 }
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct elementwise *e = ctx;
-    struct fc_past past = {0};
+    struct fc_stream stream = {0};
     fc_cursor c;
     (void)rank;
     fc_cursor_at(&c, e->rows, begin / e->blocks);
@@ -44,11 +44,11 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const ptrdiff_t from = i % e->blocks * BLOCK, n = fc_smaller(BLOCK, e->n - from), skip = from * e->size;
         char *out = e->out + c.at[0] + skip;
         const char *a = e->a + c.at[1] + skip, *b = e->b ? e->b + c.at[2] + skip : a;
-        if (e->past) apply_past(e, &past, out, a, b, n);
+        if (e->streamed) apply_streamed(e, &stream, out, a, b, n);
         else apply(e, out, a, b, n);
         if (from + n == e->n) fc_cursor_next(&c);
     }
-    if (e->past) e->k->stream_end(&past);
+    if (e->streamed) e->k->stream_end(&stream);
 }
 
 static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
@@ -56,7 +56,7 @@ static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
     const ptrdiff_t count = fc_rows_count(e->rows), items = count * e->blocks;
     const double ns = ns_each * (double)(e->n < BLOCK ? e->n : BLOCK);
     e->size = fc_size_of(type);
-    e->past = fc_past_cache((double)count * (double)(e->n * e->size), e->out == e->a || e->out == e->b);
+    e->streamed = fc_should_stream((double)count * (double)(e->n * e->size), e->out == e->a || e->out == e->b);
     return fc_static(fc_threads_for(items, ns), items, ns, body, e);
 }
 
@@ -73,7 +73,7 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
     return run(&e, type, fc_ns.activation[f]);
 }
 
-fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, const void *linear, const fc_rows *rows,
+fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up, const fc_rows *rows,
                  ptrdiff_t n) {
     const struct fc_kernels *k = fc_k;
     void (*const leaf[FC_ACTIVATIONS])(void *, const void *, const void *, ptrdiff_t) = {
@@ -82,7 +82,7 @@ fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gated, c
         [FC_GELU] = k->geglu[type],
         [FC_GELU_TANH] = k->geglu_tanh[type],
     };
-    struct elementwise e = {.k = k, .binary = leaf[f], .out = out, .a = gated, .b = linear, .rows = rows, .n = n,
+    struct elementwise e = {.k = k, .binary = leaf[f], .out = out, .a = gate, .b = up, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
     return run(&e, type, fc_ns.activation[f]);
 }

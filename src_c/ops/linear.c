@@ -1,9 +1,9 @@
-/* out = out_scale (x W + bias) + residual, and the gated pair f(x W1 + b1) * (x W2 + b2), over tiles of columns.
+/* out = out_scale (x W + bias) + residual, and the gated pair f(x W_gate + b_gate) * (x W_up + b_up), over tiles of columns.
  *
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
  * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
  * threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are streamed
- * instead. Each format multiplies one form of x, the same for every M: float32; bfloat16; int8, one scale a row. */
+ * instead. Each format multiplies one type of x, the same for every M: float32; bfloat16; int8, one scale a row. */
 #include <stdint.h>
 #include <string.h>
 
@@ -16,34 +16,34 @@ enum {
 
 /* ---- what a layout asks for ---- */
 
-typedef enum { X_F32, X_BF16, X_ROUNDED, X_QUANTIZED } x_form; /* X_ROUNDED: float32 with bfloat16 values */
+enum a_type { A_F32, A_BF16, A_ROUNDED, A_QUANTIZED }; /* A_ROUNDED: float32 with bfloat16 values */
 
-struct form {
+struct product {
     const struct fc_format *format;
     void (*gemm)(const struct fc_gemm *);
-    x_form x;
+    enum a_type a_type;
     ptrdiff_t x_size;               /* bytes of a value of x */
     ptrdiff_t block_k, block_bytes; /* W comes in whole blocks of so many k */
     ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales */
 };
 
-static struct form form_of(const struct fc_kernels *kernels, const fc_linear_args *a) {
+static struct product product_of(const struct fc_kernels *kernels, const fc_linear_args *a) {
     void (*const gemm[FC_LAYOUTS])(const struct fc_gemm *) = {
         [FC_PACKED_F32] = kernels->gemm_f32, [FC_PACKED_BF16] = kernels->gemm_bf16, [FC_PACKED_I8] = kernels->gemm_i8,
         [FC_PACKED_I4] = kernels->gemm_i4,   [FC_PACKED_I4Z] = kernels->gemm_i4z,   [FC_ROWS] = kernels->gemm_f32,
         [FC_COLS] = kernels->gemm_f32,
     };
     const struct fc_format *format = &fc_formats[a->layout];
-    struct form f = {.format = format, .gemm = gemm[a->layout], .x = X_F32, .x_size = 4};
+    struct product f = {.format = format, .gemm = gemm[a->layout], .a_type = A_F32, .x_size = 4};
     f.block_k = fc_block_rows(format, a->group);
     f.block_bytes = fc_block_bytes(format, a->group);
     f.group_k = fc_group_rows(format, a->group);
     f.group_lines = f.group_k / format->k_step;
-    if (format->x == FC_X_BF16) {
-        f.x = kernels->bf16_x == FC_BF16 ? X_BF16 : X_ROUNDED;
+    if (format->a_type == FC_A_BF16) {
+        f.a_type = kernels->bf16_x == FC_BF16 ? A_BF16 : A_ROUNDED;
         f.x_size = fc_size_of(kernels->bf16_x);
-    } else if (format->x == FC_X_I8) {
-        f.x = X_QUANTIZED;
+    } else if (format->a_type == FC_A_I8) {
+        f.a_type = A_QUANTIZED;
         f.x_size = format->bits == 8 ? kernels->i8_x : kernels->i4_x;
     }
     return f;
@@ -53,17 +53,17 @@ struct linear {
     const fc_linear_args *a;
     const struct fc_kernels *kernels;
     const struct fc_blocks *sizes;
-    struct form form;
-    const char *x; /* (k / kc, M, kc) in the form: x_block bytes a block, ldx a row */
+    struct product product;
+    const char *x; /* (k / kc, M, kc) of a_type: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
-    const char *sums; /* X_QUANTIZED: (M, groups) of 4 bytes */
-    const float *scales; /* X_QUANTIZED: (M); else NULL */
+    const char *sums; /* A_QUANTIZED: (M, groups) of 4 bytes */
+    const float *scales; /* A_QUANTIZED: (M); else NULL */
     ptrdiff_t groups;
     ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
     ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
-    size_t loose_bytes;
+    size_t unpacked_bytes;
     fc_scratch normed; /* a thread: one row of x after its norm */
-    fc_scratch scratch; /* a thread: loose panels, then accumulators */
+    fc_scratch scratch; /* a thread: unpacked panels, then accumulators */
     void (*gated)(void *, const float *, float, const float *, const float *, ptrdiff_t);
 };
 
@@ -75,16 +75,16 @@ static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, 
     const ptrdiff_t padded = fc_smaller(l->kc, l->k - k0), n = fc_smaller(padded, a->k - k0);
     const char *from = row + k0 * fc_size_of(a->type);
     void *to = (void *)(l->x + k0 / l->kc * l->x_block + i * l->ldx);
-    switch (l->form.x) {
-    case X_F32: l->kernels->to_f32[a->type](to, from, n, 1.0f); break;
-    case X_BF16: l->kernels->to_bf16[a->type](to, from, n); break;
-    case X_ROUNDED: l->kernels->round_bf16[a->type](to, from, n); break;
-    case X_QUANTIZED:
-        l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->form.group_k) * 4, from, inverse, n,
-                                      padded, l->form.group_k, l->form.x_size == 2, l->form.format->zero);
+    switch (l->product.a_type) {
+    case A_F32: l->kernels->to_f32[a->type](to, from, n, 1.0f); break;
+    case A_BF16: l->kernels->to_bf16[a->type](to, from, n); break;
+    case A_ROUNDED: l->kernels->round_bf16[a->type](to, from, n); break;
+    case A_QUANTIZED:
+        l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->product.group_k) * 4, from, inverse, n,
+                                      padded, l->product.group_k, l->product.x_size == 2, l->product.format->zero);
         return;
     }
-    if (n < padded) memset((char *)to + n * l->form.x_size, 0, (size_t)((padded - n) * l->form.x_size));
+    if (n < padded) memset((char *)to + n * l->product.x_size, 0, (size_t)((padded - n) * l->product.x_size));
 }
 
 static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -101,45 +101,45 @@ static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
                                           NULL);
             row = normed;
         }
-        if (l->form.x == X_QUANTIZED)
+        if (l->product.a_type == A_QUANTIZED)
             l->kernels->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
         for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
     }
 }
 
-/* Whether x as it came has the right form. */
+/* Whether x as it came has the right type. */
 static int lies_ready(const struct linear *l) {
     const fc_linear_args *a = l->a;
-    const int same = (l->form.x == X_F32 && a->type == FC_F32) || (l->form.x == X_BF16 && a->type == FC_BF16);
+    const int same = (l->product.a_type == A_F32 && a->type == FC_F32) || (l->product.a_type == A_BF16 && a->type == FC_BF16);
     return same && !a->norm && l->k == a->k && a->rows->ndim <= 1 && !a->rows->index[1];
 }
 
 /* k of a block: those of unpacked W that become panels; for one tile of rows, all; else as many as a panel's share of
  * the caches holds. */
 static ptrdiff_t k_at_once(const struct linear *l) {
-    const ptrdiff_t block = l->form.block_bytes;
-    if (!l->form.format->packed) return l->sizes->unpacked_k;
+    const ptrdiff_t block = l->product.block_bytes;
+    if (!l->product.format->packed) return l->sizes->unpacked_k;
     if (l->a->m <= l->sizes->tile_rows) return l->k ? l->k : 1;
-    return (l->sizes->panel_bytes + block - 1) / block * l->form.block_k;
+    return (l->sizes->panel_bytes + block - 1) / block * l->product.block_k;
 }
 
-/* Few rows of float32 or bfloat16, not to be normalised, may already have the right form; else x is copied into `copy`,
+/* Few rows of float32 or bfloat16, not to be normalised, may already have the right type; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
     const fc_linear_args *a = l->a;
-    l->k = fc_round_up(a->k, l->form.block_k);
+    l->k = fc_round_up(a->k, l->product.block_k);
     l->kc = k_at_once(l);
     if (a->m <= l->sizes->rows_in_place && lies_ready(l)) {
         l->x = a->x;
         l->ldx = a->rows->ndim ? a->rows->stride[1][0] : 0;
-        l->x_block = l->kc * l->form.x_size;
+        l->x_block = l->kc * l->product.x_size;
         return FC_OK;
     }
-    l->ldx = fc_smaller(l->kc, l->k) * l->form.x_size;
+    l->ldx = fc_smaller(l->kc, l->k) * l->product.x_size;
     l->x_block = a->m * l->ldx;
-    l->groups = l->form.x == X_QUANTIZED ? l->k / l->form.group_k : 0;
+    l->groups = l->product.a_type == A_QUANTIZED ? l->k / l->product.group_k : 0;
     size_t values = (size_t)(l->x_block * ((l->k + l->kc - 1) / l->kc)), sums = (size_t)(a->m * l->groups) * 4;
-    const size_t scales = l->form.x == X_QUANTIZED ? (size_t)a->m * 4 : 0;
+    const size_t scales = l->product.a_type == A_QUANTIZED ? (size_t)a->m * 4 : 0;
     if (fc_scratch_alloc(a->workspace, copy, 1, values + sums + scales)) return FC_NO_MEMORY;
     l->x = copy->base;
     l->sums = copy->base + values;
@@ -156,7 +156,7 @@ static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
 /* ---- one tile: its columns and a block of rows ---- */
 
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
-static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
+static void pack_unpacked(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
                        ptrdiff_t kc) {
     const fc_linear_args *a = l->a;
     const ptrdiff_t size = fc_size_of(a->weight_type);
@@ -169,9 +169,9 @@ static void pack_loose(const struct linear *l, float *to, ptrdiff_t first, ptrdi
     }
 }
 
-static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t row,
+static void multiply(const struct linear *l, float *acc, float *unpacked, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t row,
                      ptrdiff_t rows) {
-    const struct form *f = &l->form;
+    const struct product *f = &l->product;
     const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_bytes;
     struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * FC_PANEL * 4, .ldx = l->ldx, .ldsums = l->groups,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels};
@@ -180,11 +180,11 @@ static void multiply(const struct linear *l, float *acc, float *loose, ptrdiff_t
         g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;
         g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
         g.blocks = kc / f->block_k;
-        g.lines = f->x == X_QUANTIZED ? f->group_lines : g.blocks;
+        g.lines = f->a_type == A_QUANTIZED ? f->group_lines : g.blocks;
         if (l->groups) g.sums = l->sums + (row * l->groups + k0 / f->group_k) * 4;
-        if (l->loose_bytes) {
-            pack_loose(l, loose, panel, panels, k0, kc);
-            g.w = loose;
+        if (l->unpacked_bytes) {
+            pack_unpacked(l, unpacked, panel, panels, k0, kc);
+            g.w = unpacked;
             g.panel_stride = kc * FC_PANEL * 4;
         }
         f->gemm(&g);
@@ -211,12 +211,12 @@ static void store(const struct linear *l, const float *acc, ptrdiff_t ld, ptrdif
 
 static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
-    float *loose = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)loose + l->loose_bytes);
+    float *unpacked = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)unpacked + l->unpacked_bytes);
     for (ptrdiff_t i = begin * l->item_blocks; i < end * l->item_blocks; i++) {
         ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = fc_smaller(l->tile_panels, l->panels - panel);
         ptrdiff_t row = i % l->blocks * l->block_rows, rows = fc_smaller(l->block_rows, l->a->m - row);
         ptrdiff_t column = panel * l->panel_columns, columns = fc_smaller(panels * l->panel_columns, l->a->n - column);
-        multiply(l, acc, loose, panel, panels, row, rows);
+        multiply(l, acc, unpacked, panel, panels, row, rows);
         store(l, acc, l->tile_panels * FC_PANEL, column, columns, row, rows);
     }
 }
@@ -224,14 +224,14 @@ static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 static double item_ns(const struct linear *l) {
     const double columns = (double)(l->tile_panels * FC_PANEL);
     const double flops = 2.0 * (double)(l->block_rows * l->item_blocks) * (double)l->k * columns;
-    const double bytes = (double)(l->k / l->form.block_k * l->form.block_bytes * l->tile_panels);
+    const double bytes = (double)(l->k / l->product.block_k * l->product.block_bytes * l->tile_panels);
     const double compute = flops * fc_ns.flop, memory = bytes * fc_ns.weight_byte;
     return compute > memory ? compute : memory;
 }
 
 /* Rows of x whose values and accumulators fill half of L2: panels of W pass over them. */
 static ptrdiff_t rows_in_l2(const struct linear *l) {
-    const ptrdiff_t x = fc_smaller(l->kc, l->k) * l->form.x_size, sums = l->sizes->many_panels * FC_PANEL * 4;
+    const ptrdiff_t x = fc_smaller(l->kc, l->k) * l->product.x_size, sums = l->sizes->many_panels * FC_PANEL * 4;
     const ptrdiff_t fit = fc_cache_bytes(FC_CACHE_L2) / 2 / (x + sums), tile = l->sizes->tile_rows;
     return fit >= l->sizes->rows ? l->sizes->rows : fit > tile ? fit / tile * tile : tile;
 }
@@ -260,14 +260,14 @@ static fc_status by_tiles(struct linear *l) {
     const int sides = a->gated ? 2 : 1;
     l->panel_columns = FC_PANEL / sides;
     l->panels = fc_round_up(a->n, FC_PANEL) / FC_PANEL * sides;
-    l->loose_bytes = l->form.format->packed ? 0 : (size_t)(l->sizes->unpacked_k * l->sizes->many_panels * FC_PANEL * 4);
+    l->unpacked_bytes = l->product.format->packed ? 0 : (size_t)(l->sizes->unpacked_k * l->sizes->many_panels * FC_PANEL * 4);
     cut(l, 1);
     int threads = fc_threads_for(l->tiles * l->blocks / l->item_blocks * FINER, item_ns(l) / FINER);
     cut(l, threads);
     const ptrdiff_t items = l->tiles * l->blocks / l->item_blocks;
     if (threads > items) threads = (int)items;
     const size_t sums = (size_t)(l->block_rows * l->tile_panels * FC_PANEL * 4);
-    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, l->loose_bytes + sums)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, l->unpacked_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
     fc_scratch_free(&l->scratch);
     return status;
@@ -322,7 +322,7 @@ fc_status fc_linear(const fc_linear_args *args) {
     };
     if (args->m == 0 || args->n == 0) return FC_OK;
     l.gated = gated[args->activation];
-    l.form = form_of(kernels, args);
+    l.product = product_of(kernels, args);
     fc_status status = prepare_x(&l, &copy);
     const int streamed = args->layout == FC_ROWS && args->m <= l.sizes->stream_rows;
     if (status == FC_OK) status = streamed ? by_streams(&l) : by_tiles(&l);

@@ -12,29 +12,29 @@ struct norm {
     ptrdiff_t n;
     float eps, offset;
     ptrdiff_t row_bytes;
-    int past, far;
+    int streamed, beyond_l2;
     fc_scratch sums; /* a thread: a row of h on its way past the caches */
 };
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct norm *a = ctx;
-    struct fc_past past[2] = {{0}}, *out_past = a->past ? past : NULL;
+    struct fc_stream stream[2] = {{0}}, *out_stream = a->streamed ? stream : NULL;
     fc_cursor c;
     fc_cursor_at(&c, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
         const char *x = a->x + c.at[2], *residual = a->residual ? a->residual + c.at[3] : NULL;
-        const int more = a->far && i + 1 < end;
+        const int more = a->beyond_l2 && i + 1 < end;
         const char *next = more ? x + a->row_bytes : NULL;
         char *out = a->out + c.at[0], *h = a->h ? a->h + c.at[1] : NULL;
-        char *room = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
+        char *stage = a->sums.block ? fc_scratch_of(&a->sums, rank) : h;
         if (a->centred)
-            a->k->layer_norm[a->type](out, room, x, residual, a->weight, a->bias, a->n, a->eps, next, out_past);
+            a->k->layer_norm[a->type](out, stage, x, residual, a->weight, a->bias, a->n, a->eps, next, out_stream);
         else
-            a->k->rms_norm[a->type](out, room, x, residual, a->weight, a->n, a->eps, a->offset, next, out_past);
-        if (room != h) a->k->stream(past + 1, h, room, a->row_bytes, more ? residual + a->row_bytes : NULL);
+            a->k->rms_norm[a->type](out, stage, x, residual, a->weight, a->n, a->eps, a->offset, next, out_stream);
+        if (stage != h) a->k->stream_row(stream + 1, h, stage, a->row_bytes, more ? residual + a->row_bytes : NULL);
     }
-    if (a->past) a->k->stream_end(past);
-    if (a->sums.block) a->k->stream_end(past + 1);
+    if (a->streamed) a->k->stream_end(stream);
+    if (a->sums.block) a->k->stream_end(stream + 1);
 }
 
 static fc_status run(struct norm *a, double ns_each) {
@@ -43,9 +43,9 @@ static fc_status run(struct norm *a, double ns_each) {
     const double ns = (double)a->n * ns_each + fc_ns.row;
     const int threads = fc_threads_for(count, ns);
     a->row_bytes = a->n * fc_size_of(a->type);
-    a->far = fc_far((double)count * (double)a->row_bytes);
-    a->past = fc_past_cache((double)count * (double)a->row_bytes, a->out == a->x || a->out == a->residual);
-    if (a->past && a->residual && a->h != a->x && a->h != a->residual &&
+    a->beyond_l2 = fc_reads_beyond_l2((double)count * (double)a->row_bytes);
+    a->streamed = fc_should_stream((double)count * (double)a->row_bytes, a->out == a->x || a->out == a->residual);
+    if (a->streamed && a->residual && a->h != a->x && a->h != a->residual &&
         fc_scratch_alloc(NULL, &a->sums, threads, (size_t)a->row_bytes))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, count, ns, body, a);

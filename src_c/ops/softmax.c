@@ -8,22 +8,22 @@ struct softmax {
     const char *x;
     const fc_rows *rows;
     ptrdiff_t n;
-    int past, far;
+    int streamed, beyond_l2;
     fc_scratch exps; /* a thread: (n), where out cannot hold them */
 };
 
 static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct softmax *a = ctx;
-    struct fc_past past = {0};
+    struct fc_stream stream = {0};
     fc_cursor c;
     fc_cursor_at(&c, a->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
         void *out = a->out + c.at[0];
         const char *x = a->x + c.at[1];
         a->k->softmax[a->type](out, x, a->exps.block ? fc_scratch_of(&a->exps, rank) : out, a->n,
-                               a->far && i + 1 < end ? x + a->n * fc_size_of(a->type) : NULL, a->past ? &past : NULL);
+                               a->beyond_l2 && i + 1 < end ? x + a->n * fc_size_of(a->type) : NULL, a->streamed ? &stream : NULL);
     }
-    if (a->past) a->k->stream_end(&past);
+    if (a->streamed) a->k->stream_end(&stream);
 }
 
 fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
@@ -32,9 +32,9 @@ fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *row
     const ptrdiff_t count = fc_rows_count(rows);
     const double ns = (double)n * fc_ns.softmax + fc_ns.row;
     const int threads = fc_threads_for(count, ns);
-    a.far = fc_far((double)count * (double)(n * fc_size_of(type)));
-    a.past = fc_past_cache((double)count * (double)(n * fc_size_of(type)), out == x);
-    if ((type != FC_F32 || a.past) && fc_scratch_alloc(NULL, &a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
+    a.beyond_l2 = fc_reads_beyond_l2((double)count * (double)(n * fc_size_of(type)));
+    a.streamed = fc_should_stream((double)count * (double)(n * fc_size_of(type)), out == x);
+    if ((type != FC_F32 || a.streamed) && fc_scratch_alloc(NULL, &a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, count, ns, body, &a);
     fc_scratch_free(&a.exps);
     return status;

@@ -3,19 +3,19 @@
  * therefore wait for the first ones of the row after it: written the ordinary way, they would fetch their line, and what
  * comes later would wait for that (AVX2, rows of 16 KB: a fifth of the time). */
 
-enum { PAST_BYTES = 1024 }; /* a kernel's results between two calls of past_put: they stay in L1 */
+enum { STREAM_BYTES = 1024 }; /* a kernel's results between two calls of stream_put: they stay in L1 */
 
-FC_INLINE void past_flush(struct fc_past *p) {
+FC_INLINE void stream_flush(struct fc_stream *p) {
     if (p->waiting) memcpy(p->end - p->waiting, p->bytes, (size_t)p->waiting);
     p->waiting = 0;
 }
 
-/* bytes from `from` to `out`. next: as many that will soon be read, asked for on the way, or NULL; they may lie beyond an
+/* bytes from `from` to `out`. next: as many that will soon be read, prefetched on the way, or NULL; they may lie beyond an
  * array's end. The processor's own fetching stops at each page. */
-FC_INLINE void past_put(struct fc_past *p, void *out, const void *from, ptrdiff_t bytes, const void *next) {
+FC_INLINE void stream_put(struct fc_stream *p, void *out, const void *from, ptrdiff_t bytes, const void *next) {
     char *to = out;
     const char *x = from;
-    if (p->end != to) past_flush(p);
+    if (p->end != to) stream_flush(p);
     ptrdiff_t i = (ptrdiff_t)(-(uintptr_t)to % FC_BYTES);
     if (i > bytes) i = bytes;
     if (p->waiting) {
@@ -41,19 +41,19 @@ FC_INLINE void past_put(struct fc_past *p, void *out, const void *from, ptrdiff_
     p->end = to + bytes;
 }
 
-/* Part of a result: `to` is where it was made, out or, if it goes past the caches, a room of PAST_BYTES; next: as above */
-FC_INLINE void part_done(struct fc_past *past, void *out, const void *to, ptrdiff_t bytes, const void *next) {
-    if (past) past_put(past, out, to, bytes, next);
+/* Part of a result: `to` is where it was made, out or, if it goes past the caches, a stage of STREAM_BYTES; next: as above */
+FC_INLINE void stream_part(struct fc_stream *stream, void *out, const void *to, ptrdiff_t bytes, const void *next) {
+    if (stream) stream_put(stream, out, to, bytes, next);
     else
         for (ptrdiff_t i = 0; next && i < bytes; i += 64) __builtin_prefetch((const char *)next + i, 0, 2);
 }
 
-static void stream(struct fc_past *past, void *out, const void *from, ptrdiff_t bytes, const void *next) {
-    past_put(past, out, from, bytes, next);
+static void stream_row(struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next) {
+    stream_put(stream, out, from, bytes, next);
 }
 
 /* After the last row */
-static void stream_end(struct fc_past *past) {
-    past_flush(past);
+static void stream_end(struct fc_stream *stream) {
+    stream_flush(stream);
     vf_stream_end();
 }

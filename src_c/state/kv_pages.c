@@ -1,18 +1,18 @@
 /* Tokens into the pages of a key/value cache, and out of them again. forge.h has the layout. */
 #include <string.h>
 
-#include "kv.h"
-#include "rows.h"
+#include "../ops/rows.h"
+#include "kv_pages.h"
 
 enum { PANEL = 16 };
 
-static ptrdiff_t unit_of(fc_kv_type type) { return type == FC_KV_F32 ? 1 : 2; }
+static ptrdiff_t k_step_of(fc_kv_type type) { return type == FC_KV_F32 ? 1 : 2; }
 static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : type == FC_KV_BF16 ? 2 : 1; }
 
 /* ---- where things lie ---- */
 
 static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
-    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->head_dim, unit_of(c->type)));
+    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->head_dim, k_step_of(c->type)));
 }
 static ptrdiff_t values_bytes(const fc_kv_cache *c) {
     return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->v_dim, PANEL));
@@ -26,13 +26,13 @@ static ptrdiff_t head_bytes(const fc_kv_cache *c) {
 ptrdiff_t fc_kv_page_bytes(const fc_kv_cache *c) { return fc_times(c->kv_heads, head_bytes(c)); }
 
 fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
-    const ptrdiff_t unit = unit_of(c->type);
+    const ptrdiff_t k_step = k_step_of(c->type);
     fc_kv_head h = {.k = (char *)page + g * head_bytes(c)};
     h.v = h.k + keys_bytes(c);
-    h.k_lines = fc_round_up(c->head_dim, unit) / unit;
-    h.line = PANEL * unit * value_bytes(c->type);
+    h.k_lines = fc_round_up(c->head_dim, k_step) / k_step;
+    h.line = PANEL * k_step * value_bytes(c->type);
     h.k_panel = h.k_lines * h.line;
-    h.v_panel = FC_KV_CHUNK / unit * h.line;
+    h.v_panel = FC_KV_CHUNK / k_step * h.line;
     if (c->type == FC_KV_I8) {
         h.k_scale = (float *)(void *)(h.v + values_bytes(c));
         h.v_scale = h.k_scale + FC_KV_CHUNK;
@@ -42,9 +42,11 @@ fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
 
 /* ---- in ---- */
 
-static ptrdiff_t widest(const fc_kv_cache *c) { return fc_round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64); }
+static ptrdiff_t widest(const fc_kv_cache *c) {
+    return fc_round_up(c->head_dim > c->v_dim ? c->head_dim : c->v_dim, 64);
+}
 
-/* 16 rows of float32, and one to convert or turn in */
+/* 16 rows of float32, and one to convert or rotate in */
 size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)fc_times((PANEL + 1) * 4, widest(c)); }
 
 /* One channel of a key, or one key of a channel, is `size` bytes; its line-mates are `step` apart. */
@@ -67,18 +69,19 @@ static float encode(const struct fc_kernels *kernels, fc_kv_type type, void *to,
     return scale;
 }
 
-/* The key (D) of one token: where it lies, or rotated in `room`, rounded to the dtype of k as fc_rope does */
-static const void *turned(const struct fc_kernels *kernels, const fc_append_args *a, const void *key, int64_t position,
-                          void *room) {
+/* The key (D) of one token: where it lies, or rotated in `stage`, rounded to the dtype of k as fc_rope does */
+static const void *rotated(const struct fc_kernels *kernels, const fc_append_args *a, const void *key, int64_t position,
+                          void *stage) {
     if (!a->cos) return key;
-    (a->interleaved ? kernels->rope_interleaved : kernels->rope_half)[a->type](
-        room, key, a->cos + position * a->half, a->sin + position * a->half, a->half, a->cache->head_dim);
-    return room;
+    (a->interleaved ? kernels->rope_interleaved : kernels->rope_split_halves)[a->type](
+        stage, key, a->cos + position * a->rotary_pairs, a->sin + position * a->rotary_pairs, a->rotary_pairs,
+        a->cache->head_dim);
+    return stage;
 }
 
 /* A whole panel: as words of 4 bytes, a channel or a pair of them, it is a transposition. */
 static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h,
-                                ptrdiff_t slot, const char *k, int64_t position, char *rows, void *room) {
+                                ptrdiff_t slot, const char *k, int64_t position, char *rows, void *stage) {
     const fc_kv_cache *c = a->cache;
     const ptrdiff_t d = c->head_dim, ld = widest(c) * 4;
     char *panel = h->k + slot / PANEL * h->k_panel;
@@ -87,30 +90,31 @@ static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_appen
         return;
     }
     for (ptrdiff_t i = 0; i < PANEL; i++) {
-        encode(kernels, c->type, rows + i * ld, a->type, turned(kernels, a, k + i * a->k_stride[1], position + i, room), d);
+        encode(kernels, c->type, rows + i * ld, a->type,
+               rotated(kernels, a, k + i * a->k_stride[1], position + i, stage), d);
         if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
     }
     kernels->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
 }
 
 static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
-                       ptrdiff_t n, const char *k, int64_t position, char *rows, void *room) {
+                       ptrdiff_t n, const char *k, int64_t position, char *rows, void *stage) {
     const fc_kv_cache *c = a->cache;
-    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type), d = c->head_dim;
+    const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type), d = c->head_dim;
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t at = slot + i;
         if (c->type != FC_KV_I8 && at % PANEL == 0 && n - i >= PANEL) {
-            store_panel_of_keys(kernels, a, h, at, k + i * a->k_stride[1], position + i, rows, room);
+            store_panel_of_keys(kernels, a, h, at, k + i * a->k_stride[1], position + i, rows, stage);
             i += PANEL;
             continue;
         }
-        const void *key = turned(kernels, a, k + i * a->k_stride[1], position + i, room);
+        const void *key = rotated(kernels, a, k + i * a->k_stride[1], position + i, stage);
         const float scale = encode(kernels, c->type, rows, a->type, key, d);
-        char *to = h->k + at / PANEL * h->k_panel + at % PANEL * unit * size;
-        scatter(to, h->line, rows, unit * size, d / unit);
-        if (d % unit) {
-            memcpy(to + d / unit * h->line, rows + (d - 1) * size, (size_t)size);
-            memset(to + d / unit * h->line + size, 0, (size_t)size);
+        char *to = h->k + at / PANEL * h->k_panel + at % PANEL * k_step * size;
+        scatter(to, h->line, rows, k_step * size, d / k_step);
+        if (d % k_step) {
+            memcpy(to + d / k_step * h->line, rows + (d - 1) * size, (size_t)size);
+            memset(to + d / k_step * h->line + size, 0, (size_t)size);
         }
         if (h->k_scale) h->k_scale[at] = scale;
         i++;
@@ -129,11 +133,11 @@ static void put_pair(char *line, const char *first, const char *second, ptrdiff_
 static void store_values(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
                          ptrdiff_t n, const char *v, char *rows) {
     const fc_kv_cache *c = a->cache;
-    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type);
+    const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
     const ptrdiff_t e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
     for (ptrdiff_t i = 0, two; i < n; i += two) {
         const ptrdiff_t at = slot + i;
-        two = unit == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
+        two = k_step == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
         for (ptrdiff_t j = 0; j < two; j++) {
             const float scale = encode(kernels, c->type, rows + j * ld, a->type, v + (i + j) * a->v_stride[1], e);
             memset(rows + j * ld + e * size, 0, (size_t)((padded - e) * size));
@@ -142,7 +146,7 @@ static void store_values(const struct fc_kernels *kernels, const fc_append_args 
         for (ptrdiff_t p = 0; p < padded / PANEL; p++) {
             char *line = h->v + p * h->v_panel, *row = rows + p * PANEL * size;
             if (two == 2) put_pair(line + at / 2 * h->line, row, row + ld, size);
-            else if (unit == 2) scatter(line + at / 2 * h->line + at % 2 * size, 2 * size, row, size, PANEL);
+            else if (k_step == 2) scatter(line + at / 2 * h->line + at % 2 * size, 2 * size, row, size, PANEL);
             else memcpy(line + at * h->line, row, (size_t)(PANEL * size));
         }
     }
@@ -180,8 +184,8 @@ static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
         const fc_kv_head head = fc_kv_head_of(c, b, g, chunk);
         fc_kv_store(t->kernels, a, &head, (ptrdiff_t)(from - chunk * FC_KV_CHUNK), (ptrdiff_t)(to - from),
                     (const char *)a->k + b * a->k_stride[0] + (from - first) * a->k_stride[1] + g * a->k_stride[2],
-                    (const char *)a->v + b * a->v_stride[0] + (from - first) * a->v_stride[1] + g * a->v_stride[2], from,
-                    fc_scratch_of(&t->scratch, rank));
+                    (const char *)a->v + b * a->v_stride[0] + (from - first) * a->v_stride[1] + g * a->v_stride[2],
+                    from, fc_scratch_of(&t->scratch, rank));
     }
 }
 
@@ -220,19 +224,20 @@ struct read {
 static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct read *r = ctx;
     const fc_kv_cache *c = r->c;
-    const ptrdiff_t size = value_bytes(c->type), unit = unit_of(c->type);
+    const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t position = r->start + i, slot = position % FC_KV_CHUNK;
         for (ptrdiff_t g = 0; g < c->kv_heads; g++) {
             const fc_kv_head h = fc_kv_head_of(c, r->b, g, position / FC_KV_CHUNK);
-            const char *key = h.k + slot / PANEL * h.k_panel + slot % PANEL * unit * size;
+            const char *key = h.k + slot / PANEL * h.k_panel + slot % PANEL * k_step * size;
             float *k = r->k + (i * c->kv_heads + g) * c->head_dim, *v = r->v + (i * c->kv_heads + g) * c->v_dim;
             for (ptrdiff_t d = 0; d < c->head_dim; d++)
-                k[d] = decoded(c->type, key + d / unit * h.line + d % unit * size, h.k_scale ? h.k_scale[slot] : 1.0f);
+                k[d] = decoded(c->type, key + d / k_step * h.line + d % k_step * size, h.k_scale ? h.k_scale[slot] : 1.0f);
             for (ptrdiff_t e = 0; e < c->v_dim; e++)
                 v[e] = decoded(c->type,
-                               h.v + e / PANEL * h.v_panel + slot / unit * h.line + (e % PANEL * unit + slot % unit) * size,
+                               h.v + e / PANEL * h.v_panel + slot / k_step * h.line +
+                                   (e % PANEL * k_step + slot % k_step) * size,
                                h.v_scale ? h.v_scale[slot] : 1.0f);
         }
     }

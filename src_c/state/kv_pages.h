@@ -1,6 +1,6 @@
 /* Where the keys and values of one head lie in a page of a key/value cache; forge.h has the picture. */
-#ifndef FC_KV_H
-#define FC_KV_H
+#ifndef FC_KV_PAGES_H
+#define FC_KV_PAGES_H
 
 #include "../kernels.h"
 
