@@ -11,7 +11,7 @@
  *                w signed bytes
  *     i8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
  *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
- *     i4, i4z    the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
+ *     i4         the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
  *
  * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the same,
  * and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum  over
@@ -348,5 +348,5 @@ FC_GEMM(gemm_f32, float, &fc_formats[FC_PACKED_F32])
 FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
 FC_GEMM(gemm_i8, int, &fc_formats[FC_PACKED_I8])
-FC_GEMM(gemm_i4, int, &fc_formats[FC_PACKED_I4])
-FC_GEMM(gemm_i4z, int, &fc_formats[FC_PACKED_I4Z])
+FC_GEMM(gemm_i4_symmetric, int, &fc_formats[FC_PACKED_I4_SYMMETRIC])
+FC_GEMM(gemm_i4_affine, int, &fc_formats[FC_PACKED_I4_AFFINE])

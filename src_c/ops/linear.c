@@ -29,8 +29,12 @@ struct product {
 
 static struct product product_of(const struct fc_kernels *kernels, const fc_linear_args *a) {
     void (*const gemm[FC_LAYOUTS])(const struct fc_gemm *) = {
-        [FC_PACKED_F32] = kernels->gemm_f32, [FC_PACKED_BF16] = kernels->gemm_bf16, [FC_PACKED_I8] = kernels->gemm_i8,
-        [FC_PACKED_I4] = kernels->gemm_i4,   [FC_PACKED_I4Z] = kernels->gemm_i4z,   [FC_ROWS] = kernels->gemm_f32,
+        [FC_PACKED_F32] = kernels->gemm_f32,
+        [FC_PACKED_BF16] = kernels->gemm_bf16,
+        [FC_PACKED_I8] = kernels->gemm_i8,
+        [FC_PACKED_I4_SYMMETRIC] = kernels->gemm_i4_symmetric,
+        [FC_PACKED_I4_AFFINE] = kernels->gemm_i4_affine,
+        [FC_ROWS] = kernels->gemm_f32,
         [FC_COLS] = kernels->gemm_f32,
     };
     const struct fc_format *format = &fc_formats[a->layout];
