@@ -148,7 +148,7 @@ static fc_status results(const struct forward *f) {
     return status;
 }
 
-static fc_status run(void *ctx) {
+static fc_status forward_program(void *ctx) {
     const struct forward *f = ctx;
     fc_status status = embed(f);
     for (ptrdiff_t i = 0; i < f->a->model->n_layers && status == FC_OK; i++) {
@@ -179,7 +179,7 @@ fc_status fc_forward(const fc_forward_args *a) {
     f.y = (float *)(void *)(scratch.base + numbers);
     f.x = a->x ? a->x : f.y + f.p.rows * f.p.hidden;
     count_tokens(&f.p);
-    const fc_status status = fc_parallel_region(run, &f);
+    const fc_status status = fc_parallel_region(forward_program, &f);
     fc_scratch_free(&scratch);
     return status;
 }

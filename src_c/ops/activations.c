@@ -34,7 +34,7 @@ static void apply_streamed(const struct elementwise *e, struct fc_stream *stream
     }
 }
 
-static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void activate_blocks(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct elementwise *e = ctx;
     struct fc_stream stream = {0};
     fc_cursor c;
@@ -51,13 +51,13 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     if (e->streamed) e->k->stream_end(&stream);
 }
 
-static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
+static fc_status activate_on_threads(struct elementwise *e, fc_dtype type, double ns_each) {
     if (!FC_IS_OURS(e->rows)) return FC_BAD_SIZE;
     const ptrdiff_t count = fc_rows_count(e->rows), items = count * e->blocks;
     const double ns = ns_each * (double)(e->n < BLOCK ? e->n : BLOCK);
     e->size = fc_size_of(type);
     e->streamed = fc_should_stream((double)count * (double)(e->n * e->size), e->out == e->a || e->out == e->b);
-    return fc_static(fc_threads_for(items, ns), items, ns, body, e);
+    return fc_static(fc_threads_for(items, ns), items, ns, activate_blocks, e);
 }
 
 fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
@@ -70,7 +70,7 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
     };
     struct elementwise e = {.k = k, .unary = leaf[f], .out = out, .a = x, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
-    return run(&e, type, fc_ns.activation[f]);
+    return activate_on_threads(&e, type, fc_ns.activation[f]);
 }
 
 fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up, const fc_rows *rows,
@@ -84,5 +84,5 @@ fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, co
     };
     struct elementwise e = {.k = k, .binary = leaf[f], .out = out, .a = gate, .b = up, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
-    return run(&e, type, fc_ns.activation[f]);
+    return activate_on_threads(&e, type, fc_ns.activation[f]);
 }

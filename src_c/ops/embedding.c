@@ -11,7 +11,7 @@ struct embedding {
     float scale;
 };
 
-static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void look_up_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct embedding *a = ctx;
     const ptrdiff_t out_size = fc_size_of(a->out_type);
     (void)rank;
@@ -24,5 +24,5 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
                        ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale) {
     struct embedding a = {fc_k, table_type, out_type, out, table, ids, n, ldtable, scale};
     double ns = (double)n * fc_ns.lookup + fc_ns.lookup_row;
-    return fc_static(fc_threads_for(count, ns), count, ns, body, &a);
+    return fc_static(fc_threads_for(count, ns), count, ns, look_up_rows, &a);
 }

@@ -213,7 +213,7 @@ static void store(const struct linear *l, const float *acc, ptrdiff_t ld, ptrdif
     }
 }
 
-static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void multiply_tiles(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     float *unpacked = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)unpacked + l->unpacked_bytes);
     for (ptrdiff_t i = begin * l->item_blocks; i < end * l->item_blocks; i++) {
@@ -272,7 +272,7 @@ static fc_status by_tiles(struct linear *l) {
     if (threads > items) threads = (int)items;
     const size_t sums = (size_t)(l->block_rows * l->tile_panels * FC_PANEL * 4);
     if (fc_scratch_alloc(a->workspace, &l->scratch, threads, l->unpacked_bytes + sums)) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
+    fc_status status = fc_static(threads, items, item_ns(l), multiply_tiles, l);
     fc_scratch_free(&l->scratch);
     return status;
 }
@@ -284,7 +284,7 @@ static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0
     return (const float *)(const void *)(l->x + k0 / l->kc * l->x_block + row * l->ldx) + k0 % l->kc;
 }
 
-static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void multiply_streams(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct linear *l = ctx;
     const fc_linear_args *a = l->a;
     const ptrdiff_t w_size = fc_size_of(a->weight_type), width = l->block_rows;
@@ -308,7 +308,7 @@ static fc_status by_streams(struct linear *l) {
     l->block_rows = fc_smaller(l->sizes->stream_columns, fc_round_up((a->n + threads - 1) / threads, STREAM_UNIT));
     ptrdiff_t items = (a->n + l->block_rows - 1) / l->block_rows;
     if (fc_scratch_alloc(a->workspace, &l->scratch, threads, (size_t)(a->m * l->block_rows * 4))) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / STREAM_UNIT), stream_body, l);
+    fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / STREAM_UNIT), multiply_streams, l);
     fc_scratch_free(&l->scratch);
     return status;
 }

@@ -13,7 +13,7 @@ struct merge {
     ptrdiff_t n, size;
 };
 
-static void merge_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void merge_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct merge *m = ctx;
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
@@ -32,5 +32,5 @@ fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n) {
     struct merge m = {fc_k, type, out, lse, a, b, lse_a, lse_b, n, fc_size_of(type)};
     double ns = (double)n * fc_ns.merge + fc_ns.merge_row;
-    return fc_static(fc_threads_for(rows, ns), rows, ns, merge_body, &m);
+    return fc_static(fc_threads_for(rows, ns), rows, ns, merge_rows, &m);
 }

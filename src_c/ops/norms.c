@@ -16,7 +16,7 @@ struct norm {
     fc_scratch sums; /* a thread: a row of h on its way past the caches */
 };
 
-static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void norm_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct norm *a = ctx;
     struct fc_stream stream[2] = {{0}}, *out_stream = a->streamed ? stream : NULL;
     fc_cursor c;
@@ -37,7 +37,7 @@ static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     if (a->sums.block) a->k->stream_end(stream + 1);
 }
 
-static fc_status run(struct norm *a, double ns_each) {
+static fc_status norm_on_threads(struct norm *a, double ns_each) {
     if (!FC_IS_OURS(a->rows)) return FC_BAD_SIZE;
     const ptrdiff_t count = fc_rows_count(a->rows);
     const double ns = (double)a->n * ns_each + fc_ns.row;
@@ -48,7 +48,7 @@ static fc_status run(struct norm *a, double ns_each) {
     if (a->streamed && a->residual && a->h != a->x && a->h != a->residual &&
         fc_scratch_alloc(NULL, &a->sums, threads, (size_t)a->row_bytes))
         return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, count, ns, body, a);
+    fc_status status = fc_static(threads, count, ns, norm_rows, a);
     fc_scratch_free(&a->sums);
     return status;
 }
@@ -57,12 +57,12 @@ fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const vo
                       const fc_rows *rows, ptrdiff_t n, float eps, float offset) {
     struct norm a = {.k = fc_k, .type = type, .out = out, .h = h, .x = x, .residual = residual, .weight = weight,
                      .rows = rows, .n = n, .eps = eps, .offset = offset};
-    return run(&a, residual ? fc_ns.norm_residual : fc_ns.rms_norm);
+    return norm_on_threads(&a, residual ? fc_ns.norm_residual : fc_ns.rms_norm);
 }
 
 fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                         const float *bias, const fc_rows *rows, ptrdiff_t n, float eps) {
     struct norm a = {.k = fc_k, .type = type, .centred = 1, .out = out, .h = h, .x = x, .residual = residual,
                      .weight = weight, .bias = bias, .rows = rows, .n = n, .eps = eps};
-    return run(&a, residual ? fc_ns.norm_residual : fc_ns.layer_norm);
+    return norm_on_threads(&a, residual ? fc_ns.norm_residual : fc_ns.layer_norm);
 }

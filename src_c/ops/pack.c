@@ -13,7 +13,7 @@ struct pack {
 };
 
 /* A pair of bfloat16 moves as one 32-bit word; the last of an odd k has no partner. */
-static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void pack_panels(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct pack *a = ctx;
     const ptrdiff_t words = a->type == FC_BF16 ? a->k / 2 : a->k;
     (void)rank;
@@ -33,5 +33,5 @@ fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, cons
     struct pack a = {fc_k, type, out, panel_stride, w, ldw, k, n};
     const ptrdiff_t panels = fc_round_up(n, FC_PANEL) / FC_PANEL;
     const double ns = (double)k * fc_ns.pack + fc_ns.pack_panel;
-    return fc_static(fc_threads_for(panels, ns), panels, ns, body, &a);
+    return fc_static(fc_threads_for(panels, ns), panels, ns, pack_panels, &a);
 }

@@ -10,7 +10,7 @@ struct rope {
     fc_scratch stage; /* a thread: a head on its way past the caches */
 };
 
-static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void rotate_tokens(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct rope *t = ctx;
     const fc_rope_args *a = t->a;
     void (*rotate)(void *, const void *, const float *, const float *, ptrdiff_t, ptrdiff_t) =
@@ -40,7 +40,7 @@ fc_status fc_rope(const fc_rope_args *a) {
     if (fc_should_stream((double)(items * a->heads) * (double)t.head_bytes, a->out == a->x) &&
         fc_scratch_alloc(NULL, &t.stage, threads, (size_t)t.head_bytes))
         return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns, body, &t);
+    fc_status status = fc_static(threads, items, ns, rotate_tokens, &t);
     fc_scratch_free(&t.stage);
     return status;
 }

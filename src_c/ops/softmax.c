@@ -12,7 +12,7 @@ struct softmax {
     fc_scratch exps; /* a thread: (n), where out cannot hold them */
 };
 
-static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void softmax_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct softmax *a = ctx;
     struct fc_stream stream = {0};
     fc_cursor c;
@@ -35,7 +35,7 @@ fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *row
     a.beyond_l2 = fc_reads_beyond_l2((double)count * (double)(n * fc_size_of(type)));
     a.streamed = fc_should_stream((double)count * (double)(n * fc_size_of(type)), out == x);
     if ((type != FC_F32 || a.streamed) && fc_scratch_alloc(NULL, &a.exps, threads, (size_t)n * 4)) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, count, ns, body, &a);
+    fc_status status = fc_static(threads, count, ns, softmax_rows, &a);
     fc_scratch_free(&a.exps);
     return status;
 }

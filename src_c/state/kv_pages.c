@@ -168,7 +168,7 @@ struct append {
 /* An item is a run of up to FC_KV_CHUNK tokens of one row and head. */
 static ptrdiff_t runs_of(ptrdiff_t seq) { return (seq + FC_KV_CHUNK - 1) / FC_KV_CHUNK + 1; }
 
-static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void append_runs(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct append *t = ctx;
     const fc_append_args *a = t->a;
     const fc_kv_cache *c = a->cache;
@@ -198,7 +198,7 @@ fc_status fc_append(const fc_append_args *args) {
     const double ns = tokens * (double)(c->head_dim + c->v_dim) * fc_ns.append + fc_ns.row;
     const int threads = fc_threads_for(items, ns);
     if (fc_scratch_alloc(args->workspace, &t.scratch, threads, fc_kv_store_bytes(c))) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns, append_body, &t);
+    fc_status status = fc_static(threads, items, ns, append_runs, &t);
     fc_scratch_free(&t.scratch);
     return status;
 }
@@ -221,7 +221,7 @@ struct read {
     float *k, *v;
 };
 
-static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void read_tokens(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct read *r = ctx;
     const fc_kv_cache *c = r->c;
     const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
@@ -247,5 +247,5 @@ fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptr
     if (!FC_IS_OURS(cache)) return FC_BAD_SIZE;
     struct read r = {cache, b, start, k, v};
     const double ns = (double)(cache->kv_heads * (cache->head_dim + cache->v_dim)) * fc_ns.read + fc_ns.row;
-    return fc_static(fc_threads_for(seq, ns), seq, ns, read_body, &r);
+    return fc_static(fc_threads_for(seq, ns), seq, ns, read_tokens, &r);
 }

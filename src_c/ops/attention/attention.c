@@ -54,7 +54,7 @@ static void finish_row(const struct attention *t, const struct where *w, ptrdiff
 
 /* ---- an item is a block of queries; later blocks see more keys, so they go first ---- */
 
-static void block_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void attend_query_blocks(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     const struct scratch r = fc_attention_scratch_of(t, rank);
     const ptrdiff_t pairs = t->a->cache ? t->a->batch * t->a->kv_heads : t->pairs;
@@ -87,7 +87,7 @@ static double item_ns(const struct attention *t, ptrdiff_t keys) {
 static fc_status attend_blocks(struct attention *t, ptrdiff_t pairs) {
     const ptrdiff_t items = t->blocks * pairs, kv_len = t->a->kv_len;
     const double ns = item_ns(t, t->a->window && t->a->window < kv_len ? t->a->window : kv_len);
-    return fc_dynamic(fc_threads_within(t->threads, items, ns), items, ns, block_body, t);
+    return fc_dynamic(fc_threads_within(t->threads, items, ns), items, ns, attend_query_blocks, t);
 }
 
 /* Heads' keys and values into pages, as many heads as PACKED_BYTES allow, then their blocks. */
@@ -116,7 +116,7 @@ static fc_status by_blocks(struct attention *t) {
 
 static ptrdiff_t part_floats(const struct attention *t) { return fc_times(t->rows, fc_plus(t->e_padded, 2)); }
 
-static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void attend_key_chunks(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     struct scratch r = fc_attention_scratch_of(t, rank);
     const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
@@ -135,7 +135,7 @@ static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 }
 
 /* An item is a row of a pair: its partials of the segment, in order. */
-static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void fold_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
@@ -158,9 +158,9 @@ static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t e
         const int threads = fc_threads_within(t->threads, pairs * t->chunks, ns);
         t->run = fc_smaller(RUN, (pairs * t->chunks + 8 * threads - 1) / (8 * threads));
         const ptrdiff_t items = (pairs * t->chunks + t->run - 1) / t->run;
-        status = fc_dynamic(threads, items, ns * (double)t->run, chunk_body, t);
+        status = fc_dynamic(threads, items, ns * (double)t->run, attend_key_chunks, t);
         if (status == FC_OK)
-            status = fc_static(fc_threads_within(t->threads, pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
+            status = fc_static(fc_threads_within(t->threads, pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_rows, t);
     }
     return status;
 }

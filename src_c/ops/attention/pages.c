@@ -29,7 +29,7 @@ void fc_attention_store_chunk(const struct attention *t, ptrdiff_t pair, ptrdiff
                 (const char *)a->v + b * a->v_stride[0] + key0 * a->v_stride[1] + g * a->v_stride[2], 0, scratch);
 }
 
-static void pack_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
+static void pack_chunks(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *t = ctx;
     const struct scratch r = fc_attention_scratch_of(t, rank);
     for (ptrdiff_t i = begin; i < end; i++) {
@@ -43,5 +43,5 @@ static void pack_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 fc_status fc_attention_pack_pages(struct attention *t) {
     const ptrdiff_t items = t->pairs * t->kv.pages_a_row;
     const double ns = (double)(fc_smaller(FC_KV_CHUNK, t->a->kv_len) * (t->a->head_dim + t->a->v_dim)) * 0.4;
-    return fc_static(fc_threads_within(t->threads, items, ns), items, ns, pack_body, t);
+    return fc_static(fc_threads_within(t->threads, items, ns), items, ns, pack_chunks, t);
 }
