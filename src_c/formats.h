@@ -2,8 +2,8 @@
  * read it here, forge_c/formats/layout.py mirrors it and holds the picture.
  *
  * A panel is FC_PANEL columns of W, a line k_step of its rows: one column after the other, the k_step numbers of each
- * side by side. A block is the lines of block_groups groups of rows, then, if these have scales, a line with the scale of
- * each group and its minimum, FC_PANEL columns side by side:   W = scale (u - zero) + minimum.
+ * side by side. A block is the lines of block_groups groups of rows, then, if these have scales, a line with the scale
+ * of each group and its minimum, FC_PANEL columns side by side:   W = scale (u - zero) + minimum.
  * Without groups a block is one line, which holds W itself. */
 #ifndef FC_FORMATS_H
 #define FC_FORMATS_H
