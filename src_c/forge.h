@@ -2,6 +2,7 @@
  *
  * Letters:  B batch   S query length   T key length   H query heads   G key/value heads
  *           D head_dim   E v_dim   M rows   K in_features   N out_features   R = H / G
+ * docs/glossary.md has the words.
  *
  * The caller owns and checks every array: nothing here validates, allocates outputs or keeps state,
  * apart from the thread count and the ISA. Floats and weights may lie on any byte; structs, int64_t and pointers are
