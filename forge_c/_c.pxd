@@ -90,8 +90,8 @@ cdef extern from "forge.h" nogil:
         FC_PACKED_F32
         FC_PACKED_BF16
         FC_PACKED_I8
-        FC_PACKED_I4
-        FC_PACKED_I4Z
+        FC_PACKED_I4_SYMMETRIC
+        FC_PACKED_I4_AFFINE
         FC_ROWS
         FC_COLS
         FC_LAYOUTS

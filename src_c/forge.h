@@ -2,9 +2,11 @@
  *
  * Letters:  B batch   S query length   T key length   H query heads   G key/value heads
  *           D head_dim   E v_dim   M rows   K in_features   N out_features   R = H / G
+ * docs/glossary.md has the words.
  *
  * The caller owns and checks every array: nothing here validates, allocates outputs or keeps state,
- * apart from the thread count and the ISA. Floats and weights may lie on any byte; structs, int64_t and pointers are aligned.
+ * apart from the thread count and the ISA. Floats and weights may lie on any byte; structs, int64_t and pointers are
+ * aligned.
  * ld* and strides count bytes.
  * An fc_dtype argument is an index into a row of kernels, never a branch.
  * Results are the same bits for any thread count, and for a row alone or in a batch. */
@@ -22,15 +24,15 @@ extern "C" {
 typedef enum { FC_F32, FC_F16, FC_BF16, FC_DTYPES } fc_dtype;
 typedef enum { FC_OK, FC_NO_MEMORY, FC_INTERRUPTED, FC_BAD_SIZE } fc_status;
 
-/* Of this header, and of the library that runs: 10000 major + 100 minor + patch. Structs that a caller fills in begin with
- * their size, sizeof of the type as the caller knows it: FC_BAD_SIZE, and nothing done, where the library knows another
- * one, because its members would be misread. */
+/* Of this header, and of the library that runs: 10000 major + 100 minor + patch. Structs that a caller fills in begin
+ * with their size, sizeof of the type as the caller knows it: FC_BAD_SIZE, and nothing done, where the library knows
+ * another one, because its members would be misread. */
 enum { FC_VERSION = 100 };
 int fc_version(void);
 
 /* The shared outer axes of up to FC_MAX_ARRAYS arrays whose last axis is contiguous. ndim = 0 is one row. An array with
- * an index (ndim 1) has at i not its row i but its row index[i]: inputs are gathered, outputs scattered. An op writes no
- * row twice, unless it says so. */
+ * an index (ndim 1) has at i not its row i but its row index[i]: inputs are gathered, outputs scattered. An op writes
+ * no row twice, unless it says so. */
 enum { FC_MAX_AXES = 32, FC_MAX_ARRAYS = 4 };
 typedef struct {
     size_t size; /* sizeof(fc_rows) */
@@ -109,10 +111,11 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
  * With an index of out the rows are stored in their order, so that residual = out with the same index adds to it,
  * however often a row is named: out[index[i]] += out_scale[i] * (x[i] W + bias). */
 
-/* How W lies in memory. FC_PACKED_*: formats.h defines the bytes (I4: symmetric, I4Z: with minima). FC_ROWS: W[k][n],
- * n contiguous, ld from k to k+1. FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
+/* How W lies in memory. FC_PACKED_*: formats.h defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
+ * FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
 typedef enum {
-    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4, FC_PACKED_I4Z, FC_ROWS, FC_COLS, FC_LAYOUTS
+    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_ROWS, FC_COLS,
+    FC_LAYOUTS
 } fc_layout;
 typedef struct {
     size_t size; /* sizeof(fc_linear_args) */
@@ -125,7 +128,8 @@ typedef struct {
     fc_dtype weight_type; /* of FC_ROWS and FC_COLS */
     const void *weight;
     ptrdiff_t ldw;
-    ptrdiff_t group;   /* of FC_PACKED_I8 and FC_PACKED_I4Z: k that share a scale; x is quantised, a scale a row */
+    /* of FC_PACKED_I8 and FC_PACKED_I4_AFFINE: k that share a scale; x is quantised, a scale a row */
+    ptrdiff_t group;
     const float *norm; /* (K) or NULL; else x stands for fc_rms_norm of it, with this weight, eps and offset */
     float norm_eps, norm_offset;
     const float *bias; /* (N) or NULL; gated: (2, N) */
@@ -136,8 +140,8 @@ typedef struct {
 } fc_linear_args;
 fc_status fc_linear(const fc_linear_args *args);
 
-/* Panels of 16 columns from columns (n, k) that lie k by k, ldw apart: FC_F32 as FC_PACKED_F32, FC_BF16 as FC_PACKED_BF16,
- * panel p at out + p * panel_stride. Columns beyond n become zeros. */
+/* Panels of 16 columns from columns (n, k) that lie k by k, ldw apart: FC_F32 as FC_PACKED_F32, FC_BF16 as
+ * FC_PACKED_BF16, panel p at out + p * panel_stride. Columns beyond n become zeros. */
 fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
                           ptrdiff_t n);
 
@@ -192,7 +196,8 @@ typedef struct {
     ptrdiff_t batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim;
     ptrdiff_t q_stride[3], k_stride[3], v_stride[3], out_stride[3]; /* batch, position, head */
     const int64_t *kv_lens; /* (B) or NULL: kv_len */
-    const int64_t *q_positions, *kv_positions; /* (B or 1, S), (B or 1, T), ascending; NULL: the last of kv_lens; 0, 1, .. */
+    /* (B or 1, S), (B or 1, T), ascending; NULL: the last of kv_lens; 0, 1, .. */
+    const int64_t *q_positions, *kv_positions;
     ptrdiff_t q_positions_stride, kv_positions_stride; /* elements from batch to batch; 0: shared */
     int causal;       /* a query sees keys at positions up to its own */
     ptrdiff_t window; /* and beyond its own less this; 0: none */
@@ -257,7 +262,8 @@ typedef struct {
 /* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up) */
 typedef struct {
     ptrdiff_t inner;
-    fc_matrix up, down; /* gated: the pair (hidden, 2 inner), as fc_linear takes it, else (hidden, inner); (inner, hidden) */
+    fc_matrix up; /* gated: the pair (hidden, 2 inner), as fc_linear takes it, else (hidden, inner) */
+    fc_matrix down; /* (inner, hidden) */
     fc_activation activation;
 } fc_mlp_weights;
 

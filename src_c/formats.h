@@ -2,8 +2,8 @@
  * read it here, forge_c/formats/layout.py mirrors it and holds the picture.
  *
  * A panel is FC_PANEL columns of W, a line k_step of its rows: one column after the other, the k_step numbers of each
- * side by side. A block is the lines of block_groups groups of rows, then, if these have scales, a line with the scale of
- * each group and its minimum, FC_PANEL columns side by side:   W = scale (u - zero) + minimum.
+ * side by side. A block is the lines of block_groups groups of rows, then, if these have scales, a line with the scale
+ * of each group and its minimum, FC_PANEL columns side by side:   W = scale (u - zero) + minimum.
  * Without groups a block is one line, which holds W itself. */
 #ifndef FC_FORMATS_H
 #define FC_FORMATS_H
@@ -34,14 +34,14 @@ struct fc_format {
 };
 
 static const struct fc_format fc_formats[FC_LAYOUTS] = {
-    /*                  name            packed bits k_step group     groups scale min zero a_type */
-    [FC_PACKED_F32] = {"float32",           1, 32, 1, 0,            1,     0,    0,  0,   FC_A_F32},
-    [FC_PACKED_BF16] = {"bfloat16",         1, 16, 2, 0,            1,     0,    0,  0,   FC_A_BF16},
-    [FC_PACKED_I8] = {"int8",               1,  8, 4, FC_ANY_GROUP, 1,     4,    0,  128, FC_A_I8},
-    [FC_PACKED_I4] = {"int4 symmetric",     1,  4, 8, 32,           2,     2,    0,  8,   FC_A_I8},
-    [FC_PACKED_I4Z] = {"int4 affine",       1,  4, 8, FC_ANY_GROUP, 1,     2,    2,  0,   FC_A_I8},
-    [FC_ROWS] = {"rows",                    0, 32, 1, 0,            1,     0,    0,  0,   FC_A_F32},
-    [FC_COLS] = {"columns",                 0, 32, 1, 0,            1,     0,    0,  0,   FC_A_F32},
+    /*                          name      packed bits k_step group groups scale min zero a_type */
+    [FC_PACKED_F32] = {         "float32",        1, 32, 1, 0,            1, 0, 0, 0,   FC_A_F32},
+    [FC_PACKED_BF16] = {        "bfloat16",       1, 16, 2, 0,            1, 0, 0, 0,   FC_A_BF16},
+    [FC_PACKED_I8] = {          "int8",           1, 8,  4, FC_ANY_GROUP, 1, 4, 0, 128, FC_A_I8},
+    [FC_PACKED_I4_SYMMETRIC] = {"int4 symmetric", 1, 4,  8, 32,           2, 2, 0, 8,   FC_A_I8},
+    [FC_PACKED_I4_AFFINE] = {   "int4 affine",    1, 4,  8, FC_ANY_GROUP, 1, 2, 2, 0,   FC_A_I8},
+    [FC_ROWS] = {               "rows",           0, 32, 1, 0,            1, 0, 0, 0,   FC_A_F32},
+    [FC_COLS] = {               "columns",        0, 32, 1, 0,            1, 0, 0, 0,   FC_A_F32},
 };
 
 /* int8 keys and values in pages, whose scales belong to tokens and lie elsewhere */

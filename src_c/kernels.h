@@ -98,8 +98,8 @@ struct fc_stream {
     X(gemm_bf16, (const struct fc_gemm *g))                                                                            \
     X(gemm_s8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i8, (const struct fc_gemm *g))                                                                              \
-    X(gemm_i4, (const struct fc_gemm *g))                                                                              \
-    X(gemm_i4z, (const struct fc_gemm *g))                                                                             \
+    X(gemm_i4_symmetric, (const struct fc_gemm *g))                                                                    \
+    X(gemm_i4_affine, (const struct fc_gemm *g))                                                                       \
     X(stream_row, (struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next))          \
     X(stream_end, (struct fc_stream *stream))                                                                          \
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \

@@ -222,8 +222,8 @@ FC_INLINE vf vf_exp(vf x) {
 /* 2^n, n in the lowest bits of t; unsigned, as the bits above them go over the edge */
 FC_INLINE vf vf_power_of_2(vf t) { return (vf)(((vu)t << 23) + 0x3f800000u); }
 
-/* 2^x for x <= 0, as the weights of attention need it: 2^n (1 + r (c1 + ... + c6 r^5)), r = x - n exact, c minimax; 0 where
- * 2^n is no normal float. A NaN stays one. */
+/* 2^x for x <= 0, as the weights of attention need it: 2^n (1 + r (c1 + ... + c6 r^5)), r = x - n exact, c minimax; 0
+ * where 2^n is no normal float. A NaN stays one. */
 FC_INLINE vf vf_exp2_negative(vf x) {
     const vf magic = vf_set1(12582912.0f);
     x = vf_max(vf_set1(-127.0f), x);

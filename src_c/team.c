@@ -1,9 +1,10 @@
-/* fc_parallel_region: a program of several ops in one parallel region. The calling thread, the leader, runs the program;
- * the others, the workers, wait for the regions of its ops and take them piece by piece without leaving their own.
+/* fc_parallel_region: a program of several ops in one parallel region. The calling thread, the leader, runs the
+ * program; the others, the workers, wait for the regions of its ops and take them piece by piece without leaving their
+ * own.
  *
- * ticket: number of the region << 32 | next piece. Whoever moves it from v to v + 1 owns the piece, and since every change
- * of the other fields is preceded by a change of ticket, also knows that they belong to v's region. The leader goes on
- * when all pieces are done: a worker that the system has not let run takes none, and is not waited for. */
+ * ticket: number of the region << 32 | next piece. Whoever moves it from v to v + 1 owns the piece, and since every
+ * change of the other fields is preceded by a change of ticket, also knows that they belong to v's region. The leader
+ * goes on when all pieces are done: a worker that the system has not let run takes none, and is not waited for. */
 #include "team.h"
 
 #include <sched.h>

@@ -19,7 +19,8 @@ void fc_region_piece(struct fc_region *r, int rank, ptrdiff_t begin, ptrdiff_t e
 /* Whether the calling thread is inside the poll's own code: ops are serial there. */
 int fc_polling(void);
 
-/* Whether the calling thread leads a team; whether that can take so many items; and these on `threads` of it, or all. */
+/* Whether the calling thread leads a team; whether that can take so many items; and these on `threads` of it, or all.
+ */
 int fc_in_team(void);
 int fc_team_takes(ptrdiff_t items);
 void fc_team_run(struct fc_region *r, int threads);

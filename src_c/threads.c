@@ -1,5 +1,6 @@
-/* How many threads work deserves, and regions of one op: see threads.h; team.c has those of a program. A fork after a parallel region would leave the child without libgomp's workers and hang it:
- * a prepare handler lets the team go before every fork. Other runtimes: the child runs serial. */
+/* How many threads work deserves, and regions of one op: see threads.h; team.c has those of a program. A fork after a
+ * parallel region would leave the child without libgomp's workers and hang it: a prepare handler lets the team go
+ * before every fork. Other runtimes: the child runs serial. */
 #include "threads.h"
 
 #include <pthread.h>

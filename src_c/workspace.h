@@ -1,7 +1,7 @@
 /* Scratch memory of an op, and where it comes from: a workspace that the caller keeps between calls, or malloc.
  *
- * A workspace is a stack. What an op takes it gives back before it returns, last first; what did not fit came from malloc,
- * and the stack, once empty, grows by it: the second call of a shape allocates nothing. One call at a time. */
+ * A workspace is a stack. What an op takes it gives back before it returns, last first; what did not fit came from
+ * malloc, and the stack, once empty, grows by it: the second call of a shape allocates nothing. One call at a time. */
 #ifndef FC_WORKSPACE_H
 #define FC_WORKSPACE_H
 

@@ -163,7 +163,7 @@ static double half_at(const uint8_t *p) {
     return value;
 }
 static struct place place_of(fc_layout layout, ptrdiff_t group, const uint8_t *panel, ptrdiff_t k, ptrdiff_t j) {
-    const ptrdiff_t block = layout == FC_PACKED_I4 ? 64 : group, r = k % block;
+    const ptrdiff_t block = layout == FC_PACKED_I4_SYMMETRIC ? 64 : group, r = k % block;
     const ptrdiff_t bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
     const uint8_t *b = panel + k / block * (bytes + 64), *params = b + bytes;
     if (layout == FC_PACKED_I8) {
@@ -173,13 +173,13 @@ static struct place place_of(fc_layout layout, ptrdiff_t group, const uint8_t *p
     }
     const uint8_t both = b[r / 8 * 64 + j * 4 + r % 4];
     const int u = r % 8 < 4 ? both & 15 : both >> 4;
-    if (layout == FC_PACKED_I4) return (struct place){u, half_at(params + r / 32 * 32 + j * 2), 8, 0};
+    if (layout == FC_PACKED_I4_SYMMETRIC) return (struct place){u, half_at(params + r / 32 * 32 + j * 2), 8, 0};
     return (struct place){u, half_at(params + j * 2), 0, half_at(params + 32 + j * 2)};
 }
 
 /* Any bytes are a weight, but for the scales; x is whole numbers up to 127, so that its scale is 1. */
 static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
-    const ptrdiff_t block = layout == FC_PACKED_I4 ? 64 : group, bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
+    const ptrdiff_t block = layout == FC_PACKED_I4_SYMMETRIC ? 64 : group, bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
     const ptrdiff_t panels = (n + 15) / 16, stride = (k + block - 1) / block * (bytes + 64);
     uint8_t *data = malloc((size_t)(panels * stride));
     float *x = random_floats(m * k), *y = random_floats(m * n);
@@ -263,9 +263,10 @@ int main(void) {
         for (ptrdiff_t m = 1; m <= 13; m++)
             for (ptrdiff_t n = 1; n <= 67; n += 11) {
                 check_packed(FC_PACKED_I8, 128, m, 5 * n + m, n), check_packed(FC_PACKED_I8, 32, m, 3 * n + m, n);
-                check_packed(FC_PACKED_I4, 32, m, 5 * n + m, n), check_packed(FC_PACKED_I4Z, 64, m, 5 * n + m, n);
+                check_packed(FC_PACKED_I4_SYMMETRIC, 32, m, 5 * n + m, n),
+                    check_packed(FC_PACKED_I4_AFFINE, 64, m, 5 * n + m, n);
             }
-        check_packed(FC_PACKED_I8, 128, 33, 2049, 50), check_packed(FC_PACKED_I4Z, 64, 33, 4099, 50);
+        check_packed(FC_PACKED_I8, 128, 33, 2049, 50), check_packed(FC_PACKED_I4_AFFINE, 64, 33, 4099, 50);
         report("int8, int4");
         for (ptrdiff_t d = 16; d <= 80; d += 13) check_attention(1, 40, d), check_attention(29, 300, d);
         report("attention");

@@ -22,20 +22,20 @@ static fc_status rotate(const struct attention_pass *t) {
     const struct pass *p = t->p;
     if (!t->s->cos) return FC_OK;
     return fc_rope(&(fc_rope_args){
-        .size = sizeof(fc_rope_args), .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin, .positions = p->positions,
-        .positions_stride = p->seq, .batch = p->batch, .seq = p->seq, .heads = t->w->heads, .head_dim = t->w->head_dim,
-        .rotary_pairs = t->s->rotary_pairs, .x_stride = {p->seq * t->row, t->row, t->head},
-        .out_stride = {p->seq * t->row, t->row, t->head}});
+        .size = sizeof(fc_rope_args), .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin,
+        .positions = p->positions, .positions_stride = p->seq, .batch = p->batch, .seq = p->seq, .heads = t->w->heads,
+        .head_dim = t->w->head_dim, .rotary_pairs = t->s->rotary_pairs,
+        .x_stride = {p->seq * t->row, t->row, t->head}, .out_stride = {p->seq * t->row, t->row, t->head}});
 }
 
 static fc_status append(const struct attention_pass *t) {
     const struct pass *p = t->p;
     const float *k = t->qkv + t->w->heads * t->w->head_dim;
     return fc_append(&(fc_append_args){
-        .size = sizeof(fc_append_args), .cache = t->s->kv, .type = FC_F32, .k = k, .v = k + t->w->kv_heads * t->w->head_dim,
-        .k_stride = {p->seq * t->row, t->row, t->head}, .v_stride = {p->seq * t->row, t->row, t->head},
-        .batch = p->batch, .seq = p->seq, .start = p->start, .cos = t->s->cos, .sin = t->s->sin, .rotary_pairs = t->s->rotary_pairs,
-        .workspace = p->workspace});
+        .size = sizeof(fc_append_args), .cache = t->s->kv, .type = FC_F32, .k = k,
+        .v = k + t->w->kv_heads * t->w->head_dim, .k_stride = {p->seq * t->row, t->row, t->head},
+        .v_stride = {p->seq * t->row, t->row, t->head}, .batch = p->batch, .seq = p->seq, .start = p->start,
+        .cos = t->s->cos, .sin = t->s->sin, .rotary_pairs = t->s->rotary_pairs, .workspace = p->workspace});
 }
 
 static fc_status attend(const struct attention_pass *t) {
@@ -43,11 +43,11 @@ static fc_status attend(const struct attention_pass *t) {
     const fc_attention_weights *w = t->w;
     const ptrdiff_t out_row = w->heads * t->head;
     return fc_attention(&(fc_attention_args){
-        .size = sizeof(fc_attention_args), .q_type = FC_F32, .out = t->attn_out, .q = t->qkv, .cache = t->s->kv, .batch = p->batch, .q_len = p->seq,
-        .kv_len = p->longest, .heads = w->heads, .kv_heads = w->kv_heads, .head_dim = w->head_dim, .v_dim = w->head_dim,
-        .q_stride = {p->seq * t->row, t->row, t->head}, .out_stride = {p->seq * out_row, out_row, t->head},
-        .kv_lens = p->lens, .causal = 1, .window = w->window, .scale = w->scale, .softcap = w->softcap,
-        .workspace = p->workspace});
+        .size = sizeof(fc_attention_args), .q_type = FC_F32, .out = t->attn_out, .q = t->qkv, .cache = t->s->kv,
+        .batch = p->batch, .q_len = p->seq, .kv_len = p->longest, .heads = w->heads, .kv_heads = w->kv_heads,
+        .head_dim = w->head_dim, .v_dim = w->head_dim, .q_stride = {p->seq * t->row, t->row, t->head},
+        .out_stride = {p->seq * out_row, out_row, t->head}, .kv_lens = p->lens, .causal = 1, .window = w->window,
+        .scale = w->scale, .softcap = w->softcap, .workspace = p->workspace});
 }
 
 fc_status attention_part(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
@@ -66,7 +66,8 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     if (status == FC_OK) status = rotate(&t);
     if (status == FC_OK) status = append(&t);
     if (status == FC_OK) status = attend(&t);
-    if (status == FC_OK) status = project(p, out, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, &none, residual);
+    if (status == FC_OK)
+        status = project(p, out, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, &none, residual);
     fc_scratch_free(&scratch);
     return status;
 }

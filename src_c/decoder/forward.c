@@ -1,6 +1,6 @@
-/* A model's forward pass: embedding, layers, last norm and projection, inside one parallel region. Which parts a layer has
- * is data; how the residual stream goes round them is all that this file knows. A part of a new kind is a file beside
- * this one and a line in `parts`. */
+/* A model's forward pass: embedding, layers, last norm and projection, inside one parallel region. Which parts a layer
+ * has is data; how the residual stream goes round them is all that this file knows. A part of a new kind is a file
+ * beside this one and a line in `parts`. */
 #include "pass.h"
 
 static part_of_layer *const parts[FC_PART_KINDS] = {
@@ -9,7 +9,8 @@ static part_of_layer *const parts[FC_PART_KINDS] = {
 /* ---- steps that parts share ---- */
 
 static fc_rows rows_of(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t x, ptrdiff_t residual) {
-    return (fc_rows){.size = sizeof(fc_rows), .ndim = 1, .shape = {rows}, .stride = {{out * 4}, {x * 4}, {residual * 4}}};
+    return (fc_rows){
+        .size = sizeof(fc_rows), .ndim = 1, .shape = {rows}, .stride = {{out * 4}, {x * 4}, {residual * 4}}};
 }
 
 static fc_status norm_rows(float *out, const float *x, const fc_norm *norm, const fc_rows *rows, ptrdiff_t n) {
@@ -26,38 +27,40 @@ fc_status normalise(float *out, const float *x, const fc_norm *norm, ptrdiff_t r
 }
 
 /* fc_linear takes an RMSNorm with weights along; for any other norm x is a copy. */
-static fc_status project_as(const struct pass *p, fc_linear_args *a, const fc_matrix *w, const fc_norm *norm) {
+static fc_status project_as(const struct pass *p, fc_linear_args *args, const fc_matrix *w, const fc_norm *norm) {
     fc_scratch copy = {0};
     fc_status status = FC_OK;
-    fc_rows rows = *a->rows;
-    a->type = FC_F32, a->layout = w->layout, a->weight = w->data, a->group = w->group, a->bias = w->bias;
-    a->workspace = p->workspace;
+    fc_rows rows = *args->rows;
+    args->type = FC_F32, args->layout = w->layout, args->weight = w->data, args->group = w->group, args->bias = w->bias;
+    args->workspace = p->workspace;
     if (norm->kind == FC_RMS_NORM && norm->weight) {
-        a->norm = norm->weight, a->norm_eps = norm->eps, a->norm_offset = norm->offset;
+        args->norm = norm->weight, args->norm_eps = norm->eps, args->norm_offset = norm->offset;
     } else if (norm->kind != FC_NO_NORM) {
-        const fc_rows each = {.size = sizeof each, .ndim = 1, .shape = {a->m}, .stride = {{a->k * 4}, {0}, {rows.stride[1][0]}, {0}}};
-        if (fc_scratch_alloc(p->workspace, &copy, 1, (size_t)(a->m * a->k) * 4)) return FC_NO_MEMORY;
-        status = norm_rows((float *)(void *)copy.base, a->x, norm, &each, a->k);
-        a->x = copy.base, rows.stride[1][0] = a->k * 4, a->rows = &rows;
+        const fc_rows each = {.size = sizeof each, .ndim = 1, .shape = {args->m},
+                              .stride = {{args->k * 4}, {0}, {rows.stride[1][0]}, {0}}};
+        if (fc_scratch_alloc(p->workspace, &copy, 1, (size_t)(args->m * args->k) * 4)) return FC_NO_MEMORY;
+        status = norm_rows((float *)(void *)copy.base, args->x, norm, &each, args->k);
+        args->x = copy.base, rows.stride[1][0] = args->k * 4, args->rows = &rows;
     }
-    if (status == FC_OK) status = fc_linear(a);
+    if (status == FC_OK) status = fc_linear(args);
     fc_scratch_free(&copy);
     return status;
 }
 
-fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride, const fc_matrix *w,
-                  ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual) {
+fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride,
+                  const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual) {
     const fc_rows each = rows_of(rows, n, x_stride, n);
-    fc_linear_args a = {.size = sizeof a, .out = out, .x = x, .residual = residual, .rows = &each, .m = rows, .k = k, .n = n};
-    return project_as(p, &a, w, norm);
+    fc_linear_args args = {
+        .size = sizeof args, .out = out, .x = x, .residual = residual, .rows = &each, .m = rows, .k = k, .n = n};
+    return project_as(p, &args, w, norm);
 }
 
 fc_status project_gated(const struct pass *p, float *out, const float *x, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n,
                         const fc_norm *norm, fc_activation activation) {
     const fc_rows each = rows_of(p->rows, n, k, n);
-    fc_linear_args a = {.size = sizeof a, .out = out, .x = x, .rows = &each, .m = p->rows, .k = k, .n = n, .gated = 1,
-                        .activation = activation};
-    return project_as(p, &a, w, norm);
+    fc_linear_args args = {.size = sizeof args, .out = out, .x = x, .rows = &each, .m = p->rows, .k = k, .n = n,
+                           .gated = 1, .activation = activation};
+    return project_as(p, &args, w, norm);
 }
 
 fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n) {
@@ -74,11 +77,11 @@ struct sum {
     float scale;
 };
 
-static void add_scaled_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct sum *s = ctx;
-    const ptrdiff_t n = s->p->hidden;
+static void add_scaled_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct sum *ctx = context;
+    const ptrdiff_t n = ctx->p->hidden;
     (void)rank;
-    s->p->k->add_scaled(s->out + begin * n, s->x + begin * n, s->y + begin * n, s->scale, (end - begin) * n);
+    ctx->p->k->add_scaled(ctx->out + begin * n, ctx->x + begin * n, ctx->y + begin * n, ctx->scale, (end - begin) * n);
 }
 
 /* out = x + scale y */
@@ -123,39 +126,40 @@ static fc_status run_layer(const struct pass *p, const fc_layer *layer, void *st
 /* ---- the whole ---- */
 
 struct forward {
-    const fc_forward_args *a;
+    const fc_forward_args *args;
     struct pass p;
     float *x, *y; /* (M, hidden): the residual stream, and what a part gave */
 };
 
-static fc_status embed(const struct forward *f) {
-    const fc_model *m = f->a->model;
-    if (!f->a->ids) return FC_OK;
-    return fc_embedding(m->embedding_type, FC_F32, f->x, m->embedding, f->a->ids, f->p.rows, m->hidden, m->ld_embedding,
-                        m->embedding_scale);
+static fc_status embed(const struct forward *ctx) {
+    const fc_model *m = ctx->args->model;
+    if (!ctx->args->ids) return FC_OK;
+    return fc_embedding(m->embedding_type, FC_F32, ctx->x, m->embedding, ctx->args->ids, ctx->p.rows, m->hidden,
+                        m->ld_embedding, m->embedding_scale);
 }
 
-static fc_status results(const struct forward *f) {
-    const fc_forward_args *a = f->a;
-    const fc_model *m = a->model;
-    const struct pass *p = &f->p;
-    const ptrdiff_t every = a->last_only ? p->seq : 1;
+static fc_status results(const struct forward *ctx) {
+    const fc_forward_args *args = ctx->args;
+    const fc_model *m = args->model;
+    const struct pass *p = &ctx->p;
+    const ptrdiff_t every = args->last_only ? p->seq : 1;
     fc_status status = FC_OK;
-    if (a->logits)
-        status = project(p, a->logits, f->x + (every - 1) * m->hidden, p->rows / every, every * m->hidden, &m->head,
-                         m->hidden, m->vocab, &m->norm, NULL);
-    if (status == FC_OK && a->hidden) status = normalise(a->hidden, f->x, &m->norm, p->rows, m->hidden, 1, m->hidden);
+    if (args->logits)
+        status = project(p, args->logits, ctx->x + (every - 1) * m->hidden, p->rows / every, every * m->hidden,
+                         &m->head, m->hidden, m->vocab, &m->norm, NULL);
+    if (status == FC_OK && args->hidden)
+        status = normalise(args->hidden, ctx->x, &m->norm, p->rows, m->hidden, 1, m->hidden);
     return status;
 }
 
-static fc_status run(void *ctx) {
-    const struct forward *f = ctx;
-    fc_status status = embed(f);
-    for (ptrdiff_t i = 0; i < f->a->model->n_layers && status == FC_OK; i++) {
-        status = run_layer(&f->p, f->a->model->layers + i, f->a->states[i], f->x, f->y);
-        if (status == FC_OK && f->p.rows > 1 && fc_interrupted()) status = FC_INTERRUPTED;
+static fc_status forward_program(void *context) {
+    const struct forward *ctx = context;
+    fc_status status = embed(ctx);
+    for (ptrdiff_t i = 0; i < ctx->args->model->n_layers && status == FC_OK; i++) {
+        status = run_layer(&ctx->p, ctx->args->model->layers + i, ctx->args->states[i], ctx->x, ctx->y);
+        if (status == FC_OK && ctx->p.rows > 1 && fc_interrupted()) status = FC_INTERRUPTED;
     }
-    return status == FC_OK ? results(f) : status;
+    return status == FC_OK ? results(ctx) : status;
 }
 
 static void count_tokens(struct pass *p) {
@@ -166,20 +170,22 @@ static void count_tokens(struct pass *p) {
     }
 }
 
-fc_status fc_forward(const fc_forward_args *a) {
-    if (!FC_IS_OURS(a)) return FC_BAD_SIZE;
-    struct forward f = {.a = a, .p = {.k = fc_k, .workspace = a->workspace, .batch = a->batch, .seq = a->seq,
-                                      .rows = a->batch * a->seq, .hidden = a->model->hidden, .start = a->start}};
+fc_status fc_forward(const fc_forward_args *args) {
+    if (!FC_IS_OURS(args)) return FC_BAD_SIZE;
+    struct forward ctx = {.args = args, .p = {.k = fc_k, .workspace = args->workspace, .batch = args->batch,
+                                              .seq = args->seq, .rows = args->batch * args->seq,
+                                              .hidden = args->model->hidden, .start = args->start}};
     fc_scratch scratch;
-    const size_t rows = (size_t)f.p.rows, numbers = ((size_t)a->batch + rows) * 8;
+    const size_t rows = (size_t)ctx.p.rows, numbers = ((size_t)args->batch + rows) * 8;
     if (rows == 0) return FC_OK;
-    if (fc_scratch_alloc(a->workspace, &scratch, 1, numbers + 2 * rows * (size_t)f.p.hidden * 4)) return FC_NO_MEMORY;
-    f.p.lens = (int64_t *)(void *)scratch.base;
-    f.p.positions = f.p.lens + a->batch;
-    f.y = (float *)(void *)(scratch.base + numbers);
-    f.x = a->x ? a->x : f.y + f.p.rows * f.p.hidden;
-    count_tokens(&f.p);
-    const fc_status status = fc_parallel_region(run, &f);
+    if (fc_scratch_alloc(args->workspace, &scratch, 1, numbers + 2 * rows * (size_t)ctx.p.hidden * 4))
+        return FC_NO_MEMORY;
+    ctx.p.lens = (int64_t *)(void *)scratch.base;
+    ctx.p.positions = ctx.p.lens + args->batch;
+    ctx.y = (float *)(void *)(scratch.base + numbers);
+    ctx.x = args->x ? args->x : ctx.y + ctx.p.rows * ctx.p.hidden;
+    count_tokens(&ctx.p);
+    const fc_status status = fc_parallel_region(forward_program, &ctx);
     fc_scratch_free(&scratch);
     return status;
 }

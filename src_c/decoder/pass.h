@@ -1,5 +1,5 @@
-/* What a part of a layer is given in a forward pass, and the steps that parts share. A part allocates only from the pass's
- * workspace, knows no thread and no instruction set: it says which ops run, in what order. */
+/* What a part of a layer is given in a forward pass, and the steps that parts share. A part allocates only from the
+ * pass's workspace, knows no thread and no instruction set: it says which ops run, in what order. */
 #ifndef FC_PASS_H
 #define FC_PASS_H
 
@@ -20,9 +20,10 @@ typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void 
                                 const float *residual);
 part_of_layer attention_part, mlp_part, called_part;
 
-/* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of x x_stride floats apart; gated: out = f(..) * (..), see fc_linear */
-fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride, const fc_matrix *w,
-                  ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual);
+/* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of x x_stride floats apart; gated: out = f(..) * (..), see
+ * fc_linear */
+fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride,
+                  const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual);
 fc_status project_gated(const struct pass *p, float *out, const float *x, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n,
                         const fc_norm *norm, fc_activation activation);
 

@@ -23,9 +23,15 @@ FC_INLINE void activate_row(fc_activation f, fc_dtype t, void *out, const void *
     }
 }
 
-FC_INLINE void relu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) { activate_row(FC_RELU, t, out, x, NULL, n); }
-FC_INLINE void silu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) { activate_row(FC_SILU, t, out, x, NULL, n); }
-FC_INLINE void gelu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) { activate_row(FC_GELU, t, out, x, NULL, n); }
+FC_INLINE void relu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) {
+    activate_row(FC_RELU, t, out, x, NULL, n);
+}
+FC_INLINE void silu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) {
+    activate_row(FC_SILU, t, out, x, NULL, n);
+}
+FC_INLINE void gelu_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) {
+    activate_row(FC_GELU, t, out, x, NULL, n);
+}
 FC_INLINE void gelu_tanh_any(fc_dtype t, void *out, const void *x, ptrdiff_t n) {
     activate_row(FC_GELU_TANH, t, out, x, NULL, n);
 }

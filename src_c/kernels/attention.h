@@ -114,8 +114,8 @@ FC_INLINE vf value_of(fc_kv_type type, const char *w, ptrdiff_t key, int j) {
     return (vf)(key % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
 }
 
-/* c (panels) += x[lo:hi) V[lo:hi) for one row, whatever lo and hi are: the chain of gemm's tile, and where pairs of keys
- * are multiplied at once, half a pair with a zero for the other half. */
+/* c (panels) += x[lo:hi) V[lo:hi) for one row, whatever lo and hi are: the chain of gemm's tile, and where pairs of
+ * keys are multiplied at once, half a pair with a zero for the other half. */
 FC_INLINE void pv_partial(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo, ptrdiff_t hi) {
     const char *w = g->w;
     for (ptrdiff_t p = 0; p < g->panels; p++, w += g->panel_stride)
@@ -128,7 +128,8 @@ FC_INLINE void pv_partial(fc_kv_type type, const struct fc_gemm *g, ptrdiff_t lo
                     const uint32_t keep = (key >= lo ? 0xffffu : 0) | (key + 1 < hi ? 0xffff0000u : 0);
                     uint32_t pair;
                     memcpy(&pair, (const char *)g->x + key * 2, 4);
-                    acc = vf_dot_bf16(acc, (vu)vf_load(w + key / 2 * 64 + j * FC_BYTES) & keep, (vu){0} + (pair & keep));
+                    acc =
+                        vf_dot_bf16(acc, (vu)vf_load(w + key / 2 * 64 + j * FC_BYTES) & keep, (vu){0} + (pair & keep));
                 }
                 vf_store(c, acc);
                 continue;

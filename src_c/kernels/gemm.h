@@ -11,15 +11,16 @@
  *                w signed bytes
  *     i8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
  *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
- *     i4, i4z    the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
+ *     i4         the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
  *
- * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the same,
- * and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum  over
- * all lines, which must fit; x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence the
- * same bits.
+ * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the
+ * same, and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum 
+ * over all lines, which must fit; x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence
+ * the same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
  *
- * While the rows of X pass over a block of W, the bytes after it are prefetched, so that memory and arithmetic overlap. */
+ * While the rows of X pass over a block of W, the bytes after it are prefetched, so that memory and arithmetic overlap.
+ */
 
 #define FC_PER_PANEL (FC_PANEL / FC_N)
 #if FC_BYTES == 64 || !defined(__x86_64__)
@@ -76,9 +77,9 @@ FC_INLINE const char *opaque(const char *p) {
     return p;
 }
 
-/* Prefetches a share of the block of W that comes after this one: each row tile for another part, line by line, into L2. A
- * tile that is alone reads as fast as memory gives, and fetches what it needs next: against s8 further away, since
- * between its products and the next ones a row of weights takes longer than the bytes it is for. */
+/* Prefetches a share of the block of W that comes after this one: each row tile for another part, line by line, into
+ * L2. A tile that is alone reads as fast as memory gives, and fetches what it needs next: against s8 further away,
+ * since between its products and the next ones a row of weights takes longer than the bytes it is for. */
 FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f->a_type == FC_A_I16 ? 8192 : 2048; }
 typedef struct {
     const char *at;
@@ -91,7 +92,8 @@ FC_INLINE gemm_prefetch prefetch_from(gemm_format f, const char *w, ptrdiff_t by
 
 FC_INLINE void prefetch_line(gemm_prefetch *a, const int nv, ptrdiff_t panel_stride) {
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j += FC_PER_PANEL) __builtin_prefetch(line_of(&fc_formats[FC_PACKED_F32], a->at, panel_stride, j), 0, 2);
+    for (int j = 0; j < nv; j += FC_PER_PANEL)
+        __builtin_prefetch(line_of(&fc_formats[FC_PACKED_F32], a->at, panel_stride, j), 0, 2);
     a->at += a->step;
 }
 
@@ -203,7 +205,8 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
     }
 }
 
-/* Products of nibbles that maddubs makes are summed in 16 bits first: 8 of at most 2 * 15 * 127 fit, those of 4 lines. */
+/* Products of nibbles that maddubs makes are summed in 16 bits first: 8 of at most 2 * 15 * 127 fit, those of 4 lines.
+ */
 #if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
 enum { SHORT_SUMS = 1, SHORT_LINES = 4 };
 #else
@@ -341,12 +344,14 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
 #define FC_GEMM(name, kind, format)                                                                                    \
     FC_TILES(name##_tile, kind, format, FC_NV)                                                                         \
     FC_TILE(name##_few, kind, format, 1, FC_NV_FEW)                                                                    \
-    static void name(const struct fc_gemm *g) { gemm_all(format, name##_few, name##_tile, name##_tile, name##_tile, g); }
+    static void name(const struct fc_gemm *g) {                                                                        \
+        gemm_all(format, name##_few, name##_tile, name##_tile, name##_tile, g);                                        \
+    }
 #endif
 
 FC_GEMM(gemm_f32, float, &fc_formats[FC_PACKED_F32])
 FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
 FC_GEMM(gemm_i8, int, &fc_formats[FC_PACKED_I8])
-FC_GEMM(gemm_i4, int, &fc_formats[FC_PACKED_I4])
-FC_GEMM(gemm_i4z, int, &fc_formats[FC_PACKED_I4Z])
+FC_GEMM(gemm_i4_symmetric, int, &fc_formats[FC_PACKED_I4_SYMMETRIC])
+FC_GEMM(gemm_i4_affine, int, &fc_formats[FC_PACKED_I4_AFFINE])

@@ -69,8 +69,8 @@ static __attribute__((noinline, unused)) float layer_norm_wide(fc_dtype t, const
 }
 
 /* out[n] = (x first - mean) scale weight + bias */
-FC_INLINE void layer_norm_scale(fc_dtype t, void *out, const void *x, const float *weight, const float *bias, ptrdiff_t n,
-                                float pre, float mean, float inv) {
+FC_INLINE void layer_norm_scale(fc_dtype t, void *out, const void *x, const float *weight, const float *bias,
+                                ptrdiff_t n, float pre, float mean, float inv) {
     const vf m = vf_set1(mean), scale = vf_set1(inv), first = vf_set1(pre);
     ptrdiff_t i = 0;
     for (; i + 2 * FC_N <= n; i += 2 * FC_N) {
@@ -102,8 +102,8 @@ FC_INLINE void layer_norm_any(fc_dtype t, void *out, void *h, const void *x, con
     for (ptrdiff_t i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;
         char *to = (char *)out + i * size;
-        layer_norm_scale(t, stream ? some : to, row + i * size, weight ? weight + i : NULL, bias ? bias + i : NULL, count, pre,
-                         mean, inv);
+        layer_norm_scale(t, stream ? some : to, row + i * size, weight ? weight + i : NULL, bias ? bias + i : NULL,
+                         count, pre, mean, inv);
         stream_part(stream, to, stream ? some : to, count * size, next ? (const char *)next + i * size : NULL);
     }
 }

@@ -1,4 +1,5 @@
-/* Weights that arrive unpacked: made into float32 panels [k][FC_PANEL] of n <= FC_PANEL columns, zeros beyond, or streamed. */
+/* Weights that arrive unpacked: made into float32 panels [k][FC_PANEL] of n <= FC_PANEL columns, zeros beyond, or
+ * streamed. */
 
 /* from rows: W[k] at w + k*ldw, n contiguous columns */
 FC_INLINE void panel_rows_any(fc_dtype t, float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n) {

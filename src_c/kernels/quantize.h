@@ -2,9 +2,11 @@
  * nearest even; sums[g] = -offset * sum of q over each group of k as int32, or with offset 0 the sum as float32, which
  * holds it exactly (a group has at most 2^16 values). q is int8, or, `wide`, int16 with each four in the order
  * 0 2 1 3 (see gemm.h). q and sums are zero from n to `padded`. A row with a NaN or an infinity gets the scale NaN; one
- * with nothing above 2^-100 counts as zero, so that 127 / max|x| is an ordinary number. qmax: 127, or what else q may be. */
+ * with nothing above 2^-100 counts as zero, so that 127 / max|x| is an ordinary number. qmax: 127, or what else q may
+ * be. */
 
-/* scale and its inverse, of a row whose largest magnitude is `largest`; poison: NaN if the row has a NaN or an infinity */
+/* scale and its inverse, of a row whose largest magnitude is `largest`; poison: NaN if the row has a NaN or an infinity
+ */
 FC_INLINE void quantize_scales(float *scale, float *inverse, float largest, float poison, float qmax) {
     const int usable = poison == 0.0f && largest > 0x1p-100f;
     *inverse = usable ? qmax / largest : 0.0f;
@@ -22,8 +24,8 @@ FC_INLINE void quantize_scale_any(fc_dtype t, float *scale, float *inverse, cons
 }
 
 /* Part of a row, from a group's first value on, with the row's inverse scale. */
-FC_INLINE void quantize_any(fc_dtype t, void *q, void *sums, const void *x, float inverse, ptrdiff_t n, ptrdiff_t padded,
-                            ptrdiff_t group, int wide, int offset) {
+FC_INLINE void quantize_any(fc_dtype t, void *q, void *sums, const void *x, float inverse, ptrdiff_t n,
+                            ptrdiff_t padded, ptrdiff_t group, int wide, int offset) {
     const vf factor = vf_set1(inverse), magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     char *to = sums;
     for (ptrdiff_t from = 0; from < padded; from += group, to += 4) {

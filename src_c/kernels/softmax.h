@@ -1,5 +1,5 @@
-/* out = e / sum(e),  e = exp(x - max(x)), which stay in float32 between the passes: e[n], or out itself where it is that
- * and need not go past the caches. */
+/* out = e / sum(e),  e = exp(x - max(x)), which stay in float32 between the passes: e[n], or out itself where it is
+ * that and need not go past the caches. */
 
 /* out[n] = e share */
 FC_INLINE void softmax_scale(fc_dtype t, void *out, const float *e, ptrdiff_t n, vf share) {

@@ -1,7 +1,7 @@
 /* Large results go past the caches: what no cache keeps until it is read need not be fetched before it is written. That
  * takes whole vectors at aligned addresses, and NumPy's arrays begin anywhere. A row's last bytes, less than a vector,
- * therefore wait for the first ones of the row after it: written the ordinary way, they would fetch their line, and what
- * comes later would wait for that (AVX2, rows of 16 KB: a fifth of the time). */
+ * therefore wait for the first ones of the row after it: written the ordinary way, they would fetch their line, and
+ * what comes later would wait for that (AVX2, rows of 16 KB: a fifth of the time). */
 
 enum { STREAM_BYTES = 1024 }; /* a kernel's results between two calls of stream_put: they stay in L1 */
 
@@ -10,8 +10,8 @@ FC_INLINE void stream_flush(struct fc_stream *p) {
     p->waiting = 0;
 }
 
-/* bytes from `from` to `out`. next: as many that will soon be read, prefetched on the way, or NULL; they may lie beyond an
- * array's end. The processor's own fetching stops at each page. */
+/* bytes from `from` to `out`. next: as many that will soon be read, prefetched on the way, or NULL; they may lie beyond
+ * an array's end. The processor's own fetching stops at each page. */
 FC_INLINE void stream_put(struct fc_stream *p, void *out, const void *from, ptrdiff_t bytes, const void *next) {
     char *to = out;
     const char *x = from;
@@ -41,7 +41,8 @@ FC_INLINE void stream_put(struct fc_stream *p, void *out, const void *from, ptrd
     p->end = to + bytes;
 }
 
-/* Part of a result: `to` is where it was made, out or, if it goes past the caches, a stage of STREAM_BYTES; next: as above */
+/* Part of a result: `to` is where it was made, out or, if it goes past the caches, a stage of STREAM_BYTES; next: as
+ * above */
 FC_INLINE void stream_part(struct fc_stream *stream, void *out, const void *to, ptrdiff_t bytes, const void *next) {
     if (stream) stream_put(stream, out, to, bytes, next);
     else

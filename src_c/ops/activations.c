@@ -19,45 +19,46 @@ struct elementwise {
     int streamed;
 };
 
-static void apply(const struct elementwise *e, char *out, const char *a, const char *b, ptrdiff_t n) {
-    if (e->unary) e->unary(out, a, n);
-    else e->binary(out, a, b, n);
+static void apply(const struct elementwise *ctx, char *out, const char *a, const char *b, ptrdiff_t n) {
+    if (ctx->unary) ctx->unary(out, a, n);
+    else ctx->binary(out, a, b, n);
 }
 
-static void apply_streamed(const struct elementwise *e, struct fc_stream *stream, char *out, const char *a, const char *b,
-                       ptrdiff_t n) {
+static void apply_streamed(const struct elementwise *ctx, struct fc_stream *stream, char *out, const char *a,
+                           const char *b, ptrdiff_t n) {
     char some[PIECE * 4];
     for (ptrdiff_t i = 0; i < n; i += PIECE) {
-        const ptrdiff_t count = fc_smaller(PIECE, n - i), at = i * e->size;
-        apply(e, some, a + at, b + at, count);
-        e->k->stream_row(stream, out + at, some, count * e->size, a + at + PREFETCH_BYTES);
+        const ptrdiff_t count = fc_smaller(PIECE, n - i), at = i * ctx->size;
+        apply(ctx, some, a + at, b + at, count);
+        ctx->k->stream_row(stream, out + at, some, count * ctx->size, a + at + PREFETCH_BYTES);
     }
 }
 
-static void body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct elementwise *e = ctx;
+static void activate_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct elementwise *ctx = context;
     struct fc_stream stream = {0};
     fc_cursor c;
     (void)rank;
-    fc_cursor_at(&c, e->rows, begin / e->blocks);
+    fc_cursor_at(&c, ctx->rows, begin / ctx->blocks);
     for (ptrdiff_t i = begin; i < end; i++) {
-        const ptrdiff_t from = i % e->blocks * BLOCK, n = fc_smaller(BLOCK, e->n - from), skip = from * e->size;
-        char *out = e->out + c.at[0] + skip;
-        const char *a = e->a + c.at[1] + skip, *b = e->b ? e->b + c.at[2] + skip : a;
-        if (e->streamed) apply_streamed(e, &stream, out, a, b, n);
-        else apply(e, out, a, b, n);
-        if (from + n == e->n) fc_cursor_next(&c);
+        const ptrdiff_t from = i % ctx->blocks * BLOCK, n = fc_smaller(BLOCK, ctx->n - from), skip = from * ctx->size;
+        char *out = ctx->out + c.at[0] + skip;
+        const char *a = ctx->a + c.at[1] + skip, *b = ctx->b ? ctx->b + c.at[2] + skip : a;
+        if (ctx->streamed) apply_streamed(ctx, &stream, out, a, b, n);
+        else apply(ctx, out, a, b, n);
+        if (from + n == ctx->n) fc_cursor_next(&c);
     }
-    if (e->streamed) e->k->stream_end(&stream);
+    if (ctx->streamed) ctx->k->stream_end(&stream);
 }
 
-static fc_status run(struct elementwise *e, fc_dtype type, double ns_each) {
-    if (!FC_IS_OURS(e->rows)) return FC_BAD_SIZE;
-    const ptrdiff_t count = fc_rows_count(e->rows), items = count * e->blocks;
-    const double ns = ns_each * (double)(e->n < BLOCK ? e->n : BLOCK);
-    e->size = fc_size_of(type);
-    e->streamed = fc_should_stream((double)count * (double)(e->n * e->size), e->out == e->a || e->out == e->b);
-    return fc_static(fc_threads_for(items, ns), items, ns, body, e);
+static fc_status activate_on_threads(struct elementwise *ctx, fc_dtype type, double ns_each) {
+    if (!FC_IS_OURS(ctx->rows)) return FC_BAD_SIZE;
+    const ptrdiff_t count = fc_rows_count(ctx->rows), items = count * ctx->blocks;
+    const double ns = ns_each * (double)(ctx->n < BLOCK ? ctx->n : BLOCK);
+    ctx->size = fc_size_of(type);
+    ctx->streamed =
+        fc_should_stream((double)count * (double)(ctx->n * ctx->size), ctx->out == ctx->a || ctx->out == ctx->b);
+    return fc_static(fc_threads_for(items, ns), items, ns, activate_blocks, ctx);
 }
 
 fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
@@ -68,9 +69,9 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
         [FC_GELU] = k->gelu[type],
         [FC_GELU_TANH] = k->gelu_tanh[type],
     };
-    struct elementwise e = {.k = k, .unary = leaf[f], .out = out, .a = x, .rows = rows, .n = n,
+    struct elementwise ctx = {.k = k, .unary = leaf[f], .out = out, .a = x, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
-    return run(&e, type, fc_ns.activation[f]);
+    return activate_on_threads(&ctx, type, fc_ns.activation[f]);
 }
 
 fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up, const fc_rows *rows,
@@ -82,7 +83,7 @@ fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, co
         [FC_GELU] = k->geglu[type],
         [FC_GELU_TANH] = k->geglu_tanh[type],
     };
-    struct elementwise e = {.k = k, .binary = leaf[f], .out = out, .a = gate, .b = up, .rows = rows, .n = n,
+    struct elementwise ctx = {.k = k, .binary = leaf[f], .out = out, .a = gate, .b = up, .rows = rows, .n = n,
                             .blocks = (n + BLOCK - 1) / BLOCK};
-    return run(&e, type, fc_ns.activation[f]);
+    return activate_on_threads(&ctx, type, fc_ns.activation[f]);
 }

@@ -1,9 +1,11 @@
-/* out = out_scale (x W + bias) + residual, and the gated pair f(x W_gate + b_gate) * (x W_up + b_up), over tiles of columns.
+/* out = out_scale (x W + bias) + residual, and the gated pair f(x W_gate + b_gate) * (x W_up + b_up), over tiles of
+ * columns.
  *
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
- * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M, the
- * threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are streamed
- * instead. Each format multiplies one type of x, the same for every M: float32; bfloat16; int8, one scale a row. */
+ * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M,
+ * the threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are
+ * streamed instead. Each format multiplies one type of x, the same for every M: float32; bfloat16; int8, one scale a
+ * row. */
 #include <stdint.h>
 #include <string.h>
 
@@ -27,17 +29,21 @@ struct product {
     ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales */
 };
 
-static struct product product_of(const struct fc_kernels *kernels, const fc_linear_args *a) {
+static struct product product_of(const struct fc_kernels *kernels, const fc_linear_args *args) {
     void (*const gemm[FC_LAYOUTS])(const struct fc_gemm *) = {
-        [FC_PACKED_F32] = kernels->gemm_f32, [FC_PACKED_BF16] = kernels->gemm_bf16, [FC_PACKED_I8] = kernels->gemm_i8,
-        [FC_PACKED_I4] = kernels->gemm_i4,   [FC_PACKED_I4Z] = kernels->gemm_i4z,   [FC_ROWS] = kernels->gemm_f32,
+        [FC_PACKED_F32] = kernels->gemm_f32,
+        [FC_PACKED_BF16] = kernels->gemm_bf16,
+        [FC_PACKED_I8] = kernels->gemm_i8,
+        [FC_PACKED_I4_SYMMETRIC] = kernels->gemm_i4_symmetric,
+        [FC_PACKED_I4_AFFINE] = kernels->gemm_i4_affine,
+        [FC_ROWS] = kernels->gemm_f32,
         [FC_COLS] = kernels->gemm_f32,
     };
-    const struct fc_format *format = &fc_formats[a->layout];
-    struct product f = {.format = format, .gemm = gemm[a->layout], .a_type = A_F32, .x_size = 4};
-    f.block_k = fc_block_rows(format, a->group);
-    f.block_bytes = fc_block_bytes(format, a->group);
-    f.group_k = fc_group_rows(format, a->group);
+    const struct fc_format *format = &fc_formats[args->layout];
+    struct product f = {.format = format, .gemm = gemm[args->layout], .a_type = A_F32, .x_size = 4};
+    f.block_k = fc_block_rows(format, args->group);
+    f.block_bytes = fc_block_bytes(format, args->group);
+    f.group_k = fc_group_rows(format, args->group);
     f.group_lines = f.group_k / format->k_step;
     if (format->a_type == FC_A_BF16) {
         f.a_type = kernels->bf16_x == FC_BF16 ? A_BF16 : A_ROUNDED;
@@ -50,7 +56,7 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
 }
 
 struct linear {
-    const fc_linear_args *a;
+    const fc_linear_args *args;
     const struct fc_kernels *kernels;
     const struct fc_blocks *sizes;
     struct product product;
@@ -70,120 +76,124 @@ struct linear {
 /* ---- x as the kernel eats it ---- */
 
 /* Row i, k0 .. k0 + kc - 1 of it, to where the kernel looks for it; zeros from K on. */
-static void convert_piece(const struct linear *l, const char *row, ptrdiff_t i, ptrdiff_t k0, float inverse) {
-    const fc_linear_args *a = l->a;
-    const ptrdiff_t padded = fc_smaller(l->kc, l->k - k0), n = fc_smaller(padded, a->k - k0);
-    const char *from = row + k0 * fc_size_of(a->type);
-    void *to = (void *)(l->x + k0 / l->kc * l->x_block + i * l->ldx);
-    switch (l->product.a_type) {
-    case A_F32: l->kernels->to_f32[a->type](to, from, n, 1.0f); break;
-    case A_BF16: l->kernels->to_bf16[a->type](to, from, n); break;
-    case A_ROUNDED: l->kernels->round_bf16[a->type](to, from, n); break;
+static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i, ptrdiff_t k0, float inverse) {
+    const fc_linear_args *args = ctx->args;
+    const ptrdiff_t padded = fc_smaller(ctx->kc, ctx->k - k0), n = fc_smaller(padded, args->k - k0);
+    const char *from = row + k0 * fc_size_of(args->type);
+    void *to = (void *)(ctx->x + k0 / ctx->kc * ctx->x_block + i * ctx->ldx);
+    switch (ctx->product.a_type) {
+    case A_F32: ctx->kernels->to_f32[args->type](to, from, n, 1.0f); break;
+    case A_BF16: ctx->kernels->to_bf16[args->type](to, from, n); break;
+    case A_ROUNDED: ctx->kernels->round_bf16[args->type](to, from, n); break;
     case A_QUANTIZED:
-        l->kernels->quantize[a->type](to, (char *)l->sums + (i * l->groups + k0 / l->product.group_k) * 4, from, inverse, n,
-                                      padded, l->product.group_k, l->product.x_size == 2, l->product.format->zero);
+        ctx->kernels->quantize[args->type](to, (char *)ctx->sums + (i * ctx->groups + k0 / ctx->product.group_k) * 4,
+                                           from, inverse, n, padded, ctx->product.group_k, ctx->product.x_size == 2,
+                                           ctx->product.format->zero);
         return;
     }
-    if (n < padded) memset((char *)to + n * l->product.x_size, 0, (size_t)((padded - n) * l->product.x_size));
+    if (n < padded) memset((char *)to + n * ctx->product.x_size, 0, (size_t)((padded - n) * ctx->product.x_size));
 }
 
-static void convert_rows(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct linear *l = ctx;
-    const fc_linear_args *a = l->a;
+static void convert_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct linear *ctx = context;
+    const fc_linear_args *args = ctx->args;
     fc_cursor at;
     float inverse = 0.0f;
-    fc_cursor_at(&at, a->rows, begin);
+    fc_cursor_at(&at, args->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&at)) {
-        const char *row = (const char *)a->x + at.at[1];
-        if (a->norm) {
-            char *normed = fc_scratch_of(&l->normed, rank);
-            l->kernels->rms_norm[a->type](normed, NULL, row, NULL, a->norm, a->k, a->norm_eps, a->norm_offset, NULL,
-                                          NULL);
+        const char *row = (const char *)args->x + at.at[1];
+        if (args->norm) {
+            char *normed = fc_scratch_of(&ctx->normed, rank);
+            ctx->kernels->rms_norm[args->type](normed, NULL, row, NULL, args->norm, args->k, args->norm_eps,
+                                               args->norm_offset, NULL, NULL);
             row = normed;
         }
-        if (l->product.a_type == A_QUANTIZED)
-            l->kernels->quantize_scale[a->type]((float *)l->scales + i, &inverse, row, a->k, 127.0f);
-        for (ptrdiff_t k0 = 0; k0 < l->k; k0 += l->kc) convert_piece(l, row, i, k0, inverse);
+        if (ctx->product.a_type == A_QUANTIZED)
+            ctx->kernels->quantize_scale[args->type]((float *)ctx->scales + i, &inverse, row, args->k, 127.0f);
+        for (ptrdiff_t k0 = 0; k0 < ctx->k; k0 += ctx->kc) convert_piece(ctx, row, i, k0, inverse);
     }
 }
 
 /* Whether x as it came has the right type. */
-static int lies_ready(const struct linear *l) {
-    const fc_linear_args *a = l->a;
-    const int same = (l->product.a_type == A_F32 && a->type == FC_F32) || (l->product.a_type == A_BF16 && a->type == FC_BF16);
-    return same && !a->norm && l->k == a->k && a->rows->ndim <= 1 && !a->rows->index[1];
+static int lies_ready(const struct linear *ctx) {
+    const fc_linear_args *args = ctx->args;
+    const int same = (ctx->product.a_type == A_F32 && args->type == FC_F32) ||
+                     (ctx->product.a_type == A_BF16 && args->type == FC_BF16);
+    return same && !args->norm && ctx->k == args->k && args->rows->ndim <= 1 && !args->rows->index[1];
 }
 
 /* k of a block: those of unpacked W that become panels; for one tile of rows, all; else as many as a panel's share of
  * the caches holds. */
-static ptrdiff_t k_at_once(const struct linear *l) {
-    const ptrdiff_t block = l->product.block_bytes;
-    if (!l->product.format->packed) return l->sizes->unpacked_k;
-    if (l->a->m <= l->sizes->tile_rows) return l->k ? l->k : 1;
-    return (l->sizes->panel_bytes + block - 1) / block * l->product.block_k;
+static ptrdiff_t k_at_once(const struct linear *ctx) {
+    const ptrdiff_t block = ctx->product.block_bytes;
+    if (!ctx->product.format->packed) return ctx->sizes->unpacked_k;
+    if (ctx->args->m <= ctx->sizes->tile_rows) return ctx->k ? ctx->k : 1;
+    return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
 
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right type; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
-static fc_status prepare_x(struct linear *l, fc_scratch *copy) {
-    const fc_linear_args *a = l->a;
-    l->k = fc_round_up(a->k, l->product.block_k);
-    l->kc = k_at_once(l);
-    if (a->m <= l->sizes->rows_in_place && lies_ready(l)) {
-        l->x = a->x;
-        l->ldx = a->rows->ndim ? a->rows->stride[1][0] : 0;
-        l->x_block = l->kc * l->product.x_size;
+static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
+    const fc_linear_args *args = ctx->args;
+    ctx->k = fc_round_up(args->k, ctx->product.block_k);
+    ctx->kc = k_at_once(ctx);
+    if (args->m <= ctx->sizes->rows_in_place && lies_ready(ctx)) {
+        ctx->x = args->x;
+        ctx->ldx = args->rows->ndim ? args->rows->stride[1][0] : 0;
+        ctx->x_block = ctx->kc * ctx->product.x_size;
         return FC_OK;
     }
-    l->ldx = fc_smaller(l->kc, l->k) * l->product.x_size;
-    l->x_block = a->m * l->ldx;
-    l->groups = l->product.a_type == A_QUANTIZED ? l->k / l->product.group_k : 0;
-    size_t values = (size_t)(l->x_block * ((l->k + l->kc - 1) / l->kc)), sums = (size_t)(a->m * l->groups) * 4;
-    const size_t scales = l->product.a_type == A_QUANTIZED ? (size_t)a->m * 4 : 0;
-    if (fc_scratch_alloc(a->workspace, copy, 1, values + sums + scales)) return FC_NO_MEMORY;
-    l->x = copy->base;
-    l->sums = copy->base + values;
-    l->scales = scales ? (float *)(void *)(copy->base + values + sums) : NULL;
-    const double ns = (double)a->k * (a->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
-    const int threads = fc_threads_for(a->m, ns);
-    if (a->norm && fc_scratch_alloc(a->workspace, &l->normed, threads, (size_t)(a->k * fc_size_of(a->type))))
+    ctx->ldx = fc_smaller(ctx->kc, ctx->k) * ctx->product.x_size;
+    ctx->x_block = args->m * ctx->ldx;
+    ctx->groups = ctx->product.a_type == A_QUANTIZED ? ctx->k / ctx->product.group_k : 0;
+    size_t values = (size_t)(ctx->x_block * ((ctx->k + ctx->kc - 1) / ctx->kc)),
+           sums = (size_t)(args->m * ctx->groups) * 4;
+    const size_t scales = ctx->product.a_type == A_QUANTIZED ? (size_t)args->m * 4 : 0;
+    if (fc_scratch_alloc(args->workspace, copy, 1, values + sums + scales)) return FC_NO_MEMORY;
+    ctx->x = copy->base;
+    ctx->sums = copy->base + values;
+    ctx->scales = scales ? (float *)(void *)(copy->base + values + sums) : NULL;
+    const double ns = (double)args->k * (args->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
+    const int threads = fc_threads_for(args->m, ns);
+    if (args->norm &&
+        fc_scratch_alloc(args->workspace, &ctx->normed, threads, (size_t)(args->k * fc_size_of(args->type))))
         return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, a->m, ns, convert_rows, l);
-    fc_scratch_free(&l->normed);
+    fc_status status = fc_static(threads, args->m, ns, convert_rows, ctx);
+    fc_scratch_free(&ctx->normed);
     return status;
 }
 
 /* ---- one tile: its columns and a block of rows ---- */
 
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
-static void pack_unpacked(const struct linear *l, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
+static void pack_unpacked(const struct linear *ctx, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
                        ptrdiff_t kc) {
-    const fc_linear_args *a = l->a;
-    const ptrdiff_t size = fc_size_of(a->weight_type);
+    const fc_linear_args *args = ctx->args;
+    const ptrdiff_t size = fc_size_of(args->weight_type);
     for (ptrdiff_t p = 0; p < count; p++, to += kc * FC_PANEL) {
-        ptrdiff_t column = (first + p) * FC_PANEL, n = fc_smaller(FC_PANEL, a->n - column);
-        const char *w = a->weight;
-        if (a->layout == FC_ROWS)
-            l->kernels->panel_rows[a->weight_type](to, w + k0 * a->ldw + column * size, a->ldw, kc, n);
-        else l->kernels->panel_cols[a->weight_type](to, w + column * a->ldw + k0 * size, a->ldw, kc, n);
+        ptrdiff_t column = (first + p) * FC_PANEL, n = fc_smaller(FC_PANEL, args->n - column);
+        const char *w = args->weight;
+        if (args->layout == FC_ROWS)
+            ctx->kernels->panel_rows[args->weight_type](to, w + k0 * args->ldw + column * size, args->ldw, kc, n);
+        else ctx->kernels->panel_cols[args->weight_type](to, w + column * args->ldw + k0 * size, args->ldw, kc, n);
     }
 }
 
-static void multiply(const struct linear *l, float *acc, float *unpacked, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t row,
-                     ptrdiff_t rows) {
-    const struct product *f = &l->product;
-    const ptrdiff_t panel_bytes = l->k / f->block_k * f->block_bytes;
-    struct fc_gemm g = {.c = acc, .ldc = l->tile_panels * FC_PANEL * 4, .ldx = l->ldx, .ldsums = l->groups,
+static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrdiff_t panel, ptrdiff_t panels,
+                     ptrdiff_t row, ptrdiff_t rows) {
+    const struct product *f = &ctx->product;
+    const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
+    struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx, .ldsums = ctx->groups,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels};
-    for (ptrdiff_t k0 = 0; k0 < l->k || k0 == 0; k0 += l->kc) {
-        ptrdiff_t kc = fc_smaller(l->kc, l->k - k0);
-        g.x = l->x + k0 / l->kc * l->x_block + row * l->ldx;
-        g.w = (const char *)l->a->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
+    for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
+        ptrdiff_t kc = fc_smaller(ctx->kc, ctx->k - k0);
+        g.x = ctx->x + k0 / ctx->kc * ctx->x_block + row * ctx->ldx;
+        g.w = (const char *)ctx->args->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
         g.blocks = kc / f->block_k;
         g.lines = f->a_type == A_QUANTIZED ? f->group_lines : g.blocks;
-        if (l->groups) g.sums = l->sums + (row * l->groups + k0 / f->group_k) * 4;
-        if (l->unpacked_bytes) {
-            pack_unpacked(l, unpacked, panel, panels, k0, kc);
+        if (ctx->groups) g.sums = ctx->sums + (row * ctx->groups + k0 / f->group_k) * 4;
+        if (ctx->unpacked_bytes) {
+            pack_unpacked(ctx, unpacked, panel, panels, k0, kc);
             g.w = unpacked;
             g.panel_stride = kc * FC_PANEL * 4;
         }
@@ -193,126 +203,135 @@ static void multiply(const struct linear *l, float *acc, float *unpacked, ptrdif
 }
 
 /* Rows of accumulators, ld floats apart, to columns of out. */
-static void store(const struct linear *l, const float *acc, ptrdiff_t ld, ptrdiff_t column, ptrdiff_t columns,
+static void store(const struct linear *ctx, const float *acc, ptrdiff_t ld, ptrdiff_t column, ptrdiff_t columns,
                   ptrdiff_t row, ptrdiff_t rows) {
-    const fc_linear_args *a = l->a;
-    const ptrdiff_t skip = column * fc_size_of(a->type);
-    const float *bias = a->bias ? a->bias + column : NULL;
+    const fc_linear_args *args = ctx->args;
+    const ptrdiff_t skip = column * fc_size_of(args->type);
+    const float *bias = args->bias ? args->bias + column : NULL;
     fc_cursor at;
-    fc_cursor_at(&at, a->rows, row);
+    fc_cursor_at(&at, args->rows, row);
     for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += ld) {
-        char *out = (char *)a->out + at.at[0] + skip;
-        const char *residual = a->residual ? (const char *)a->residual + at.at[2] + skip : NULL;
-        const float scale = l->scales ? l->scales[i] : 1.0f, out_scale = a->out_scale ? a->out_scale[i] : 1.0f;
-        if (a->gated) l->gated(out, acc, scale, bias, bias ? bias + a->n : NULL, columns);
-        else l->kernels->linear_store[a->type](out, acc, scale, bias, out_scale, residual, columns);
+        char *out = (char *)args->out + at.at[0] + skip;
+        const char *residual = args->residual ? (const char *)args->residual + at.at[2] + skip : NULL;
+        const float scale = ctx->scales ? ctx->scales[i] : 1.0f,
+                    out_scale = args->out_scale ? args->out_scale[i] : 1.0f;
+        if (args->gated) ctx->gated(out, acc, scale, bias, bias ? bias + args->n : NULL, columns);
+        else ctx->kernels->linear_store[args->type](out, acc, scale, bias, out_scale, residual, columns);
     }
 }
 
-static void tile_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct linear *l = ctx;
-    float *unpacked = fc_scratch_of(&l->scratch, rank), *acc = (float *)(void *)((char *)unpacked + l->unpacked_bytes);
-    for (ptrdiff_t i = begin * l->item_blocks; i < end * l->item_blocks; i++) {
-        ptrdiff_t panel = i / l->blocks * l->tile_panels, panels = fc_smaller(l->tile_panels, l->panels - panel);
-        ptrdiff_t row = i % l->blocks * l->block_rows, rows = fc_smaller(l->block_rows, l->a->m - row);
-        ptrdiff_t column = panel * l->panel_columns, columns = fc_smaller(panels * l->panel_columns, l->a->n - column);
-        multiply(l, acc, unpacked, panel, panels, row, rows);
-        store(l, acc, l->tile_panels * FC_PANEL, column, columns, row, rows);
+static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct linear *ctx = context;
+    float *unpacked = fc_scratch_of(&ctx->scratch, rank),
+          *acc = (float *)(void *)((char *)unpacked + ctx->unpacked_bytes);
+    for (ptrdiff_t i = begin * ctx->item_blocks; i < end * ctx->item_blocks; i++) {
+        ptrdiff_t panel = i / ctx->blocks * ctx->tile_panels,
+                  panels = fc_smaller(ctx->tile_panels, ctx->panels - panel);
+        ptrdiff_t row = i % ctx->blocks * ctx->block_rows, rows = fc_smaller(ctx->block_rows, ctx->args->m - row);
+        ptrdiff_t column = panel * ctx->panel_columns,
+                  columns = fc_smaller(panels * ctx->panel_columns, ctx->args->n - column);
+        multiply(ctx, acc, unpacked, panel, panels, row, rows);
+        store(ctx, acc, ctx->tile_panels * FC_PANEL, column, columns, row, rows);
     }
 }
 
-static double item_ns(const struct linear *l) {
-    const double columns = (double)(l->tile_panels * FC_PANEL);
-    const double flops = 2.0 * (double)(l->block_rows * l->item_blocks) * (double)l->k * columns;
-    const double bytes = (double)(l->k / l->product.block_k * l->product.block_bytes * l->tile_panels);
+static double item_ns(const struct linear *ctx) {
+    const double columns = (double)(ctx->tile_panels * FC_PANEL);
+    const double flops = 2.0 * (double)(ctx->block_rows * ctx->item_blocks) * (double)ctx->k * columns;
+    const double bytes = (double)(ctx->k / ctx->product.block_k * ctx->product.block_bytes * ctx->tile_panels);
     const double compute = flops * fc_ns.flop, memory = bytes * fc_ns.weight_byte;
     return compute > memory ? compute : memory;
 }
 
 /* Rows of x whose values and accumulators fill half of L2: panels of W pass over them. */
-static ptrdiff_t rows_in_l2(const struct linear *l) {
-    const ptrdiff_t x = fc_smaller(l->kc, l->k) * l->product.x_size, sums = l->sizes->many_panels * FC_PANEL * 4;
-    const ptrdiff_t fit = fc_cache_bytes(FC_CACHE_L2) / 2 / (x + sums), tile = l->sizes->tile_rows;
-    return fit >= l->sizes->rows ? l->sizes->rows : fit > tile ? fit / tile * tile : tile;
+static ptrdiff_t rows_in_l2(const struct linear *ctx) {
+    const ptrdiff_t x = fc_smaller(ctx->kc, ctx->k) * ctx->product.x_size,
+                    sums = ctx->sizes->many_panels * FC_PANEL * 4;
+    const ptrdiff_t fit = fc_cache_bytes(FC_CACHE_L2) / 2 / (x + sums), tile = ctx->sizes->tile_rows;
+    return fit >= ctx->sizes->rows ? ctx->sizes->rows : fit > tile ? fit / tile * tile : tile;
 }
 
-/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. An item is a block of a tile,
- * or, where a row of out may be named twice, all of them in their order. */
-static void cut(struct linear *l, int threads) {
-    const ptrdiff_t m = l->a->m, wanted = 4 * (ptrdiff_t)threads;
-    const int in_order = l->a->rows->index[0] != NULL;
-    l->tile_panels = m > l->sizes->many_rows ? l->sizes->many_panels : l->sizes->few_panels;
-    l->block_rows = fc_smaller(m, rows_in_l2(l));
+/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. An item is a block of a
+ * tile, or, where a row of out may be named twice, all of them in their order. */
+static void cut(struct linear *ctx, int threads) {
+    const ptrdiff_t m = ctx->args->m, wanted = 4 * (ptrdiff_t)threads;
+    const int in_order = ctx->args->rows->index[0] != NULL;
+    ctx->tile_panels = m > ctx->sizes->many_rows ? ctx->sizes->many_panels : ctx->sizes->few_panels;
+    ctx->block_rows = fc_smaller(m, rows_in_l2(ctx));
     for (;;) {
-        l->tiles = (l->panels + l->tile_panels - 1) / l->tile_panels;
-        l->blocks = (m + l->block_rows - 1) / l->block_rows;
-        l->item_blocks = in_order ? l->blocks : 1;
-        if (l->tiles * l->blocks / l->item_blocks >= wanted) return;
-        if (l->tile_panels > l->sizes->few_panels) l->tile_panels /= 2;
-        else if (l->block_rows > l->sizes->many_rows && !in_order)
-            l->block_rows = fc_round_up(l->block_rows / 2, l->sizes->tile_rows);
+        ctx->tiles = (ctx->panels + ctx->tile_panels - 1) / ctx->tile_panels;
+        ctx->blocks = (m + ctx->block_rows - 1) / ctx->block_rows;
+        ctx->item_blocks = in_order ? ctx->blocks : 1;
+        if (ctx->tiles * ctx->blocks / ctx->item_blocks >= wanted) return;
+        if (ctx->tile_panels > ctx->sizes->few_panels) ctx->tile_panels /= 2;
+        else if (ctx->block_rows > ctx->sizes->many_rows && !in_order)
+            ctx->block_rows = fc_round_up(ctx->block_rows / 2, ctx->sizes->tile_rows);
         else return;
     }
 }
 
-static fc_status by_tiles(struct linear *l) {
-    const fc_linear_args *a = l->a;
-    const int sides = a->gated ? 2 : 1;
-    l->panel_columns = FC_PANEL / sides;
-    l->panels = fc_round_up(a->n, FC_PANEL) / FC_PANEL * sides;
-    l->unpacked_bytes = l->product.format->packed ? 0 : (size_t)(l->sizes->unpacked_k * l->sizes->many_panels * FC_PANEL * 4);
-    cut(l, 1);
-    int threads = fc_threads_for(l->tiles * l->blocks / l->item_blocks * FINER, item_ns(l) / FINER);
-    cut(l, threads);
-    const ptrdiff_t items = l->tiles * l->blocks / l->item_blocks;
+static fc_status by_tiles(struct linear *ctx) {
+    const fc_linear_args *args = ctx->args;
+    const int sides = args->gated ? 2 : 1;
+    ctx->panel_columns = FC_PANEL / sides;
+    ctx->panels = fc_round_up(args->n, FC_PANEL) / FC_PANEL * sides;
+    ctx->unpacked_bytes =
+        ctx->product.format->packed ? 0 : (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
+    cut(ctx, 1);
+    int threads = fc_threads_for(ctx->tiles * ctx->blocks / ctx->item_blocks * FINER, item_ns(ctx) / FINER);
+    cut(ctx, threads);
+    const ptrdiff_t items = ctx->tiles * ctx->blocks / ctx->item_blocks;
     if (threads > items) threads = (int)items;
-    const size_t sums = (size_t)(l->block_rows * l->tile_panels * FC_PANEL * 4);
-    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, l->unpacked_bytes + sums)) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, item_ns(l), tile_body, l);
-    fc_scratch_free(&l->scratch);
+    const size_t sums = (size_t)(ctx->block_rows * ctx->tile_panels * FC_PANEL * 4);
+    if (fc_scratch_alloc(args->workspace, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, items, item_ns(ctx), multiply_tiles, ctx);
+    fc_scratch_free(&ctx->scratch);
     return status;
 }
 
 /* ---- few rows against plain rows of W ---- */
 
 /* Few rows: copied or not, stream_k values from a multiple of it on lie side by side. */
-static const float *stream_x(const struct linear *l, ptrdiff_t row, ptrdiff_t k0) {
-    return (const float *)(const void *)(l->x + k0 / l->kc * l->x_block + row * l->ldx) + k0 % l->kc;
+static const float *stream_x(const struct linear *ctx, ptrdiff_t row, ptrdiff_t k0) {
+    return (const float *)(const void *)(ctx->x + k0 / ctx->kc * ctx->x_block + row * ctx->ldx) + k0 % ctx->kc;
 }
 
-static void stream_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct linear *l = ctx;
-    const fc_linear_args *a = l->a;
-    const ptrdiff_t w_size = fc_size_of(a->weight_type), width = l->block_rows;
-    float *acc = fc_scratch_of(&l->scratch, rank);
+static void multiply_streams(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct linear *ctx = context;
+    const fc_linear_args *args = ctx->args;
+    const ptrdiff_t w_size = fc_size_of(args->weight_type), width = ctx->block_rows;
+    float *acc = fc_scratch_of(&ctx->scratch, rank);
     for (ptrdiff_t i = begin; i < end; i++) {
-        ptrdiff_t column = i * width, n = fc_smaller(width, a->n - column);
-        for (ptrdiff_t j = 0; j < a->m * width; j++) acc[j] = 0.0f;
-        for (ptrdiff_t k0 = 0; k0 < a->k; k0 += l->sizes->stream_k)
-            for (ptrdiff_t row = 0; row < a->m; row++)
-                l->kernels->gemv_rows[a->weight_type](acc + row * width, stream_x(l, row, k0),
-                                                (const char *)a->weight + k0 * a->ldw + column * w_size, a->ldw,
-                                                fc_smaller(l->sizes->stream_k, a->k - k0), n);
-        store(l, acc, width, column, n, 0, a->m);
+        ptrdiff_t column = i * width, n = fc_smaller(width, args->n - column);
+        for (ptrdiff_t j = 0; j < args->m * width; j++) acc[j] = 0.0f;
+        for (ptrdiff_t k0 = 0; k0 < args->k; k0 += ctx->sizes->stream_k)
+            for (ptrdiff_t row = 0; row < args->m; row++)
+                ctx->kernels->gemv_rows[args->weight_type](
+                    acc + row * width, stream_x(ctx, row, k0),
+                    (const char *)args->weight + k0 * args->ldw + column * w_size, args->ldw,
+                    fc_smaller(ctx->sizes->stream_k, args->k - k0), n);
+        store(ctx, acc, width, column, n, 0, args->m);
     }
 }
 
-static fc_status by_streams(struct linear *l) {
-    const fc_linear_args *a = l->a;
-    const double ns = (double)(a->k * fc_size_of(a->weight_type) * STREAM_UNIT) * fc_ns.plain_byte;
-    int threads = fc_threads_for((a->n + STREAM_UNIT - 1) / STREAM_UNIT, ns);
-    l->block_rows = fc_smaller(l->sizes->stream_columns, fc_round_up((a->n + threads - 1) / threads, STREAM_UNIT));
-    ptrdiff_t items = (a->n + l->block_rows - 1) / l->block_rows;
-    if (fc_scratch_alloc(a->workspace, &l->scratch, threads, (size_t)(a->m * l->block_rows * 4))) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns * (double)(l->block_rows / STREAM_UNIT), stream_body, l);
-    fc_scratch_free(&l->scratch);
+static fc_status by_streams(struct linear *ctx) {
+    const fc_linear_args *args = ctx->args;
+    const double ns = (double)(args->k * fc_size_of(args->weight_type) * STREAM_UNIT) * fc_ns.plain_byte;
+    int threads = fc_threads_for((args->n + STREAM_UNIT - 1) / STREAM_UNIT, ns);
+    ctx->block_rows =
+        fc_smaller(ctx->sizes->stream_columns, fc_round_up((args->n + threads - 1) / threads, STREAM_UNIT));
+    ptrdiff_t items = (args->n + ctx->block_rows - 1) / ctx->block_rows;
+    if (fc_scratch_alloc(args->workspace, &ctx->scratch, threads, (size_t)(args->m * ctx->block_rows * 4)))
+        return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, items, ns * (double)(ctx->block_rows / STREAM_UNIT), multiply_streams, ctx);
+    fc_scratch_free(&ctx->scratch);
     return status;
 }
 
 fc_status fc_linear(const fc_linear_args *args) {
     if (!FC_IS_OURS(args) || !FC_IS_OURS(args->rows)) return FC_BAD_SIZE;
     const struct fc_kernels *kernels = fc_k;
-    struct linear l = {.a = args, .kernels = kernels, .sizes = &kernels->blocks};
+    struct linear ctx = {.args = args, .kernels = kernels, .sizes = &kernels->blocks};
     fc_scratch copy = {0};
     void (*const gated[FC_ACTIVATIONS])(void *, const float *, float, const float *, const float *, ptrdiff_t) = {
         [FC_RELU] = kernels->gated_store_relu[args->type],
@@ -321,11 +340,11 @@ fc_status fc_linear(const fc_linear_args *args) {
         [FC_GELU_TANH] = kernels->gated_store_gelu_tanh[args->type],
     };
     if (args->m == 0 || args->n == 0) return FC_OK;
-    l.gated = gated[args->activation];
-    l.product = product_of(kernels, args);
-    fc_status status = prepare_x(&l, &copy);
-    const int streamed = args->layout == FC_ROWS && args->m <= l.sizes->stream_rows;
-    if (status == FC_OK) status = streamed ? by_streams(&l) : by_tiles(&l);
+    ctx.gated = gated[args->activation];
+    ctx.product = product_of(kernels, args);
+    fc_status status = prepare_x(&ctx, &copy);
+    const int streamed = args->layout == FC_ROWS && args->m <= ctx.sizes->stream_rows;
+    if (status == FC_OK) status = streamed ? by_streams(&ctx) : by_tiles(&ctx);
     fc_scratch_free(&copy);
     return status;
 }

@@ -10,12 +10,12 @@ struct peak {
     ptrdiff_t iterations;
 };
 
-static void run_peak(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct peak *p = ctx;
+static void run_peak(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct peak *ctx = context;
     (void)rank;
     for (; begin < end; begin++) {
         float sink[4] = {0.999f, 0.001f, 0.5f, 0.0f};
-        p->leaf(sink, p->iterations);
+        ctx->leaf(sink, ctx->iterations);
     }
 }
 
@@ -37,12 +37,12 @@ struct stream {
     float *sums;
 };
 
-static void read_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct stream *s = ctx;
+static void read_piece(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct stream *ctx = context;
     for (float part; begin < end; begin++) {
-        ptrdiff_t at = begin * PIECE, n = s->bytes - at < PIECE ? s->bytes - at : PIECE;
-        s->k->read_sum(&part, (const float *)(const void *)(s->in + at), n / 4);
-        s->sums[rank * 16] += part;
+        ptrdiff_t at = begin * PIECE, n = ctx->bytes - at < PIECE ? ctx->bytes - at : PIECE;
+        ctx->k->read_sum(&part, (const float *)(const void *)(ctx->in + at), n / 4);
+        ctx->sums[rank * 16] += part;
     }
 }
 
@@ -59,12 +59,13 @@ fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum) {
     return status;
 }
 
-static void copy_piece(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct stream *s = ctx;
-    ptrdiff_t from = begin * PIECE, to = end * PIECE < s->bytes ? end * PIECE : s->bytes;
+static void copy_piece(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct stream *ctx = context;
+    ptrdiff_t from = begin * PIECE, to = end * PIECE < ctx->bytes ? end * PIECE : ctx->bytes;
     (void)rank;
-    s->k->copy_stream((float *)(void *)(s->out + from), (const float *)(const void *)(s->in + from), (to - from) / 4);
-    memcpy(s->out + to - (to - from) % 4, s->in + to - (to - from) % 4, (size_t)((to - from) % 4));
+    ctx->k->copy_stream((float *)(void *)(ctx->out + from), (const float *)(const void *)(ctx->in + from),
+                        (to - from) / 4);
+    memcpy(ctx->out + to - (to - from) % 4, ctx->in + to - (to - from) % 4, (size_t)((to - from) % 4));
 }
 
 fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes) {

@@ -83,8 +83,8 @@ static inline void fc_cursor_next(fc_cursor *c) {
 /* Whether inputs of so many bytes come from beyond the second cache: then the next row is prefetched. */
 static inline int fc_reads_beyond_l2(double bytes) { return bytes > (double)fc_beyond_l2(); }
 
-/* Whether a result is so large that no cache keeps it until it is read: then it is written past them, and its lines need
- * not be read first. In place they are there anyway. */
+/* Whether a result is so large that no cache keeps it until it is read: then it is written past them, and its lines
+ * need not be read first. In place they are there anyway. */
 static inline int fc_should_stream(double bytes, int in_place) { return bytes > (double)fc_stream_from() && !in_place; }
 
 /* to[n] = from[n] * scale, from any storage type to any */

@@ -1,9 +1,9 @@
 /* Which keys a query sees: the only place that knows causal, window, lengths and positions (masks are numbers added to
  * scores, and no business of this file).
  *
- * Keys and queries have ascending positions, so what a query sees is an interval of keys, and later queries see intervals
- * that begin and end no earlier. Without kv_positions key j lies at j; without q_positions the queries are the last of
- * the row's keys. */
+ * Keys and queries have ascending positions, so what a query sees is an interval of keys, and later queries see
+ * intervals that begin and end no earlier. Without kv_positions key j lies at j; without q_positions the queries are
+ * the last of the row's keys. */
 #ifndef FC_VISIBLE_H
 #define FC_VISIBLE_H
 
@@ -14,7 +14,9 @@ struct fc_range {
     ptrdiff_t lo, hi;
 };
 
-static inline ptrdiff_t fc_keys_of(const fc_attention_args *a, ptrdiff_t b) { return a->kv_lens ? a->kv_lens[b] : a->kv_len; }
+static inline ptrdiff_t fc_keys_of(const fc_attention_args *a, ptrdiff_t b) {
+    return a->kv_lens ? a->kv_lens[b] : a->kv_len;
+}
 
 /* How many of the n keys of row b lie at positions <= p */
 static inline ptrdiff_t fc_keys_upto(const fc_attention_args *a, ptrdiff_t b, ptrdiff_t n, int64_t p) {

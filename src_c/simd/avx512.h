@@ -85,7 +85,8 @@ FC_INLINE void vf_load_transposed(vf r[16], const char *p, ptrdiff_t ld) {
             z[i] = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(const void *)row));
             z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x00f0, _mm_loadu_ps((const float *)(const void *)(row + 4 * ld)));
             z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x0f00, _mm_loadu_ps((const float *)(const void *)(row + 8 * ld)));
-            z[i] = _mm512_mask_broadcast_f32x4(z[i], 0xf000, _mm_loadu_ps((const float *)(const void *)(row + 12 * ld)));
+            z[i] =
+                _mm512_mask_broadcast_f32x4(z[i], 0xf000, _mm_loadu_ps((const float *)(const void *)(row + 12 * ld)));
         }
         __m512 a = _mm512_unpacklo_ps(z[0], z[1]), b = _mm512_unpackhi_ps(z[0], z[1]);
         __m512 c = _mm512_unpacklo_ps(z[2], z[3]), d = _mm512_unpackhi_ps(z[2], z[3]);

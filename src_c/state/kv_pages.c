@@ -70,46 +70,46 @@ static float encode(const struct fc_kernels *kernels, fc_kv_type type, void *to,
 }
 
 /* The key (D) of one token: where it lies, or rotated in `stage`, rounded to the dtype of k as fc_rope does */
-static const void *rotated(const struct fc_kernels *kernels, const fc_append_args *a, const void *key, int64_t position,
-                          void *stage) {
-    if (!a->cos) return key;
-    (a->interleaved ? kernels->rope_interleaved : kernels->rope_split_halves)[a->type](
-        stage, key, a->cos + position * a->rotary_pairs, a->sin + position * a->rotary_pairs, a->rotary_pairs,
-        a->cache->head_dim);
+static const void *rotated(const struct fc_kernels *kernels, const fc_append_args *args, const void *key,
+                           int64_t position, void *stage) {
+    if (!args->cos) return key;
+    (args->interleaved ? kernels->rope_interleaved : kernels->rope_split_halves)[args->type](
+        stage, key, args->cos + position * args->rotary_pairs, args->sin + position * args->rotary_pairs,
+        args->rotary_pairs, args->cache->head_dim);
     return stage;
 }
 
 /* A whole panel: as words of 4 bytes, a channel or a pair of them, it is a transposition. */
-static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h,
+static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *h,
                                 ptrdiff_t slot, const char *k, int64_t position, char *rows, void *stage) {
-    const fc_kv_cache *c = a->cache;
+    const fc_kv_cache *c = args->cache;
     const ptrdiff_t d = c->head_dim, ld = widest(c) * 4;
     char *panel = h->k + slot / PANEL * h->k_panel;
-    if (c->type == FC_KV_F32 && !a->cos) {
-        kernels->panel_cols[a->type]((float *)(void *)panel, k, a->k_stride[1], d, PANEL);
+    if (c->type == FC_KV_F32 && !args->cos) {
+        kernels->panel_cols[args->type]((float *)(void *)panel, k, args->k_stride[1], d, PANEL);
         return;
     }
     for (ptrdiff_t i = 0; i < PANEL; i++) {
-        encode(kernels, c->type, rows + i * ld, a->type,
-               rotated(kernels, a, k + i * a->k_stride[1], position + i, stage), d);
+        encode(kernels, c->type, rows + i * ld, args->type,
+               rotated(kernels, args, k + i * args->k_stride[1], position + i, stage), d);
         if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
     }
     kernels->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
 }
 
-static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
-                       ptrdiff_t n, const char *k, int64_t position, char *rows, void *stage) {
-    const fc_kv_cache *c = a->cache;
+static void store_keys(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *h,
+                       ptrdiff_t slot, ptrdiff_t n, const char *k, int64_t position, char *rows, void *stage) {
+    const fc_kv_cache *c = args->cache;
     const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type), d = c->head_dim;
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t at = slot + i;
         if (c->type != FC_KV_I8 && at % PANEL == 0 && n - i >= PANEL) {
-            store_panel_of_keys(kernels, a, h, at, k + i * a->k_stride[1], position + i, rows, stage);
+            store_panel_of_keys(kernels, args, h, at, k + i * args->k_stride[1], position + i, rows, stage);
             i += PANEL;
             continue;
         }
-        const void *key = rotated(kernels, a, k + i * a->k_stride[1], position + i, stage);
-        const float scale = encode(kernels, c->type, rows, a->type, key, d);
+        const void *key = rotated(kernels, args, k + i * args->k_stride[1], position + i, stage);
+        const float scale = encode(kernels, c->type, rows, args->type, key, d);
         char *to = h->k + at / PANEL * h->k_panel + at % PANEL * k_step * size;
         scatter(to, h->line, rows, k_step * size, d / k_step);
         if (d % k_step) {
@@ -130,16 +130,16 @@ static void put_pair(char *line, const char *first, const char *second, ptrdiff_
 }
 
 /* Values of one token, or of the two of a line */
-static void store_values(const struct fc_kernels *kernels, const fc_append_args *a, const fc_kv_head *h, ptrdiff_t slot,
-                         ptrdiff_t n, const char *v, char *rows) {
-    const fc_kv_cache *c = a->cache;
+static void store_values(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *h,
+                         ptrdiff_t slot, ptrdiff_t n, const char *v, char *rows) {
+    const fc_kv_cache *c = args->cache;
     const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
     const ptrdiff_t e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
     for (ptrdiff_t i = 0, two; i < n; i += two) {
         const ptrdiff_t at = slot + i;
         two = k_step == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
         for (ptrdiff_t j = 0; j < two; j++) {
-            const float scale = encode(kernels, c->type, rows + j * ld, a->type, v + (i + j) * a->v_stride[1], e);
+            const float scale = encode(kernels, c->type, rows + j * ld, args->type, v + (i + j) * args->v_stride[1], e);
             memset(rows + j * ld + e * size, 0, (size_t)((padded - e) * size));
             if (h->v_scale) h->v_scale[at + j] = scale;
         }
@@ -161,45 +161,46 @@ void fc_kv_store(const struct fc_kernels *kernels, const fc_append_args *args, c
 
 struct append {
     const struct fc_kernels *kernels;
-    const fc_append_args *a;
+    const fc_append_args *args;
     fc_scratch scratch;
 };
 
 /* An item is a run of up to FC_KV_CHUNK tokens of one row and head. */
 static ptrdiff_t runs_of(ptrdiff_t seq) { return (seq + FC_KV_CHUNK - 1) / FC_KV_CHUNK + 1; }
 
-static void append_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct append *t = ctx;
-    const fc_append_args *a = t->a;
-    const fc_kv_cache *c = a->cache;
-    const ptrdiff_t runs = runs_of(a->seq);
+static void append_runs(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct append *ctx = context;
+    const fc_append_args *args = ctx->args;
+    const fc_kv_cache *c = args->cache;
+    const ptrdiff_t runs = runs_of(args->seq);
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t b = i / (c->kv_heads * runs), g = i / runs % c->kv_heads;
-        const int64_t first = a->start[b], stop = first + (a->count ? a->count[b] : a->seq);
+        const int64_t first = args->start[b], stop = first + (args->count ? args->count[b] : args->seq);
         const ptrdiff_t chunk = (ptrdiff_t)(first / FC_KV_CHUNK) + i % runs;
         int64_t from = chunk * FC_KV_CHUNK, to = from + FC_KV_CHUNK;
         if (from < first) from = first;
         if (to > stop) to = stop;
         if (from >= to) continue;
         const fc_kv_head head = fc_kv_head_of(c, b, g, chunk);
-        fc_kv_store(t->kernels, a, &head, (ptrdiff_t)(from - chunk * FC_KV_CHUNK), (ptrdiff_t)(to - from),
-                    (const char *)a->k + b * a->k_stride[0] + (from - first) * a->k_stride[1] + g * a->k_stride[2],
-                    (const char *)a->v + b * a->v_stride[0] + (from - first) * a->v_stride[1] + g * a->v_stride[2],
-                    from, fc_scratch_of(&t->scratch, rank));
+        fc_kv_store(
+            ctx->kernels, args, &head, (ptrdiff_t)(from - chunk * FC_KV_CHUNK), (ptrdiff_t)(to - from),
+            (const char *)args->k + b * args->k_stride[0] + (from - first) * args->k_stride[1] + g * args->k_stride[2],
+            (const char *)args->v + b * args->v_stride[0] + (from - first) * args->v_stride[1] + g * args->v_stride[2],
+            from, fc_scratch_of(&ctx->scratch, rank));
     }
 }
 
 fc_status fc_append(const fc_append_args *args) {
     if (!FC_IS_OURS(args) || !FC_IS_OURS(args->cache)) return FC_BAD_SIZE;
     const fc_kv_cache *c = args->cache;
-    struct append t = {.kernels = fc_k, .a = args};
+    struct append ctx = {.kernels = fc_k, .args = args};
     const ptrdiff_t runs = runs_of(args->seq), items = args->batch * c->kv_heads * runs;
     const double tokens = (double)args->seq / (double)runs;
     const double ns = tokens * (double)(c->head_dim + c->v_dim) * fc_ns.append + fc_ns.row;
     const int threads = fc_threads_for(items, ns);
-    if (fc_scratch_alloc(args->workspace, &t.scratch, threads, fc_kv_store_bytes(c))) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns, append_body, &t);
-    fc_scratch_free(&t.scratch);
+    if (fc_scratch_alloc(args->workspace, &ctx.scratch, threads, fc_kv_store_bytes(c))) return FC_NO_MEMORY;
+    fc_status status = fc_static(threads, items, ns, append_runs, &ctx);
+    fc_scratch_free(&ctx.scratch);
     return status;
 }
 
@@ -221,19 +222,20 @@ struct read {
     float *k, *v;
 };
 
-static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct read *r = ctx;
-    const fc_kv_cache *c = r->c;
+static void read_tokens(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct read *ctx = context;
+    const fc_kv_cache *c = ctx->c;
     const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
-        const ptrdiff_t position = r->start + i, slot = position % FC_KV_CHUNK;
+        const ptrdiff_t position = ctx->start + i, slot = position % FC_KV_CHUNK;
         for (ptrdiff_t g = 0; g < c->kv_heads; g++) {
-            const fc_kv_head h = fc_kv_head_of(c, r->b, g, position / FC_KV_CHUNK);
+            const fc_kv_head h = fc_kv_head_of(c, ctx->b, g, position / FC_KV_CHUNK);
             const char *key = h.k + slot / PANEL * h.k_panel + slot % PANEL * k_step * size;
-            float *k = r->k + (i * c->kv_heads + g) * c->head_dim, *v = r->v + (i * c->kv_heads + g) * c->v_dim;
+            float *k = ctx->k + (i * c->kv_heads + g) * c->head_dim, *v = ctx->v + (i * c->kv_heads + g) * c->v_dim;
             for (ptrdiff_t d = 0; d < c->head_dim; d++)
-                k[d] = decoded(c->type, key + d / k_step * h.line + d % k_step * size, h.k_scale ? h.k_scale[slot] : 1.0f);
+                k[d] =
+                    decoded(c->type, key + d / k_step * h.line + d % k_step * size, h.k_scale ? h.k_scale[slot] : 1.0f);
             for (ptrdiff_t e = 0; e < c->v_dim; e++)
                 v[e] = decoded(c->type,
                                h.v + e / PANEL * h.v_panel + slot / k_step * h.line +
@@ -245,7 +247,7 @@ static void read_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v) {
     if (!FC_IS_OURS(cache)) return FC_BAD_SIZE;
-    struct read r = {cache, b, start, k, v};
+    struct read ctx = {cache, b, start, k, v};
     const double ns = (double)(cache->kv_heads * (cache->head_dim + cache->v_dim)) * fc_ns.read + fc_ns.row;
-    return fc_static(fc_threads_for(seq, ns), seq, ns, read_body, &r);
+    return fc_static(fc_threads_for(seq, ns), seq, ns, read_tokens, &ctx);
 }

@@ -2,12 +2,13 @@
  *
  * A row's result is its chunks' partials (max, sum, o), each started fresh and folded in chunk order. A prompt
  * fed whole, in pieces or token by token, alone or in a batch, on any threads, runs that same arithmetic, hence the
- * same bits. Keys and values are multiplied in the panels of a cache's page (state/kv_pages.h); those of plain arrays are brought
- * into such pages first. Work is a block of queries of one key/value head (all R query heads of the group share its
- * keys), or, where blocks are too few, single chunks whose partials are folded afterwards.
+ * same bits. Keys and values are multiplied in the panels of a cache's page (state/kv_pages.h); those of plain arrays
+ * are brought into such pages first. Work is a block of queries of one key/value head (all R query heads of the group
+ * share its keys), or, where blocks are too few, single chunks whose partials are folded afterwards.
  *
  * Keys outside a row's [lo, hi) (visible.h) are not multiplied at all: a NaN there changes nothing.
- * A key that `mask` hides (False, or -inf) counts for nothing either, whatever it and its value hold. No (S, T) matrix exists: scores are (block, 256). */
+ * A key that `mask` hides (False, or -inf) counts for nothing either, whatever it and its value hold. No (S, T) matrix
+ * exists: scores are (block, 256). */
 #include <math.h>
 #include <stdlib.h>
 
@@ -23,173 +24,188 @@ enum {
 
 static ptrdiff_t chunks_of(ptrdiff_t keys) { return (keys + FC_KV_CHUNK - 1) / FC_KV_CHUNK; }
 
-static struct where where_of(const struct attention *t, ptrdiff_t pair, ptrdiff_t block) {
-    const fc_attention_args *a = t->a;
-    const ptrdiff_t b = pair / a->kv_heads, q0 = block * t->block;
-    return (struct where){b, pair % a->kv_heads, q0, fc_smaller(t->block, a->q_len - q0), fc_keys_of(a, b), NULL};
+static struct where where_of(const struct attention *ctx, ptrdiff_t pair, ptrdiff_t block) {
+    const fc_attention_args *args = ctx->args;
+    const ptrdiff_t b = pair / args->kv_heads, q0 = block * ctx->block;
+    const ptrdiff_t queries = fc_smaller(ctx->block, args->q_len - q0);
+    return (struct where){b, pair % args->kv_heads, q0, queries, fc_keys_of(args, b), NULL};
 }
 
 /* ---- the end of a row ---- */
 
-static void finish_row(const struct attention *t, const struct where *w, ptrdiff_t row, float *o, float top, float total) {
-    const fc_attention_args *a = t->a;
-    const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
+static void finish_row(const struct attention *ctx, const struct where *w, ptrdiff_t row, float *o, float top,
+                       float total) {
+    const fc_attention_args *args = ctx->args;
+    const ptrdiff_t q = w->q0 + row / ctx->group, head = w->g * ctx->group + row % ctx->group;
     float keep = 1.0f;
     if (total == 0.0f) {
         top = -INFINITY, keep = 0.0f;
-        for (ptrdiff_t j = 0; j < a->v_dim; j++) o[j] = 0.0f;
+        for (ptrdiff_t j = 0; j < args->v_dim; j++) o[j] = 0.0f;
     }
-    const float sink = a->sinks ? fc_get_float(a->sinks, head) : -INFINITY;
+    const float sink = args->sinks ? fc_get_float(args->sinks, head) : -INFINITY;
     if (sink != -INFINITY) {
         const float higher = sink > top ? sink : top;
         keep = total == 0.0f ? 0.0f : expf(top - higher);
         total = total * keep + expf(sink - higher);
         top = higher;
     }
-    if (a->lse)
-        fc_put_float(a->lse, (w->b * a->q_len + q) * a->heads + head, total == 0.0f ? -INFINITY : top + logf(total));
-    t->k->from_f32[a->q_type]((char *)a->out + w->b * a->out_stride[0] + q * a->out_stride[1] + head * a->out_stride[2], o,
-                              a->v_dim, total == 0.0f ? 0.0f : keep / total);
+    if (args->lse)
+        fc_put_float(args->lse, (w->b * args->q_len + q) * args->heads + head,
+                     total == 0.0f ? -INFINITY : top + logf(total));
+    ctx->k->from_f32[args->q_type]((char *)args->out + w->b * args->out_stride[0] + q * args->out_stride[1] +
+                                       head * args->out_stride[2],
+                                   o, args->v_dim, total == 0.0f ? 0.0f : keep / total);
 }
 
 /* ---- an item is a block of queries; later blocks see more keys, so they go first ---- */
 
-static void block_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct attention *t = ctx;
-    const struct scratch r = fc_attention_scratch_of(t, rank);
-    const ptrdiff_t pairs = t->a->cache ? t->a->batch * t->a->kv_heads : t->pairs;
+static void attend_query_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct attention *ctx = context;
+    const struct scratch r = fc_attention_scratch_of(ctx, rank);
+    const ptrdiff_t pairs = ctx->args->cache ? ctx->args->batch * ctx->args->kv_heads : ctx->pairs;
     struct fc_range see[BLOCK_ROWS];
     for (ptrdiff_t i = begin; i < end; i++) {
-        struct where w = where_of(t, t->first_pair + i % pairs, t->blocks - 1 - i / pairs);
-        const ptrdiff_t rows = w.queries * t->group;
-        for (ptrdiff_t q = 0; q < w.queries; q++) see[q] = fc_visible(t->a, w.b, w.q0 + q);
+        struct where w = where_of(ctx, ctx->first_pair + i % pairs, ctx->blocks - 1 - i / pairs);
+        const ptrdiff_t rows = w.queries * ctx->group;
+        for (ptrdiff_t q = 0; q < w.queries; q++) see[q] = fc_visible(ctx->args, w.b, w.q0 + q);
         const ptrdiff_t lo = see[0].lo, hi = see[w.queries - 1].hi;
         w.see = see;
-        fc_attention_load_queries(t, &w, &r);
+        fc_attention_load_queries(ctx, &w, &r);
         for (ptrdiff_t row = 0; row < rows; row++) r.max[row] = -INFINITY, r.sum[row] = 0.0f;
         for (ptrdiff_t c = lo / FC_KV_CHUNK; c * FC_KV_CHUNK < hi; c++) {
-            if (!fc_attention_chunk(t, &w, &r, c)) continue;
+            if (!fc_attention_chunk(ctx, &w, &r, c)) continue;
             for (ptrdiff_t row = 0; row < rows; row++)
-                t->k->attention_fold(r.o + row * t->e_padded, &r.max[row], &r.sum[row], r.part + row * t->e_padded,
-                                     r.part_max[row], r.part_sum[row], t->e_padded);
+                ctx->k->attention_fold(r.o + row * ctx->e_padded, &r.max[row], &r.sum[row],
+                                       r.part + row * ctx->e_padded, r.part_max[row], r.part_sum[row], ctx->e_padded);
         }
-        for (ptrdiff_t row = 0; row < rows; row++) finish_row(t, &w, row, r.o + row * t->e_padded, r.max[row], r.sum[row]);
+        for (ptrdiff_t row = 0; row < rows; row++)
+            finish_row(ctx, &w, row, r.o + row * ctx->e_padded, r.max[row], r.sum[row]);
     }
 }
 
 /* Nanoseconds for one block against `keys` keys: multiply-adds, or the keys' and values' bytes. */
-static double item_ns(const struct attention *t, ptrdiff_t keys) {
-    double values = (double)keys * (double)(t->a->head_dim + t->a->v_dim);
-    double flops = 2.0 * (double)t->rows * values, bytes = values * 4;
+static double item_ns(const struct attention *ctx, ptrdiff_t keys) {
+    double values = (double)keys * (double)(ctx->args->head_dim + ctx->args->v_dim);
+    double flops = 2.0 * (double)ctx->rows * values, bytes = values * 4;
     return (flops / 80 > bytes / 20 ? flops / 80 : bytes / 20) + 200;
 }
 
-static fc_status attend_blocks(struct attention *t, ptrdiff_t pairs) {
-    const ptrdiff_t items = t->blocks * pairs, kv_len = t->a->kv_len;
-    const double ns = item_ns(t, t->a->window && t->a->window < kv_len ? t->a->window : kv_len);
-    return fc_dynamic(fc_threads_within(t->threads, items, ns), items, ns, block_body, t);
+static fc_status attend_blocks(struct attention *ctx, ptrdiff_t pairs) {
+    const ptrdiff_t items = ctx->blocks * pairs, kv_len = ctx->args->kv_len;
+    const double ns = item_ns(ctx, ctx->args->window && ctx->args->window < kv_len ? ctx->args->window : kv_len);
+    return fc_dynamic(fc_threads_within(ctx->threads, items, ns), items, ns, attend_query_blocks, ctx);
 }
 
 /* Heads' keys and values into pages, as many heads as PACKED_BYTES allow, then their blocks. */
-static fc_status pack_and_attend(struct attention *t) {
-    const ptrdiff_t all = t->a->batch * t->a->kv_heads, each = fc_times(t->kv.pages_a_row, fc_kv_page_bytes(&t->kv));
-    const ptrdiff_t some = each > 0 && PACKED_BYTES / each < all ? (PACKED_BYTES / each > 0 ? PACKED_BYTES / each : 1) : all;
-    void **pages = fc_attention_new_pages(t, some);
+static fc_status pack_and_attend(struct attention *ctx) {
+    const ptrdiff_t all = ctx->args->batch * ctx->args->kv_heads,
+                    each = fc_times(ctx->kv.pages_a_row, fc_kv_page_bytes(&ctx->kv));
+    const ptrdiff_t some =
+        each > 0 && PACKED_BYTES / each < all ? (PACKED_BYTES / each > 0 ? PACKED_BYTES / each : 1) : all;
+    void **pages = fc_attention_new_pages(ctx, some);
     fc_status status = pages ? FC_OK : FC_NO_MEMORY;
-    for (t->first_pair = 0; status == FC_OK && t->first_pair < all; t->first_pair += some) {
-        t->pairs = fc_smaller(some, all - t->first_pair);
-        status = fc_attention_pack_pages(t);
-        if (status == FC_OK) status = attend_blocks(t, t->pairs);
+    for (ctx->first_pair = 0; status == FC_OK && ctx->first_pair < all; ctx->first_pair += some) {
+        ctx->pairs = fc_smaller(some, all - ctx->first_pair);
+        status = fc_attention_pack_pages(ctx);
+        if (status == FC_OK) status = attend_blocks(ctx, ctx->pairs);
     }
     free(pages);
     return status;
 }
 
-static fc_status by_blocks(struct attention *t) {
-    if (fc_scratch_alloc(t->a->workspace, &t->scratch, t->threads, fc_attention_scratch_bytes(t))) return FC_NO_MEMORY;
-    fc_status status = t->a->cache ? attend_blocks(t, t->a->batch * t->a->kv_heads) : pack_and_attend(t);
-    fc_scratch_free(&t->scratch);
+static fc_status by_blocks(struct attention *ctx) {
+    if (fc_scratch_alloc(ctx->args->workspace, &ctx->scratch, ctx->threads, fc_attention_scratch_bytes(ctx)))
+        return FC_NO_MEMORY;
+    fc_status status =
+        ctx->args->cache ? attend_blocks(ctx, ctx->args->batch * ctx->args->kv_heads) : pack_and_attend(ctx);
+    fc_scratch_free(&ctx->scratch);
     return status;
 }
 
 /* ---- an item is a run of chunks of keys; partials are folded after each segment of chunks ---- */
 
-static ptrdiff_t part_floats(const struct attention *t) { return fc_times(t->rows, fc_plus(t->e_padded, 2)); }
+static ptrdiff_t part_floats(const struct attention *ctx) { return fc_times(ctx->rows, fc_plus(ctx->e_padded, 2)); }
 
-static void chunk_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct attention *t = ctx;
-    struct scratch r = fc_attention_scratch_of(t, rank);
-    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
-    for (ptrdiff_t i = begin * t->run; i < fc_smaller(end * t->run, pairs * t->chunks); i++) {
+static void attend_key_chunks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct attention *ctx = context;
+    struct scratch r = fc_attention_scratch_of(ctx, rank);
+    const ptrdiff_t pairs = ctx->args->batch * ctx->args->kv_heads;
+    for (ptrdiff_t i = begin * ctx->run; i < fc_smaller(end * ctx->run, pairs * ctx->chunks); i++) {
         /* All heads of a chunk before the next chunk: in (batch, seq, heads, dim) they share their pages. */
         const ptrdiff_t pair = i % pairs, chunk = i / pairs;
-        struct where w = where_of(t, pair, 0);
-        w.see = t->see + w.b * t->a->q_len;
-        r.part = t->parts + (pair * t->chunks + chunk) * part_floats(t);
-        r.part_max = r.part + t->rows * t->e_padded;
-        r.part_sum = r.part_max + t->rows;
-        fc_attention_load_queries(t, &w, &r);
-        if (!fc_attention_chunk(t, &w, &r, t->first_chunk + chunk))
-            for (ptrdiff_t row = 0; row < t->rows; row++) r.part_max[row] = -INFINITY, r.part_sum[row] = 0.0f;
+        struct where w = where_of(ctx, pair, 0);
+        w.see = ctx->see + w.b * ctx->args->q_len;
+        r.part = ctx->parts + (pair * ctx->chunks + chunk) * part_floats(ctx);
+        r.part_max = r.part + ctx->rows * ctx->e_padded;
+        r.part_sum = r.part_max + ctx->rows;
+        fc_attention_load_queries(ctx, &w, &r);
+        if (!fc_attention_chunk(ctx, &w, &r, ctx->first_chunk + chunk))
+            for (ptrdiff_t row = 0; row < ctx->rows; row++) r.part_max[row] = -INFINITY, r.part_sum[row] = 0.0f;
     }
 }
 
 /* An item is a row of a pair: its partials of the segment, in order. */
-static void fold_body(void *ctx, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct attention *t = ctx;
+static void fold_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct attention *ctx = context;
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
-        const ptrdiff_t pair = i / t->rows, row = i % t->rows, maxima = t->rows * t->e_padded;
-        float *to = t->folded + pair * part_floats(t);
-        for (ptrdiff_t c = 0; c < t->chunks; c++) {
-            const float *part = t->parts + (pair * t->chunks + c) * part_floats(t);
-            t->k->attention_fold(to + row * t->e_padded, to + maxima + row, to + maxima + t->rows + row,
-                                 part + row * t->e_padded, part[maxima + row], part[maxima + t->rows + row], t->e_padded);
+        const ptrdiff_t pair = i / ctx->rows, row = i % ctx->rows, maxima = ctx->rows * ctx->e_padded;
+        float *to = ctx->folded + pair * part_floats(ctx);
+        for (ptrdiff_t c = 0; c < ctx->chunks; c++) {
+            const float *part = ctx->parts + (pair * ctx->chunks + c) * part_floats(ctx);
+            ctx->k->attention_fold(to + row * ctx->e_padded, to + maxima + row, to + maxima + ctx->rows + row,
+                                   part + row * ctx->e_padded, part[maxima + row], part[maxima + ctx->rows + row],
+                                   ctx->e_padded);
         }
     }
 }
 
-static fc_status attend_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t segment) {
-    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads;
+static fc_status attend_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t segment) {
+    const ptrdiff_t pairs = ctx->args->batch * ctx->args->kv_heads;
     fc_status status = FC_OK;
-    for (t->first_chunk = begin; t->first_chunk < end && status == FC_OK; t->first_chunk += segment) {
-        t->chunks = fc_smaller(segment, end - t->first_chunk);
-        const double ns = item_ns(t, FC_KV_CHUNK), fold_ns = (double)(t->chunks * t->e_padded) * 0.1;
-        const int threads = fc_threads_within(t->threads, pairs * t->chunks, ns);
-        t->run = fc_smaller(RUN, (pairs * t->chunks + 8 * threads - 1) / (8 * threads));
-        const ptrdiff_t items = (pairs * t->chunks + t->run - 1) / t->run;
-        status = fc_dynamic(threads, items, ns * (double)t->run, chunk_body, t);
+    for (ctx->first_chunk = begin; ctx->first_chunk < end && status == FC_OK; ctx->first_chunk += segment) {
+        ctx->chunks = fc_smaller(segment, end - ctx->first_chunk);
+        const double ns = item_ns(ctx, FC_KV_CHUNK), fold_ns = (double)(ctx->chunks * ctx->e_padded) * 0.1;
+        const int threads = fc_threads_within(ctx->threads, pairs * ctx->chunks, ns);
+        ctx->run = fc_smaller(RUN, (pairs * ctx->chunks + 8 * threads - 1) / (8 * threads));
+        const ptrdiff_t items = (pairs * ctx->chunks + ctx->run - 1) / ctx->run;
+        status = fc_dynamic(threads, items, ns * (double)ctx->run, attend_key_chunks, ctx);
         if (status == FC_OK)
-            status = fc_static(fc_threads_within(t->threads, pairs * t->rows, fold_ns), pairs * t->rows, fold_ns, fold_body, t);
+            status = fc_static(fc_threads_within(ctx->threads, pairs * ctx->rows, fold_ns), pairs * ctx->rows, fold_ns,
+                               fold_rows, ctx);
     }
     return status;
 }
 
-static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) {
-    const ptrdiff_t pairs = t->a->batch * t->a->kv_heads, bytes = fc_times(fc_times(pairs, part_floats(t)), 4);
+static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) {
+    const ptrdiff_t pairs = ctx->args->batch * ctx->args->kv_heads,
+                    bytes = fc_times(fc_times(pairs, part_floats(ctx)), 4);
     const ptrdiff_t segment = fc_smaller(end - begin, PARTS_BYTES / bytes > 8 ? PARTS_BYTES / bytes : 8);
-    const ptrdiff_t queries = t->a->batch * t->a->q_len, see_bytes = fc_times(queries, sizeof(struct fc_range));
+    const ptrdiff_t queries = ctx->args->batch * ctx->args->q_len,
+                    see_bytes = fc_times(queries, sizeof(struct fc_range));
     fc_scratch parts;
-    t->own_page = !t->a->cache;
+    ctx->own_page = !ctx->args->cache;
     const size_t parts_bytes = (size_t)fc_plus(see_bytes, fc_times(bytes, segment + 1));
-    if (fc_scratch_alloc(t->a->workspace, &parts, 1, parts_bytes)) return FC_NO_MEMORY;
-    if (fc_scratch_alloc(t->a->workspace, &t->scratch, t->threads, fc_attention_scratch_bytes(t))) {
+    if (fc_scratch_alloc(ctx->args->workspace, &parts, 1, parts_bytes)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(ctx->args->workspace, &ctx->scratch, ctx->threads, fc_attention_scratch_bytes(ctx))) {
         fc_scratch_free(&parts);
         return FC_NO_MEMORY;
     }
-    t->see = (struct fc_range *)(void *)parts.base;
-    for (ptrdiff_t i = 0; i < queries; i++) t->see[i] = fc_visible(t->a, i / t->a->q_len, i % t->a->q_len);
-    t->folded = (float *)(void *)(t->see + queries);
-    t->parts = t->folded + pairs * part_floats(t);
-    for (ptrdiff_t i = 0; i < pairs * part_floats(t); i++) /* maxima -inf, sums 0 */
-        t->folded[i] = i % part_floats(t) < t->rows * (t->e_padded + 1) ? -INFINITY : 0.0f;
-    fc_status status = attend_chunks(t, begin, end, segment);
+    ctx->see = (struct fc_range *)(void *)parts.base;
+    for (ptrdiff_t i = 0; i < queries; i++)
+        ctx->see[i] = fc_visible(ctx->args, i / ctx->args->q_len, i % ctx->args->q_len);
+    ctx->folded = (float *)(void *)(ctx->see + queries);
+    ctx->parts = ctx->folded + pairs * part_floats(ctx);
+    for (ptrdiff_t i = 0; i < pairs * part_floats(ctx); i++) /* maxima -inf, sums 0 */
+        ctx->folded[i] = i % part_floats(ctx) < ctx->rows * (ctx->e_padded + 1) ? -INFINITY : 0.0f;
+    fc_status status = attend_chunks(ctx, begin, end, segment);
     for (ptrdiff_t pair = 0; pair < pairs && status == FC_OK; pair++) {
-        const struct where w = where_of(t, pair, 0);
-        float *o = t->folded + pair * part_floats(t), *max = o + t->rows * t->e_padded, *sum = max + t->rows;
-        for (ptrdiff_t row = 0; row < t->rows; row++) finish_row(t, &w, row, o + row * t->e_padded, max[row], sum[row]);
+        const struct where w = where_of(ctx, pair, 0);
+        float *o = ctx->folded + pair * part_floats(ctx), *max = o + ctx->rows * ctx->e_padded, *sum = max + ctx->rows;
+        for (ptrdiff_t row = 0; row < ctx->rows; row++)
+            finish_row(ctx, &w, row, o + row * ctx->e_padded, max[row], sum[row]);
     }
-    fc_scratch_free(&t->scratch);
+    fc_scratch_free(&ctx->scratch);
     fc_scratch_free(&parts);
     return status;
 }
@@ -197,39 +213,44 @@ static fc_status by_chunks(struct attention *t, ptrdiff_t begin, ptrdiff_t end) 
 /* ---- which ---- */
 
 /* How keys and values lie, and what multiplies them. Plain float16 becomes float32. */
-static void choose_pages(struct attention *t) {
-    const fc_attention_args *a = t->a;
-    if (a->cache) {
-        t->kv = *a->cache;
+static void choose_pages(struct attention *ctx) {
+    const fc_attention_args *args = ctx->args;
+    if (args->cache) {
+        ctx->kv = *args->cache;
     } else {
-        const ptrdiff_t pages = chunks_of(a->kv_len);
-        t->kv = (fc_kv_cache){.type = a->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32, .kv_heads = 1,
-                              .head_dim = a->head_dim, .v_dim = a->v_dim, .pages_a_row = pages};
+        const ptrdiff_t pages = chunks_of(args->kv_len);
+        ctx->kv = (fc_kv_cache){.type = args->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32, .kv_heads = 1,
+                              .head_dim = args->head_dim, .v_dim = args->v_dim, .pages_a_row = pages};
     }
-    t->gemm = t->kv.type == FC_KV_F32 ? t->k->gemm_f32 : t->kv.type == FC_KV_BF16 ? t->k->gemm_bf16 : t->k->gemm_s8;
-    t->a_type = t->kv.type == FC_KV_I8 ? INT16 : t->kv.type == FC_KV_BF16 && t->k->bf16_x == FC_BF16 ? BF16 : FLOATS;
-    t->x_size = t->a_type == FLOATS ? 4 : 2;
-    t->k_step = t->kv.type == FC_KV_F32 ? 1 : 2;
+    ctx->gemm = ctx->kv.type == FC_KV_F32    ? ctx->k->gemm_f32
+                : ctx->kv.type == FC_KV_BF16 ? ctx->k->gemm_bf16
+                                             : ctx->k->gemm_s8;
+    ctx->a_type = ctx->kv.type == FC_KV_I8                                  ? INT16
+                  : ctx->kv.type == FC_KV_BF16 && ctx->k->bf16_x == FC_BF16 ? BF16
+                                                                            : FLOATS;
+    ctx->x_size = ctx->a_type == FLOATS ? 4 : 2;
+    ctx->k_step = ctx->kv.type == FC_KV_F32 ? 1 : 2;
 }
 
-fc_status fc_attention(const fc_attention_args *a) {
-    if (!FC_IS_OURS(a) || (a->cache && !FC_IS_OURS(a->cache))) return FC_BAD_SIZE;
-    struct attention t = {.k = fc_k, .a = a, .threads = fc_get_num_threads(), .group = a->heads / a->kv_heads};
-    choose_pages(&t);
-    t.block = BLOCK_ROWS / t.group > 0 ? BLOCK_ROWS / t.group : 1;
-    if (t.block > a->q_len) t.block = a->q_len;
-    t.blocks = (a->q_len + t.block - 1) / t.block;
-    t.rows = t.block * t.group;
-    t.d_padded = fc_round_up(a->head_dim, t.k_step);
-    t.e_padded = fc_round_up(a->v_dim, 16);
-    t.qmax = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (t.d_padded > 0 ? t.d_padded : 1));
+fc_status fc_attention(const fc_attention_args *args) {
+    if (!FC_IS_OURS(args) || (args->cache && !FC_IS_OURS(args->cache))) return FC_BAD_SIZE;
+    struct attention ctx = {
+        .k = fc_k, .args = args, .threads = fc_get_num_threads(), .group = args->heads / args->kv_heads};
+    choose_pages(&ctx);
+    ctx.block = BLOCK_ROWS / ctx.group > 0 ? BLOCK_ROWS / ctx.group : 1;
+    if (ctx.block > args->q_len) ctx.block = args->q_len;
+    ctx.blocks = (args->q_len + ctx.block - 1) / ctx.block;
+    ctx.rows = ctx.block * ctx.group;
+    ctx.d_padded = fc_round_up(args->head_dim, ctx.k_step);
+    ctx.e_padded = fc_round_up(args->v_dim, 16);
+    ctx.qmax = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (ctx.d_padded > 0 ? ctx.d_padded : 1));
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;
-    for (ptrdiff_t b = 0; b < a->batch; b++) {
-        const struct fc_range see = fc_visible_to(a, b, 0, a->q_len - 1);
+    for (ptrdiff_t b = 0; b < args->batch; b++) {
+        const struct fc_range see = fc_visible_to(args, b, 0, args->q_len - 1);
         if (see.hi <= see.lo) continue;
         if (see.lo / FC_KV_CHUNK < begin) begin = see.lo / FC_KV_CHUNK;
         if (chunks_of(see.hi) > end) end = chunks_of(see.hi);
     }
-    if (t.blocks == 1 && end - begin > 1) return by_chunks(&t, begin, end);
-    return by_blocks(&t);
+    if (ctx.blocks == 1 && end - begin > 1) return by_chunks(&ctx, begin, end);
+    return by_blocks(&ctx);
 }

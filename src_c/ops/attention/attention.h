@@ -1,5 +1,5 @@
-/* One call of attention: what its three files share. attention.c chooses the work's items, chunk.c computes one chunk of
- * keys against one block of queries, pages.c brings plain arrays into pages. */
+/* One call of attention: what its three files share. attention.c chooses the work's items, chunk.c computes one chunk
+ * of keys against one block of queries, pages.c brings plain arrays into pages. */
 #ifndef FC_OPS_ATTENTION_H
 #define FC_OPS_ATTENTION_H
 
@@ -12,7 +12,7 @@ enum a_type { FLOATS, BF16, INT16 };
 
 struct attention {
     const struct fc_kernels *k;
-    const fc_attention_args *a;
+    const fc_attention_args *args;
     int threads; /* of all its regions at most: the scratch is for as many */
     void (*gemm)(const struct fc_gemm *);
     enum a_type a_type;          /* of queries and weights */
@@ -55,23 +55,23 @@ struct where {
 /* ---- pages.c ---- */
 
 /* Pages for `pairs` heads' keys and values, for free(); NULL without memory. */
-void **fc_attention_new_pages(struct attention *t, ptrdiff_t pairs);
+void **fc_attention_new_pages(struct attention *ctx, ptrdiff_t pairs);
 
 /* The chunks that some query sees of the pairs at hand into their pages, on threads */
-fc_status fc_attention_pack_pages(struct attention *t);
+fc_status fc_attention_pack_pages(struct attention *ctx);
 
 /* One chunk of plain keys and values into `page`; scratch: of fc_kv_store */
-void fc_attention_store_chunk(const struct attention *t, ptrdiff_t pair, ptrdiff_t chunk, void *page, void *scratch);
+void fc_attention_store_chunk(const struct attention *ctx, ptrdiff_t pair, ptrdiff_t chunk, void *page, void *scratch);
 
 /* ---- chunk.c ---- */
 
-size_t fc_attention_scratch_bytes(const struct attention *t);
-struct scratch fc_attention_scratch_of(const struct attention *t, int rank);
+size_t fc_attention_scratch_bytes(const struct attention *ctx);
+struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank);
 
 /* Rows (query, head) of a block into r->q */
-void fc_attention_load_queries(const struct attention *t, const struct where *w, const struct scratch *r);
+void fc_attention_load_queries(const struct attention *ctx, const struct where *w, const struct scratch *r);
 
 /* part, part_max, part_sum of a chunk; returns 0 if the block sees none of it. */
-int fc_attention_chunk(const struct attention *t, const struct where *w, const struct scratch *r, ptrdiff_t chunk);
+int fc_attention_chunk(const struct attention *ctx, const struct where *w, const struct scratch *r, ptrdiff_t chunk);
 
 #endif

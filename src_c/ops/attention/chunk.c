@@ -15,34 +15,34 @@ enum {
 
 /* ---- a thread's scratch ---- */
 
-static ptrdiff_t scratch_floats(const struct attention *t) {
-    const ptrdiff_t row = fc_plus(fc_plus(t->d_padded, LD_SCORES + 6), fc_times(2, t->e_padded));
-    return fc_plus(fc_times(t->rows, row), FC_KV_CHUNK + 128);
+static ptrdiff_t scratch_floats(const struct attention *ctx) {
+    const ptrdiff_t row = fc_plus(fc_plus(ctx->d_padded, LD_SCORES + 6), fc_times(2, ctx->e_padded));
+    return fc_plus(fc_times(ctx->rows, row), FC_KV_CHUNK + 128);
 }
-static ptrdiff_t store_bytes(const struct attention *t) {
-    return t->a->cache ? 0 : fc_round_up((ptrdiff_t)fc_kv_store_bytes(&t->kv), 64);
+static ptrdiff_t store_bytes(const struct attention *ctx) {
+    return ctx->args->cache ? 0 : fc_round_up((ptrdiff_t)fc_kv_store_bytes(&ctx->kv), 64);
 }
-size_t fc_attention_scratch_bytes(const struct attention *t) {
-    const ptrdiff_t page = t->own_page ? fc_kv_page_bytes(&t->kv) : 0;
-    return (size_t)fc_plus(fc_plus(fc_times(scratch_floats(t), 4), store_bytes(t)), page);
+size_t fc_attention_scratch_bytes(const struct attention *ctx) {
+    const ptrdiff_t page = ctx->own_page ? fc_kv_page_bytes(&ctx->kv) : 0;
+    return (size_t)fc_plus(fc_plus(fc_times(scratch_floats(ctx), 4), store_bytes(ctx)), page);
 }
 
-struct scratch fc_attention_scratch_of(const struct attention *t, int rank) {
+struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank) {
     struct scratch r;
-    char *base = fc_scratch_of(&t->scratch, rank);
+    char *base = fc_scratch_of(&ctx->scratch, rank);
     r.store = base;
-    r.page = base + store_bytes(t);
-    float *p = (float *)(void *)((char *)r.page + (t->own_page ? fc_kv_page_bytes(&t->kv) : 0));
-    r.scores = p, p += t->rows * LD_SCORES;
-    r.part = p, p += t->rows * t->e_padded;
-    r.o = p, p += t->rows * t->e_padded;
-    r.q = (char *)p, p += t->rows * t->d_padded;
+    r.page = base + store_bytes(ctx);
+    float *p = (float *)(void *)((char *)r.page + (ctx->own_page ? fc_kv_page_bytes(&ctx->kv) : 0));
+    r.scores = p, p += ctx->rows * LD_SCORES;
+    r.part = p, p += ctx->rows * ctx->e_padded;
+    r.o = p, p += ctx->rows * ctx->e_padded;
+    r.q = (char *)p, p += ctx->rows * ctx->d_padded;
     r.bias = p, p += FC_KV_CHUNK;
-    r.part_max = p, p += t->rows;
-    r.part_sum = p, p += t->rows;
-    r.q_scale = p, p += t->rows;
-    r.w_scale = p, p += t->rows;
-    r.max = p, p += t->rows;
+    r.part_max = p, p += ctx->rows;
+    r.part_sum = p, p += ctx->rows;
+    r.q_scale = p, p += ctx->rows;
+    r.w_scale = p, p += ctx->rows;
+    r.max = p, p += ctx->rows;
     r.sum = p;
     return r;
 }
@@ -56,190 +56,202 @@ struct shared {
     ptrdiff_t lo, from, to, hi;
 };
 
-static inline struct fc_range see_in(const struct attention *t, const struct where *w, ptrdiff_t row, struct chunk c) {
-    return fc_visible_in(w->see[row / t->group], c.key0, c.n);
+static inline struct fc_range see_in(const struct attention *ctx, const struct where *w, ptrdiff_t row,
+                                     struct chunk c) {
+    return fc_visible_in(w->see[row / ctx->group], c.key0, c.n);
 }
 
-static struct shared seen_by(const struct attention *t, const struct where *w, ptrdiff_t row, ptrdiff_t rows,
+static struct shared seen_by(const struct attention *ctx, const struct where *w, ptrdiff_t row, ptrdiff_t rows,
                              struct chunk c) {
-    const struct fc_range first = see_in(t, w, row, c), last = see_in(t, w, row + rows - 1, c);
+    const struct fc_range first = see_in(ctx, w, row, c), last = see_in(ctx, w, row + rows - 1, c);
     return (struct shared){.lo = first.lo, .from = last.lo, .to = first.hi, .hi = last.hi};
 }
 
 /* Rows (query, head) of a block. A token's heads lie together and tokens far apart: the next ones are prefetched. */
-void fc_attention_load_queries(const struct attention *t, const struct where *w, const struct scratch *to) {
-    const fc_attention_args *a = t->a;
-    const ptrdiff_t size = t->a_type == BF16 ? 2 : 4, pad = (t->d_padded - a->head_dim) * size;
-    const ptrdiff_t bytes = t->group * a->head_dim * fc_size_of(a->q_type);
+void fc_attention_load_queries(const struct attention *ctx, const struct where *w, const struct scratch *to) {
+    const fc_attention_args *args = ctx->args;
+    const ptrdiff_t size = ctx->a_type == BF16 ? 2 : 4, pad = (ctx->d_padded - args->head_dim) * size;
+    const ptrdiff_t bytes = ctx->group * args->head_dim * fc_size_of(args->q_type);
     char *q = to->q;
     float *scale = to->q_scale;
-    const char *block =
-        (const char *)a->q + w->b * a->q_stride[0] + w->q0 * a->q_stride[1] + w->g * t->group * a->q_stride[2];
+    const char *block = (const char *)args->q + w->b * args->q_stride[0] + w->q0 * args->q_stride[1] +
+                        w->g * ctx->group * args->q_stride[2];
     for (ptrdiff_t i = 0; i < w->queries; i++) {
-        const char *from = block + i * a->q_stride[1];
+        const char *from = block + i * args->q_stride[1];
         for (ptrdiff_t at = 0; i + PREFETCH_QUERIES < w->queries && at < bytes; at += 64)
-            __builtin_prefetch(from + PREFETCH_QUERIES * a->q_stride[1] + at);
-        for (ptrdiff_t r = 0; r < t->group; r++, from += a->q_stride[2], q += t->d_padded * size, scale++) {
-            if (t->a_type == BF16) t->k->to_bf16[a->q_type]((uint16_t *)(void *)q, from, a->head_dim);
-            else t->k->to_f32[a->q_type]((float *)(void *)q, from, a->head_dim, a->scale);
-            memset(q + a->head_dim * size, 0, (size_t)pad);
-            if (t->a_type == INT16) t->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, t->d_padded, t->qmax);
+            __builtin_prefetch(from + PREFETCH_QUERIES * args->q_stride[1] + at);
+        for (ptrdiff_t r = 0; r < ctx->group; r++, from += args->q_stride[2], q += ctx->d_padded * size, scale++) {
+            if (ctx->a_type == BF16) ctx->k->to_bf16[args->q_type]((uint16_t *)(void *)q, from, args->head_dim);
+            else ctx->k->to_f32[args->q_type]((float *)(void *)q, from, args->head_dim, args->scale);
+            memset(q + args->head_dim * size, 0, (size_t)pad);
+            if (ctx->a_type == INT16)
+                ctx->k->to_s16((int16_t *)(void *)q, scale, (const float *)(void *)q, ctx->d_padded, ctx->qmax);
         }
     }
 }
 
 /* ---- one chunk ---- */
 
-static fc_kv_head head_of(const struct attention *t, const struct where *w, const struct scratch *r, ptrdiff_t chunk) {
-    if (t->a->cache) return fc_kv_head_of(&t->kv, w->b, w->g, chunk);
-    if (t->own_page) return fc_kv_head_at(&t->kv, r->page, 0);
-    return fc_kv_head_of(&t->kv, w->b * t->a->kv_heads + w->g - t->first_pair, 0, chunk);
+static fc_kv_head head_of(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                          ptrdiff_t chunk) {
+    if (ctx->args->cache) return fc_kv_head_of(&ctx->kv, w->b, w->g, chunk);
+    if (ctx->own_page) return fc_kv_head_at(&ctx->kv, r->page, 0);
+    return fc_kv_head_of(&ctx->kv, w->b * ctx->args->kv_heads + w->g - ctx->first_pair, 0, chunk);
 }
 
 /* What the mask adds to the scores of the keys that a row sees; `bias` holds it. */
-static const float *load_bias(const struct attention *t, const struct where *w, ptrdiff_t row, struct chunk c, float *bias) {
-    const fc_attention_args *a = t->a;
-    const struct fc_range see = see_in(t, w, row, c);
-    const ptrdiff_t q = w->q0 + row / t->group, head = w->g * t->group + row % t->group;
+static const float *load_bias(const struct attention *ctx, const struct where *w, ptrdiff_t row, struct chunk c,
+                              float *bias) {
+    const fc_attention_args *args = ctx->args;
+    const struct fc_range see = see_in(ctx, w, row, c);
+    const ptrdiff_t q = w->q0 + row / ctx->group, head = w->g * ctx->group + row % ctx->group;
     const ptrdiff_t key = c.key0 + see.lo, n = see.hi - see.lo;
-    const char *mask = (const char *)a->mask + w->b * a->mask_stride[0] + head * a->mask_stride[1] +
-                       q * a->mask_stride[2] + key * a->mask_stride[3];
-    ptrdiff_t stored = a->mask_stride[3] ? n : 1;
-    if (a->mask_is_bool) t->k->bias_from_bool(bias, (const uint8_t *)mask, stored);
-    else t->k->to_f32[a->mask_type](bias, mask, stored, 1.0f);
+    const char *mask = (const char *)args->mask + w->b * args->mask_stride[0] + head * args->mask_stride[1] +
+                       q * args->mask_stride[2] + key * args->mask_stride[3];
+    ptrdiff_t stored = args->mask_stride[3] ? n : 1;
+    if (args->mask_is_bool) ctx->k->bias_from_bool(bias, (const uint8_t *)mask, stored);
+    else ctx->k->to_f32[args->mask_type](bias, mask, stored, 1.0f);
     for (ptrdiff_t i = stored; i < n; i++) bias[i] = bias[0];
     return bias;
 }
 
 /* scores (rows [row, row + rows), keys [lo, hi) and those of their panels) = q k^T */
-static void score(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows,
-                  ptrdiff_t lo, ptrdiff_t hi) {
-    const ptrdiff_t first = lo / 16, last = (hi + 15) / 16, ldq = t->d_padded * (t->a_type == BF16 ? 2 : 4);
+static void score(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row,
+                  ptrdiff_t rows, ptrdiff_t lo, ptrdiff_t hi) {
+    const ptrdiff_t first = lo / 16, last = (hi + 15) / 16, ldq = ctx->d_padded * (ctx->a_type == BF16 ? 2 : 4);
     if (hi <= lo) return;
-    t->gemm(&(struct fc_gemm){
+    ctx->gemm(&(struct fc_gemm){
         .c = r->scores + row * LD_SCORES + first * 16, .ldc = LD_SCORES * 4, .x = r->q + row * ldq, .ldx = ldq,
         .w = h->k + first * h->k_panel, .panel_stride = h->k_panel, .m = rows,
         .panels = last - first, .lines = h->k_lines});
 }
 
 /* scores [from, to) of a row -> weights, in the type that values are multiplied by */
-static void weights(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t from,
-                    ptrdiff_t to, const float *bias) {
+static void weights(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row,
+                    ptrdiff_t from, ptrdiff_t to, const float *bias) {
     float *s = r->scores + row * LD_SCORES;
-    const struct fc_attention_row one = {
-        .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL, .v_scale = h->v_scale ? h->v_scale + from : NULL,
-        .bias = bias,
-        .scale = t->a_type == FLOATS ? 1.0f : t->a_type == BF16 ? t->a->scale : r->q_scale[row],
-        .softcap = t->a->softcap,
-        .q = (int16_t *)(void *)s + from,
-        .w_scale = &r->w_scale[row]};
-    t->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
-    if (t->a_type == BF16) t->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
+    const struct fc_attention_row one = {.s = s + from,
+                                         .k_scale = h->k_scale ? h->k_scale + from : NULL,
+                                         .v_scale = h->v_scale ? h->v_scale + from : NULL,
+                                         .bias = bias,
+                                         .scale = ctx->a_type == FLOATS ? 1.0f
+                                                  : ctx->a_type == BF16 ? ctx->args->scale
+                                                                        : r->q_scale[row],
+                                         .softcap = ctx->args->softcap,
+                                         .q = (int16_t *)(void *)s + from,
+                                         .w_scale = &r->w_scale[row]};
+    ctx->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
+    if (ctx->a_type == BF16) ctx->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
-static void weights_of_block(const struct attention *t, const struct where *w, const struct scratch *r, const fc_kv_head *h,
-                             struct chunk c) {
-    const fc_attention_args *a = t->a;
+static void weights_of_block(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                             const fc_kv_head *h, struct chunk c) {
+    const fc_attention_args *args = ctx->args;
     const float *bias = NULL;
-    for (ptrdiff_t row = 0; row < w->queries * t->group; row++) {
-        const struct fc_range see = see_in(t, w, row, c);
-        if (a->mask && (row % t->group == 0 || a->mask_stride[1])) bias = load_bias(t, w, row, c, r->bias);
-        weights(t, r, h, row, see.lo, see.hi, bias);
+    for (ptrdiff_t row = 0; row < w->queries * ctx->group; row++) {
+        const struct fc_range see = see_in(ctx, w, row, c);
+        if (args->mask && (row % ctx->group == 0 || args->mask_stride[1])) bias = load_bias(ctx, w, row, c, r->bias);
+        weights(ctx, r, h, row, see.lo, see.hi, bias);
     }
 }
 
 /* part (rows [row, row + rows)) (+)= weights[:, lo:hi) V[lo:hi), whole lines */
-static void weigh_lines(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows,
-                        ptrdiff_t lo, ptrdiff_t hi, int accumulate) {
+static void weigh_lines(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row,
+                        ptrdiff_t rows, ptrdiff_t lo, ptrdiff_t hi, int accumulate) {
     if (hi <= lo && accumulate) return;
-    t->gemm(&(struct fc_gemm){
-        .c = r->part + row * t->e_padded, .ldc = t->e_padded * 4,
-        .x = (const char *)(r->scores + row * LD_SCORES) + lo * t->x_size, .ldx = LD_SCORES * 4,
-        .w = h->v + lo / t->k_step * h->line, .panel_stride = h->v_panel, .m = rows,
-        .panels = t->e_padded / 16, .lines = (hi - lo) / t->k_step, .accumulate = accumulate});
+    ctx->gemm(&(struct fc_gemm){
+        .c = r->part + row * ctx->e_padded, .ldc = ctx->e_padded * 4,
+        .x = (const char *)(r->scores + row * LD_SCORES) + lo * ctx->x_size, .ldx = LD_SCORES * 4,
+        .w = h->v + lo / ctx->k_step * h->line, .panel_stride = h->v_panel, .m = rows,
+        .panels = ctx->e_padded / 16, .lines = (hi - lo) / ctx->k_step, .accumulate = accumulate});
 }
 
 /* part (row) += weights[lo:hi) V[lo:hi) */
-static void weigh_partial_lines(const struct attention *t, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row, ptrdiff_t lo,
-                       ptrdiff_t hi) {
+static void weigh_partial_lines(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h,
+                                ptrdiff_t row, ptrdiff_t lo, ptrdiff_t hi) {
     if (hi > lo)
-        t->k->pv_partial_lines(&(struct fc_gemm){.c = r->part + row * t->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
-                                               .panel_stride = h->v_panel, .panels = t->e_padded / 16}, t->kv.type, lo, hi);
+        ctx->k->pv_partial_lines(&(struct fc_gemm){.c = r->part + row * ctx->e_padded,
+                                                   .x = r->scores + row * LD_SCORES,
+                                                   .w = h->v,
+                                                   .panel_stride = h->v_panel,
+                                                   .panels = ctx->e_padded / 16},
+                                 ctx->kv.type, lo, hi);
 }
 
 /* part = w_scale weights V for rows: zeros stand for keys that some of them do not see. Integer sums have no order. */
-static void weigh_integers(const struct attention *t, const struct where *w, const struct scratch *r, const fc_kv_head *h,
-                           ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
-    const struct shared see = seen_by(t, w, row, rows, c);
-    const ptrdiff_t begin = see.lo / t->k_step * t->k_step, end = fc_round_up(see.hi, t->k_step);
+static void weigh_integers(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                           const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
+    const struct shared see = seen_by(ctx, w, row, rows, c);
+    const ptrdiff_t begin = see.lo / ctx->k_step * ctx->k_step, end = fc_round_up(see.hi, ctx->k_step);
     for (ptrdiff_t i = row; i < row + rows; i++) {
         int16_t *weight = (int16_t *)(void *)(r->scores + i * LD_SCORES);
-        const struct fc_range own = see_in(t, w, i, c);
+        const struct fc_range own = see_in(ctx, w, i, c);
         memset(weight + begin, 0, (size_t)(own.lo - begin) * sizeof *weight);
         memset(weight + own.hi, 0, (size_t)(end - own.hi) * sizeof *weight);
     }
-    weigh_lines(t, r, h, row, rows, begin, end, 0);
+    weigh_lines(ctx, r, h, row, rows, begin, end, 0);
     for (ptrdiff_t i = row; i < row + rows; i++) {
-        float *part = r->part + i * t->e_padded;
-        t->k->from_f32[FC_F32](part, part, t->e_padded, r->w_scale[i]);
+        float *part = r->part + i * ctx->e_padded;
+        ctx->k->from_f32[FC_F32](part, part, ctx->e_padded, r->w_scale[i]);
     }
 }
 
-/* part = weights V for rows: the keys that all of them see in whole lines and at once, the ends of each on its own: rows
- * take their keys in order, so the bits are those of a row alone. */
-static void weigh_rows(const struct attention *t, const struct where *w, const struct scratch *r, const fc_kv_head *h,
+/* part = weights V for rows: the keys that all of them see in whole lines and at once, the ends of each on its own:
+ * rows take their keys in order, so the bits are those of a row alone. */
+static void weigh_rows(const struct attention *ctx, const struct where *w, const struct scratch *r, const fc_kv_head *h,
                        ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
-    const struct shared see = seen_by(t, w, row, rows, c);
-    const ptrdiff_t begin = fc_round_up(see.from, t->k_step), last = see.to / t->k_step * t->k_step;
+    const struct shared see = seen_by(ctx, w, row, rows, c);
+    const ptrdiff_t begin = fc_round_up(see.from, ctx->k_step), last = see.to / ctx->k_step * ctx->k_step;
     const ptrdiff_t end = last > begin ? last : begin;
     const int heads = see.lo < begin; /* some row begins before the common keys: the first does */
-    if (heads) memset(r->part + row * t->e_padded, 0, (size_t)(rows * t->e_padded) * 4);
+    if (heads) memset(r->part + row * ctx->e_padded, 0, (size_t)(rows * ctx->e_padded) * 4);
     for (ptrdiff_t i = row; heads && i < row + rows; i++) {
-        const struct fc_range own = see_in(t, w, i, c);
-        weigh_partial_lines(t, r, h, i, own.lo, fc_smaller(own.hi, begin));
+        const struct fc_range own = see_in(ctx, w, i, c);
+        weigh_partial_lines(ctx, r, h, i, own.lo, fc_smaller(own.hi, begin));
     }
-    weigh_lines(t, r, h, row, rows, begin, end, heads);
+    weigh_lines(ctx, r, h, row, rows, begin, end, heads);
     for (ptrdiff_t i = row; i < row + rows; i++) {
-        const struct fc_range own = see_in(t, w, i, c);
-        weigh_partial_lines(t, r, h, i, own.lo > end ? own.lo : end, own.hi);
+        const struct fc_range own = see_in(ctx, w, i, c);
+        weigh_partial_lines(ctx, r, h, i, own.lo > end ? own.lo : end, own.hi);
     }
 }
 
-/* A hidden key weighs 0, and 0 times an infinity or a NaN in its value is NaN: a row where that may be is made again, from
- * the runs of keys that it sees. Their chain is the same, so nothing else changes. */
-static void weigh_unhidden(const struct attention *t, const struct where *w, const struct scratch *r, const fc_kv_head *h,
-                           ptrdiff_t row, struct chunk c) {
-    float *part = r->part + row * t->e_padded;
+/* A hidden key weighs 0, and 0 times an infinity or a NaN in its value is NaN: a row where that may be is made again,
+ * from the runs of keys that it sees. Their chain is the same, so nothing else changes. */
+static void weigh_unhidden(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                           const fc_kv_head *h, ptrdiff_t row, struct chunk c) {
+    float *part = r->part + row * ctx->e_padded;
     int finite;
-    t->k->all_finite(&finite, part, t->e_padded);
+    ctx->k->all_finite(&finite, part, ctx->e_padded);
     if (finite || r->part_sum[row] == 0.0f) return;
-    const struct fc_range see = see_in(t, w, row, c);
-    const float *bias = load_bias(t, w, row, c, r->bias) - see.lo;
-    memset(part, 0, (size_t)t->e_padded * 4);
+    const struct fc_range see = see_in(ctx, w, row, c);
+    const float *bias = load_bias(ctx, w, row, c, r->bias) - see.lo;
+    memset(part, 0, (size_t)ctx->e_padded * 4);
     for (ptrdiff_t lo = see.lo, hi; lo < see.hi; lo = hi + 1) {
         for (hi = lo; hi < see.hi && bias[hi] != -INFINITY;) hi++;
-        weigh_partial_lines(t, r, h, row, lo, hi);
+        weigh_partial_lines(ctx, r, h, row, lo, hi);
     }
 }
 
 /* part, part_max, part_sum of a chunk; returns 0 if the block sees none of it. */
-int fc_attention_chunk(const struct attention *t, const struct where *w, const struct scratch *r, ptrdiff_t chunk) {
-    const fc_attention_args *a = t->a;
-    const ptrdiff_t key0 = chunk * FC_KV_CHUNK, rows = w->queries * t->group;
+int fc_attention_chunk(const struct attention *ctx, const struct where *w, const struct scratch *r, ptrdiff_t chunk) {
+    const fc_attention_args *args = ctx->args;
+    const ptrdiff_t key0 = chunk * FC_KV_CHUNK, rows = w->queries * ctx->group;
     const struct chunk c = {key0, fc_smaller(w->kv_len - key0, FC_KV_CHUNK)};
-    const struct shared all = seen_by(t, w, 0, rows, c);
+    const struct shared all = seen_by(ctx, w, 0, rows, c);
     if (all.hi <= all.lo) return 0;
-    if (t->own_page) fc_attention_store_chunk(t, w->b * a->kv_heads + w->g, chunk, r->page, r->store);
-    const fc_kv_head h = head_of(t, w, r, chunk);
+    if (ctx->own_page) fc_attention_store_chunk(ctx, w->b * args->kv_heads + w->g, chunk, r->page, r->store);
+    const fc_kv_head h = head_of(ctx, w, r, chunk);
     const int same = all.lo == all.from && all.to == all.hi;
     for (ptrdiff_t row = 0, count = same ? rows : SCORE_ROWS; row < rows; row += count) {
         const ptrdiff_t these = fc_smaller(count, rows - row);
-        const struct shared see = seen_by(t, w, row, these, c);
-        score(t, r, &h, row, these, see.lo, see.hi);
+        const struct shared see = seen_by(ctx, w, row, these, c);
+        score(ctx, r, &h, row, these, see.lo, see.hi);
     }
-    weights_of_block(t, w, r, &h, c);
+    weights_of_block(ctx, w, r, &h, c);
     for (ptrdiff_t row = 0, count = same ? rows : STRIP; row < rows; row += count)
-        (t->a_type == INT16 ? weigh_integers : weigh_rows)(t, w, r, &h, row, fc_smaller(count, rows - row), c);
-    for (ptrdiff_t row = 0; a->mask && t->a_type != INT16 && row < rows; row++) weigh_unhidden(t, w, r, &h, row, c);
+        (ctx->a_type == INT16 ? weigh_integers : weigh_rows)(ctx, w, r, &h, row, fc_smaller(count, rows - row), c);
+    for (ptrdiff_t row = 0; args->mask && ctx->a_type != INT16 && row < rows; row++)
+        weigh_unhidden(ctx, w, r, &h, row, c);
     return 1;
 }
