@@ -16,6 +16,8 @@ static const struct {
     double merge, merge_row, lookup, lookup_row; /* of attentions' results; of a table's rows */
     double pack, pack_panel;                        /* a row of a panel; a panel */
     double append, read;                            /* a channel of a token, into pages and out of them */
+    double score_flop, page_byte, query_block;      /* of attention: a product's operation, a byte of pages, a block */
+    double page_value, fold;                        /* a plain value into a page; a value of a partial folded */
 } fc_ns = {
     .flop = 0.01,
     .weight_byte = 0.04,
@@ -38,6 +40,11 @@ static const struct {
     .pack_panel = 50,
     .append = 0.5,
     .read = 1.5,
+    .score_flop = 1.0 / 80,
+    .page_byte = 1.0 / 20,
+    .query_block = 200,
+    .page_value = 0.4,
+    .fold = 0.1,
 };
 
 /* Inputs of more bytes come from beyond the second cache: then the next row is prefetched. */

@@ -1,6 +1,7 @@
 /* Known amounts of work on every thread, for fc.roofline() to put a clock on. */
 #include <string.h>
 
+#include "../formats.h"
 #include "rows.h"
 
 enum { LONG_NS = 1000000, PIECE = 1 << 20 };
@@ -49,9 +50,9 @@ static void read_piece(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) 
 fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum) {
     int threads = fc_get_num_threads();
     fc_scratch scratch;
-    if (fc_scratch_alloc(NULL, &scratch, 1, (size_t)threads * 64)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(NULL, &scratch, 1, (size_t)threads * FC_LINE)) return FC_NO_MEMORY;
     struct stream s = {.k = fc_k, .in = data, .bytes = bytes, .sums = (float *)scratch.base};
-    memset(s.sums, 0, (size_t)threads * 64);
+    memset(s.sums, 0, (size_t)threads * FC_LINE);
     fc_status status = fc_static(threads, (bytes + PIECE - 1) / PIECE, LONG_NS / 10, read_piece, &s);
     *sum = 0;
     for (int i = 0; i < threads; i++) *sum += s.sums[i * 16];

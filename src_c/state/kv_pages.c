@@ -1,10 +1,9 @@
 /* Tokens into the pages of a key/value cache, and out of them again. forge.h has the layout. */
 #include <string.h>
 
+#include "../formats.h"
 #include "../ops/rows.h"
 #include "kv_pages.h"
-
-enum { PANEL = 16 };
 
 static ptrdiff_t k_step_of(fc_kv_type type) { return type == FC_KV_F32 ? 1 : 2; }
 static ptrdiff_t value_bytes(fc_kv_type type) { return type == FC_KV_F32 ? 4 : type == FC_KV_BF16 ? 2 : 1; }
@@ -15,7 +14,7 @@ static ptrdiff_t keys_bytes(const fc_kv_cache *c) {
     return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->head_dim, k_step_of(c->type)));
 }
 static ptrdiff_t values_bytes(const fc_kv_cache *c) {
-    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->v_dim, PANEL));
+    return fc_times(FC_KV_CHUNK * value_bytes(c->type), fc_round_up(c->v_dim, FC_PANEL));
 }
 
 static ptrdiff_t head_bytes(const fc_kv_cache *c) {
@@ -30,7 +29,7 @@ fc_kv_head fc_kv_head_at(const fc_kv_cache *c, void *page, ptrdiff_t g) {
     fc_kv_head h = {.k = (char *)page + g * head_bytes(c)};
     h.v = h.k + keys_bytes(c);
     h.k_lines = fc_round_up(c->head_dim, k_step) / k_step;
-    h.line = PANEL * k_step * value_bytes(c->type);
+    h.line = FC_PANEL * k_step * value_bytes(c->type);
     h.k_panel = h.k_lines * h.line;
     h.v_panel = FC_KV_CHUNK / k_step * h.line;
     if (c->type == FC_KV_I8) {
@@ -47,7 +46,7 @@ static ptrdiff_t widest(const fc_kv_cache *c) {
 }
 
 /* 16 rows of float32, and one to convert or rotate in */
-size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)fc_times((PANEL + 1) * 4, widest(c)); }
+size_t fc_kv_store_bytes(const fc_kv_cache *c) { return (size_t)fc_times((FC_PANEL + 1) * 4, widest(c)); }
 
 /* One channel of a key, or one key of a channel, is `size` bytes; its line-mates are `step` apart. */
 static void scatter(char *to, ptrdiff_t step, const char *from, ptrdiff_t size, ptrdiff_t n) {
@@ -84,17 +83,17 @@ static void store_panel_of_keys(const struct fc_kernels *kernels, const fc_appen
                                 ptrdiff_t slot, const char *k, int64_t position, char *rows, void *stage) {
     const fc_kv_cache *c = args->cache;
     const ptrdiff_t d = c->head_dim, ld = widest(c) * 4;
-    char *panel = h->k + slot / PANEL * h->k_panel;
+    char *panel = h->k + slot / FC_PANEL * h->k_panel;
     if (c->type == FC_KV_F32 && !args->cos) {
-        kernels->panel_cols[args->type]((float *)(void *)panel, k, args->k_stride[1], d, PANEL);
+        kernels->panel_cols[args->type]((float *)(void *)panel, k, args->k_stride[1], d, FC_PANEL);
         return;
     }
-    for (ptrdiff_t i = 0; i < PANEL; i++) {
+    for (ptrdiff_t i = 0; i < FC_PANEL; i++) {
         encode(kernels, c->type, rows + i * ld, args->type,
                rotated(kernels, args, k + i * args->k_stride[1], position + i, stage), d);
         if (c->type == FC_KV_BF16 && d % 2) memset(rows + i * ld + d * 2, 0, 2);
     }
-    kernels->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, PANEL);
+    kernels->panel_cols[FC_F32]((float *)(void *)panel, rows, ld, h->k_lines, FC_PANEL);
 }
 
 static void store_keys(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *h,
@@ -103,14 +102,14 @@ static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a
     const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type), d = c->head_dim;
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t at = slot + i;
-        if (c->type != FC_KV_I8 && at % PANEL == 0 && n - i >= PANEL) {
+        if (c->type != FC_KV_I8 && at % FC_PANEL == 0 && n - i >= FC_PANEL) {
             store_panel_of_keys(kernels, args, h, at, k + i * args->k_stride[1], position + i, rows, stage);
-            i += PANEL;
+            i += FC_PANEL;
             continue;
         }
         const void *key = rotated(kernels, args, k + i * args->k_stride[1], position + i, stage);
         const float scale = encode(kernels, c->type, rows, args->type, key, d);
-        char *to = h->k + at / PANEL * h->k_panel + at % PANEL * k_step * size;
+        char *to = h->k + at / FC_PANEL * h->k_panel + at % FC_PANEL * k_step * size;
         scatter(to, h->line, rows, k_step * size, d / k_step);
         if (d % k_step) {
             memcpy(to + d / k_step * h->line, rows + (d - 1) * size, (size_t)size);
@@ -123,10 +122,10 @@ static void store_keys(const struct fc_kernels *kernels, const fc_append_args *a
 
 /* 16 channels of the two tokens of a line, `size` bytes each */
 static void put_pair(char *line, const char *first, const char *second, ptrdiff_t size) {
-    char pairs[PANEL * 4];
-    scatter(pairs, 2 * size, first, size, PANEL);
-    scatter(pairs + size, 2 * size, second, size, PANEL);
-    memcpy(line, pairs, (size_t)(PANEL * 2 * size));
+    char pairs[FC_PANEL * 4];
+    scatter(pairs, 2 * size, first, size, FC_PANEL);
+    scatter(pairs + size, 2 * size, second, size, FC_PANEL);
+    memcpy(line, pairs, (size_t)(FC_PANEL * 2 * size));
 }
 
 /* Values of one token, or of the two of a line */
@@ -134,7 +133,7 @@ static void store_values(const struct fc_kernels *kernels, const fc_append_args 
                          ptrdiff_t slot, ptrdiff_t n, const char *v, char *rows) {
     const fc_kv_cache *c = args->cache;
     const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
-    const ptrdiff_t e = c->v_dim, padded = fc_round_up(e, PANEL), ld = widest(c) * 4;
+    const ptrdiff_t e = c->v_dim, padded = fc_round_up(e, FC_PANEL), ld = widest(c) * 4;
     for (ptrdiff_t i = 0, two; i < n; i += two) {
         const ptrdiff_t at = slot + i;
         two = k_step == 2 && at % 2 == 0 && i + 1 < n ? 2 : 1;
@@ -143,11 +142,11 @@ static void store_values(const struct fc_kernels *kernels, const fc_append_args 
             memset(rows + j * ld + e * size, 0, (size_t)((padded - e) * size));
             if (h->v_scale) h->v_scale[at + j] = scale;
         }
-        for (ptrdiff_t p = 0; p < padded / PANEL; p++) {
-            char *line = h->v + p * h->v_panel, *row = rows + p * PANEL * size;
+        for (ptrdiff_t p = 0; p < padded / FC_PANEL; p++) {
+            char *line = h->v + p * h->v_panel, *row = rows + p * FC_PANEL * size;
             if (two == 2) put_pair(line + at / 2 * h->line, row, row + ld, size);
-            else if (k_step == 2) scatter(line + at / 2 * h->line + at % 2 * size, 2 * size, row, size, PANEL);
-            else memcpy(line + at * h->line, row, (size_t)(PANEL * size));
+            else if (k_step == 2) scatter(line + at / 2 * h->line + at % 2 * size, 2 * size, row, size, FC_PANEL);
+            else memcpy(line + at * h->line, row, (size_t)(FC_PANEL * size));
         }
     }
 }
@@ -155,7 +154,7 @@ static void store_values(const struct fc_kernels *kernels, const fc_append_args 
 void fc_kv_store(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot,
                  ptrdiff_t n, const char *k, const char *v, int64_t position, void *scratch) {
     char *rows = scratch;
-    store_keys(kernels, args, head, slot, n, k, position, rows, rows + PANEL * widest(args->cache) * 4);
+    store_keys(kernels, args, head, slot, n, k, position, rows, rows + FC_PANEL * widest(args->cache) * 4);
     store_values(kernels, args, head, slot, n, v, rows);
 }
 
@@ -231,15 +230,15 @@ static void read_tokens(void *context, ptrdiff_t begin, ptrdiff_t end, int rank)
         const ptrdiff_t position = ctx->start + i, slot = position % FC_KV_CHUNK;
         for (ptrdiff_t g = 0; g < c->kv_heads; g++) {
             const fc_kv_head h = fc_kv_head_of(c, ctx->b, g, position / FC_KV_CHUNK);
-            const char *key = h.k + slot / PANEL * h.k_panel + slot % PANEL * k_step * size;
+            const char *key = h.k + slot / FC_PANEL * h.k_panel + slot % FC_PANEL * k_step * size;
             float *k = ctx->k + (i * c->kv_heads + g) * c->head_dim, *v = ctx->v + (i * c->kv_heads + g) * c->v_dim;
             for (ptrdiff_t d = 0; d < c->head_dim; d++)
                 k[d] =
                     decoded(c->type, key + d / k_step * h.line + d % k_step * size, h.k_scale ? h.k_scale[slot] : 1.0f);
             for (ptrdiff_t e = 0; e < c->v_dim; e++)
                 v[e] = decoded(c->type,
-                               h.v + e / PANEL * h.v_panel + slot / k_step * h.line +
-                                   (e % PANEL * k_step + slot % k_step) * size,
+                               h.v + e / FC_PANEL * h.v_panel + slot / k_step * h.line +
+                                   (e % FC_PANEL * k_step + slot % k_step) * size,
                                h.v_scale ? h.v_scale[slot] : 1.0f);
         }
     }

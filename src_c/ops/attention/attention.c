@@ -87,7 +87,7 @@ static void attend_query_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, i
 static double item_ns(const struct attention *ctx, ptrdiff_t keys) {
     double values = (double)keys * (double)(ctx->args->head_dim + ctx->args->v_dim);
     double flops = 2.0 * (double)ctx->rows * values, bytes = values * 4;
-    return (flops / 80 > bytes / 20 ? flops / 80 : bytes / 20) + 200;
+    return fmax(flops * fc_ns.score_flop, bytes * fc_ns.page_byte) + fc_ns.query_block;
 }
 
 static fc_status attend_blocks(struct attention *ctx, ptrdiff_t pairs) {
@@ -165,7 +165,7 @@ static fc_status attend_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t
     fc_status status = FC_OK;
     for (ctx->first_chunk = begin; ctx->first_chunk < end && status == FC_OK; ctx->first_chunk += segment) {
         ctx->chunks = fc_smaller(segment, end - ctx->first_chunk);
-        const double ns = item_ns(ctx, FC_KV_CHUNK), fold_ns = (double)(ctx->chunks * ctx->e_padded) * 0.1;
+        const double ns = item_ns(ctx, FC_KV_CHUNK), fold_ns = (double)(ctx->chunks * ctx->e_padded) * fc_ns.fold;
         const int threads = fc_threads_within(ctx->threads, pairs * ctx->chunks, ns);
         ctx->run = fc_smaller(RUN, (pairs * ctx->chunks + 8 * threads - 1) / (8 * threads));
         const ptrdiff_t items = (pairs * ctx->chunks + ctx->run - 1) / ctx->run;
