@@ -6,6 +6,7 @@ into src_c. Conventions (axis order, dtypes, errors, `out=`) are in docs/convent
 """
 cimport cython
 cimport numpy as cnp
+from libc.math cimport INFINITY
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 from libc.string cimport memset

@@ -135,7 +135,7 @@ def _frequencies(
     dim = _checked_size("dim", dim, _MOST_DIM)
     if dim % 2:
         raise ValueError(f"rope_table: dim is {dim}, expected an even number")
-    params = _Scaling(scaling or {})
+    params = _Scaling({} if scaling is None else scaling)
     base = params.number("rope_theta", params.checked_base(base))
     if base <= 1.0:
         raise ValueError(f"rope_table: base is {base}, expected more than 1")

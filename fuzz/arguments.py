@@ -15,8 +15,8 @@ from fuzz.arrays import DTYPES, Arena, values
 
 ALLOWED = (TypeError, ValueError, IndexError, MemoryError)
 NAMES = ("rms_norm", "layer_norm", "softmax", "relu", "silu", "gelu", "swiglu", "geglu", "rope", "embedding", "linear",
-         "attention", "KVCache", "pack", "RopeTable", "PackedWeight", "kv_cache_nbytes", "set_num_threads", "use_isa",
-         "nn.", "Linear", "RMSNorm")
+         "attention", "KVCache", "pack", "RopeTable", "rope_table", "PackedWeight", "kv_cache_nbytes",
+         "set_num_threads", "use_isa", "nn.", "Linear", "RMSNorm")
 SCALARS: tuple[Any, ...] = (
     0, 1, -1, 2, 0.5, -0.0, np.nan, np.inf, -np.inf, 1e308, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 2**70,
     -2**63, 10**400, "x", "", b"y", None, [], [1], {}, (), object(), 1j, True, np.float16(2), np.int8(-3),
@@ -160,13 +160,17 @@ OPTIONS: tuple[tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]], ...] 
     (fc.rms_norm, {"x": X}, ("eps", "weight", "weight_offset", "residual", "out")),
     (fc.layer_norm, {"x": X}, ("eps", "weight", "bias", "residual", "out")),
     (fc.gelu, {"x": X}, ("approximate", "out")),
+    (fc.geglu, {"gated": X, "linear": X}, ("approximate", "linear", "out")),
+    (fc.rope_table, {"dim": 16, "max_seq_len": 20}, ("dim", "base", "scaling")),
     (fc.rope, {"x": X, "table": fc.rope_table(16, 20)}, ("start_pos", "positions", "interleaved", "table", "out")),
     (fc.embedding, {"ids": [1, 2], "table": X[0, 0]}, ("scale", "dtype", "ids", "out")),
     (fc.linear, {"x": X, "weight": X[0, 0].T}, ("bias", "residual", "out", "weight")),
     (fc.gated_linear, {"x": X, "weight": fc.pack_gated(X[0, 0].T, X[0, 0].T)}, ("bias", "activation", "weight", "out")),
     (fc.attention, {"q": X, "k": KV, "v": KV},
-     ("window", "scale", "softcap", "kv_lens", "sinks", "mask", "causal", "out", "k", "v")),
+     ("window", "scale", "softcap", "kv_lens", "sinks", "mask", "causal", "q_positions", "kv_positions", "return_lse",
+      "out", "k", "v")),
     (fc.pack, {"weight": X[0, 0]}, ("dtype", "group_size", "weight")),
+    (fc.pack_gated, {"swished": X[0, 0], "linear": X[0, 0]}, ("dtype", "group_size", "swished", "linear")),
     (fc.kv_cache_nbytes, {"batch": 1, "seq_len": 2, "n_kv_heads": 3, "head_dim": 4}, ("batch", "seq_len", "head_dim")),
     (fc.set_num_threads, {}, ("n",)), (fc.use_isa, {}, ("name",)),
     (fc.KVCache, {"batch": 1, "max_seq_len": 8, "n_kv_heads": 2, "head_dim": 4},

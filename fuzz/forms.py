@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import reference as ref
-from conftest import check_close
+from conftest import check_close, flushed
 from test_activations import REFERENCE, magnitude
 from test_attention import check_pair, expected, multiplies_pairs
 from test_attention_cache import integer_roundings
@@ -294,21 +294,27 @@ def _finite(a: Any) -> Array:
     return np.where(np.isfinite(a), a, 0)
 
 
+def _infinite(a: Any) -> Array:
+    return np.isinf(ref.f64(a)).astype(F32)
+
+
 def _subnormal(a: Any) -> Array:
     a = np.abs(ref.f64(a))
-    return np.where(a < 2.0**-126, a, 0)
+    return ((a > 0) & (a < 2.0**-126)).astype(F32)
 
 
 def _compare_linear(got: Array, x: Array, w: Array, bias: Any, residual: Any) -> None:
-    """Where no sum overflows: NaN and infinity of the inputs go where the formula sends them."""
+    """Where no sum overflows: NaN and infinity of the inputs go where the formula sends them.
+
+    Not where pairs of bfloat16 are multiplied and infinity meets a subnormal number, which counts as 0: that is NaN.
+    """
     k = x.shape[-1]
     sizes = [None if a is None else _finite(a) for a in (x, w, bias, residual)]
     size = ref.linear(sizes[0], sizes[1], sizes[2], residual=sizes[3])
-    # An instruction that multiplies pairs of bfloat16 takes subnormal numbers for zeros, as inputs and as results.
-    more = np.full(got.shape, k * 2.0**-126)
+    where, more = size < OVERFLOW, 0
     if w.dtype == BF16 and x.dtype == BF16:
-        more += _subnormal(x) @ sizes[1] + sizes[0] @ _subnormal(w)
-    compare("linear", got, ref.linear(x, w, bias, residual=residual), size < OVERFLOW, magnitude=size, n=k, more=more)
+        where, more = where & (_infinite(x) @ _subnormal(w) + _subnormal(x) @ _infinite(w) == 0), flushed(x, w)
+    compare("linear", got, ref.linear(x, w, bias, residual=residual), where, magnitude=size, n=k, more=more)
 
 
 # ---- attention --------------------------------------------------------------------------------------
@@ -366,7 +372,7 @@ def _check_attention(options: dict[str, Any], got: tuple[Array, ...], a: dict[st
     """Whole, where every number is finite and no product is near the end of float32; else the places of NaN."""
     q, k, v = a["q"], a["k"], a["v"]
     more = options | {name: a[name] for name in ("mask", "sinks", "kv_lens") if name in a}
-    pairs = multiplies_pairs(k)
+    pairs = multiplies_pairs(k.dtype)
     largest = [float(_finite(t).max(initial=0)) for t in (q, k, v)]
     if not q.size and not got[0].size or largest[0] * largest[1] > 1e30 or largest[2] > 1e30:
         return
@@ -408,7 +414,7 @@ def _check_cache(cache: fc.KVCache, options: dict[str, Any], got: tuple[Array, .
     more = options | ({"mask": a["mask"]} if "mask" in a else {})
     if not q.size:
         return
-    pairs = multiplies_pairs(k)
+    pairs = multiplies_pairs(k.dtype)
     want = expected(q.astype(BF16) if pairs else q, k, v, **more)
     if cache.dtype != "int8":
         return check_pair((got[0], got[1]), want, k.shape[1], q.shape[3], pairs)

@@ -49,18 +49,23 @@ class Tolerance:
     """|got - expected| <= work + one rounding to the result's dtype, work = roundings 2^-24 magnitude + floor.
 
     roundings(n, d, s) counts the float32 roundings on the longest path through the operation: n is the
-    length of the reduction, d and s are attention's head_dim and largest sum of |q||k| scale.
+    length of the reduction, d and s are attention's head_dim and largest sum of |q||k| scale. floor may depend on n.
     magnitude, |expected| unless the test passes it, is the size of what those roundings act on.
     """
 
     roundings: Callable[[float, float, float], float]
-    floor: float = 0.0
+    floor: float | Callable[[float], float] = 0.0
     half_ulp: float = 2.0**-24
     half_subnormal: float = 2.0**-150
     largest: float = 2.0**128
 
 
-OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float]] = {
+def sums_flushed(n: float) -> float:
+    """vdpbf16ps makes 0 of a sum under the normal numbers, after each of n products. flushed() has its inputs."""
+    return n * SMALLEST_NORMAL
+
+
+OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Callable[[float], float]]] = {
     # One conversion, no arithmetic.
     "relu": (lambda n, d, s: 0, 0.0),
     "embedding": (lambda n, d, s: 1, 0.0),
@@ -87,10 +92,10 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float]] = {
     # of x - max is relative to it. exp may flush to zero below the normal numbers.
     "softmax": (lambda n, d, s: n + 10, SMALLEST_NORMAL),
     # gamma_n of a dot product in any order, bias, residual. magnitude: |x| @ |weight| + |bias| + |residual|.
-    # vdpbf16ps flushes subnormal products and sums: at most n of them.
-    "linear": (lambda n, d, s: n + 2, 128 * SMALLEST_NORMAL),
-    # The two products' bounds carry through act' <= 1.13 and the other factor. magnitude: see test_linear.
-    "gated_linear": (lambda n, d, s: 1.13 * (n + 2) + 10, 128 * SMALLEST_NORMAL),
+    "linear": (lambda n, d, s: n + 2, sums_flushed),
+    # The two products' bounds carry through act' <= 1.13 and the other factor. magnitude and what else there is: see
+    # test_linear.
+    "gated_linear": (lambda n, d, s: 1.13 * (n + 2) + 10, SMALLEST_NORMAL),
     # n steps that add a group's exact sum to the chain, each one rounding or, unfused, one more for its product; a sum
     # beyond 2^24 as float32; x's scale, and the product by it; bias, residual. magnitude: scale of x times the sum over
     # groups of |scale sum(x u)| + |minimum sum(x)|, + |bias| + |residual|.
@@ -101,7 +106,7 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float]] = {
     # the weights; exp 4, twice; n additions above and below; one rescale a key at most. magnitude: p @ |v|.
     "attention": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16, SMALLEST_NORMAL),
     # As above where the ISA multiplies pairs of bfloat16: a weight is rounded to 8 bits, 2^-8 = 2^16 2^-24.
-    "attention_pairs": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16 + 2**16, 128 * SMALLEST_NORMAL),
+    "attention_pairs": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16 + 2**16, lambda n: sums_flushed(n + 1)),
     # The log of a sum of n terms, absolute. magnitude: 1 + |lse|.
     "lse": (lambda n, d, s: (d + 8) * (1 + s) + n + 8, 0.0),
     # Two weights from exp of a rounded difference (p |log p| < 0.37), two products, a sum, a division.
@@ -121,6 +126,14 @@ def multiplies_pairs(dtype: Any) -> bool:
     return str(dtype) == "bfloat16" and forge_c.isa().endswith("bf16")
 
 
+def flushed(x: Any, w: Any) -> Any:
+    """What x @ w may lose, x (..., k) and w (k, n) of bfloat16, where pairs of bfloat16 are multiplied: that takes
+    subnormal numbers for zeros, as inputs and as sums."""
+    size = [np.where(np.isfinite(a), np.abs(a), 0) for a in (np.asarray(x, np.float64), np.asarray(w, np.float64))]
+    tiny = [np.where(a < SMALLEST_NORMAL, a, 0) for a in size]
+    return tiny[0] @ size[1] + size[0] @ tiny[1] + sums_flushed(len(size[1]))
+
+
 def check_close(op: str, got: Any, expected: Any, *, magnitude: Any = None, n: float = 0, d: float = 0,
                 s: float = 0, roundings: float = 0, more: Any = 0, case: str = "") -> None:
     """Fail unless `got` is `expected` within TOLERANCES[op, its dtype], NaN and Inf at the same places.
@@ -134,8 +147,9 @@ def check_close(op: str, got: Any, expected: Any, *, magnitude: Any = None, n: f
     assert got.shape == expected.shape, f"{op}: shape {got.shape}, expected {expected.shape}"
     value = got.astype(np.float64)
     np.testing.assert_array_equal(np.isnan(value), np.isnan(expected), f"{op}: NaN at other places")
+    floor = t.floor(n) if callable(t.floor) else t.floor
     with np.errstate(invalid="ignore"):
-        work = 2.0**-24 * t.roundings(n, d, s) * (np.abs(expected) if magnitude is None else magnitude) + t.floor
+        work = 2.0**-24 * t.roundings(n, d, s) * (np.abs(expected) if magnitude is None else magnitude) + floor
         work = work + more
         bound = work + (1 + roundings) * t.half_ulp * (np.abs(expected) + work) + t.half_subnormal
         overflows = np.isfinite(expected) & (np.abs(expected) + bound >= t.largest)

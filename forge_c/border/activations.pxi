@@ -63,10 +63,8 @@ cdef cnp.ndarray glu(str fn, fc_activation f, object gate, object up, object out
 
 
 cdef fc_activation gelu_kind(str fn, object approximate) except *:
-    if approximate == "none":
-        return FC_GELU
-    if approximate == "tanh":
-        return FC_GELU_TANH
+    if isinstance(approximate, str) and approximate in ("none", "tanh"):
+        return FC_GELU if approximate == "none" else FC_GELU_TANH
     raise ValueError(f"{fn}: approximate is {approximate!r}, expected 'none' or 'tanh'")
 
 

@@ -64,6 +64,30 @@ cdef object integer(str fn, str arg, object value):
         raise TypeError(f"{fn}: {arg} is {value!r}, expected an integer") from None
 
 
+cdef double number(str fn, str arg, object value) except? -1:
+    """The C double that value is."""
+    cdef double x
+    try:
+        x = value
+    except OverflowError:
+        raise ValueError(f"{fn}: {arg} is {value!r}, expected a number that a double holds") from None
+    except MemoryError:
+        raise
+    except Exception:
+        raise TypeError(f"{fn}: {arg} is {value!r}, expected a number") from None
+    return x
+
+
+cdef bint flag(str fn, str arg, object value) except -1:
+    """Whether value is true; an array of several has no answer."""
+    try:
+        return True if value else False
+    except MemoryError:
+        raise
+    except Exception:
+        raise TypeError(f"{fn}: {arg} is {value!r}, expected True or False") from None
+
+
 cdef int float_type(str fn, str arg, cnp.ndarray a) except -1:
     cdef int t = dtype_index(a)
     if t < 0:

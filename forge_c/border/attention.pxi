@@ -89,6 +89,19 @@ cdef ptrdiff_t attention_window(object window) except -1:
     return size if size <= PY_SSIZE_T_MAX else 0
 
 
+cdef float attention_softcap(object softcap) except? -1:
+    """0: none."""
+    cdef float cap
+    if softcap is None:
+        return 0
+    if not number("attention", "softcap", softcap) > 0:
+        raise ValueError(f"attention: softcap is {softcap}, expected a number > 0")
+    cap = <float>number("attention", "softcap", softcap)
+    if not 0 < cap < INFINITY:
+        raise ValueError(f"attention: softcap is {softcap}, expected a finite number that float32 does not round to 0")
+    return cap
+
+
 cdef tuple attention_cache(object cache, fc_attention_args *a, object kv_lens, object window):
     """(pages, lengths) of a KVCache, to be held during the call. Another thread may append meanwhile: the lengths are
     copied first, and nothing else is asked how many tokens there are."""
@@ -200,7 +213,7 @@ cdef int run_attention(fc_attention_args *a, cnp.ndarray y, cnp.ndarray lse) exc
 
 
 def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None, softcap=None, sinks=None, kv_lens=None,
-              q_positions=None, kv_positions=None, bint return_lse=False, out=None):
+              q_positions=None, kv_positions=None, return_lse=False, out=None):
     """softmax(softcap(scale * q @ k.T) + mask) @ v with online softmax; no (q_len, kv_len) matrix is ever in memory.
 
     q (batch, q_len, heads, head_dim); k (batch, kv_len, kv_heads, head_dim); v (batch, kv_len, kv_heads, v_dim), where
@@ -239,9 +252,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     cdef cnp.npy_intp dims[4]
     memset(&a, 0, sizeof(a))
     a.size = sizeof(a)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap is {softcap}, expected a number > 0")
-    a.window, a.causal = attention_window(window), 1 if causal else 0
+    a.softcap, return_lse = attention_softcap(softcap), flag("attention", "return_lse", return_lse)
+    a.window, a.causal = attention_window(window), flag("attention", "causal", causal)
     attention_queries(&a, qa)
     if v is None:
         pages, lens = attention_cache(k, &a, kv_lens, window)
@@ -258,8 +270,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
         ma = attention_mask(mask, &a)
     sa = parameter("attention", "sinks", sinks, a.heads)
     a.sinks = floats(sa)
-    a.scale = <float>(scale if scale is not None else a.head_dim ** -0.5 if a.head_dim else 1.0)
-    a.softcap = <float>(0.0 if softcap is None else softcap)
+    a.scale = <float>(number("attention", "scale", scale) if scale is not None
+                      else a.head_dim ** -0.5 if a.head_dim else 1.0)
     dims[0], dims[1], dims[2], dims[3] = a.batch, a.q_len, a.heads, a.v_dim
     y = result("attention", out, 4, dims, a.q_type)
     if out is not None:

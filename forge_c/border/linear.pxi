@@ -24,6 +24,20 @@ def _weight_formats():
     return {"panel": FC_PANEL, "line": FC_LINE, "rows": rows}
 
 
+cdef tuple packed_shape(object shape):
+    """(in_features, out_features), two numbers."""
+    try:
+        k, n = shape
+    except MemoryError:
+        raise
+    except Exception:
+        raise TypeError(f"PackedWeight: shape is {shape!r}, expected (in_features, out_features)") from None
+    k, n = integer("PackedWeight", "shape", k), integer("PackedWeight", "shape", n)
+    if max(k, n) > PY_SSIZE_T_MAX - FC_PANEL:  # which is added to them
+        raise ValueError(f"PackedWeight: shape is {shape}, which cannot be addressed")
+    return max(k, -1), max(n, -1)
+
+
 cdef class PackedWeight:
     """A weight matrix in the layout that the kernels stream; made by `pack` and `pack_gated`, opaque to everyone else.
 
@@ -38,23 +52,25 @@ cdef class PackedWeight:
     cdef fc_layout layout
     cdef ptrdiff_t k, n, group
 
-    def __init__(self, cnp.ndarray data not None, shape, str dtype not None, bint gated=False, group_size=None):
+    def __init__(self, data, shape, dtype, gated=False, group_size=None):
         from forge_c.formats.layout import Format
-        cdef ptrdiff_t sides = 2 if gated else 1
+        self.gated = flag("PackedWeight", "gated", gated)
+        cdef ptrdiff_t sides = 2 if self.gated else 1
         f = Format.checked("PackedWeight", dtype, group_size)
         self.layout = LAYOUTS[f.name]
-        self.k, self.n = shape
+        self.k, self.n = packed_shape(shape)
         if self.k < 0 or self.n < 0 or self.n % sides:
             raise ValueError(f"PackedWeight: shape is {shape}, expected (in_features, out_features)"
-                             f"{', a pair of equal width' if gated else ''}")
+                             f"{', a pair of equal width' if self.gated else ''}")
         self.shape = (self.k, self.n)
         self.dtype = dtype
-        self.gated = gated
         self.group_size = f.group
         self.group = f.group or 0
         cdef ptrdiff_t panels = (self.n // sides + FC_PANEL - 1) // FC_PANEL * sides
-        if cnp.PyArray_NBYTES(data) != panels * f.panel_bytes(self.k) or not cnp.PyArray_IS_C_CONTIGUOUS(data):
-            raise ValueError(f"PackedWeight: data has {cnp.PyArray_NBYTES(data)} bytes, expected those that pack() "
+        if not cnp.PyArray_Check(data):
+            raise TypeError(f"PackedWeight: data is a {type(data).__name__}, expected a NumPy array")
+        if data.nbytes != panels * f.panel_bytes(self.k) or not data.flags.c_contiguous:
+            raise ValueError(f"PackedWeight: data has {data.nbytes} bytes, expected those that pack() "
                              f"makes for {self.shape}")
         self.data = data.reshape(-1).view(np.uint8).reshape(panels, f.panel_bytes(self.k))
         self.data.flags.writeable = False
@@ -219,7 +235,7 @@ def gated_linear(x, weight, bias=None, *, activation="silu", out=None):
     """
     if not isinstance(weight, PackedWeight) or not (<PackedWeight>weight).gated:
         raise TypeError(f"gated_linear: weight is a {type(weight).__name__}, expected a pair from pack_gated")
-    if activation not in GATES:
+    if not isinstance(activation, str) or activation not in GATES:
         raise ValueError(f"gated_linear: activation is {activation!r}, expected one of {', '.join(GATES)}")
     return run_linear("gated_linear", x, weight, bias, None, out, True, GATES[activation])
 
@@ -300,7 +316,20 @@ cdef int ids_inside(const int64_t *ids, ptrdiff_t count, ptrdiff_t limit, tuple 
     return 0
 
 
-def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
+cdef int dtype_named(str fn, object dtype) except -1:
+    """fc_dtype of what np.dtype() makes of an argument."""
+    try:
+        given = np.dtype(dtype)
+    except MemoryError:
+        raise
+    except Exception:
+        raise TypeError(f"{fn}: dtype is {dtype!r}, expected float32, float16 or bfloat16") from None
+    if given not in DTYPES:
+        raise TypeError(f"{fn}: dtype is {given}, expected float32, float16 or bfloat16")
+    return DTYPES.index(given)
+
+
+def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     """table[ids] * scale, checked: an id outside 0 .. num - 1 is an IndexError, never a wrap.
 
     ids: integers of any shape; table (num, dim) float32, float16 or bfloat16; the result is ids.shape + (dim,) in
@@ -315,6 +344,7 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
     cdef cnp.ndarray ta = viewed("embedding", "table", table)
     cdef int t = float_type("embedding", "table", ta)
     cdef int out_t = t
+    cdef float factor = <float>number("embedding", "scale", scale)
     cdef cnp.ndarray y
     cdef fc_status status
     cdef cnp.npy_intp dims[MAX_AXES]
@@ -326,9 +356,7 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
         raise ValueError(f"embedding: table has shape {shape_of(ta)}, expected (num, dim)")
     contiguous_last("embedding", "table", ta)
     if dtype is not None:
-        if np.dtype(dtype) not in DTYPES:
-            raise TypeError(f"embedding: dtype is {np.dtype(dtype)}, expected float32, float16 or bfloat16")
-        out_t = DTYPES.index(np.dtype(dtype))
+        out_t = dtype_named("embedding", dtype)
     nd = cnp.PyArray_NDIM(ia)
     if nd >= MAX_AXES:
         raise ValueError(f"embedding: ids has {nd} axes, expected at most {MAX_AXES - 1}")
@@ -346,6 +374,6 @@ def embedding(ids, table, *, double scale=1.0, dtype=None, out=None):
     if cnp.PyArray_SIZE(y):
         with nogil:
             status = fc_embedding(<fc_dtype>t, <fc_dtype>out_t, cnp.PyArray_DATA(y), cnp.PyArray_DATA(ta),
-                                  <const int64_t *>cnp.PyArray_DATA(ia), count, n, ld, <float>scale)
+                                  <const int64_t *>cnp.PyArray_DATA(ia), count, n, ld, factor)
         check("embedding", status)
     return y

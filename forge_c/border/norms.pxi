@@ -53,7 +53,14 @@ cdef cnp.ndarray norm_residual(str fn, object residual, cnp.ndarray x, int t):
     return a
 
 
-def rms_norm(x, weight=None, double eps=1e-6, *, double weight_offset=0.0, residual=None, out=None):
+cdef float norm_eps(str fn, object eps) except? -1:
+    cdef double value = number(fn, "eps", eps)
+    if not value >= 0:
+        raise ValueError(f"{fn}: eps is {eps}, expected a number >= 0")
+    return <float>value
+
+
+def rms_norm(x, weight=None, eps=1e-6, *, weight_offset=0.0, residual=None, out=None):
     """x / sqrt(mean(x**2) + eps) * (weight_offset + weight) over the last axis (arXiv 1910.07467).
 
     x (..., dim) float32, float16 or bfloat16; weight (dim,) or None (no scaling). Arithmetic is float32; the result
@@ -71,13 +78,13 @@ def rms_norm(x, weight=None, double eps=1e-6, *, double weight_offset=0.0, resid
     cdef ptrdiff_t n = cnp.PyArray_DIM(xa, nd - 1)
     cdef cnp.ndarray w = parameter("rms_norm", "weight", weight, n)
     cdef cnp.ndarray res = norm_residual("rms_norm", residual, xa, t)
+    cdef float epsilon = norm_eps("rms_norm", eps)
+    cdef float offset = <float>number("rms_norm", "weight_offset", weight_offset)
     cdef cnp.ndarray y
     cdef cnp.ndarray h = None
     cdef const float *wp = floats(w)
     cdef fc_rows rows
     cdef fc_status status
-    if not eps >= 0:
-        raise ValueError(f"rms_norm: eps is {eps}, expected a number >= 0")
     if res is None:
         y = result("rms_norm", out, nd, cnp.PyArray_DIMS(xa), t)
         if out is not None:
@@ -91,12 +98,12 @@ def rms_norm(x, weight=None, double eps=1e-6, *, double weight_offset=0.0, resid
         with nogil:
             status = fc_rms_norm(<fc_dtype>t, cnp.PyArray_DATA(y), NULL if h is None else cnp.PyArray_DATA(h),
                                  cnp.PyArray_DATA(xa), NULL if res is None else cnp.PyArray_DATA(res), wp,
-                                 &rows, n, <float>eps, <float>weight_offset)
+                                 &rows, n, epsilon, offset)
         check("rms_norm", status)
     return y if res is None else (y, h)
 
 
-def layer_norm(x, weight=None, bias=None, double eps=1e-5, *, residual=None, out=None):
+def layer_norm(x, weight=None, bias=None, eps=1e-5, *, residual=None, out=None):
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis (arXiv 1607.06450).
 
     x (..., dim) float32, float16 or bfloat16; weight, bias (dim,) or None. Arithmetic is float32; the result has x's
@@ -112,14 +119,13 @@ def layer_norm(x, weight=None, bias=None, double eps=1e-5, *, residual=None, out
     cdef cnp.ndarray w = parameter("layer_norm", "weight", weight, n)
     cdef cnp.ndarray b = parameter("layer_norm", "bias", bias, n)
     cdef cnp.ndarray res = norm_residual("layer_norm", residual, xa, t)
+    cdef float epsilon = norm_eps("layer_norm", eps)
     cdef cnp.ndarray y
     cdef cnp.ndarray h
     cdef const float *wp = floats(w)
     cdef const float *bp = floats(b)
     cdef fc_rows rows
     cdef fc_status status
-    if not eps >= 0:
-        raise ValueError(f"layer_norm: eps is {eps}, expected a number >= 0")
     y, h = norm_outputs("layer_norm", out, xa, t, res)
     if out is not None and w is not None:
         not_over("layer_norm", y, h, "weight", weight)
@@ -130,7 +136,7 @@ def layer_norm(x, weight=None, bias=None, double eps=1e-5, *, residual=None, out
         with nogil:
             status = fc_layer_norm(<fc_dtype>t, cnp.PyArray_DATA(y), NULL if h is None else cnp.PyArray_DATA(h),
                                    cnp.PyArray_DATA(xa), NULL if res is None else cnp.PyArray_DATA(res), wp, bp,
-                                   &rows, n, <float>eps)
+                                   &rows, n, epsilon)
         check("layer_norm", status)
     return y if res is None else (y, h)
 

@@ -82,7 +82,7 @@ def rope(x, table, *, start_pos=0, positions=None, interleaved=False, out=None):
         a.x_stride[i], a.out_stride[i] = cnp.PyArray_STRIDE(xa, i), cnp.PyArray_STRIDE(y, i)
     a.out, a.x = cnp.PyArray_DATA(y), cnp.PyArray_DATA(xa)
     a.cos, a.sin = <const float *>cnp.PyArray_DATA(cos), <const float *>cnp.PyArray_DATA(sin)
-    a.interleaved = 1 if interleaved else 0
+    a.interleaved = flag("rope", "interleaved", interleaved)
     if cnp.PyArray_SIZE(xa):
         with nogil:
             status = fc_rope(&a)

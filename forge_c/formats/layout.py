@@ -90,7 +90,7 @@ class Format:
     @staticmethod
     def checked(name: str, dtype: str, group_size: int | None) -> Format:
         """The format of these arguments of function `name`; None is the default group. ValueError if there is none."""
-        if dtype not in FORMATS:
+        if not isinstance(dtype, str) or dtype not in FORMATS:
             raise ValueError(f"{name}: dtype is {dtype!r}, expected one of {', '.join(FORMATS)}")
         choices = [groups for row in ROWS_OF[dtype] if (groups := ROWS[row].groups)]
         if group_size is None:

@@ -48,7 +48,7 @@ def kv_cache_nbytes(
     >>> kv_cache_nbytes(batch=1, seq_len=4096, n_kv_heads=8, head_dim=128, dtype="bfloat16")
     16777216
     """
-    name = _dtype_name(dtype)
+    name = _dtype_name("kv_cache_nbytes", dtype)
     if name not in _ITEMSIZE:
         raise ValueError(f"kv_cache_nbytes: dtype is {name!r}, expected one of {', '.join(_ITEMSIZE)}")
     sizes = {"batch": batch, "seq_len": seq_len, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
@@ -126,7 +126,7 @@ class KVCache:
         v_dim = head_dim if v_dim is None else v_dim
         sizes = {"batch": batch, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "v_dim": v_dim}
         rows, heads, k_dim, v_dim = (_checked_size("KVCache", size, value) for size, value in sizes.items())
-        name = _dtype_name(dtype)
+        name = _dtype_name("KVCache", dtype)
         if name not in _DECODED:
             raise ValueError(f"KVCache: dtype is {name!r}, expected one of {', '.join(_DECODED)}")
         room = _checked_size("KVCache", "max_seq_len", max_seq_len)
@@ -361,7 +361,7 @@ class KVCache:
         Raises:
             IndexError: i is not 0 .. batch - 1.
         """
-        if not 0 <= index(i) < self.batch:
+        if not 0 <= _integer("KVCache.row", "i", i) < self.batch:
             raise IndexError(f"KVCache.row: i is {i}, expected 0 to {self.batch - 1}")
         return self._like(self._pages.table[i : i + 1], self._memory, slice(i, i + 1))
 
@@ -573,15 +573,22 @@ def _round_up(a: int, unit: int) -> int:
     return -(-a // unit) * unit
 
 
-def _dtype_name(dtype: DTypeLike) -> str:
-    return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+def _dtype_name(function: str, dtype: DTypeLike) -> str:
+    try:
+        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except (TypeError, ValueError):
+        raise TypeError(f"{function}: dtype is {dtype!r}, expected a dtype or its name") from None
+
+
+def _integer(function: str, name: str, value: int) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{function}: {name} is {value!r}, expected an integer") from None
 
 
 def _checked_size(function: str, name: str, value: int, *, least: int = 1, most: float = sys.maxsize) -> int:
-    try:
-        size = index(value)
-    except TypeError:
-        raise TypeError(f"{function}: {name} is {value!r}, expected an integer") from None
+    size = _integer(function, name, value)
     if size < least:
         raise ValueError(f"{function}: {name} is {size}, expected at least {least}")
     if size > most:
