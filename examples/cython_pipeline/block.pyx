@@ -46,7 +46,8 @@ cdef class Block:
         memset(&self.model, 0, sizeof(self.model))
         self.model.hidden, self.model.layers, self.model.n_layers = qkv.shape[1], &self.layer, 1
         self.new_cache()
-        self.state.kv, self.state.cos, self.state.sin, self.state.rotary_pairs = &self.kv, &cos[0, 0], &sin[0, 0], cos.shape[1]
+        self.state.kv, self.state.cos, self.state.sin = &self.kv, &cos[0, 0], &sin[0, 0]
+        self.state.rotary_pairs = cos.shape[1]
         self.states[0] = &self.state
 
     def __cinit__(self):

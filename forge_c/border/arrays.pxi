@@ -274,5 +274,6 @@ cdef int check(str fn, fc_status status) except -1:
     if status == FC_NO_MEMORY:
         raise MemoryError(f"{fn}: no memory for scratch")
     if status == FC_BAD_SIZE:
-        raise RuntimeError(f"{fn}: libforge_c.so is version {fc_version()}, expected {FC_VERSION}, which this was built for")
+        raise RuntimeError(f"{fn}: libforge_c.so is version {fc_version()}, expected {FC_VERSION}, which this was "
+                           "built for")
     return -1  # interrupted: the poll left its exception set

@@ -173,8 +173,8 @@ cdef tuple attention_placed(fc_attention_args *a, object q_positions, object kv_
     cdef cnp.ndarray qp = None
     cdef cnp.ndarray kp = None
     if a.cache != NULL and a.cache.ring and (q_positions is not None or kv_positions is not None):
-        raise ValueError("attention: q_positions or kv_positions is given with a KVCache that has a window, which knows "
-                         "only the last positions; expected a KVCache without one")
+        raise ValueError("attention: q_positions or kv_positions is given with a KVCache that has a window, which "
+                         "knows only the last positions; expected a KVCache without one")
     if kv_positions is not None:
         kp = attention_positions("kv_positions", kv_positions, a.batch, a.kv_len, "kv_len")
         attention_ascending("kv_positions", kp, a.kv_len, a.kv_lens)
@@ -223,8 +223,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
 
     scale: head_dim**-0.5 by default. The q_len queries are the last positions of kv_len (or of kv_lens[b]).
     causal: query i sees keys j <= i + kv_len - q_len. window=W: only keys j > i + kv_len - q_len - W (W keys with
-    itself). mask: bool (True = attend) or float added after the softcap, broadcastable to (batch, heads, q_len, kv_len).
-    A key that the mask hides (False, -inf) counts for nothing, whatever it holds.
+    itself). mask: bool (True = attend) or float added after the softcap, broadcastable to
+    (batch, heads, q_len, kv_len). A key that the mask hides (False, -inf) counts for nothing, whatever it holds.
     q_positions (q_len,) or (batch, q_len), kv_positions (kv_len,) or (batch, kv_len): ascending integers, equal ones
     allowed. causal is kv_position <= q_position, window kv_position > q_position - W. By default keys lie at
     0 .. kv_len - 1 and the queries are the last of them; a KVCache holds 0, 1, 2, ... Keys are summed in chunks of the

@@ -57,8 +57,8 @@ cdef class KVPages:
 
     def append(self, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray start not None,
                cnp.ndarray count not None, table=None, bint interleaved=False):
-        """k, v (batch, seq, heads, dim) of one float dtype: the first count[b] tokens to the positions from start[b] on,
-        keys through the RopeTable first if there is one."""
+        """k, v (batch, seq, heads, dim) of one float dtype: the first count[b] tokens to the positions from start[b]
+        on, keys through the RopeTable first if there is one."""
         cdef fc_append_args a
         cdef fc_status status
         cdef cnp.ndarray cos

@@ -74,8 +74,8 @@ cdef class AttentionPart(Part):
     cdef fc_attention_weights w
 
     def __init__(self, PackedWeight qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
-                 ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None, qkv_bias=None,
-                 out_bias=None, double scale=1.0, double softcap=0.0, window=None):
+                 ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
+                 qkv_bias=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None):
         memset(&self.w, 0, sizeof(self.w))
         self.begin(FC_ATTENTION, &self.w, qkv.k, norm, post_norm)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
@@ -156,8 +156,8 @@ cdef class AttentionState:
 
 
 cdef class StateTable:
-    """Each layer's state as src_c takes it, made once: AttentionState, any object for a CalledPart, or None; and the scratch
-    memory of forward passes over them."""
+    """Each layer's state as src_c takes it, made once: AttentionState, any object for a CalledPart, or None; and the
+    scratch memory of forward passes over them."""
     cdef void **states
     cdef readonly list held
     cdef fc_workspace *workspace
@@ -204,7 +204,8 @@ cdef class LayeredModel:
         self.c.embedding_type = <fc_dtype>float_type("LayeredModel", "embedding", embedding)
         self.c.embedding, self.c.ld_embedding = cnp.PyArray_DATA(embedding), cnp.PyArray_STRIDE(embedding, 0)
         self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
-        matrix.layout, matrix.data, matrix.group, matrix.bias = head.layout, cnp.PyArray_DATA(head.data), head.group, NULL
+        matrix.layout, matrix.group, matrix.bias = head.layout, head.group, NULL
+        matrix.data = cnp.PyArray_DATA(head.data)
         self.c.head = matrix
         self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
         if self.layers == NULL:
@@ -222,9 +223,9 @@ cdef class LayeredModel:
     def forward(self, cnp.ndarray ids not None, StateTable states not None, cnp.ndarray start not None, *,
                 bint logits=True, bint last_only=False, bint hidden=False):
         """ids (batch, seq) int64 inside the vocabulary, after the start (batch,) int64 tokens that each row's states
-        hold -> (logits (batch, seq, vocab), with last_only (batch, 1, vocab), hidden (batch, seq, hidden) after the last
-        norm), None for what is not asked for. The caller has seen to it that the states have room, and says to them
-        that the tokens are there."""
+        hold -> (logits (batch, seq, vocab), with last_only (batch, 1, vocab), hidden (batch, seq, hidden) after the
+        last norm), None for what is not asked for. The caller has seen to it that the states have room, and says to
+        them that the tokens are there."""
         cdef fc_forward_args a
         cdef fc_status status
         cdef cnp.npy_intp dims[3]

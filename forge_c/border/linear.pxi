@@ -94,8 +94,8 @@ cdef class PackedWeight:
 
 
 def pack_columns(cnp.ndarray out not None, cnp.ndarray columns not None):
-    """out (panels, panel bytes) uint8, each panel contiguous <- columns (n, k), float32 or bfloat16, k contiguous: the lines
-    of that format. For formats/quantize.py."""
+    """out (panels, panel bytes) uint8, each panel contiguous <- columns (n, k), float32 or bfloat16, k contiguous: the
+    lines of that format. For formats/quantize.py."""
     cdef fc_status status
     cdef fc_dtype t = <fc_dtype>dtype_index(columns)
     with nogil:

@@ -52,7 +52,7 @@ def _cache_bytes(str which) -> int:
 
 
 def _set_cache_bytes(str which, ptrdiff_t size) -> None:
-    """Choose blocks and streaming as for a cache of `size` bytes; 0: what the system tells. For tests: no bit changes."""
+    """Choose blocks and streaming as for a cache of `size` bytes; 0: as the system tells. For tests: no bit changes."""
     if size < 0:
         raise ValueError(f"_set_cache_bytes: size is {size}, expected 0 or more")
     fc_set_cache_bytes(<fc_cache><int>CACHES[which], size)

@@ -3,7 +3,7 @@
 
 cdef extern from *:
     """
-    /* 1, 2, ... for each thread that asks. Unlike a pthread_t, the number of a thread that is gone never comes again. */
+    /* 1, 2, ... for each thread that asks. Unlike a pthread_t, the number of a thread that is gone never returns. */
     static unsigned long long fc_this_thread(void) {
         static _Thread_local unsigned long long mine;
         static unsigned long long last;

@@ -44,7 +44,7 @@ static void pack_chunks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank)
 
 fc_status fc_attention_pack_pages(struct attention *ctx) {
     const ptrdiff_t items = ctx->pairs * ctx->kv.pages_a_row;
-    const double ns =
-        (double)(fc_smaller(FC_KV_CHUNK, ctx->args->kv_len) * (ctx->args->head_dim + ctx->args->v_dim)) * fc_ns.page_value;
+    const ptrdiff_t values = fc_smaller(FC_KV_CHUNK, ctx->args->kv_len) * (ctx->args->head_dim + ctx->args->v_dim);
+    const double ns = (double)values * fc_ns.page_value;
     return fc_static(fc_threads_within(ctx->threads, items, ns), items, ns, pack_chunks, ctx);
 }
