@@ -41,9 +41,9 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
     };
     const struct fc_format *format = &fc_formats[args->layout];
     struct product f = {.format = format, .gemm = gemm[args->layout], .a_type = A_F32, .x_size = 4};
-    f.block_k = fc_block_rows(format, args->group);
+    f.block_k = fc_block_k(format, args->group);
     f.block_bytes = fc_block_bytes(format, args->group);
-    f.group_k = fc_group_rows(format, args->group);
+    f.group_k = fc_group_k(format, args->group);
     f.group_lines = f.group_k / format->k_step;
     if (format->a_type == FC_A_BF16) {
         f.a_type = kernels->bf16_x == FC_BF16 ? A_BF16 : A_ROUNDED;
