@@ -28,7 +28,7 @@ import machine
 import peers_table
 from peers_table import Entry, Sizes
 
-from forge_c.models.shapes import SHAPES
+from forge_c.models.weights.random import SHAPES
 
 HERE = Path(__file__).resolve().parent
 _BATCH = 8

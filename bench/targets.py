@@ -98,8 +98,8 @@ ROW_LIMIT = 1e-6  # seconds of rms_norm(x, weight, out=out) on a row of 768
 class Worker:
     """One implementation in its own process; it works while we wait for it, and sleeps otherwise."""
 
-    def __init__(self, impl: str) -> None:
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--worker", impl],
+    def __init__(self, impl: str, python: str = sys.executable, script: str = __file__) -> None:
+        self.process = subprocess.Popen([python, str(Path(script).resolve()), "--worker", impl],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, command: str, index: int = 0) -> Any:

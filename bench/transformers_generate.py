@@ -25,7 +25,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import forge_c
 from forge_c.integrations.transformers import accelerate
-from forge_c.models.shapes import SHAPES
+from forge_c.models.weights.random import SHAPES
 
 _SDPA = "torch sdpa"
 _WARM_UP = 4  # tokens decoded before the clock starts

@@ -17,7 +17,7 @@ _HOME = {
         "functional": "PackedWeight attention available_isas embedding gated_linear geglu gelu get_num_threads isa "
                       "layer_norm linear merge_attention relu rms_norm rope set_num_threads silu softmax swiglu "
                       "use_isa",
-        "cache": "KVCache kv_cache_nbytes",
+        "state.kv": "KVCache kv_cache_nbytes",
         "packing": "pack pack_gated",
         "rotary": "RopeTable rope_table",
         "runtime": "roofline show_config",

@@ -1,7 +1,5 @@
 from forge_c import models as models
 from forge_c import nn as nn
-from forge_c.cache import KVCache as KVCache
-from forge_c.cache import kv_cache_nbytes as kv_cache_nbytes
 from forge_c.functional import PackedWeight as PackedWeight
 from forge_c.functional import attention as attention
 from forge_c.functional import available_isas as available_isas
@@ -28,6 +26,8 @@ from forge_c.rotary import RopeTable as RopeTable
 from forge_c.rotary import rope_table as rope_table
 from forge_c.runtime import roofline as roofline
 from forge_c.runtime import show_config as show_config
+from forge_c.state.kv import KVCache as KVCache
+from forge_c.state.kv import kv_cache_nbytes as kv_cache_nbytes
 from forge_c.version import __version__ as __version__
 
 def get_include() -> str: ...

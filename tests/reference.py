@@ -265,9 +265,11 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, causal: bool = False,
     bias = np.broadcast_to(additive(mask), (batch, heads, q_len, kv_len))
     out, lse = np.zeros((batch, q_len, heads, v.shape[-1])), np.full((batch, q_len, heads), -np.inf)
     for b, i, h in np.ndindex(batch, q_len, heads):
-        seen = visible(b, i, q_len, kv_len, causal=causal, window=window, kv_lens=kv_lens, q_positions=q_positions,
+        seen: Any = visible(b, i, q_len, kv_len, causal=causal, window=window, kv_lens=kv_lens, q_positions=q_positions,
                        kv_positions=kv_positions)
         seen = seen[bias[b, h, i, seen] != -np.inf]
+        if len(seen) and seen[-1] - seen[0] == len(seen) - 1:
+            seen = slice(seen[0], seen[-1] + 1)  # the same keys, without copies of them
         score = k[b, seen, h // group] @ q[b, i, h] * (head_dim ** -0.5 if scale is None else scale)
         score = (score if softcap is None else softcap * np.tanh(score / softcap)) + bias[b, h, i, seen]
         sink = -math.inf if sinks is None else f64(sinks)[h]

@@ -15,7 +15,7 @@ from child import PACKAGE_PARENT, TESTS, run_script
 from test_cache_file import contents, filled
 from test_kv_cache_writer import interrupted
 
-from forge_c.cache import KVCache
+from forge_c.state.kv import KVCache
 
 ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && cd "$0" && exec "$@"']
 FULL = "No space left on device"
@@ -36,7 +36,7 @@ SETUP = """
 import errno, os
 import numpy as np
 import pytest
-from forge_c.cache import KVCache
+from forge_c.state.kv import KVCache
 k = np.random.default_rng(0).standard_normal((2, 1024, 2, 64), np.float32)
 
 def full(function, path):

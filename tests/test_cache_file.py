@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import forge_c
-from forge_c.cache import KVCache
+from forge_c.state.kv import KVCache
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -303,7 +303,7 @@ LARGER_THAN_MEMORY = """
 import resource, sys
 import numpy as np
 import forge_c
-from forge_c.cache import KVCache
+from forge_c.state.kv import KVCache
 
 def peak_of(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) >> 10

@@ -13,8 +13,8 @@ from child import run_script
 from model_folder import BYTES, container, small, tensors, write
 
 from forge_c.files import open_regular, read_file, read_json
-from forge_c.models.loading import Checkpoint
 from forge_c.models.tokenizer import load_tokenizer
+from forge_c.models.weights.hf import Checkpoint
 
 # A limit on the address space, so that a file that is read without end is an error of the test and not of the machine.
 CHILD = """

@@ -1,6 +1,8 @@
 """Model calls and generate: the same bits however a text is fed, and exactly the text that the tokens spell."""
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -351,6 +353,23 @@ def test_calls_check_their_arguments(model, case):
     with pytest.raises(kind) as caught:
         call(model)
     assert str(caught.value) == message
+
+
+def test_the_last_logits_alone_are_the_last_of_all(model):
+    for seq in (1, 5, KV_CHUNK, KV_CHUNK + 1, 2 * KV_CHUNK + 40):
+        ids = np.stack([prompts(model, seq)[0], prompts(model, seq)[0][::-1]])
+        caches = [model.new_cache(2, seq + 1) for _ in range(2)]
+        whole, last = model(ids, caches[0]), model(ids, caches[1], last_only=True)
+        assert last.tobytes() == whole[:, -1:].tobytes()
+        assert model([[1], [2]], caches[0]).tobytes() == model([[1], [2]], caches[1], last_only=True).tobytes()
+    assert model(np.zeros((2, 0), int), last_only=True).shape == (2, 0, model.config.vocab_size)
+
+
+def test_a_model_is_copied_with_its_weights_and_not_pickled(model):
+    other = copy.deepcopy(model)
+    assert other is not model and other([[1, 2]]).tobytes() == model([[1, 2]]).tobytes()
+    with pytest.raises(TypeError, match=r"Model: .*load\(\) the same folder"):
+        pickle.dumps(model)
 
 
 def test_a_rejected_call_leaves_the_cache_alone(model):

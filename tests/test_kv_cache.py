@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from forge_c.cache import KVCache, kv_cache_nbytes
 from forge_c.functional import KV_CHUNK
+from forge_c.state.kv import KVCache, kv_cache_nbytes
 
 GIB = 2**30
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -521,7 +521,7 @@ def test_other_wrong_calls():
 def test_too_large_for_this_computer_is_a_memory_error():
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"
-        "from forge_c.cache import KVCache\n"
+        "from forge_c.state.kv import KVCache\n"
         "try: KVCache(32, 4096, 64, 128)\n"
         "except MemoryError: print('refused', KVCache(1, 16, 2, 8).nbytes)"
     )

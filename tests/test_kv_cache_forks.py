@@ -6,7 +6,7 @@ from conftest import DTYPES
 from test_kv_cache import raw, snapshot, tokens
 
 import forge_c
-from forge_c.cache import KVCache
+from forge_c.state.kv import KVCache
 
 # ---- RoPE on the way --------------------------------------------------------------------------------
 

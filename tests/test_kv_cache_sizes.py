@@ -12,8 +12,8 @@ import pytest
 from test_kv_cache import snapshot, tokens
 
 import forge_c
-from forge_c.cache import KVCache
 from forge_c.functional import KV_CHUNK, KVPages
+from forge_c.state.kv import KVCache
 
 TOO_LARGE = [
     ((1, 256, 2**40, 2**13), {}, "n_kv_heads is 1099511627776, head_dim 8192 and v_dim 8192: a page of 256 tokens, "),

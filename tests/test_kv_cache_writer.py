@@ -12,8 +12,8 @@ from child import run_script
 from test_kv_cache import in_another_thread, snapshot
 
 import forge_c
-from forge_c.cache import KVCache
 from forge_c.functional import WriterLock, Writing
+from forge_c.state.kv import KVCache
 
 K = np.ones((2, 3, 1, 4), np.float32)
 
@@ -118,7 +118,7 @@ def test_several_locks_are_taken_together_or_not_at_all():
 def test_a_child_can_write_what_another_thread_was_writing_at_the_fork():
     run_script("""
         import os, threading, numpy as np
-        from forge_c.cache import KVCache
+        from forge_c.state.kv import KVCache
         from test_kv_cache import in_another_thread
         k = np.ones((1, 3, 1, 4), np.float32)
         cache = KVCache(1, 20, 1, 4)
@@ -158,7 +158,7 @@ def test_a_child_can_write_what_another_thread_was_writing_at_the_fork():
 def test_a_child_goes_on_writing_what_its_only_thread_was_writing_at_the_fork():
     run_script("""
         import os, numpy as np
-        from forge_c.cache import KVCache
+        from forge_c.state.kv import KVCache
         from test_kv_cache import in_another_thread
         k = np.ones((1, 3, 1, 4), np.float32)
         cache = KVCache(1, 20, 1, 4)

@@ -13,7 +13,7 @@ from child import run_script
 from safetensors.numpy import save_file
 
 from forge_c.models import model as models
-from forge_c.models.shapes import RandomCheckpoint, shape_config
+from forge_c.models.weights.random import RandomCheckpoint, shape_config
 
 pytestmark = pytest.mark.slow
 

@@ -147,7 +147,7 @@ print("left alone")
 
 
 def test_import_warns_of_nothing():
-    assert run_script("import forge_c, forge_c.functional, forge_c.nn, forge_c.models, forge_c.cache, forge_c.cli",
+    assert run_script("import forge_c, forge_c.functional, forge_c.nn, forge_c.models, forge_c.state.kv, forge_c.cli",
                       "-X", "dev", "-W", "error") == ""
 
 
@@ -161,7 +161,7 @@ import importlib
 op = OPS["linear"]
 arrays = op.make(np.random.default_rng(0), big=True)
 before = op.run(arrays)[0].tobytes()
-for module in ("forge_c", "forge_c.functional", "forge_c.cache", "forge_c.rotary", "forge_c.nn.layer"):
+for module in ("forge_c", "forge_c.functional", "forge_c.state.kv", "forge_c.rotary", "forge_c.nn.layer"):
     importlib.reload(importlib.import_module(module))
 assert fc.linear(**arrays).tobytes() == before
 print("reloaded")

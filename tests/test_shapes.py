@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import forge_c as fc
-from forge_c.models.shapes import SHAPES, RandomCheckpoint, shape_config
 from forge_c.models.spec import model_spec
+from forge_c.models.weights.random import SHAPES, RandomCheckpoint, shape_config
 
 
 @pytest.fixture(scope="module")

@@ -219,12 +219,14 @@ def test_only_dispatch_names_the_tables_of_the_isas():
 
 
 def test_what_functional_offers_checks_its_arguments():
-    """KVPages, DecoderBlock and what else trusts the package above it are no part of the offer."""
-    trusting = {"KVPages", "DecoderBlock", "decode", "pack_columns"}
+    """KVPages, LayeredModel and what else trusts the package above it are no part of the offer."""
+    trusting = {"KVPages", "LayeredModel", "StateTable", "AttentionPart", "MLPPart", "CalledPart", "pack_columns"}
     assert not trusting & set(functional.__all__) and all(hasattr(functional, name) for name in trusting)
     for call in (lambda: functional.KVPages(None, 1, 4, 4, False), lambda: functional.pack_columns(None, None),
                  lambda: functional.KVPages("float32", 1, 4, 4, False).with_table(None),
-                 lambda: functional.decode(None, None, None, None, None), lambda: functional._read_bytes(None),
+                 lambda: functional.LayeredModel(None, [], None, None), lambda: functional._read_bytes(None),
+                 lambda: functional.StateTable(None), lambda: functional.AttentionState(None),
+                 lambda: functional.AttentionPart(None, None, heads=1, kv_heads=1, head_dim=1),
                  lambda: functional._copy_bytes(None, None)):
         with pytest.raises(TypeError, match="must not be None|expected"):
             call()

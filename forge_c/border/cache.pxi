@@ -1,4 +1,4 @@
-# KVPages: the pages of a key/value cache as src_c sees them; forge_c.cache decides and checks.
+# KVPages: the pages of a key/value cache as src_c sees them; forge_c.state.kv decides and checks.
 
 cdef dict KV_TYPES = {"float32": FC_KV_F32, "bfloat16": FC_KV_BF16, "int8": FC_KV_I8}
 

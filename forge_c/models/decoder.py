@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.functional import LayeredModel
-from forge_c.models.loading import Tensors
 from forge_c.models.parts import LayerSource, build_layer, new_state
 from forge_c.models.spec import ModelSpec, Rope
+from forge_c.models.weights import Tensors
 from forge_c.packing import pack
 from forge_c.rotary import RopeTable, rope_table
 from forge_c.state import ModelCache
@@ -87,7 +87,7 @@ class Decoder:
                 hidden: bool = False) -> tuple[Any, Any]:
         """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> logits (batch, n, vocab), with last_only
         (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for."""
-        with cache.held(), cache.extending(ids.shape[1]) as start:
+        with cache.locked(), cache.extending(ids.shape[1]) as start:
             found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
                                                 hidden=hidden)
         return None if found is None else self._finished(found), normed

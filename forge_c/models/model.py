@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
 from forge_c.models.generation import Generation
-from forge_c.models.loading import Checkpoint, read_json
 from forge_c.models.sampling import Sampler
-from forge_c.models.shapes import RandomCheckpoint, shape_config
 from forge_c.models.spec import Attention, ModelSpec, model_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
+from forge_c.models.weights.hf import Checkpoint, read_json
+from forge_c.models.weights.random import RandomCheckpoint, shape_config
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
 
@@ -67,7 +67,7 @@ def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
-        shape: a name in forge_c.models.shapes.SHAPES, such as "llama-1.1b" (1.1 billion weights) or "llama-tiny".
+        shape: a name in forge_c.models.weights.random.SHAPES: "llama-1.1b" (1.1 billion weights), "llama-tiny", ...
         dtype: as in load; "auto" is bfloat16.
 
     Raises:
@@ -137,10 +137,19 @@ class Model:
         """
         return self._decoder.new_cache(batch, max_seq_len, dtype)
 
-    def __call__(self, ids: ArrayLike, cache: ModelCache | None = None) -> NDArray[np.float32]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        """Another model over the same weights, which nothing can write to."""
+        return Model(self._decoder, self.tokenizer, self.eos_token_ids)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Model: a model is not pickled; load() the same folder in the other process")
+
+    def __call__(self, ids: ArrayLike, cache: ModelCache | None = None, *,
+                 last_only: bool = False) -> NDArray[np.float32]:
         """Logits (batch, seq, vocab) of ids (batch, seq); with a cache they come after what it holds, and join it.
 
-        The bits do not depend on how a text is cut into calls, nor on the other rows.
+        The bits do not depend on how a text is cut into calls, nor on the other rows. last_only: those after the last
+        token alone, (batch, 1, vocab), as for filling a cache. All tokens join the cache, or on any error none.
 
         Raises:
             IndexError: an id outside the vocabulary.
@@ -158,13 +167,15 @@ class Model:
         elif cache.seq_len + seq > cache.max_seq_len:
             raise ValueError(f"model: {cache.seq_len} tokens in the cache and {seq} more exceed its max_seq_len "
                              f"{cache.max_seq_len}")
-        logits = np.empty((batch, seq, self.config.vocab_size), np.float32)
-        with cache.held():
+        logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
+        with cache.locked():
             before = cache.lengths
             try:
                 for start in range(0, seq if batch else 0, KV_CHUNK):
-                    chunk = slice(start, start + KV_CHUNK)
-                    logits[:, chunk] = self._decoder.forward(tokens[:, chunk], cache)[0]
+                    chunk, wanted = slice(start, start + KV_CHUNK), not last_only or start + KV_CHUNK >= seq
+                    found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
+                    if wanted:
+                        logits[:, slice(None) if last_only else chunk] = found
             except BaseException as error:
                 _go_back(cache, before, error)
                 raise

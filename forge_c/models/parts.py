@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forge_c.cache import KVCache
 from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part
-from forge_c.models.loading import Tensors
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec
 from forge_c.models.spec import Norm as NormSpec
+from forge_c.models.weights import Tensors
 from forge_c.packing import pack, pack_gated
+from forge_c.state.kv import KVCache
 
 Floats = NDArray[np.float32]
 

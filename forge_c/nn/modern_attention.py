@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c import functional
-from forge_c.cache import KVCache
 from forge_c.nn.layer import Layer, Matrix, Seed, Vector, cast_input, uniform
 from forge_c.nn.positional import RotaryPositionalEmbedding
 from forge_c.rotary import RopeTable
+from forge_c.state.kv import KVCache
 
 _FIRST_CACHE = 512  # positions of the cache that a layer makes; it doubles when full
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from forge_c.cache import KVCache
 from forge_c.nn.layer import Layer, Seed, cast_input
 from forge_c.nn.modern_activations import SwiGLU
 from forge_c.nn.modern_attention import GroupedQueryAttention
 from forge_c.nn.normalization import RMSNorm
 from forge_c.nn.positional import RotaryPositionalEmbedding
+from forge_c.state.kv import KVCache
 
 
 class ModernTransformerBlock(Layer):

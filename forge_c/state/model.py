@@ -1,18 +1,30 @@
 """A model's state: one state a layer, and how many tokens each row holds, once for all of them."""
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forge_c.cache import KVCache
+from forge_c.files import read_json
 from forge_c.functional import KV_CHUNK, AttentionState, StateTable, WriterLock, Writing
 from forge_c.rotary import RopeTable
+from forge_c.state.kv import KVCache
 from forge_c.state.layer import Counts
+
+if TYPE_CHECKING:
+    from forge_c.models import Model
+
+_FORMAT, _VERSION = "forge_c.ModelCache", 1
+_MAX_HEADER = 1 << 26
 
 TableOf = Callable[[int], RopeTable]  # a table for at least so many positions
 
@@ -74,7 +86,7 @@ class ModelCache:
     def extending(self, tokens: int) -> Iterator[Counts]:
         """Yield the lengths, and make every row `tokens` longer unless the block raises. ValueError without room."""
         start = self._lengths.copy()
-        stop = self._stop(start, tokens)
+        stop = self._lengths_after(start, tokens)
         self._reserve(start, stop)
         try:
             yield start
@@ -87,7 +99,7 @@ class ModelCache:
             self._lengths[:] = start
             raise
 
-    def _stop(self, start: Counts, tokens: int) -> Counts:
+    def _lengths_after(self, start: Counts, tokens: int) -> Counts:
         stop = start + tokens
         if stop.max() > self.max_seq_len:
             row = int(stop.argmax())
@@ -120,7 +132,7 @@ class ModelCache:
                 so far. Then nothing changes.
             RuntimeError: another thread is using the cache.
         """
-        with self.held():
+        with self.locked():
             keep = _kept(n, self._lengths)
             for layer in self.layers:
                 if layer is not None:
@@ -144,14 +156,14 @@ class ModelCache:
 
     def fork(self, n: int) -> ModelCache:
         """n continuations of every row, sharing what is there; as KVCache.fork."""
-        with self.held():
+        with self.locked():
             layers = [None if s is None else s.fork(n) for s in self.layers]
             self._reserved[:] = 0
             return self._twin(layers, np.repeat(np.arange(self.batch), n))
 
     def copy(self) -> ModelCache:
         """An independent cache that holds the same."""
-        with self.held():
+        with self.locked():
             return self._twin([None if s is None else s.copy() for s in self.layers], np.arange(self.batch))
 
     def _twin(self, layers: list[Any], rows: NDArray[np.intp]) -> ModelCache:
@@ -159,9 +171,75 @@ class ModelCache:
         twin._written[:] = self._written[rows]
         return twin
 
+    def __copy__(self) -> ModelCache:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("ModelCache: a cache is not pickled; save() it and ModelCache.load() it in the other process; "
+                        "copy() and fork() stay in this process")
+
+    # ---- in files ----
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a new folder, one file a layer, for `load`. What does not come to its end leaves nothing.
+
+        Raises:
+            FileExistsError, OSError: path exists or cannot be written.
+        """
+        to = Path(path)
+        if to.exists():
+            raise FileExistsError(f"ModelCache.save: {to} exists")
+        half = Path(mkdtemp(prefix=".forge_c-", dir=to.parent))
+        try:
+            with self.locked():
+                for i, layer in enumerate(self.layers):
+                    if layer is not None:
+                        layer.save(half / f"layer-{i:04}.npy")
+                header = {"format": _FORMAT, "version": _VERSION, "lengths": self._lengths.tolist(),
+                          "written": self._written.tolist(), "max_seq_len": self.max_seq_len,
+                          "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache)), "float32")}
+                (half / "cache.json").write_text(json.dumps(header))
+            half.chmod(0o777 & ~_umask())
+            half.rename(to)
+        except BaseException:
+            shutil.rmtree(half, ignore_errors=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Model) -> ModelCache:
+        """The cache in a folder that `save` wrote, for a model of the same layers.
+
+        Raises:
+            OSError: the folder cannot be read.
+            ValueError: it is no such folder, damaged, made by another version or from another kind of model.
+        """
+        folder = Path(path)
+        header = read_json(folder / "cache.json", _MAX_HEADER)
+        if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
+            raise ValueError(f"ModelCache.load: {folder} is no ModelCache of version {_VERSION}")
+        try:
+            lengths, written = (np.array(header[key], np.int64) for key in ("lengths", "written"))
+            room, dtype = int(header["max_seq_len"]), str(header["dtype"])
+            sound = lengths.ndim == 1 and lengths.shape == written.shape and bool(len(lengths)) and bool(
+                ((lengths >= 0) & (lengths <= written) & (written <= room)).all())
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"ModelCache.load: {folder} is damaged: {error}") from None
+        if not sound:
+            raise ValueError(f"ModelCache.load: {folder} is damaged: lengths {lengths.tolist()} of {room}")
+        cache = model.new_cache(len(lengths), room, dtype=dtype)
+        for i, layer in enumerate(cache.layers):
+            if layer is not None:
+                layer.restore(folder / f"layer-{i:04}.npy")
+        cache._lengths[:], cache._written[:] = lengths, written
+        cache._bind()
+        return cache
+
     # ---- one thread at a time ----
 
-    def held(self) -> Writing:
+    def locked(self) -> Writing:
         """A context that keeps other threads out; RuntimeError if one is in."""
         return Writing((self._lock,))
 
@@ -182,3 +260,9 @@ def _kept(n: ArrayLike, lengths: Counts) -> Counts:
     if (keep < 0).any() or (keep > most).any():
         raise ValueError(f"ModelCache.truncate: n is {keep.tolist()}, expected 0 to {most.tolist()}")
     return np.minimum(keep, lengths).astype(np.int64)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,17 +24,6 @@ _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8
          "F8_E5M2FNUZ": 8, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32,
          "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 _DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # buffers that older exporters also wrote
-_parse = parse_json
-
-
-class Tensors(Protocol):
-    """What a decoder takes its weights from."""
-
-    def take(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """A tensor of that shape, float32, float16 or bfloat16; ValueError if there is none."""
-
-    def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
-        """Raise ValueError if a tensor is left that no one asked for."""
 
 
 class _Entry(NamedTuple):

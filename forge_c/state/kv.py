@@ -9,7 +9,6 @@ needs to, takes a copy of its own first.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sys
@@ -19,13 +18,13 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 import ml_dtypes
 import numpy as np
-from numpy.ctypeslib import as_array
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c import cache_file
 from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
 from forge_c.functional import rope as rotate
 from forge_c.rotary import RopeTable
+from forge_c.state import file as cache_file
+from forge_c.state.pages import CACHE_LINE, Table, check_addressable, new_pages, page_at, pages_of
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
 
@@ -33,9 +32,6 @@ _DECODED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bflo
 _ACCEPTED = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 _ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _SCALE = 4  # bytes, one for each token and head of an int8 cache
-_CACHE_LINE = 64
-
-Table = NDArray[np.uintp]
 
 
 def kv_cache_nbytes(
@@ -136,15 +132,15 @@ class KVCache:
         room = _checked_size("KVCache", "max_seq_len", max_seq_len)
         ring = None if window is None else _checked_size("KVCache", "window", window)
         self._describe(name, heads, k_dim, v_dim, room, ring)
-        _check_addressable(rows * self._pages_a_row, self._pages.page_nbytes)
+        check_addressable(rows * self._pages_a_row, self._pages.page_nbytes)
         self._lengths, self._written, self._shared = (np.zeros(rows, np.int64) for _ in range(3))
         self._writer = WriterLock()
         self._file = None
         if path is None:
-            self._memory, table = _new_pages(rows, self._pages_a_row, self._pages.page_nbytes)
+            self._memory, table = new_pages(rows, self._pages_a_row, self._pages.page_nbytes)
         else:
             self._file = cache_file.create(path, self._header(), rows * self._pages_a_row, self._pages.page_nbytes)
-            self._memory, table = _pages_of(self._file.pages, rows)
+            self._memory, table = pages_of(self._file.pages, rows)
         self._pages = self._pages.with_table(table)
 
     def _describe(self, dtype: str, heads: int, k_dim: int, v_dim: int, room: int, window: int | None) -> None:
@@ -265,7 +261,7 @@ class KVCache:
             )
         added = np.full(self.batch, tokens) if lens is None else self._checked_lens(lens, tokens)
         with self.writing():
-            stop = self._stop(added)
+            stop = self._lengths_after(added)
             if rope is not None:
                 self._check_table(rope, int(stop.max()))
             if k.dtype != v.dtype:
@@ -303,14 +299,14 @@ class KVCache:
     def _unshare(self, b: int, position: int) -> None:
         """Replace row b's shared pages from `position` on by its own, with what is before `position` in them."""
         first, last = position // KV_CHUNK, int(self._shared[b])
-        memory, fresh = _new_pages(1, last - first, self._pages.page_nbytes)
+        memory, fresh = new_pages(1, last - first, self._pages.page_nbytes)
         if position % KV_CHUNK:
-            memory[0][0] = _page_at(int(self._pages.table[b, first]), self._pages.page_nbytes)
+            memory[0][0] = page_at(int(self._pages.table[b, first]), self._pages.page_nbytes)
         self._memory.extend(memory)
         self._pages.table[b, first:last] = fresh[0]
         self._shared[b] = first
 
-    def _stop(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _lengths_after(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
         """Lengths after `added` more tokens a row; ValueError if they do not fit."""
         stop = self._lengths + added
         if stop.max() > self._max_seq_len:
@@ -404,7 +400,7 @@ class KVCache:
             full = np.zeros_like(self._lengths) if keeps_its_own else self._lengths // KV_CHUNK
             # Rows of one shape: what the row with the fewest full pages must own, all do.
             common = int(full.min())
-            memory, own = _new_pages(len(rows), self._pages_a_row - common, self._pages.page_nbytes)
+            memory, own = new_pages(len(rows), self._pages_a_row - common, self._pages.page_nbytes)
             table = np.concatenate([self._pages.table[rows, :common], own], axis=1)
             twin = self._like(table, [*self._memory, *memory], rows)
             twin._shared[:] = common
@@ -417,7 +413,7 @@ class KVCache:
         """Row i's pages from `first` on, those in use, from row b of a cache with pages of the same bytes."""
         nbytes = self._pages.page_nbytes
         for p in range(first, source._used_pages(b)):
-            _page_at(int(self._pages.table[i, p]), nbytes)[:] = _page_at(int(source._pages.table[b, p]), nbytes)
+            page_at(int(self._pages.table[i, p]), nbytes)[:] = page_at(int(source._pages.table[b, p]), nbytes)
 
     def _used_pages(self, b: int) -> int:
         """How many of row b's pages have ever held a token."""
@@ -434,7 +430,7 @@ class KVCache:
         """
         a_row, nbytes = self._pages_a_row, self._pages.page_nbytes
         with self.writing():
-            used = ((b * a_row + p, _page_at(int(self._pages.table[b, p]), nbytes))
+            used = ((b * a_row + p, page_at(int(self._pages.table[b, p]), nbytes))
                     for b in range(self.batch) for p in range(self._used_pages(b)))
             cache_file.save(path, self._header(), self.batch * a_row, nbytes, used)
 
@@ -473,15 +469,26 @@ class KVCache:
         cache._shared = np.zeros(batch, np.int64)
         cache._writer, cache._file = WriterLock(), None
         if mmap_mode is None:
-            cache._memory, table = _new_pages(batch, a_row, nbytes)
+            cache._memory, table = new_pages(batch, a_row, nbytes)
             for b in range(batch):
                 file.read(b * a_row, cache._memory[0][b * a_row : b * a_row + cache._used_pages(b)])
         else:
             file.map("KVCache.load")
-            cache._memory, table = _pages_of(file.pages, batch)
+            cache._memory, table = pages_of(file.pages, batch)
             cache._file = file
         cache._pages = cache._pages.with_table(table)
         return cache
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Hold what `save` wrote of a cache of the same kind: as forge_c.state.LayerState."""
+        held = KVCache.load(path)
+        for name in ("batch", "dtype", "n_kv_heads", "head_dim", "v_dim", "window", "max_seq_len"):
+            found, expected = getattr(held, name), getattr(self, name)
+            if found != expected:
+                raise ValueError(f"KVCache.restore: {path} has {name} {found}, expected {expected}")
+        with self.writing():
+            self._pages, self._memory, self._shared = held._pages, held._memory, held._shared
+            self._lengths[:], self._written[:] = held._lengths, held._written
 
     def _header(self) -> cache_file.Header:
         return cache_file.Header(
@@ -556,34 +563,10 @@ class KVCache:
 
 def _check_page(dtype: str, heads: int, k_dim: int, v_dim: int) -> None:
     """ValueError if a page's bytes, or what they are rounded up to, are beyond C's integers."""
-    nbytes = KV_CHUNK * heads * ((k_dim + v_dim) * _ITEMSIZE[dtype] + 2 * _CACHE_LINE)
+    nbytes = KV_CHUNK * heads * ((k_dim + v_dim) * _ITEMSIZE[dtype] + 2 * CACHE_LINE)
     if nbytes > sys.maxsize:
         raise ValueError(f"KVCache: n_kv_heads is {heads}, head_dim {k_dim} and v_dim {v_dim}: a page of {KV_CHUNK} "
                          f"tokens, {nbytes} bytes, cannot be addressed")
-
-
-def _check_addressable(count: int, page_nbytes: int) -> None:
-    if count * page_nbytes > sys.maxsize - _CACHE_LINE:
-        raise ValueError(f"KVCache: {count} pages of {page_nbytes} bytes cannot be addressed")
-
-
-def _new_pages(rows: int, pages_a_row: int, page_nbytes: int) -> tuple[list[Any], Table]:
-    """Pages of zeros, which the system hands out when they are first written; (what they lie in, their table)."""
-    count = rows * pages_a_row
-    _check_addressable(count, page_nbytes)
-    memory = np.zeros(count * page_nbytes + _CACHE_LINE, np.uint8)
-    offset = -memory.ctypes.data % _CACHE_LINE
-    return _pages_of(memory[offset : offset + count * page_nbytes].reshape(count, page_nbytes), rows)
-
-
-def _pages_of(pages: NDArray[np.uint8], rows: int) -> tuple[list[Any], Table]:
-    """pages (rows * pages_a_row, page_nbytes), contiguous."""
-    table = pages.ctypes.data + np.arange(len(pages), dtype=np.uintp) * np.uintp(pages.shape[1])
-    return [pages], table.astype(np.uintp).reshape(rows, -1)
-
-
-def _page_at(address: int, nbytes: int) -> NDArray[np.uint8]:
-    return as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 def _round_up(a: int, unit: int) -> int:
