@@ -217,7 +217,8 @@ static void check_attention(ptrdiff_t q_len, ptrdiff_t kv_len, ptrdiff_t d) {
     float *y = random_floats(q_len * H * d);
     double *p = malloc((size_t)kv_len * sizeof *p), scale = 1 / sqrt((double)d);
     fc_attention_args a = {.size = sizeof a, .out = y, .q = q, .k = k, .v = v, .batch = 1, .q_len = q_len,
-                           .kv_len = kv_len, .heads = H, .kv_heads = G, .head_dim = d, .v_dim = d, .causal = 1, .scale = (float)scale};
+                           .kv_len = kv_len, .heads = H, .kv_heads = G, .head_dim = d, .v_dim = d, .causal = 1,
+                           .scale = (float)scale};
     a.q_stride[1] = a.out_stride[1] = H * d * 4, a.q_stride[2] = a.out_stride[2] = d * 4;
     a.k_stride[1] = a.v_stride[1] = G * d * 4, a.k_stride[2] = a.v_stride[2] = d * 4;
     fc_attention(&a);

@@ -167,7 +167,7 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
 
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
 static void pack_unpacked(const struct linear *ctx, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
-                       ptrdiff_t kc) {
+                          ptrdiff_t kc) {
     const fc_linear_args *args = ctx->args;
     const ptrdiff_t size = fc_size_of(args->weight_type);
     for (ptrdiff_t p = 0; p < count; p++, to += kc * FC_PANEL) {
