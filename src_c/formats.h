@@ -52,14 +52,14 @@ static inline ptrdiff_t fc_line_bytes(const struct fc_format *f) { return f->k_s
 static inline ptrdiff_t fc_scale_lines(const struct fc_format *f) {
     return f->block_groups * (f->scale_bytes + f->minimum_bytes) * FC_PANEL / FC_LINE;
 }
-static inline ptrdiff_t fc_group_rows(const struct fc_format *f, ptrdiff_t group) {
+static inline ptrdiff_t fc_group_k(const struct fc_format *f, ptrdiff_t group) {
     return f->group == FC_ANY_GROUP ? group : f->group ? f->group : f->k_step;
 }
-static inline ptrdiff_t fc_block_rows(const struct fc_format *f, ptrdiff_t group) {
-    return fc_group_rows(f, group) * f->block_groups;
+static inline ptrdiff_t fc_block_k(const struct fc_format *f, ptrdiff_t group) {
+    return fc_group_k(f, group) * f->block_groups;
 }
 static inline ptrdiff_t fc_block_bytes(const struct fc_format *f, ptrdiff_t group) {
-    return fc_block_rows(f, group) / f->k_step * fc_line_bytes(f) + fc_scale_lines(f) * FC_LINE;
+    return fc_block_k(f, group) / f->k_step * fc_line_bytes(f) + fc_scale_lines(f) * FC_LINE;
 }
 
 #endif

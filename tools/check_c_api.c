@@ -106,20 +106,21 @@ static void check_halves(ptrdiff_t n) {
     free(x), free(y), free(wide);
 }
 
-static void check_rope(ptrdiff_t half, int interleaved) {
+static void check_rope(ptrdiff_t pairs, int interleaved) {
     enum { S = 3, H = 2 };
-    ptrdiff_t d = 2 * half + 3;
+    ptrdiff_t d = 2 * pairs + 3;
     float *x = random_floats(S * H * d), *y = random_floats(S * H * d);
-    float *cosine = random_floats(S * half), *sine = random_floats(S * half);
-    fc_rope_args a = {.size = sizeof a, .type = FC_F32, .out = y, .x = x, .cos = cosine, .sin = sine, .batch = 1, .seq = S, .heads = H,
-                      .head_dim = d, .rotary_pairs = half, .interleaved = interleaved};
+    float *cosine = random_floats(S * pairs), *sine = random_floats(S * pairs);
+    fc_rope_args a = {.size = sizeof a, .type = FC_F32, .out = y, .x = x, .cos = cosine, .sin = sine, .batch = 1,
+                      .seq = S, .heads = H, .head_dim = d, .rotary_pairs = pairs, .interleaved = interleaved};
     a.x_stride[1] = a.out_stride[1] = H * d * 4;
     a.x_stride[2] = a.out_stride[2] = d * 4;
     fc_rope(&a);
     for (ptrdiff_t r = 0; r < S * H; r++)
-        for (ptrdiff_t i = 0; i < half; i++) {
-            ptrdiff_t first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + half;
-            double p = x[r * d + first], q = x[r * d + second], c = cosine[r / H * half + i], s = sine[r / H * half + i];
+        for (ptrdiff_t i = 0; i < pairs; i++) {
+            ptrdiff_t first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + pairs;
+            double p = x[r * d + first], q = x[r * d + second];
+            double c = cosine[r / H * pairs + i], s = sine[r / H * pairs + i];
             expect(y[r * d + first], p * c - q * s, 3 * U * (fabs(p) + fabs(q)));
             expect(y[r * d + second], q * c + p * s, 3 * U * (fabs(p) + fabs(q)));
         }
@@ -132,8 +133,8 @@ static void check_linear(ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < k; i++)
         for (ptrdiff_t j = 0; j < n; j++) columns[j * k + i] = w[i * n + j];
     fc_rows rows = dense_rows(m, n * 4, k * 4);
-    fc_linear_args a = {.size = sizeof a, .type = FC_F32, .out = first, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = FC_ROWS,
-                        .weight = w, .ldw = n * 4, .bias = bias};
+    fc_linear_args a = {.size = sizeof a, .type = FC_F32, .out = first, .x = x, .rows = &rows, .m = m, .k = k, .n = n,
+                        .layout = FC_ROWS, .weight = w, .ldw = n * 4, .bias = bias};
     fc_linear(&a);
     a.layout = FC_COLS, a.weight = columns, a.ldw = k * 4, a.out = y;
     fc_linear(&a);
@@ -179,7 +180,8 @@ static struct place place_of(fc_layout layout, ptrdiff_t group, const uint8_t *p
 
 /* Any bytes are a weight, but for the scales; x is whole numbers up to 127, so that its scale is 1. */
 static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
-    const ptrdiff_t block = layout == FC_PACKED_I4_SYMMETRIC ? 64 : group, bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
+    const ptrdiff_t block = layout == FC_PACKED_I4_SYMMETRIC ? 64 : group;
+    const ptrdiff_t bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
     const ptrdiff_t panels = (n + 15) / 16, stride = (k + block - 1) / block * (bytes + 64);
     uint8_t *data = malloc((size_t)(panels * stride));
     float *x = random_floats(m * k), *y = random_floats(m * n);
@@ -193,8 +195,8 @@ static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff
         }
     for (ptrdiff_t i = 0; i < m * k; i++) x[i] = i % k ? rintf(x[i] * 127) : 127;
     fc_rows rows = dense_rows(m, n * 4, k * 4);
-    fc_linear(&(fc_linear_args){.size = sizeof(fc_linear_args), .type = FC_F32, .out = y, .x = x, .rows = &rows, .m = m, .k = k, .n = n, .layout = layout,
-                                .weight = data, .group = group});
+    fc_linear(&(fc_linear_args){.size = sizeof(fc_linear_args), .type = FC_F32, .out = y, .x = x, .rows = &rows,
+                                .m = m, .k = k, .n = n, .layout = layout, .weight = data, .group = group});
     for (ptrdiff_t i = 0; i < m; i++)
         for (ptrdiff_t j = 0; j < n; j++) {
             double sum = 0, size = 0;
@@ -214,8 +216,9 @@ static void check_attention(ptrdiff_t q_len, ptrdiff_t kv_len, ptrdiff_t d) {
     float *q = random_floats(q_len * H * d), *k = random_floats(kv_len * G * d), *v = random_floats(kv_len * G * d);
     float *y = random_floats(q_len * H * d);
     double *p = malloc((size_t)kv_len * sizeof *p), scale = 1 / sqrt((double)d);
-    fc_attention_args a = {.size = sizeof a, .out = y, .q = q, .k = k, .v = v, .batch = 1, .q_len = q_len, .kv_len = kv_len, .heads = H,
-                           .kv_heads = G, .head_dim = d, .v_dim = d, .causal = 1, .scale = (float)scale};
+    fc_attention_args a = {.size = sizeof a, .out = y, .q = q, .k = k, .v = v, .batch = 1, .q_len = q_len,
+                           .kv_len = kv_len, .heads = H, .kv_heads = G, .head_dim = d, .v_dim = d, .causal = 1,
+                           .scale = (float)scale};
     a.q_stride[1] = a.out_stride[1] = H * d * 4, a.q_stride[2] = a.out_stride[2] = d * 4;
     a.k_stride[1] = a.v_stride[1] = G * d * 4, a.k_stride[2] = a.v_stride[2] = d * 4;
     fc_attention(&a);
@@ -254,7 +257,7 @@ int main(void) {
         report("rows");
         for (ptrdiff_t n = 0; n <= 70; n++) check_halves(n);
         report("float16, bfloat16");
-        for (ptrdiff_t half = 1; half <= 40; half++) check_rope(half, 0), check_rope(half, 1);
+        for (ptrdiff_t pairs = 1; pairs <= 40; pairs++) check_rope(pairs, 0), check_rope(pairs, 1);
         report("rope");
         for (ptrdiff_t m = 1; m <= 15; m++)
             for (ptrdiff_t n = 1; n <= 67; n += 11) check_linear(m, 3 * n + m, n);

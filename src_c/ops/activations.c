@@ -70,7 +70,7 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
         [FC_GELU_TANH] = k->gelu_tanh[type],
     };
     struct elementwise ctx = {.k = k, .unary = leaf[f], .out = out, .a = x, .rows = rows, .n = n,
-                            .blocks = (n + BLOCK - 1) / BLOCK};
+                              .blocks = (n + BLOCK - 1) / BLOCK};
     return activate_on_threads(&ctx, type, fc_ns.activation[f]);
 }
 
@@ -84,6 +84,6 @@ fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, co
         [FC_GELU_TANH] = k->geglu_tanh[type],
     };
     struct elementwise ctx = {.k = k, .binary = leaf[f], .out = out, .a = gate, .b = up, .rows = rows, .n = n,
-                            .blocks = (n + BLOCK - 1) / BLOCK};
+                              .blocks = (n + BLOCK - 1) / BLOCK};
     return activate_on_threads(&ctx, type, fc_ns.activation[f]);
 }

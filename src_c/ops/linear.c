@@ -41,9 +41,9 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
     };
     const struct fc_format *format = &fc_formats[args->layout];
     struct product f = {.format = format, .gemm = gemm[args->layout], .a_type = A_F32, .x_size = 4};
-    f.block_k = fc_block_rows(format, args->group);
+    f.block_k = fc_block_k(format, args->group);
     f.block_bytes = fc_block_bytes(format, args->group);
-    f.group_k = fc_group_rows(format, args->group);
+    f.group_k = fc_group_k(format, args->group);
     f.group_lines = f.group_k / format->k_step;
     if (format->a_type == FC_A_BF16) {
         f.a_type = kernels->bf16_x == FC_BF16 ? A_BF16 : A_ROUNDED;
@@ -167,7 +167,7 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
 
 /* Panels [first, first + count) of k rows k0..k0+kc from W as it lies. */
 static void pack_unpacked(const struct linear *ctx, float *to, ptrdiff_t first, ptrdiff_t count, ptrdiff_t k0,
-                       ptrdiff_t kc) {
+                          ptrdiff_t kc) {
     const fc_linear_args *args = ctx->args;
     const ptrdiff_t size = fc_size_of(args->weight_type);
     for (ptrdiff_t p = 0; p < count; p++, to += kc * FC_PANEL) {

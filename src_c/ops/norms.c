@@ -60,13 +60,13 @@ static fc_status norm_on_threads(struct norm *ctx, double ns_each) {
 fc_status fc_rms_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                       const fc_rows *rows, ptrdiff_t n, float eps, float offset) {
     struct norm ctx = {.k = fc_k, .type = type, .out = out, .h = h, .x = x, .residual = residual, .weight = weight,
-                     .rows = rows, .n = n, .eps = eps, .offset = offset};
+                       .rows = rows, .n = n, .eps = eps, .offset = offset};
     return norm_on_threads(&ctx, residual ? fc_ns.norm_residual : fc_ns.rms_norm);
 }
 
 fc_status fc_layer_norm(fc_dtype type, void *out, void *h, const void *x, const void *residual, const float *weight,
                         const float *bias, const fc_rows *rows, ptrdiff_t n, float eps) {
     struct norm ctx = {.k = fc_k, .type = type, .centred = 1, .out = out, .h = h, .x = x, .residual = residual,
-                     .weight = weight, .bias = bias, .rows = rows, .n = n, .eps = eps};
+                       .weight = weight, .bias = bias, .rows = rows, .n = n, .eps = eps};
     return norm_on_threads(&ctx, residual ? fc_ns.norm_residual : fc_ns.layer_norm);
 }

@@ -129,16 +129,11 @@ static void score(const struct attention *ctx, const struct scratch *r, const fc
 static void weights(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row,
                     ptrdiff_t from, ptrdiff_t to, const float *bias) {
     float *s = r->scores + row * LD_SCORES;
-    const struct fc_attention_row one = {.s = s + from,
-                                         .k_scale = h->k_scale ? h->k_scale + from : NULL,
-                                         .v_scale = h->v_scale ? h->v_scale + from : NULL,
-                                         .bias = bias,
-                                         .scale = ctx->a_type == FLOATS ? 1.0f
-                                                  : ctx->a_type == BF16 ? ctx->args->scale
-                                                                        : r->q_scale[row],
-                                         .softcap = ctx->args->softcap,
-                                         .q = (int16_t *)(void *)s + from,
-                                         .w_scale = &r->w_scale[row]};
+    const struct fc_attention_row one = {
+        .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL,
+        .v_scale = h->v_scale ? h->v_scale + from : NULL, .bias = bias,
+        .scale = ctx->a_type == FLOATS ? 1.0f : ctx->a_type == BF16 ? ctx->args->scale : r->q_scale[row],
+        .softcap = ctx->args->softcap, .q = (int16_t *)(void *)s + from, .w_scale = &r->w_scale[row]};
     ctx->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
     if (ctx->a_type == BF16) ctx->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
@@ -169,12 +164,9 @@ static void weigh_lines(const struct attention *ctx, const struct scratch *r, co
 static void weigh_partial_lines(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h,
                                 ptrdiff_t row, ptrdiff_t lo, ptrdiff_t hi) {
     if (hi > lo)
-        ctx->k->pv_partial_lines(&(struct fc_gemm){.c = r->part + row * ctx->e_padded,
-                                                   .x = r->scores + row * LD_SCORES,
-                                                   .w = h->v,
-                                                   .panel_stride = h->v_panel,
-                                                   .panels = ctx->e_padded / 16},
-                                 ctx->kv.type, lo, hi);
+        ctx->k->pv_partial_lines(
+            &(struct fc_gemm){.c = r->part + row * ctx->e_padded, .x = r->scores + row * LD_SCORES, .w = h->v,
+                              .panel_stride = h->v_panel, .panels = ctx->e_padded / 16}, ctx->kv.type, lo, hi);
 }
 
 /* part = w_scale weights V for rows: zeros stand for keys that some of them do not see. Integer sums have no order. */
