@@ -226,5 +226,6 @@ def test_attention_beside_a_thread_that_appends_sees_the_tokens_there_were(rng):
         least = cache.seq_len
         out, lse = attention(q, cache, return_lse=True)
         seen = np.exp(lse.astype(np.float64) - 4)
-        assert (out == 1).all() and (seen > least - 1).all() and (seen < cache.seq_len + 1).all()
+        # n (1 / n) has two roundings; a token with no key or no value would be off by e^-4 / 20 000 at least.
+        assert (np.abs(out - 1) <= 2**-23).all() and (seen > least - 1).all() and (seen < cache.seq_len + 1).all()
     writer.join()
