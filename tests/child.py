@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -24,3 +25,12 @@ def run_script(source: str, *flags: str, timeout: float = 120, expect: int = 0, 
                           capture_output=True, timeout=timeout)
     assert done.returncode == expect, f"exit status {done.returncode}, expected {expect}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
+
+
+def limit_address_space(nbytes: int) -> None:
+    """For this process, in which reading without end is then an error of the test and not of the machine.
+
+    Not under AddressSanitizer (tools/check_sanitizers.sh): its map of all memory alone is terabytes.
+    """
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))

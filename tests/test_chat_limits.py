@@ -15,13 +15,14 @@ from forge_c.models.chat_template import render
 
 # Templates that run until the clock stops them would take minutes: most are stopped after a fifth of a second.
 CHILD = """
-import re, resource, time
+import re, time
+from child import limit_address_space
 from hostile_templates import HOSTILE
 import forge_c
 from forge_c.models import chat_budget
 from forge_c.models.chat_template import render
 chat_budget.MAX_SECONDS = {seconds}
-resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+limit_address_space(3 << 30)
 for name in {names!r}:
     start = time.process_time()
     try:

@@ -16,12 +16,12 @@ from forge_c.files import open_regular, read_file, read_json
 from forge_c.models.tokenizer import load_tokenizer
 from forge_c.models.weights.hf import Checkpoint
 
-# A limit on the address space, so that a file that is read without end is an error of the test and not of the machine.
 CHILD = """
-import resource, time
+import time
 import forge_c as fc
 import forge_c.models.tokenizer, tokenizers, jinja2
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+from child import limit_address_space
+limit_address_space(4 << 30)
 for folder in {folders!r}:
     start = time.process_time()
     try:
