@@ -22,7 +22,7 @@ class Swish(Layer):
 
 
 class _GatedMLP(Layer):
-    """(linear(x) * f(activated(x))) W_down: two packed matrices, two functional calls."""
+    """((x W_gate) * f(x W_up)) W_down: two packed matrices, two functional calls."""
 
     W_up = Matrix("up_gate", 0)
     W_gate = Matrix("up_gate", 1)
