@@ -170,7 +170,7 @@ OPTIONS: tuple[tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]], ...] 
      ("window", "scale", "softcap", "kv_lens", "sinks", "mask", "causal", "q_positions", "kv_positions", "return_lse",
       "out", "k", "v")),
     (fc.pack, {"weight": X[0, 0]}, ("dtype", "group_size", "weight")),
-    (fc.pack_gated, {"swished": X[0, 0], "linear": X[0, 0]}, ("dtype", "group_size", "swished", "linear")),
+    (fc.pack_gated, {"gate": X[0, 0], "up": X[0, 0]}, ("dtype", "group_size", "gate", "up")),
     (fc.kv_cache_nbytes, {"batch": 1, "seq_len": 2, "n_kv_heads": 3, "head_dim": 4}, ("batch", "seq_len", "head_dim")),
     (fc.set_num_threads, {}, ("n",)), (fc.use_isa, {}, ("name",)),
     (fc.KVCache, {"batch": 1, "max_seq_len": 8, "n_kv_heads": 2, "head_dim": 4},

@@ -64,13 +64,13 @@ def watch() -> None:
     """Put a counter before every operation, before anyone has imported one."""
     from forge_c import functional
 
-    if block := getattr(functional, "DecoderBlock", None):
-        class DecoderBlock(block):  # type: ignore[misc, valid-type]
-            def __init__(self, **weights: Any) -> None:
-                super().__init__(**weights)
-                self.cell_formats = " ".join(sorted({text for w in weights.values() for text in formats(w)}))
+    class LayeredModel(functional.LayeredModel):  # type: ignore[misc]
+        def forward(self, ids: Any, states: Any, start: Any, **options: Any) -> Any:
+            result = super().forward(ids, states, start, **options)
+            count("forward", (self.embedding, self.head), functional)
+            return result
 
-        functional.DecoderBlock = DecoderBlock
+    functional.LayeredModel = LayeredModel
     for name, value in list(vars(functional).items()):
         ours = type(value).__name__ == "cython_function_or_method"
         if ours and not name.startswith("_") and name not in NOT_OPERATIONS:
