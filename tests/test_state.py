@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from forge_c.functional import CalledPart, Part
+from forge_c.functional import AttentionState, CalledPart, LayeredModel, Part, StateTable
 from forge_c.models import Model, ModelCache, load
 from forge_c.models.decoder import Decoder
 from forge_c.models.parts import LayerSource, build_part, new_state
@@ -270,6 +270,34 @@ def test_a_cache_of_another_model_is_refused(model, ids, tmp_path):
         with pytest.raises(ValueError, match="model: cache is one of another model"):
             other(ids, cache)
         assert cache.lengths.tolist() == [0, 0]
+
+
+def layered(model: Model, *layers: Any) -> LayeredModel:
+    whole = model._decoder._model
+    return LayeredModel(whole.embedding, list(layers), whole.norm, whole.head)
+
+
+def test_a_part_gets_no_state_that_is_not_its_kind(model):
+    attention, called = model._decoder._model.held[0], (CalledPart(64, lambda x, state, start: x), None, False, 1.0)
+    ids, start, bound = np.zeros((1, 2), np.int64), np.zeros(1, np.int64), model.new_cache(1, 300).states.held[0]
+    for layer, state in ((attention, None), (attention, object()), (called, bound), ((None, None, False, 1.0), bound)):
+        with pytest.raises(TypeError, match="forward: state 0 is a"):
+            layered(model, layer).forward(ids, StateTable([state]), start)
+    other = AttentionState(KVCache(1, 300, 4, 16)._pages)
+    with pytest.raises(ValueError, match="forward: state 0 has 4 heads of 16 and 16 channels, expected 2 of 16"):
+        layered(model, attention).forward(ids, StateTable([other]), start)
+
+
+def test_a_called_mlp_has_no_state(model):
+    seen: list[Any] = []
+
+    def call(x: Array, state: Any, start: Array) -> Array:
+        seen.append(state)
+        return x
+
+    layer = (None, CalledPart(64, call), False, 1.0)
+    layered(model, layer).forward(np.zeros((1, 2), np.int64), StateTable([object()]), np.zeros(1, np.int64))
+    assert seen == [None]
 
 
 @pytest.fixture
