@@ -298,10 +298,10 @@ def test_new_cache(model_of):
 
 
 @pytest.mark.parametrize(("arguments", "kind", "message"), [
-    ((0,), ValueError, "KVCache: batch is 0, expected at least 1"),
-    ((1, 0), ValueError, "KVCache: max_seq_len is 0, expected at least 1"),
-    ((1, -5), ValueError, "KVCache: max_seq_len is -5, expected at least 1"),
-    ((1, 1.5), TypeError, "KVCache: max_seq_len is 1.5, expected an integer"),
+    ((0,), ValueError, "new_cache: batch is 0, expected at least 1"),
+    ((1, 0), ValueError, "new_cache: max_seq_len is 0, expected at least 1"),
+    ((1, -5), ValueError, "new_cache: max_seq_len is -5, expected at least 1"),
+    ((1, 1.5), TypeError, "new_cache: max_seq_len is 1.5, expected an integer"),
     ((1, 2 ** 62), ValueError, "KVCache: 18014398509481984 pages of 49152 bytes cannot be addressed"),
 ])
 def test_new_cache_checks_its_arguments(model, arguments, kind, message):

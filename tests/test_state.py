@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from forge_c.functional import CalledPart, Part
+from forge_c.functional import AttentionState, CalledPart, LayeredModel, Part, StateTable
 from forge_c.models import Model, ModelCache, load
 from forge_c.models.decoder import Decoder
 from forge_c.models.parts import LayerSource, build_part, new_state
 from forge_c.models.spec import MLP, LayerSpec, ModelSpec, Norm, model_spec
 from forge_c.models.weights import RandomCheckpoint
 from forge_c.models.weights.random import shape_config
+from forge_c.state.kv import KVCache
 
 Array = NDArray[Any]
 
@@ -252,6 +253,122 @@ def test_another_models_cache_is_refused(model, tmp_path):
 def test_a_cache_is_not_pickled(model):
     with pytest.raises(TypeError, match=r"save\(\) it and ModelCache.load"):
         pickle.dumps(model.new_cache())
+
+
+# ---- caches that do not fit, and layers used by hand ----------------------------------------------------------------
+
+
+def test_a_cache_of_another_model_is_refused(model, ids, tmp_path):
+    """The pages of its layers have other sizes, or windows, or the keys in them other angles."""
+    spec = model_spec(shape_config("llama-tiny"))
+    mixer = spec.layers[0].mixer
+    for changed in (replace(mixer, n_kv_heads=4), replace(mixer, window=8), replace(mixer, rope=None),
+                    replace(mixer, rope=replace(mixer.rope, theta=7.0))):
+        layers = tuple(replace(layer, mixer=changed) for layer in spec.layers)
+        other = Model(Decoder(replace(spec, layers=layers), RandomCheckpoint(), "float32"), None, frozenset())
+        cache = Model(Decoder(spec, RandomCheckpoint(), "float32"), None, frozenset()).new_cache(2, 300)
+        with pytest.raises(ValueError, match="model: cache is one of another model"):
+            other(ids, cache)
+        assert cache.lengths.tolist() == [0, 0]
+
+
+def layered(model: Model, *layers: Any) -> LayeredModel:
+    whole = model._decoder._model
+    return LayeredModel(whole.embedding, list(layers), whole.norm, whole.head)
+
+
+def test_a_part_gets_no_state_that_is_not_its_kind(model):
+    attention, called = model._decoder._model.held[0], (CalledPart(64, lambda x, state, start: x), None, False, 1.0)
+    ids, start, bound = np.zeros((1, 2), np.int64), np.zeros(1, np.int64), model.new_cache(1, 300).states.held[0]
+    for layer, state in ((attention, None), (attention, object()), (called, bound), ((None, None, False, 1.0), bound)):
+        with pytest.raises(TypeError, match="forward: state 0 is a"):
+            layered(model, layer).forward(ids, StateTable([state]), start)
+    other = AttentionState(KVCache(1, 300, 4, 16)._pages)
+    with pytest.raises(ValueError, match="forward: state 0 has 4 heads of 16 and 16 channels, expected 2 of 16"):
+        layered(model, attention).forward(ids, StateTable([other]), start)
+
+
+def test_a_called_mlp_has_no_state(model):
+    seen: list[Any] = []
+
+    def call(x: Array, state: Any, start: Array) -> Array:
+        seen.append(state)
+        return x
+
+    layer = (None, CalledPart(64, call), False, 1.0)
+    layered(model, layer).forward(np.zeros((1, 2), np.int64), StateTable([object()]), np.zeros(1, np.int64))
+    assert seen == [None]
+
+
+@pytest.fixture
+def attention() -> Model:
+    """Layers whose state follows from their lengths alone."""
+    return Model(Decoder(model_spec(shape_config("llama-tiny")), RandomCheckpoint(), "float32"), None, frozenset())
+
+
+def held(cache: KVCache) -> list[bytes]:
+    return [part.tobytes() for part in cache]
+
+
+def test_a_layer_restored_by_hand_is_the_one_that_the_pass_reads(attention, ids, tmp_path):
+    """Also by its rows, and a fork keeps what it has."""
+    cache, other = attention.new_cache(2, 300), attention.new_cache(2, 300)
+    attention(ids[:, :270], cache)
+    attention(ids[::-1, :270], other)
+    row, fork = other.row(1), other.fork(2)
+    before = held(fork.layers[0])
+    for i, layer in enumerate(cache.layers):
+        layer.save(tmp_path / f"{i}")
+        other.layers[i].restore(tmp_path / f"{i}")
+    assert held(fork.layers[0]) == before and held(row.layers[0]) == held(cache.layers[0].row(1))
+    assert attention(ids[:, 270:], other).tobytes() == attention(ids)[:, 270:].tobytes()
+
+
+@pytest.mark.parametrize("by_hand", ["fork", "truncate"])
+def test_a_layer_forked_or_cut_by_hand_leaves_the_fork_alone(attention, ids, by_hand):
+    cache = attention.new_cache(2, 600)
+    attention(ids, cache)
+    fork = cache.layers[0].fork(2) if by_hand == "fork" else cache.fork(2).layers[0]
+    before = held(fork)
+    if by_hand == "truncate":
+        attention(ids[:, :1], cache)  # reserves what is after the fork
+    cache.layers[0].truncate(10)
+    attention(ids[:, :20], cache)
+    assert held(fork) == before
+
+
+def test_a_reserve_that_fails_takes_the_others_back(model, ids, monkeypatch):
+    spec = replace(model.config, layers=(model.config.layers[1],) * 3)
+    three = Model(Decoder(spec, RandomCheckpoint(), "float32"), None, frozenset())
+    cache, calls = three.new_cache(2, 300), []
+
+    def reserve(self: GatedIdentityState, start: Array, stop: Array) -> None:
+        if self is cache.layers[1]:
+            raise MemoryError
+        calls.append(("reserve", self))
+
+    monkeypatch.setattr(GatedIdentityState, "reserve", reserve)
+    monkeypatch.setattr(GatedIdentityState, "rollback", lambda self, start: calls.append(("rollback", self)))
+    with pytest.raises(MemoryError):
+        three(ids[:, :3], cache)
+    assert calls == [("reserve", cache.layers[0]), ("rollback", cache.layers[0])]
+
+
+def test_new_cache_checks_its_sizes_for_any_layers(ids, tmp_path):
+    """And takes NumPy's integers, which JSON does not."""
+    tiny = model_spec(shape_config("llama-tiny"))
+    spec = replace(tiny, layers=tuple(replace(layer, mixer=None) for layer in tiny.layers))
+    model = Model(Decoder(spec, RandomCheckpoint(), "float32"), None, frozenset())
+    for sizes in ((0, 5), (-1, 5), (1, 0), (1, -1)):
+        with pytest.raises(ValueError, match="new_cache: .* expected at least 1"):
+            model.new_cache(*sizes)
+    for sizes in ((1.5, 5), (1, 2.5), (1, "a")):
+        with pytest.raises(TypeError, match="new_cache: .* expected an integer"):
+            model.new_cache(*sizes)
+    cache = model.new_cache(np.int32(2), np.int64(300))
+    model(ids, cache)
+    cache.save(tmp_path / "cache")
+    assert ModelCache.load(tmp_path / "cache", model).lengths.tolist() == [300, 300]
 
 
 # ---- norms and residuals that no family here has yet ---------------------------------------------------------------

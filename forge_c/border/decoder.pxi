@@ -112,7 +112,7 @@ cdef class CalledPart(Part):
 cdef fc_status call_python(void *call, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
                            ptrdiff_t hidden, const int64_t *start) noexcept nogil:
     with gil:
-        return called_with(<object>call, <object>state, out, x, batch, seq, hidden, start)
+        return called_with(<object>call, None if state == NULL else <object>state, out, x, batch, seq, hidden, start)
 
 
 cdef fc_status called_with(object call, object state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
@@ -164,7 +164,7 @@ cdef class StateTable:
 
     def __cinit__(self, list states not None):
         cdef ptrdiff_t i
-        self.held = states
+        self.held = list(states)  # its own: src_c has their addresses
         self.workspace = fc_workspace_new()
         self.states = <void **>PyMem_Malloc((len(states) + 1) * sizeof(void *))
         if self.states == NULL or self.workspace == NULL:
@@ -233,6 +233,7 @@ cdef class LayeredModel:
         cdef cnp.ndarray h = None
         cdef ptrdiff_t longest = 0
         cdef ptrdiff_t b
+        cdef ptrdiff_t i
         ids, start = private_ints(ids), private_ints(start)
         memset(&a, 0, sizeof(a))
         if len(states.held) != self.c.n_layers:
@@ -241,10 +242,8 @@ cdef class LayeredModel:
         a.batch, a.seq, a.last_only = cnp.PyArray_DIM(ids, 0), cnp.PyArray_DIM(ids, 1), last_only
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
-        for state in states.held:
-            if isinstance(state, AttentionState) and longest > (<AttentionState>state).positions:
-                raise IndexError(f"forward: position {longest - 1} is outside the table of "
-                                 f"{(<AttentionState>state).positions}")
+        for i, state in enumerate(states.held):
+            check_state(&self.c.layers[i].mixer, i, state, longest)
         a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
         if logits:
             dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
@@ -258,6 +257,24 @@ cdef class LayeredModel:
             status = fc_forward(&a)
         check("forward", status)
         return y, h
+
+
+cdef int check_state(const fc_part *mixer, ptrdiff_t i, object state, ptrdiff_t longest) except -1:
+    """Whether the pass may take `state` for what layer i remembers: src_c follows the pointers in it."""
+    cdef const fc_attention_weights *w
+    cdef AttentionState s
+    if (mixer.kind == FC_ATTENTION) != isinstance(state, AttentionState):
+        raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected an AttentionState for an "
+                        "AttentionPart, and none for anything else")
+    if mixer.kind != FC_ATTENTION:
+        return 0
+    s, w = state, <const fc_attention_weights *>mixer.weights
+    if s.pages.c.kv_heads != w.kv_heads or s.pages.c.head_dim != w.head_dim or s.pages.c.v_dim != w.head_dim:
+        raise ValueError(f"forward: state {i} has {s.pages.c.kv_heads} heads of {s.pages.c.head_dim} and "
+                         f"{s.pages.c.v_dim} channels, expected {w.kv_heads} of {w.head_dim} and {w.head_dim}")
+    if longest > s.positions:
+        raise IndexError(f"forward: position {longest - 1} is outside the table of {s.positions}")
+    return 0
 
 
 cdef int layer_part(fc_part *to, Part part, ptrdiff_t hidden) except -1:

@@ -17,6 +17,7 @@ from forge_c.packing import pack
 from forge_c.rotary import RopeTable, rope_table
 from forge_c.state import ModelCache
 from forge_c.state.model import TableOf
+from forge_c.state.sizes import checked_size
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 _DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rope types whose angles depend on how long the sequence may become
@@ -33,6 +34,7 @@ class Decoder:
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
                  progress: Callable[[range], Iterable[int]] = iter) -> None:
         self.spec, self.dtype = spec, dtype
+        self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
         self._tables: list[tuple[Rope, RopeTable]] = []
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
@@ -72,11 +74,12 @@ class Decoder:
 
         Layers with a sliding window keep no more than the window needs. dtype "float32", "bfloat16" or "int8".
         """
-        s = self.spec
-        room = min(s.max_position_embeddings, DEFAULT_CONTEXT) if max_seq_len is None else max_seq_len
-        layers = [new_state(layer.mixer, batch, room, dtype) for layer in s.layers]
-        tables = [self._table_of(getattr(layer.mixer, "rope", None), room) for layer in s.layers]
-        return ModelCache(layers, tables, np.zeros(batch, np.int64), room)
+        if max_seq_len is None:
+            max_seq_len = min(self.spec.max_position_embeddings, DEFAULT_CONTEXT)
+        rows, room = checked_size("new_cache", "batch", batch), checked_size("new_cache", "max_seq_len", max_seq_len)
+        layers = [new_state(kind, rows, room, dtype) for kind in self.kinds]
+        tables = [self._table_of(getattr(kind, "rope", None), room) for kind in self.kinds]
+        return ModelCache(self.kinds, layers, tables, np.zeros(rows, np.int64), room)
 
     @property
     def angles_depend_on_length(self) -> bool:

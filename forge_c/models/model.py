@@ -162,6 +162,8 @@ class Model:
             cache = self.new_cache(max(batch, 1), max(seq, 1))
         elif not isinstance(cache, ModelCache):
             raise TypeError(f"model: cache is a {type(cache).__name__}, expected one from new_cache()")
+        elif cache.kinds != self._decoder.kinds:
+            raise ValueError("model: cache is one of another model, whose layers differ; expected one from new_cache()")
         elif cache.batch != batch:
             raise ValueError(f"model: ids has {batch} rows, expected {cache.batch} as the cache")
         elif cache.seq_len + seq > cache.max_seq_len:

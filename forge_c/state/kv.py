@@ -13,7 +13,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from operator import index
 from typing import Any, ClassVar, Literal, NoReturn
 
 import ml_dtypes
@@ -25,6 +24,7 @@ from forge_c.functional import rope as rotate
 from forge_c.rotary import RopeTable
 from forge_c.state import file as cache_file
 from forge_c.state.pages import CACHE_LINE, Table, check_addressable, new_pages, page_at, pages_of
+from forge_c.state.sizes import checked_size, integer
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
 
@@ -53,7 +53,7 @@ def kv_cache_nbytes(
         raise ValueError(f"kv_cache_nbytes: dtype is {name!r}, expected one of {', '.join(_ITEMSIZE)}")
     sizes = {"batch": batch, "seq_len": seq_len, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
     rows, tokens, heads, dim = (
-        _checked_size("kv_cache_nbytes", size, value, least=0, most=math.inf) for size, value in sizes.items()
+        checked_size("kv_cache_nbytes", size, value, least=0, most=math.inf) for size, value in sizes.items()
     )
     return _nbytes(name, rows, tokens, heads, 2 * dim)
 
@@ -96,8 +96,8 @@ class KVCache:
     (1, 3, 2, 4)
     """
 
-    __slots__ = ("_capacity", "_file", "_lengths", "_max_seq_len", "_memory", "_pages", "_shared", "_window", "_writer",
-                 "_written")
+    __slots__ = ("_capacity", "_file", "_lengths", "_max_seq_len", "_memory", "_pages", "_reserved", "_shared",
+                 "_window", "_writer", "_written")
 
     told_by_lengths: ClassVar[bool] = True  # see forge_c.state.LayerState
 
@@ -109,6 +109,7 @@ class KVCache:
     # Highest position ever written, plus 1: in a ring, positions from _written - capacity on survive.
     _written: NDArray[np.int64]
     _shared: NDArray[np.int64]  # leading pages of a row that a fork shares
+    _reserved: NDArray[np.int64]  # tokens of a row that a model's state has reserved in all its layers
     _writer: WriterLock
 
     def __init__(
@@ -125,15 +126,15 @@ class KVCache:
     ) -> None:
         v_dim = head_dim if v_dim is None else v_dim
         sizes = {"batch": batch, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "v_dim": v_dim}
-        rows, heads, k_dim, v_dim = (_checked_size("KVCache", size, value) for size, value in sizes.items())
+        rows, heads, k_dim, v_dim = (checked_size("KVCache", size, value) for size, value in sizes.items())
         name = _dtype_name("KVCache", dtype)
         if name not in _DECODED:
             raise ValueError(f"KVCache: dtype is {name!r}, expected one of {', '.join(_DECODED)}")
-        room = _checked_size("KVCache", "max_seq_len", max_seq_len)
-        ring = None if window is None else _checked_size("KVCache", "window", window)
+        room = checked_size("KVCache", "max_seq_len", max_seq_len)
+        ring = None if window is None else checked_size("KVCache", "window", window)
         self._describe(name, heads, k_dim, v_dim, room, ring)
         check_addressable(rows * self._pages_a_row, self._pages.page_nbytes)
-        self._lengths, self._written, self._shared = (np.zeros(rows, np.int64) for _ in range(3))
+        self._lengths, self._written, self._shared, self._reserved = (np.zeros(rows, np.int64) for _ in range(4))
         self._writer = WriterLock()
         self._file = None
         if path is None:
@@ -337,7 +338,7 @@ class KVCache:
                 raise ValueError(f"KVCache.truncate: n is {keep.tolist()}, expected 0 to {most.tolist()}")
             kept = np.minimum(keep, self._lengths).astype(np.int64)
             self.check_truncate(kept)
-            self._written[kept == 0] = 0
+            self._written[kept == 0] = self._reserved[:] = 0
             self._lengths[:] = kept
 
     def check_truncate(self, keep: NDArray[np.int64]) -> None:
@@ -351,9 +352,11 @@ class KVCache:
             raise ValueError(f"KVCache.truncate: row {row} cannot go back to {keep[row]} tokens, the ring holds "
                              f"only those from {lost[row]} on and a window of {self._window} needs more")
 
-    def join(self, lengths: NDArray[np.int64], written: NDArray[np.int64], writer: WriterLock) -> None:
-        """Be a layer of a model's state, which owns how many tokens each row holds and has held, and who may write."""
-        self._lengths, self._written, self._writer = lengths, written, writer
+    def join(self, lengths: NDArray[np.int64], written: NDArray[np.int64], reserved: NDArray[np.int64],
+             writer: WriterLock) -> None:
+        """Be a layer of a model's state, which owns how many tokens each row holds, has held and has reserved, and who
+        may write."""
+        self._lengths, self._written, self._reserved, self._writer = lengths, written, reserved, writer
 
     def row(self, i: int) -> KVCache:
         """A cache of row i alone that shares its memory and its length with this one.
@@ -361,7 +364,7 @@ class KVCache:
         Raises:
             IndexError: i is not 0 .. batch - 1.
         """
-        if not 0 <= _integer("KVCache.row", "i", i) < self.batch:
+        if not 0 <= integer("KVCache.row", "i", i) < self.batch:
             raise IndexError(f"KVCache.row: i is {i}, expected 0 to {self.batch - 1}")
         return self._like(self._pages.table[i : i + 1], self._memory, slice(i, i + 1))
 
@@ -370,7 +373,8 @@ class KVCache:
         twin = object.__new__(KVCache)
         twin._window, twin._max_seq_len, twin._capacity = self._window, self._max_seq_len, self._capacity
         twin._pages, twin._memory, twin._file = self._pages.with_table(table), memory, None
-        twin._lengths, twin._written, twin._shared = self._lengths[rows], self._written[rows], self._shared[rows]
+        twin._lengths, twin._written = self._lengths[rows], self._written[rows]
+        twin._shared, twin._reserved = self._shared[rows], self._reserved[rows]
         twin._writer = WriterLock()
         if isinstance(rows, slice):
             twin._writer, twin._file = self._writer, self._file
@@ -391,7 +395,7 @@ class KVCache:
         >>> cache.fork(3).lengths
         array([300, 300, 300])
         """
-        n = _checked_size("KVCache.fork", "n", n)
+        n = checked_size("KVCache.fork", "n", n)
         if self.batch * n * self._pages_a_row > sys.maxsize // 8:
             raise ValueError(f"KVCache.fork: n is {n}, {n} times the pages of this cache cannot be addressed")
         rows = np.repeat(np.arange(self.batch), n)
@@ -407,6 +411,7 @@ class KVCache:
             for i, b in enumerate(rows):
                 twin._copy_pages(i, self, int(b), common)
             np.maximum(self._shared, common, out=self._shared)
+            self._reserved[:] = 0
         return twin
 
     def _copy_pages(self, i: int, source: KVCache, b: int, first: int) -> None:
@@ -466,7 +471,7 @@ class KVCache:
         batch, a_row, nbytes = len(h.lengths), cache._pages_a_row, cache._pages.page_nbytes
         file.check(h, batch * a_row, nbytes)
         cache._lengths, cache._written = np.array(h.lengths, np.int64), np.array(h.written, np.int64)
-        cache._shared = np.zeros(batch, np.int64)
+        cache._shared, cache._reserved = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
         cache._writer, cache._file = WriterLock(), None
         if mmap_mode is None:
             cache._memory, table = new_pages(batch, a_row, nbytes)
@@ -487,7 +492,11 @@ class KVCache:
             if found != expected:
                 raise ValueError(f"KVCache.restore: {path} has {name} {found}, expected {expected}")
         with self.writing():
-            self._pages, self._memory, self._shared = held._pages, held._memory, held._shared
+            # In its own pages: a model's forward pass and the cache's rows have their addresses.
+            self.reserve(np.zeros_like(held._written), np.minimum(held._written, self.capacity))
+            for b in range(self.batch):
+                self._copy_pages(b, held, b, 0)
+            self._reserved[:] = 0
             self._lengths[:], self._written[:] = held._lengths, held._written
 
     def _header(self) -> cache_file.Header:
@@ -503,7 +512,7 @@ class KVCache:
         """
         room = self._max_seq_len
         if max_seq_len is not None:
-            room = _checked_size("KVCache.copy", "max_seq_len", max_seq_len)
+            room = checked_size("KVCache.copy", "max_seq_len", max_seq_len)
         if room < self._max_seq_len:
             raise ValueError(f"KVCache.copy: max_seq_len is {room}, expected at least {self._max_seq_len}")
         sizes = (self.batch, room, self.n_kv_heads, self.head_dim)
@@ -578,19 +587,3 @@ def _dtype_name(function: str, dtype: DTypeLike) -> str:
         return dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except (TypeError, ValueError):
         raise TypeError(f"{function}: dtype is {dtype!r}, expected a dtype or its name") from None
-
-
-def _integer(function: str, name: str, value: int) -> int:
-    try:
-        return index(value)
-    except TypeError:
-        raise TypeError(f"{function}: {name} is {value!r}, expected an integer") from None
-
-
-def _checked_size(function: str, name: str, value: int, *, least: int = 1, most: float = sys.maxsize) -> int:
-    size = _integer(function, name, value)
-    if size < least:
-        raise ValueError(f"{function}: {name} is {size}, expected at least {least}")
-    if size > most:
-        raise ValueError(f"{function}: {name} is {size}, expected at most {most}")
-    return size

@@ -27,6 +27,7 @@ _FORMAT, _VERSION = "forge_c.ModelCache", 1
 _MAX_HEADER = 1 << 26
 
 TableOf = Callable[[int], RopeTable]  # a table for at least so many positions
+Kinds = tuple[Any, ...]  # each layer's mixer in a ModelSpec
 
 
 class ModelCache:
@@ -35,12 +36,13 @@ class ModelCache:
     One thread may use it at a time: a second one gets a RuntimeError. Attributes:
         layers: the states, a KVCache for a layer of attention, None for a layer that remembers nothing.
         max_seq_len: the longest a row may become.
+        kinds: the mixers whose states they are, by the model's spec.
     """
 
-    def __init__(self, layers: Sequence[Any], tables: Sequence[TableOf | None], lengths: Counts, max_seq_len: int,
-                 lock: WriterLock | None = None) -> None:
-        self.layers, self.max_seq_len = list(layers), max_seq_len
-        self._tables, self._lengths, self._lock = list(tables), lengths, lock or WriterLock()
+    def __init__(self, kinds: Kinds, layers: Sequence[Any], tables: Sequence[TableOf | None], lengths: Counts,
+                 max_seq_len: int) -> None:
+        self.kinds, self.layers, self.max_seq_len = kinds, tuple(layers), max_seq_len
+        self._tables, self._lengths, self._lock = list(tables), lengths, WriterLock()
         self._reserved = np.zeros_like(lengths)  # tokens of a row that every layer has room for
         self._written = lengths.copy()  # the most that a row has ever held: in a ring older tokens are gone
         self._live = [s for s in self.layers if s is not None and not s.told_by_lengths]
@@ -54,7 +56,7 @@ class ModelCache:
         self.states = StateTable(bound)
         for layer in self.layers:
             if isinstance(layer, KVCache):
-                layer.join(self._lengths, self._written, self._lock)
+                layer.join(self._lengths, self._written, self._reserved, self._lock)
 
     @property
     def batch(self) -> int:
@@ -118,9 +120,20 @@ class ModelCache:
                 if layer is not None and layer.told_by_lengths:
                     layer.reserve(start, upto)
             self._reserved[:] = upto
-        for state in self._live:
-            state.reserve(start, stop)
+        self._reserve_live(start, stop)
         np.maximum(self._written, stop, out=self._written)
+
+    def _reserve_live(self, start: Counts, stop: Counts) -> None:
+        """All of them, or none: those before the one that raises go back."""
+        reserved: list[Any] = []
+        try:
+            for state in self._live:
+                state.reserve(start, stop)
+                reserved.append(state)
+        except BaseException:
+            for state in reserved:
+                state.rollback(start)
+            raise
 
     # ---- back, and apart ----
 
@@ -146,7 +159,7 @@ class ModelCache:
     def row(self, i: int) -> ModelCache:
         """Row i alone, sharing memory and length with this cache."""
         twin = object.__new__(ModelCache)
-        twin.layers = [None if s is None else s.row(i) for s in self.layers]
+        twin.kinds, twin.layers = self.kinds, tuple(None if s is None else s.row(i) for s in self.layers)
         twin.max_seq_len, twin._tables, twin._lock = self.max_seq_len, self._tables, self._lock
         one = slice(i, i + 1)
         twin._lengths, twin._reserved, twin._written = self._lengths[one], self._reserved[one], self._written[one]
@@ -167,7 +180,7 @@ class ModelCache:
             return self._twin([None if s is None else s.copy() for s in self.layers], np.arange(self.batch))
 
     def _twin(self, layers: list[Any], rows: NDArray[np.intp]) -> ModelCache:
-        twin = ModelCache(layers, self._tables, self._lengths[rows], self.max_seq_len)
+        twin = ModelCache(self.kinds, layers, self._tables, self._lengths[rows], self.max_seq_len)
         twin._written[:] = self._written[rows]
         return twin
 
@@ -234,7 +247,6 @@ class ModelCache:
             if layer is not None:
                 layer.restore(folder / f"layer-{i:04}.npy")
         cache._lengths[:], cache._written[:] = lengths, written
-        cache._bind()
         return cache
 
     # ---- one thread at a time ----
