@@ -73,7 +73,7 @@ asan: $(VENV)/built  ## Tests under AddressSanitizer and UBSan (TESTS="test_line
 tsan:  ## C kernels under ThreadSanitizer (clang, libomp)
 	tools/check_sanitizers.sh thread
 
-avx512:  ## Tests on the AVX-512 kernels as AVX2 code, for CPUs without AVX-512 (TESTS=...)
+avx512: $(VENV)/built  ## Tests on the AVX-512 kernels as AVX2 code, for CPUs without AVX-512 (TESTS=...)
 	tools/check_avx512.sh $(TESTS)
 
 aarch64:  ## C kernels, cross-compiled, under qemu-user (tests: tools/check_aarch64_suite.sh)

@@ -15,7 +15,7 @@ from forge_c.models.chat_template import render
 
 # Templates that run until the clock stops them would take minutes: most are stopped after a fifth of a second.
 CHILD = """
-import re, time
+import re, sys, time
 from child import limit_address_space
 from hostile_templates import HOSTILE
 import forge_c
@@ -23,6 +23,7 @@ from forge_c.models import chat_budget
 from forge_c.models.chat_template import render
 chat_budget.MAX_SECONDS = {seconds}
 limit_address_space(3 << 30)
+sys.unraisablehook = id  # Python 3.12 tells of generators that it closes where the stack ends: a hook in C is silent
 for name in {names!r}:
     start = time.process_time()
     try:

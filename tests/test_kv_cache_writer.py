@@ -34,6 +34,7 @@ def interrupted(work: Callable[[], object], at: int) -> KeyboardInterrupt | None
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # or settrace of Python 3.12 sends none the first time
     sys.settrace(trace)
     try:
         work()
