@@ -231,7 +231,9 @@ def test_save_keeps_what_is_there_and_leaves_nothing_half(model, ids, tmp_path, 
 DAMAGED: dict[str, Any] = {
     "format": {"format": "x"}, "version": {"version": 7}, "no lengths": {"lengths": None}, "texts": {"lengths": ["a"]},
     "negative": {"lengths": [-1, 3]}, "too long": {"lengths": [999, 3]}, "rows": {"lengths": [1, 2, 3]},
-    "no rows": {"lengths": [], "written": []}, "room": {"max_seq_len": "x"}, "huge": {"lengths": [2 ** 70, 1]}}
+    "no rows": {"lengths": [], "written": []}, "room": {"max_seq_len": "x"}, "huge": {"lengths": [2 ** 70, 1]},
+    "fraction": {"max_seq_len": 300.5}, "truth": {"lengths": [False, 0]},
+    "not what the layers hold": {"lengths": [9, 9], "written": [9, 9]}, "nor have held": {"written": [9, 9]}}
 
 
 @pytest.mark.parametrize("case", DAMAGED)

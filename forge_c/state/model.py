@@ -235,7 +235,9 @@ class ModelCache:
             raise ValueError(f"ModelCache.load: {folder} is no ModelCache of version {_VERSION}")
         try:
             lengths, written = (np.array(header[key], np.int64) for key in ("lengths", "written"))
-            room, dtype = int(header["max_seq_len"]), str(header["dtype"])
+            room, dtype = header["max_seq_len"], str(header["dtype"])
+            if not all(type(n) is int for n in (room, *header["lengths"], *header["written"])):
+                raise TypeError("its numbers are not all integers")
             sound = lengths.ndim == 1 and lengths.shape == written.shape and bool(len(lengths)) and bool(
                 ((lengths >= 0) & (lengths <= written) & (written <= room)).all())
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -246,6 +248,9 @@ class ModelCache:
         for i, layer in enumerate(cache.layers):
             if layer is not None:
                 layer.restore(folder / f"layer-{i:04}.npy")
+            if isinstance(layer, KVCache) and ((cache._lengths != lengths) | (cache._written != written)).any():
+                raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} holds {cache._lengths.tolist()} "
+                                 f"tokens, expected {lengths.tolist()}")
         cache._lengths[:], cache._written[:] = lengths, written
         return cache
 
