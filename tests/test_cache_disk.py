@@ -17,6 +17,8 @@ from test_kv_cache_writer import interrupted
 
 from forge_c.state.kv import KVCache
 
+pytestmark = pytest.mark.slow
+
 ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && cd "$0" && exec "$@"']
 FULL = "No space left on device"
 

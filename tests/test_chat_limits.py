@@ -13,6 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from forge_c.models import chat_budget
 from forge_c.models.chat_template import render
 
+pytestmark = pytest.mark.slow
+
 # Templates that run until the clock stops them would take minutes: most are stopped after a fifth of a second.
 CHILD = """
 import re, sys, time

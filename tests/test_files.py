@@ -124,6 +124,7 @@ def with_metadata(folder: Path, metadata: object) -> None:
     path.write_bytes(container(header, data[8 + length :]))
 
 
+@pytest.mark.slow
 def test_notes_without_end_in_a_header_are_refused(folder):
     path = folder / "model.safetensors"
     for count, message in ((4097, "__metadata__ has 4097 entries, expected at most 4096"),
@@ -184,6 +185,7 @@ def test_a_tokenizer_of_too_many_entries_is_not_parsed(folder, document, message
     assert refusals(folder) == [f"{folder / 'tokenizer.json'}: more than {message}"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_as_large_as_any_published_one_is_read(folder):
     """262 144 tokens and 515 000 merges, written as pairs."""
     letters = [chr(0x4e00 + i) for i in range(1024)]

@@ -15,6 +15,8 @@ sys.path.append(str(ROOT))
 from fuzz import FUZZERS  # noqa: E402
 from fuzz.arrays import Arena  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fuzz", *arguments], cwd=ROOT, capture_output=True, text=True,

@@ -12,6 +12,8 @@ import pytest
 
 import forge_c as fc
 
+pytestmark = pytest.mark.slow
+
 SOURCES = Path(__file__).parents[1] / "src_c"
 LEAVES = """
 static int products, halves;
