@@ -248,7 +248,19 @@ def test_a_damaged_header_is_an_error(model, tmp_path, case):
 def test_another_models_cache_is_refused(model, tmp_path):
     other, _ = golden("llama", tmp_path / "m")
     model.new_cache(2, 300).save(tmp_path / "cache")
-    with pytest.raises(ValueError, match="KVCache.restore: .* has "):
+    with pytest.raises(ValueError, match=r"ModelCache.load: .*cache is of a model whose layers differ"):
+        ModelCache.load(tmp_path / "cache", other)
+
+
+def test_a_saved_cache_knows_its_angles(tmp_path):
+    """Equal sizes and another theta: the keys were rotated by other angles."""
+    case = golden_models.golden("llama")
+    model = load(case.write(tmp_path / "m"))
+    turned = replace(case, config=case.config | {"rope_parameters": {"rope_theta": 12345.0}})
+    other = load(turned.write(tmp_path / "other"))
+    model.new_cache().save(tmp_path / "cache")
+    assert ModelCache.load(tmp_path / "cache", load(tmp_path / "m")).batch == 1
+    with pytest.raises(ValueError, match="layers differ"):
         ModelCache.load(tmp_path / "cache", other)
 
 

@@ -211,8 +211,9 @@ class ModelCache:
                 for i, layer in enumerate(self.layers):
                     if layer is not None:
                         layer.save(half / f"layer-{i:04}.npy")
-                header = {"format": _FORMAT, "version": _VERSION, "lengths": self._lengths.tolist(),
-                          "written": self._written.tolist(), "max_seq_len": self.max_seq_len,
+                header = {"format": _FORMAT, "version": _VERSION, "kinds": list(map(repr, self.kinds)),
+                          "lengths": self._lengths.tolist(), "written": self._written.tolist(),
+                          "max_seq_len": self.max_seq_len,
                           "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache)), "float32")}
                 (half / "cache.json").write_text(json.dumps(header))
             half.chmod(0o777 & ~_umask())
@@ -233,6 +234,8 @@ class ModelCache:
         header = read_json(folder / "cache.json", _MAX_HEADER)
         if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
             raise ValueError(f"ModelCache.load: {folder} is no ModelCache of version {_VERSION}")
+        if header.get("kinds") != list(map(repr, model._decoder.kinds)):
+            raise ValueError(f"ModelCache.load: {folder} is of a model whose layers differ, in sizes, windows or RoPE")
         try:
             lengths, written = (np.array(header[key], np.int64) for key in ("lengths", "written"))
             room, dtype = header["max_seq_len"], str(header["dtype"])
