@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -34,3 +35,10 @@ def limit_address_space(nbytes: int) -> None:
     """
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
         resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
+
+
+def compile_c(*arguments: str | Path) -> None:
+    """Run the C compiler, CC or cc. The suite needs one as the build does: without it a test fails."""
+    command = [*shlex.split(os.environ.get("CC", "cc")), *map(str, arguments)]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child import compile_c
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -55,7 +56,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shim")
     source, library = folder / "shim.c", folder / "shim.so"
     source.write_text(SHIM)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    compile_c("-shared", "-fPIC", "-o", library, source, "-ldl")
     return library
 
 
