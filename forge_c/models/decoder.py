@@ -14,7 +14,7 @@ from forge_c.models.parts import LayerSource, build_layer, new_state
 from forge_c.models.spec import ModelSpec, Rope
 from forge_c.models.weights import Tensors
 from forge_c.packing import pack
-from forge_c.rotary import RopeTable, rope_table
+from forge_c.rotary import RopeTable, extend_rope_table, rope_table
 from forge_c.state import ModelCache
 from forge_c.state.model import TableOf
 from forge_c.state.sizes import checked_size
@@ -116,13 +116,15 @@ class Decoder:
 
     def _rope_table(self, rope: Rope, length: int) -> RopeTable:
         """A table for at least `length` positions, or exactly as many where the angles depend on it."""
+        held = next((table for known, table in self._tables if known == rope), None)
         exact = _depends_on_length(rope)
-        for known, table in self._tables:
-            rows = table.cos.shape[0]
-            if known == rope and (rows == length if exact else rows >= length):
-                return table
+        if held is not None and (held.max_seq_len == length if exact else held.max_seq_len >= length):
+            return held
         rows = length if exact else 1 << (length - 1).bit_length()
-        table = rope_table(rope.dim, rows, rope.theta, scaling=rope.scaling)
+        if held is None or exact:
+            table = rope_table(rope.dim, rows, rope.theta, scaling=rope.scaling)
+        else:
+            table = extend_rope_table(held, rows, rope.theta, scaling=rope.scaling)
         self._tables = [(known, t) for known, t in self._tables if known != rope] + [(rope, table)]
         return table
 

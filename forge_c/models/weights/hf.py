@@ -1,5 +1,8 @@
 """Reads a model folder: config.json and safetensors. Nothing in it is executed or unpickled, and every size is checked
-against the file before anything is allocated."""
+against the file before anything is allocated.
+
+The safetensors package, whose README has the format, would parse a file's header once a tensor, or keep the file
+mapped, which counts as this process's memory: the offsets of one parse serve all tensors here."""
 from __future__ import annotations
 
 import os
