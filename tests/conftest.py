@@ -18,6 +18,7 @@ from suite import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_configure_node,
+    pytest_generate_tests,
     pytest_runtest_protocol,
     pytest_unconfigure,
     pytest_xdist_setupnodes,
@@ -169,9 +170,9 @@ def assert_close() -> Callable[..., None]:
     return check_close
 
 
-@pytest.fixture(params=forge_c.available_isas())
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test on every ISA this CPU has."""
+    """Run the test on every ISA this CPU has (suite.pytest_generate_tests)."""
     before = forge_c.isa()
     forge_c.use_isa(request.param)
     assert forge_c.isa() == request.param

@@ -206,6 +206,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.owned.cleanup()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The ISAs of a test: all, or with --quick the best, for to make thousands of cases takes as long as to run some."""
+    if ISA in metafunc.fixturenames:
+        isas = [best_isa()] if metafunc.config.getoption("--quick") else forge_c.available_isas()
+        metafunc.parametrize(ISA, isas, indirect=True)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ordered = in_order(items)
     items[:] = chosen_quickly(ordered) if config.getoption("--quick") else ordered
