@@ -207,7 +207,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The ISAs of a test: all, or with --quick the best, for to make thousands of cases takes as long as to run some."""
+    """The ISAs of a test: all, or with --quick the best: to make thousands of cases takes as long as to run some."""
     if ISA in metafunc.fixturenames:
         isas = [best_isa()] if metafunc.config.getoption("--quick") else forge_c.available_isas()
         metafunc.parametrize(ISA, isas, indirect=True)

@@ -55,6 +55,7 @@ WORK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORK)
 def test_an_interrupt_at_any_bytecode_leaves_the_cache_to_others(name):
     """While the exception, and with it every frame it came through, is still at hand, as in an interactive session."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from child import run_script
 
+pytestmark = pytest.mark.slow  # a process a test
+
 WATCH = """
 import ctypes, ctypes.util, os, platform, signal, sys, threading, time
 
