@@ -229,6 +229,7 @@ def test_any_byte_of_the_first_line_may_be_wrong(rng, tmp_path):
     assert 40 < same < 128
 
 
+@pytest.mark.slow
 def test_a_header_of_many_values_costs_neither_time_nor_memory(tmp_path):
     body = b'{"format": "forge_c.KVCache", "version": 2, "a": [' + b"[]," * 22_000_000 + b"0]}"
     records = np.zeros((len(body) // 64 + 2, 64), np.uint8)

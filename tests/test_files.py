@@ -143,6 +143,7 @@ def test_notes_are_texts(folder, metadata):
     assert str(caught.value) == f"{folder / 'model.safetensors'}: __metadata__ is not an object of texts"
 
 
+@pytest.mark.slow
 def test_a_header_is_parsed_once(tmp_path):
     """However many tensors are taken: this one has 40 MB, and parsing it takes tens of milliseconds."""
     config = small(num_hidden_layers=100)

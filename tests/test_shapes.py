@@ -60,6 +60,7 @@ def test_it_has_whatever_is_asked_for(checkpoint):
     checkpoint.check_all_taken()
 
 
+@pytest.mark.slow
 def test_gigabytes_in_seconds(checkpoint):
     """A tenth of the 2.2 GB of a llama-1.1b, in processor time."""
     start = time.process_time()
