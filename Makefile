@@ -59,7 +59,7 @@ lint: $(VENV)/built  ## ruff, mypy, cython-lint
 	@$(BIN)/python -c "$$NEEDS" dev | $(PIP) -r /dev/stdin
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/cython-lint forge_c examples
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint forge_c examples
 
 docs: $(VENV)/built  ## Run every example of README, docs/ and the docstrings
 	cd tests && $(PYTEST) test_docs.py

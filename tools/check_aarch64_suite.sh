@@ -34,5 +34,5 @@ include=$root/usr/include
 PYTHONPATH=$out/site CC=aarch64-linux-gnu-gcc CFLAGS="-I$include/python3.11 -idirafter $include" \
     "$python" setup.py -q build --build-lib "$out/lib" 2>&1 | { grep -E 'warning:|error|compiled' || true; }
 cd tests
-PATH=$out/bin:$PATH PYTHONPATH=$out/lib:$out/site PYTHONDONTWRITEBYTECODE=1 \
+CC=aarch64-linux-gnu-gcc PATH=$out/bin:$PATH PYTHONPATH=$out/lib:$out/site PYTHONDONTWRITEBYTECODE=1 \
     "$python" -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider "${@:-.}"
