@@ -11,7 +11,7 @@ static const struct {
     double flop, weight_byte; /* of a product: an addition or a multiplication; a byte of packed W from memory */
     double plain_byte;        /* a byte of W as it lies, streamed past few rows */
     double convert, convert_normed, row;
-    double rms_norm, layer_norm, norm_residual, softmax, rope, rope_token;
+    double rms_norm, layer_norm, norm_residual, softmax, rope, rope_token, add_scaled;
     double activation[FC_ACTIVATIONS];
     double merge, merge_row, lookup, lookup_row; /* of attentions' results; of a table's rows */
     double pack, pack_panel;                        /* a row of a panel; a panel */
@@ -31,6 +31,7 @@ static const struct {
     .softmax = 0.5,
     .rope = 0.2,
     .rope_token = 10,
+    .add_scaled = 0.2,
     .activation = {[FC_RELU] = 0.15, [FC_SILU] = 0.4, [FC_GELU] = 0.9, [FC_GELU_TANH] = 0.5},
     .merge = 0.3,
     .merge_row = 40,

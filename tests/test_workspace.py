@@ -1,4 +1,5 @@
-"""A model's step allocates nothing: counted by a shim in the place of malloc and its kin, in a process of its own."""
+"""Scratch memory. A model's step allocates nothing: counted by a shim in the place of malloc and its kin, in a process
+of its own. What no address reaches is refused."""
 from __future__ import annotations
 
 import os
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from child import compile_c
+
+import forge_c
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -69,3 +72,51 @@ def test_a_step_allocates_nothing_once_its_shape_was_seen(shim, threads, dtype):
                           capture_output=True, text=True, check=True)
     first, later = map(int, done.stdout.split())
     assert first > 0 and later == 0
+
+
+TOO_LARGE = r"""
+#include <stdio.h>
+#include "forge.h"
+#define REFUSES(call) \
+    do { if ((call) != FC_NO_MEMORY) return printf("%s takes them\n", #call), 1; } while (0)
+
+int main(void) {
+    float x[64] = {1};
+    const ptrdiff_t large = (ptrdiff_t)1 << 60;
+    const fc_rows rows = {.size = sizeof rows, .ndim = 1, .shape = {(ptrdiff_t)1 << 33}};
+    for (fc_layout layout = 0; layout < FC_LAYOUTS; layout++) {
+        const fc_linear_args l = {.size = sizeof l, .type = FC_F16, .out = x, .x = x, .rows = &rows, .layout = layout,
+                                  .m = (ptrdiff_t)1 << 33, .k = (ptrdiff_t)1 << 31, .n = 1, .weight = x, .group = 32};
+        REFUSES(fc_linear(&l));
+    }
+
+    int64_t start = 0;
+    const fc_model wide = {.hidden = large};
+    fc_forward_args f = {.size = sizeof f, .model = &wide, .x = x, .batch = 1, .seq = 2, .start = &start};
+    REFUSES(fc_forward(&f));
+
+    void *states[1] = {NULL};
+    const fc_mlp_weights mlp = {.inner = large};
+    const fc_attention_weights attention = {.heads = large / 8, .kv_heads = 1, .head_dim = 8};
+    const fc_layer layers[] = {{.mlp = {.kind = FC_MLP, .weights = &mlp}, .residual_scale = 1},
+                               {.mlp = {.kind = FC_GATED_MLP, .weights = &mlp}, .residual_scale = 1},
+                               {.mixer = {.kind = FC_ATTENTION, .weights = &attention}, .residual_scale = 1}};
+    for (int i = 0; i < 3; i++) {
+        const fc_model model = {.hidden = 16, .layers = layers + i, .n_layers = 1};
+        f = (fc_forward_args){.size = sizeof f, .model = &model, .states = states, .x = x, .batch = 1, .seq = 4,
+                              .start = &start};
+        REFUSES(fc_forward(&f));
+    }
+    return 0;
+}
+"""
+
+
+def test_scratch_whose_bytes_no_size_holds_is_no_memory(tmp_path):
+    """Their product would wrap to few bytes, or none."""
+    source, program, library = tmp_path / "sizes.c", tmp_path / "sizes", forge_c.get_library_dir()
+    source.write_text(TOO_LARGE)
+    compile_c("-std=gnu11", "-Wall", "-Wextra", "-Werror", source, f"-I{forge_c.get_include()}", f"-L{library}",
+              "-lforge_c", f"-Wl,-rpath,{library}", "-o", program)
+    done = subprocess.run([str(program)], text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "")

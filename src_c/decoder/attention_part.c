@@ -52,12 +52,11 @@ static fc_status attend(const struct attention_pass *t) {
 
 fc_status attention_part(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
                          const float *residual) {
-    static const fc_norm none = {FC_NO_NORM, NULL, NULL, 0.0f, 0.0f};
     const fc_attention_weights *w = part->weights;
     const ptrdiff_t queries = w->heads * w->head_dim, all = queries + 2 * w->kv_heads * w->head_dim;
     struct attention_pass t = {.p = p, .w = w, .s = state, .row = all * 4, .head = w->head_dim * 4};
     fc_scratch scratch;
-    if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)p->rows * (size_t)(all + queries) * 4)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)float_bytes(p->rows, all + queries))) return FC_NO_MEMORY;
     t.qkv = (float *)(void *)scratch.base;
     t.attn_out = t.qkv + p->rows * all;
     fc_status status = project(p, t.qkv, x, p->rows, p->hidden, &w->qkv, p->hidden, all, &part->norm, NULL);
@@ -67,7 +66,7 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     if (status == FC_OK) status = append(&t);
     if (status == FC_OK) status = attend(&t);
     if (status == FC_OK)
-        status = project(p, out, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, &none, residual);
+        status = project(p, out, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
     fc_scratch_free(&scratch);
     return status;
 }

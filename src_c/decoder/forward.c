@@ -28,17 +28,18 @@ fc_status normalise(float *out, const float *x, const fc_norm *norm, ptrdiff_t r
 
 /* fc_linear takes an RMSNorm with weights along; for any other norm x is a copy. */
 static fc_status project_as(const struct pass *p, fc_linear_args *args, const fc_matrix *w, const fc_norm *norm) {
+    const fc_norm_kind kind = norm ? norm->kind : FC_NO_NORM;
     fc_scratch copy = {0};
     fc_status status = FC_OK;
     fc_rows rows = *args->rows;
     args->type = FC_F32, args->layout = w->layout, args->weight = w->data, args->group = w->group, args->bias = w->bias;
     args->workspace = p->workspace;
-    if (norm->kind == FC_RMS_NORM && norm->weight) {
+    if (kind == FC_RMS_NORM && norm->weight) {
         args->norm = norm->weight, args->norm_eps = norm->eps, args->norm_offset = norm->offset;
-    } else if (norm->kind != FC_NO_NORM) {
+    } else if (kind != FC_NO_NORM) {
         const fc_rows each = {.size = sizeof each, .ndim = 1, .shape = {args->m},
                               .stride = {{args->k * 4}, {0}, {rows.stride[1][0]}, {0}}};
-        if (fc_scratch_alloc(p->workspace, &copy, 1, (size_t)(args->m * args->k) * 4)) return FC_NO_MEMORY;
+        if (fc_scratch_alloc(p->workspace, &copy, 1, (size_t)float_bytes(args->m, args->k))) return FC_NO_MEMORY;
         status = norm_rows((float *)(void *)copy.base, args->x, norm, &each, args->k);
         args->x = copy.base, rows.stride[1][0] = args->k * 4, args->rows = &rows;
     }
@@ -84,9 +85,8 @@ static void add_scaled_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int r
     ctx->p->k->add_scaled(ctx->out + begin * n, ctx->x + begin * n, ctx->y + begin * n, ctx->scale, (end - begin) * n);
 }
 
-/* out = x + scale y */
-static fc_status add_scaled(const struct pass *p, float *out, const float *x, const float *y, float scale) {
-    const double ns = (double)p->hidden * 0.2;
+fc_status add_scaled(const struct pass *p, float *out, const float *x, const float *y, float scale) {
+    const double ns = (double)p->hidden * fc_ns.add_scaled;
     return fc_static(fc_threads_for(p->rows, ns), p->rows, ns, add_scaled_rows, &(struct sum){p, out, x, y, scale});
 }
 
@@ -95,7 +95,8 @@ static fc_status run_part(const struct pass *p, const fc_part *part, void *state
                           const float *residual) {
     if (part->post_norm.kind == FC_NO_NORM) return parts[part->kind](p, part, state, out, x, residual);
     fc_scratch own = {0};
-    if (residual && fc_scratch_alloc(p->workspace, &own, 1, (size_t)(p->rows * p->hidden) * 4)) return FC_NO_MEMORY;
+    if (residual && fc_scratch_alloc(p->workspace, &own, 1, (size_t)float_bytes(p->rows, p->hidden)))
+        return FC_NO_MEMORY;
     float *y = residual ? (float *)(void *)own.base : out;
     fc_status status = parts[part->kind](p, part, state, y, x, NULL);
     if (status == FC_OK) status = normalise(y, y, &part->post_norm, p->rows, p->hidden, 1, p->hidden);
@@ -176,10 +177,10 @@ fc_status fc_forward(const fc_forward_args *args) {
                                               .seq = args->seq, .rows = args->batch * args->seq,
                                               .hidden = args->model->hidden, .start = args->start}};
     fc_scratch scratch;
-    const size_t rows = (size_t)ctx.p.rows, numbers = ((size_t)args->batch + rows) * 8;
-    if (rows == 0) return FC_OK;
-    if (fc_scratch_alloc(args->workspace, &scratch, 1, numbers + 2 * rows * (size_t)ctx.p.hidden * 4))
-        return FC_NO_MEMORY;
+    const ptrdiff_t numbers = fc_times(fc_plus(args->batch, ctx.p.rows), 8),
+                    streams = fc_times(2, float_bytes(ctx.p.rows, ctx.p.hidden));
+    if (ctx.p.rows == 0) return FC_OK;
+    if (fc_scratch_alloc(args->workspace, &scratch, 1, (size_t)fc_plus(numbers, streams))) return FC_NO_MEMORY;
     ctx.p.lens = (int64_t *)(void *)scratch.base;
     ctx.p.positions = ctx.p.lens + args->batch;
     ctx.y = (float *)(void *)(scratch.base + numbers);

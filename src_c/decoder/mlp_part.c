@@ -3,12 +3,11 @@
 
 fc_status mlp_part(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
                    const float *residual) {
-    static const fc_norm none = {FC_NO_NORM, NULL, NULL, 0.0f, 0.0f};
     const fc_mlp_weights *w = part->weights;
     fc_status status;
     fc_scratch scratch;
     (void)state;
-    if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)(p->rows * w->inner) * 4)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)float_bytes(p->rows, w->inner))) return FC_NO_MEMORY;
     float *inner = (float *)(void *)scratch.base; /* (M, inner) */
     if (part->kind == FC_GATED_MLP) {
         status = project_gated(p, inner, x, &w->up, p->hidden, w->inner, &part->norm, w->activation);
@@ -17,7 +16,7 @@ fc_status mlp_part(const struct pass *p, const fc_part *part, void *state, float
         if (status == FC_OK) status = activate(inner, w->activation, p->rows, w->inner);
     }
     if (status == FC_OK)
-        status = project(p, out, inner, p->rows, w->inner, &w->down, w->inner, p->hidden, &none, residual);
+        status = project(p, out, inner, p->rows, w->inner, &w->down, w->inner, p->hidden, NULL, residual);
     fc_scratch_free(&scratch);
     return status;
 }

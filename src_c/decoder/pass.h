@@ -15,13 +15,16 @@ struct pass {
     int64_t longest;      /* of lens */
 };
 
+/* Of (rows, n) float32 */
+static inline ptrdiff_t float_bytes(ptrdiff_t rows, ptrdiff_t n) { return fc_times(fc_times(rows, n), 4); }
+
 /* out (M, hidden) = part(norm(x (M, hidden))) + residual (M, hidden); residual may be NULL or out itself */
 typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
                                 const float *residual);
 part_of_layer attention_part, mlp_part, called_part;
 
-/* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of x x_stride floats apart; gated: out = f(..) * (..), see
- * fc_linear */
+/* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of x x_stride floats apart; norm and residual may be NULL;
+ * gated: out = f(..) * (..), see fc_linear */
 fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride,
                   const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual);
 fc_status project_gated(const struct pass *p, float *out, const float *x, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n,
@@ -30,6 +33,9 @@ fc_status project_gated(const struct pass *p, float *out, const float *x, const 
 /* out = norm(x) over rows of n, a multiple of `heads` of them to a row of `row` floats; in place or not */
 fc_status normalise(float *out, const float *x, const fc_norm *norm, ptrdiff_t rows, ptrdiff_t row, ptrdiff_t heads,
                     ptrdiff_t n);
+
+/* out = x + scale y, (M, hidden) each; out may be x or y */
+fc_status add_scaled(const struct pass *p, float *out, const float *x, const float *y, float scale);
 
 /* y = f(y), (rows, n) */
 fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n);

@@ -14,7 +14,7 @@
  *     i4         the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
  *
  * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the
- * same, and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum 
+ * same, and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum
  * over all lines, which must fit; x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence
  * the same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
@@ -70,7 +70,7 @@ FC_INLINE const char *line_of(gemm_format f, const char *w, ptrdiff_t panel_stri
     return w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * vector_bytes(f);
 }
 
-/* The same address, but the compiler cannot know: a line is loaded opaque for each of its parts, since keeping all of
+/* The same address, but the compiler cannot know: a line is loaded anew for each of its parts, since keeping all of
  * them would not leave enough registers for the accumulators. */
 FC_INLINE const char *opaque(const char *p) {
     __asm__ volatile("" : "+r"(p));
@@ -118,9 +118,7 @@ FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
     }
 #endif
     (void)f;
-    float one;
-    memcpy(&one, x, 4);
-    return vf_add_product(acc, vf_set1(one), w);
+    return vf_add_product(acc, vf_load1(x), w);
 }
 
 FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
@@ -305,7 +303,7 @@ typedef void gemm_tile(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector,
     FC_TILE(name##_6, kind, format, 6, nv)                                                                             \
     static gemm_tile *const name[] = {NULL, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
 
-/* As few tiles as rows prefetch_line for, all of nearly the same height: a low one would wait for its own sums. */
+/* As few tiles as the rows fit in, all of nearly the same height: a low one would wait for its own sums. */
 FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g, ptrdiff_t vector) {
     const int tiles = (int)((g->m + FC_MR - 1) / FC_MR);
     for (ptrdiff_t row = 0, rows, t = 0; t < tiles; t++, row += rows) {
@@ -315,8 +313,8 @@ FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g,
 }
 
 /* Panels this short, as those of keys and values are, follow each other in memory: few rows take one at a time, so that
- * memory is read in order. Several would be as many streams, each too short for what fetches prefetch. (Not bytes under
- * one row: half a line is too little work for a loop.) */
+ * memory is read in order. Several would be as many streams, each too short for the processor to fetch ahead. (Not bytes
+ * under one row: half a line is too little work for a loop.) */
 enum { SHORT_PANEL = 16384 };
 
 /* one row: more columns at a time; all: whole tiles, then (with wide vectors) two panels, then one */

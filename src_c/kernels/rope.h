@@ -1,6 +1,6 @@
 /* One head at one position: pair (a, b) rotates by its angle.     arXiv 2104.09864
  *   y_a = x_a cos - x_b sin,  y_b = x_b cos + x_a sin
- * half-split pairs are (i, i + pairs), interleaved ones (2i, 2i + 1); channels from 2 pairs on are copied.
+ * split-half pairs are (i, i + pairs), interleaved ones (2i, 2i + 1); channels from 2 pairs on are copied.
  * out may be x: each pair is read whole before it is written. */
 
 FC_INLINE void rope_copy_tail(fc_dtype t, void *out, const void *x, ptrdiff_t from, ptrdiff_t dim) {

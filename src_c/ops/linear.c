@@ -144,19 +144,19 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
         return FC_OK;
     }
     ctx->ldx = fc_smaller(ctx->kc, ctx->k) * ctx->product.x_size;
-    ctx->x_block = args->m * ctx->ldx;
+    ctx->x_block = fc_times(args->m, ctx->ldx);
     ctx->groups = ctx->product.a_type == A_QUANTIZED ? ctx->k / ctx->product.group_k : 0;
-    size_t values = (size_t)(ctx->x_block * ((ctx->k + ctx->kc - 1) / ctx->kc)),
-           sums = (size_t)(args->m * ctx->groups) * 4;
-    const size_t scales = ctx->product.a_type == A_QUANTIZED ? (size_t)args->m * 4 : 0;
-    if (fc_scratch_alloc(args->workspace, copy, 1, values + sums + scales)) return FC_NO_MEMORY;
+    const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc),
+                    sums = fc_times(fc_times(args->m, ctx->groups), 4),
+                    scales = ctx->product.a_type == A_QUANTIZED ? fc_times(args->m, 4) : 0;
+    if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)fc_plus(fc_plus(values, sums), scales))) return FC_NO_MEMORY;
     ctx->x = copy->base;
     ctx->sums = copy->base + values;
     ctx->scales = scales ? (float *)(void *)(copy->base + values + sums) : NULL;
     const double ns = (double)args->k * (args->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(args->m, ns);
     if (args->norm &&
-        fc_scratch_alloc(args->workspace, &ctx->normed, threads, (size_t)(args->k * fc_size_of(args->type))))
+        fc_scratch_alloc(args->workspace, &ctx->normed, threads, (size_t)fc_times(args->k, fc_size_of(args->type))))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, args->m, ns, convert_rows, ctx);
     fc_scratch_free(&ctx->normed);
