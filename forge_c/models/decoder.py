@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.checks import checked_size
 from forge_c.functional import LayeredModel
 from forge_c.models.parts import LayerSource, build_layer, new_state
 from forge_c.models.spec import ModelSpec, Rope
@@ -17,7 +18,6 @@ from forge_c.packing import pack
 from forge_c.rotary import RopeTable, extend_rope_table, rope_table
 from forge_c.state import ModelCache
 from forge_c.state.model import TableOf
-from forge_c.state.sizes import checked_size
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 _DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rope types whose angles depend on how long the sequence may become

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from forge_c.checks import short
+
 MAX_LAYERS, MAX_HEADS, MAX_VOCAB, MAX_WIDTH = 1024, 1024, 1 << 22, 1 << 20
 
 # Defaults of the Hugging Face configuration classes, where many families agree.
@@ -101,9 +103,3 @@ class Reader:
             expected = " or ".join(map(str, allowed))
             raise ValueError(f"config.json: {key} is {short(value)}, expected {layers} times {expected}")
         return value
-
-
-def short(value: Any) -> str:
-    """repr, cut to what a message can hold."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
