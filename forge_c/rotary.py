@@ -20,10 +20,11 @@ from forge_c.checks import checked_size, short
 
 __all__ = ["RopeTable", "extend_rope_table", "rope_table"]
 
+DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rope types whose angles depend on how long the sequence may become
+
 _BLOCK_ROWS = 256
 # No model comes near these. Between them nothing that a rule computes overflows, divides by zero or loses f - (f - 1).
 _MOST, _MOST_FACTOR, _MOST_DIM, _MOST_ROWS = 2.0**64, 2.0**20, 1 << 16, 1 << 45
-_DEPEND_ON_LENGTH = ("dynamic", "longrope")
 _ANY_TYPE = frozenset(
     "rope_type type rope_theta max_position_embeddings original_max_position_embeddings".split()
 )
@@ -120,7 +121,7 @@ def extend_rope_table(
     """
     rows = checked_size("rope_table", "max_seq_len", max_seq_len, most=_MOST_ROWS)
     inv_freq, attention_factor, kind = _frequencies(table.dim, rows, base, scaling)
-    if kind in _DEPEND_ON_LENGTH:
+    if kind in DEPEND_ON_LENGTH:
         raise ValueError(f"extend_rope_table: rope_type {kind} depends on max_seq_len, expected another or a new table")
     if rows <= table.max_seq_len:
         return table
