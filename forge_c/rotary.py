@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.checks import checked_size, short
+
 __all__ = ["RopeTable", "extend_rope_table", "rope_table"]
+
+DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rope types whose angles depend on how long the sequence may become
 
 _BLOCK_ROWS = 256
 # No model comes near these. Between them nothing that a rule computes overflows, divides by zero or loses f - (f - 1).
 _MOST, _MOST_FACTOR, _MOST_DIM, _MOST_ROWS = 2.0**64, 2.0**20, 1 << 16, 1 << 45
-_DEPEND_ON_LENGTH = ("dynamic", "longrope")
 _ANY_TYPE = frozenset(
     "rope_type type rope_theta max_position_embeddings original_max_position_embeddings".split()
 )
@@ -99,7 +101,7 @@ def rope_table(
      [0.8415 0.0998]
      [0.9093 0.1987]]
     """
-    rows = _checked_size("max_seq_len", max_seq_len, _MOST_ROWS)
+    rows = checked_size("rope_table", "max_seq_len", max_seq_len, most=_MOST_ROWS)
     inv_freq, attention_factor, _ = _frequencies(dim, rows, base, scaling)
     return RopeTable(*cos_sin(inv_freq, rows, attention_factor))
 
@@ -117,9 +119,9 @@ def extend_rope_table(
     >>> extend_rope_table(rope_table(128, 4096), 8192)
     RopeTable(dim=128, max_seq_len=8192)
     """
-    rows = _checked_size("max_seq_len", max_seq_len, _MOST_ROWS)
+    rows = checked_size("rope_table", "max_seq_len", max_seq_len, most=_MOST_ROWS)
     inv_freq, attention_factor, kind = _frequencies(table.dim, rows, base, scaling)
-    if kind in _DEPEND_ON_LENGTH:
+    if kind in DEPEND_ON_LENGTH:
         raise ValueError(f"extend_rope_table: rope_type {kind} depends on max_seq_len, expected another or a new table")
     if rows <= table.max_seq_len:
         return table
@@ -132,7 +134,7 @@ def _frequencies(
     dim: int, rows: int, base: float, scaling: Mapping[str, Any] | None
 ) -> tuple[NDArray[np.float64], float, str]:
     """(inv_freq (d / 2,), what cos and sin are multiplied by, rope_type)."""
-    dim = _checked_size("dim", dim, _MOST_DIM)
+    dim = checked_size("rope_table", "dim", dim, most=_MOST_DIM)
     if dim % 2:
         raise ValueError(f"rope_table: dim is {dim}, expected an even number")
     params = _Scaling({} if scaling is None else scaling)
@@ -356,30 +358,11 @@ def _checked_table(name: str, table: NDArray[np.float32]) -> NDArray[np.float32]
     return array
 
 
-def _checked_size(name: str, value: int, most: int) -> int:
-    try:
-        size = index(value)
-    except TypeError:
-        raise TypeError(f"rope_table: {name} is {value!r}, expected an integer") from None
-    if size < 1:
-        raise ValueError(f"rope_table: {name} is {size}, expected at least 1")
-    if size > most:
-        raise ValueError(f"rope_table: {name} is {size}, expected at most {most}")
-    return size
-
-
 def _checked_number(name: str, value: float, *, zero: bool = False, most: float = _MOST) -> float:
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)):
         raise ValueError(f"rope_table: {name} is {value!r}, expected a number")
     if not (value >= 0.0 and (value > 0.0 or zero) and value < math.inf):
-        raise ValueError(f"rope_table: {name} is {_short(value)}, expected a finite number above 0")
+        raise ValueError(f"rope_table: {name} is {short(value)}, expected a finite number above 0")
     if value > most or 0.0 < value < 1.0 / most:
-        raise ValueError(f"rope_table: {name} is {_short(value)}, expected {1.0 / most:.3g} to {most:.3g}")
+        raise ValueError(f"rope_table: {name} is {short(value)}, expected {1.0 / most:.3g} to {most:.3g}")
     return float(value)
-
-
-def _short(value: float) -> str:
-    """Its repr; of an integer with many digits, which may have no repr at all, its size."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)

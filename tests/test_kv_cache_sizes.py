@@ -27,6 +27,7 @@ TOO_LARGE = [
     ((2**58, 256, 1, 1), {}, "288230376151711744 pages of 17408 bytes cannot be addressed"),
     ((1, 2**63, 1, 1), {"window": 8}, "max_seq_len is 9223372036854775808, expected at most 9223372036854775807"),
     ((1, 256, 1, 1), {"window": 2**63}, "window is 9223372036854775808, expected at most 9223372036854775807"),
+    ((1, 10**5000, 1, 1), {}, "max_seq_len is an integer of 16610 bits, expected at most 9223372036854775807"),
     ((1, 2**62, 1, 1), {"window": 2**62}, " pages of 17408 bytes cannot be addressed"),
 ]
 

@@ -9,18 +9,19 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.checks import checked_size
 from forge_c.functional import LayeredModel
 from forge_c.models.parts import LayerSource, build_layer, new_state
 from forge_c.models.spec import ModelSpec, Rope
 from forge_c.models.weights import Tensors
 from forge_c.packing import pack
-from forge_c.rotary import RopeTable, extend_rope_table, rope_table
+from forge_c.rotary import DEPEND_ON_LENGTH, RopeTable, extend_rope_table, rope_table
 from forge_c.state import ModelCache
 from forge_c.state.model import TableOf
-from forge_c.state.sizes import checked_size
+
+__all__ = ["DEFAULT_CONTEXT", "Decoder"]
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
-_DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rope types whose angles depend on how long the sequence may become
 
 # The format of the last projection: its errors reach the probabilities directly, so int4 models hold it in int8.
 _HEAD = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
@@ -130,7 +131,4 @@ class Decoder:
 
 
 def _depends_on_length(rope: Rope) -> bool:
-    return rope.scaling.get("rope_type") in _DEPEND_ON_LENGTH
-
-
-__all__ = ["DEFAULT_CONTEXT", "Decoder"]
+    return rope.scaling.get("rope_type") in DEPEND_ON_LENGTH

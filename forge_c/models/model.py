@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from forge_c.files import read_json
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
 from forge_c.models.generation import Generation
 from forge_c.models.sampling import Sampler
 from forge_c.models.spec import Attention, ModelSpec, model_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
-from forge_c.models.weights.hf import Checkpoint, read_json
-from forge_c.models.weights.random import RandomCheckpoint, shape_config
+from forge_c.models.weights import Checkpoint, RandomCheckpoint
+from forge_c.models.weights.random import shape_config
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
 

@@ -19,12 +19,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from forge_c.checks import checked_size, integer
 from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
 from forge_c.functional import rope as rotate
 from forge_c.rotary import RopeTable
 from forge_c.state import file as cache_file
 from forge_c.state.pages import CACHE_LINE, Table, check_addressable, new_pages, page_at, pages_of
-from forge_c.state.sizes import checked_size, integer
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
 

@@ -1,13 +1,13 @@
 """Pieces of a config.json that families share: sizes, the attention's rotation and windows, the gated MLP, the rest."""
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forge_c.checks import short
 from forge_c.models.spec.kinds import Embedding, GatedMLP, Head, LayerSpec, ModelSpec, Norm, Rope
-from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, Reader, short
+from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, Reader, checked_number
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
                "gelu_new": "gelu_tanh", "relu": "relu"}
@@ -94,12 +94,9 @@ def rope(c: Reader, head_dim: int) -> Rope:
             raise ValueError(f"config.json: {key} is {short(value)}, expected an object")
         given |= {k: v for k, v in (value or {}).items() if v is not None}
     theta = given.pop("rope_theta", None)
-    theta = c.number("rope_theta", 10000.0) if theta is None else theta
+    theta = c.number("rope_theta", 10000.0) if theta is None else checked_number("rope_theta", theta)
     fraction = given.pop("partial_rotary_factor", c.given.get("partial_rotary_factor"))
-    fraction = 1.0 if fraction is None else fraction
-    for name, value, most in (("rope_theta", theta, sys.float_info.max), ("partial_rotary_factor", fraction, 1.0)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-            raise ValueError(f"config.json: {name} is {short(value)}, expected a number above 0")
+    fraction = checked_number("partial_rotary_factor", 1.0 if fraction is None else fraction, most=1.0)
     rope_type = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
     rope_type = _ROPE_NAMES.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
@@ -110,4 +107,4 @@ def rope(c: Reader, head_dim: int) -> Rope:
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
         if c.value(key) is not None:
             given.setdefault(key, c.value(key))
-    return Rope(int(head_dim * fraction), float(theta), given | {"rope_type": rope_type})
+    return Rope(int(head_dim * fraction), theta, given | {"rope_type": rope_type})

@@ -8,13 +8,13 @@ from forge_c.models.spec import blocks
 from forge_c.models.spec.kinds import Attention, LayerSpec, ModelSpec
 from forge_c.models.spec.reader import BIASES, COMMON, MAX_LAYERS, Reader
 
-_LLAMA = COMMON | BIASES | {"head_dim": None}
-_MISTRAL = COMMON | {"max_position_embeddings": 131072, "sliding_window": 4096, "head_dim": None, "layer_types": None}
+_LLAMA = COMMON | BIASES
+_MISTRAL = COMMON | {"max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None}
 _SMOLLM3 = COMMON | BIASES | {
     "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "layer_types": None,
     "max_position_embeddings": 32768, "tie_word_embeddings": True, "no_rope_layers": None, "no_rope_layer_interval": 4,
-    "rope_theta": 2e6, "head_dim": None}
-_GRANITE = COMMON | BIASES | {"embedding_multiplier": 1.0, "attention_multiplier": 1.0, "head_dim": None,
+    "rope_theta": 2e6}
+_GRANITE = COMMON | BIASES | {"embedding_multiplier": 1.0, "attention_multiplier": 1.0,
                               "residual_multiplier": 1.0, "logits_scaling": 1.0}
 
 
@@ -61,5 +61,3 @@ def _layer(c: Reader, *, residual_scale: float = 1.0, **attention: Any) -> Layer
     mixer = Attention(s.heads, s.kv_heads, s.head_dim, **(shared | attention))
     mlp = blocks.gated_mlp(c, blocks.activation(c), bias=c.flag("mlp_bias"))
     return LayerSpec(mixer, mlp, blocks.rms_norm(c), residual_scale=residual_scale)
-
-

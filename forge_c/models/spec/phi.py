@@ -9,7 +9,7 @@ from forge_c.models.spec.kinds import Attention, LayerSpec, ModelSpec
 from forge_c.models.spec.reader import COMMON, Reader
 
 _PHI3 = COMMON | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None,
-                  "original_max_position_embeddings": None, "head_dim": None}
+                  "original_max_position_embeddings": None}
 
 
 def phi3(config: Mapping[str, Any]) -> ModelSpec:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from forge_c.checks import short
+
 MAX_LAYERS, MAX_HEADS, MAX_VOCAB, MAX_WIDTH = 1024, 1024, 1 << 22, 1 << 20
 
 # Defaults of the Hugging Face configuration classes, where many families agree.
@@ -17,7 +19,8 @@ WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_lay
 BIASES = {"attention_bias": False, "mlp_bias": False}
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_OPTIONAL = ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+_OPTIONAL = ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+             "head_dim")
 
 # Keys about training, text, other software or output shapes: none of them changes a logit.
 _WITHOUT_EFFECT = frozenset("""
@@ -49,7 +52,7 @@ class Reader:
         self._reject_unknown()
 
     def _reject_unknown(self) -> None:
-        known = _WITHOUT_EFFECT | set(self.defaults) | set(_REQUIRED) | set(_OPTIONAL) | {"head_dim"}
+        known = _WITHOUT_EFFECT | set(self.defaults) | set(_REQUIRED) | set(_OPTIONAL)
         for key, value in self.given.items():
             if key in known or (key in _ONLY_IF and (value == _ONLY_IF[key] or value is False)) or value is None:
                 continue
@@ -71,11 +74,7 @@ class Reader:
 
     def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
         value = self.value(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= sys.float_info.max or (
-                zero and value == 0)):
-            raise ValueError(f"config.json: {key} is {short(value)}, expected a number {'>=' if zero else 'above'} 0")
-        return float(value)
+        return checked_number(key, default if value is None else value, zero=zero)
 
     def optional_number(self, key: str) -> float | None:
         return None if self.value(key) is None else self.number(key)
@@ -103,7 +102,9 @@ class Reader:
         return value
 
 
-def short(value: Any) -> str:
-    """repr, cut to what a message can hold."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def checked_number(key: str, value: Any, *, zero: bool = False, most: float = sys.float_info.max) -> float:
+    """What stands under `key`, a finite number above 0, or 0 too; at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= most or zero and value == 0):
+        expected = f"{'>=' if zero else 'above'} 0" + (f" and at most {most:g}" if most < sys.float_info.max else "")
+        raise ValueError(f"config.json: {key} is {short(value)}, expected a number {expected}")
+    return float(value)

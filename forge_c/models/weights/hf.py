@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.checks import short
 from forge_c.files import open_regular, parse_json, read_json
 
 _MAX_HEADER = 100 << 20
@@ -155,18 +156,18 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 def _entry(path: Path, name: str, info: Any) -> _Entry:
     """What the header says of a tensor, its start counted from the end of the header."""
     if not isinstance(info, Mapping) or not info.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{path}: {name} is described by {_short(info)}, expected dtype, shape and data_offsets")
+        raise ValueError(f"{path}: {name} is described by {short(info)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{path}: {name} has dtype {_short(dtype)}, expected one of {', '.join(_DTYPES)}")
+        raise ValueError(f"{path}: {name} has dtype {short(dtype)}, expected one of {', '.join(_DTYPES)}")
     if not _are_sizes(shape) or len(shape) > _MAX_AXES:
-        raise ValueError(f"{path}: {name} has shape {_short(shape)}, expected a list of at most {_MAX_AXES} sizes")
+        raise ValueError(f"{path}: {name} has shape {short(shape)}, expected a list of at most {_MAX_AXES} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{path}: {name} has data_offsets {_short(offsets)}, expected its begin and its end")
+        raise ValueError(f"{path}: {name} has data_offsets {short(offsets)}, expected its begin and its end")
     entry = _Entry(path, dtype, tuple(shape), offsets[0])
     if prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise ValueError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, expected as many as shape "
-                         f"{_short(shape)} of {dtype} takes")
+                         f"{short(shape)} of {dtype} takes")
     return entry
 
 
@@ -176,8 +177,3 @@ def _nbytes(entry: _Entry) -> int:
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

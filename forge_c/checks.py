@@ -1,0 +1,32 @@
+"""Numbers as callers and files give them, checked, and values as errors show them."""
+from __future__ import annotations
+
+import sys
+from operator import index
+from typing import Any
+
+
+def integer(function: str, name: str, value: int) -> int:
+    """TypeError if it is no integer."""
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{function}: {name} is {value!r}, expected an integer") from None
+
+
+def checked_size(function: str, name: str, value: int, *, least: int = 1, most: float = sys.maxsize) -> int:
+    """TypeError if it is no integer, ValueError if it is not from `least` to `most`."""
+    size = integer(function, name, value)
+    if size < least:
+        raise ValueError(f"{function}: {name} is {short(size)}, expected at least {least}")
+    if size > most:
+        raise ValueError(f"{function}: {name} is {short(size)}, expected at most {most}")
+    return size
+
+
+def short(value: Any) -> str:
+    """Its repr, cut to what a message can hold; of an integer with many digits, which may have no repr, its size."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
