@@ -306,6 +306,8 @@ import numpy as np
 import forge_c
 from forge_c.state.kv import KVCache
 
+forge_c.set_num_threads(2)  # each has a stack of 8 MiB
+
 def peak_of(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) >> 10
 
