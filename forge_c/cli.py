@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # NumPy is imported only once there is work: --help answers at once
@@ -109,17 +110,17 @@ def _generate(args: argparse.Namespace) -> int:
         if template is None:
             raise ValueError("--chat: the model has no chat template")
         prompt = template([{"role": "user", "content": prompt}])
-    rows, _, _ = model._prompts(prompt)
-    run = model._generation(rows, args.max_new_tokens, sampler, args.seed, args.stop)
+    stream = model.generate(prompt, args.max_new_tokens, seed=args.seed, stop=args.stop, stream=True,
+                            **asdict(sampler))
     sys.stdout.write(shown)
     try:
-        for step in run.steps():
-            sys.stdout.write("".join(text for _, _, text in step))
+        for piece in stream:
+            sys.stdout.write(piece)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n")
         sys.stdout.flush()
-        _print_speed(run)
+        _print_speed(stream.run)
     return 0
 
 

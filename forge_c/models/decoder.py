@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.functional import LayeredModel
+from forge_c.functional import CalledPart, LayeredModel, StateTable
 from forge_c.models.parts import LayerSource, build_layer, new_state
 from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import ModelSpec, Rope
@@ -94,6 +94,25 @@ class Decoder:
             found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
                                                 hidden=hidden)
         return None if found is None else self._finished(found), normed
+
+    def hidden(self, ids: NDArray[np.int64], cache: ModelCache, layer: int) -> Floats:
+        """(batch, n, H) of ids (batch, n <= KV_CHUNK): what goes into layer 0 .. n_layers - 1, or, for n_layers, what
+        comes out of the last norm."""
+        if layer == self.spec.n_layers:
+            found: Floats = self.forward(ids, cache, logits=False, hidden=True)[1]
+            return found
+        seen: list[Floats] = []
+
+        def look(x: Floats, state: None, start: NDArray[np.int64]) -> Floats:
+            seen.append(x)
+            return np.zeros_like(x)
+
+        m, states = self._model, cache.states.held
+        layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
+        model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale)
+        with cache.locked(), cache.extending(ids) as start:
+            model.forward(ids, StateTable([*states[:layer], None, *states[layer:]]), start, logits=False)
+        return seen[0]
 
     def _finished(self, y: Floats) -> Floats:
         """Logits as the family scales and caps them, in place."""

@@ -310,6 +310,22 @@ class ModelCache:
         return Writing((self._lock,))
 
 
+@contextmanager
+def all_or_nothing(cache: ModelCache) -> Iterator[None]:
+    """Several passes as one: if the block raises, the cache forgets them. A ring may have overwritten what it needs."""
+    with cache.locked():
+        before = cache.lengths
+        try:
+            yield
+        except BaseException as error:
+            try:
+                cache.truncate(before)
+            except ValueError:
+                error.add_note(f"model: the cache holds {cache.lengths.tolist()} tokens: a layer with a window could "
+                               f"not go back to {before.tolist()}")
+            raise
+
+
 def _bound(state: Any, table_of: TableOf | None) -> Any:
     """What the forward pass is given of a layer's state: pages and rotation, or the state itself."""
     if isinstance(state, KVCache):
