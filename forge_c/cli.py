@@ -99,6 +99,7 @@ def _load(args: argparse.Namespace) -> Model:
 
 def _generate(args: argparse.Namespace) -> int:
     from forge_c.models.sampling import Sampler
+    from forge_c.models.tokenizer import text_stream
 
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     model = _load(args)
@@ -111,6 +112,9 @@ def _generate(args: argparse.Namespace) -> int:
         prompt = template([{"role": "user", "content": prompt}])
     rows, _, _ = model._prompts(prompt)
     run = model._generation(rows, args.max_new_tokens, sampler, args.seed, args.stop)
+    if args.chat:  # an answer begins without the space that its first word has within a text
+        for row in run.rows:
+            row.stream = text_stream(model.tokenizer, ())
     sys.stdout.write(shown)
     try:
         for step in run.steps():

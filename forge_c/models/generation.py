@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
 from forge_c.models.sampling import Sampler
-from forge_c.models.tokenizer import TextStream, Tokenizer
+from forge_c.models.tokenizer import TextStream, Tokenizer, stop_ids, text_stream
 from forge_c.state import ModelCache
 
 
@@ -38,8 +38,8 @@ class Generation:
     def __init__(self, decoder: Decoder, prompts: Sequence[NDArray[np.int64]], max_new_tokens: int, sampler: Sampler,
                  seed: int | None, stop: Sequence[str], eos: frozenset[int], tokenizer: Tokenizer | None) -> None:
         self.decoder, self.sampler, self.max_new_tokens = decoder, sampler, max_new_tokens
-        self.stop, self.eos = stop, eos
-        self.rows = [Row(p, np.random.default_rng(seed), TextStream(tokenizer) if tokenizer else None) for p in prompts]
+        self.stop, self.eos = stop, eos | stop_ids(tokenizer, stop)
+        self.rows = [Row(p, np.random.default_rng(seed), text_stream(tokenizer, p)) for p in prompts]
         self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
         self.prompt_seconds = self.decode_seconds = 0.0
 

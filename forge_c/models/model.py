@@ -17,7 +17,8 @@ from forge_c.models.decoder import Decoder
 from forge_c.models.generation import Generation
 from forge_c.models.sampling import Sampler
 from forge_c.models.spec import Attention, ModelSpec, model_spec
-from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
+from forge_c.models.tokenizer import Tokenizer, check_text
+from forge_c.models.tokenizer_files import load_tokenizer
 from forge_c.models.weights import Checkpoint, RandomCheckpoint
 from forge_c.models.weights.random import shape_config
 from forge_c.packing import FORMATS
