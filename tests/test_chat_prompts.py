@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import chat_cases
 import numpy as np
 import pytest
 from model_folder import small, tensors, write
+from suite import case
 from tiny_tokenizers import bytelevel, folder_of, sentencepiece
 from tokenizers import processors
 
@@ -33,6 +35,31 @@ def speaker(folder: Path, backend: Any, says: list[str], config: Any = None) -> 
     head[ids] = weights["lm_head.weight"][ids]
     folder_of(write(folder, sizes, weights | {"lm_head.weight": head}), backend, config)
     return load(folder)
+
+
+# ---- templates as people publish them ----------------------------------------------------------------
+
+@pytest.mark.parametrize("name", chat_cases.TEMPLATES)
+def test_prompts_are_those_of_transformers(tmp_path, name):
+    tokenizer = load_tokenizer(folder_of(tmp_path, bytelevel(*chat_cases.SPECIAL.values()), chat_cases.SPECIAL | {
+        "chat_template": chat_cases.TEMPLATES[name]}))
+    for what, expected in chat_cases.golden()[name].items():
+        messages, options = chat_cases.CONVERSATIONS[what]
+        with case(what):
+            if expected is None:
+                with pytest.raises((ValueError, TypeError)):
+                    tokenizer.apply_chat_template(messages, **options)
+            else:
+                assert tokenizer.apply_chat_template(messages, **options) == expected
+                ids = tokenizer.encode_chat(messages, control_tokens=False, **options)
+                assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(messages, **options))
+
+
+def test_every_template_has_its_prompts():
+    golden = chat_cases.golden()
+    assert golden.keys() == chat_cases.TEMPLATES.keys() and len(golden) >= 30
+    assert all(texts.keys() == chat_cases.CONVERSATIONS.keys() for texts in golden.values())
+    assert sum(text is not None for texts in golden.values() for text in texts.values()) >= 480
 
 
 # ---- special tokens around a prompt ----------------------------------------------------------------
