@@ -51,6 +51,7 @@ def test_prompts_are_those_of_transformers(tmp_path, name):
                     tokenizer.apply_chat_template(messages, **options)
             else:
                 assert tokenizer.apply_chat_template(messages, **options) == expected
+            if what == "calls" and expected is not None:
                 ids = tokenizer.encode_chat(messages, control_tokens=False, **options)
                 assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(messages, **options))
 

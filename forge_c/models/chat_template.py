@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial, wraps
-from types import BuiltinMethodType, MethodType
+from types import BuiltinMethodType, CodeType, MethodType
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -26,6 +26,7 @@ MAX_TEMPLATE = 1 << 18  # bytes
 _MAX_TOKENS = 20_000  # of the template; the longest that people publish have 5000
 _MAX_RENDERED = 64 << 20
 _MAX_INDENT = 64
+_MAX_COMPILED = 8
 _SHORT = 1 << 16  # bytes, for filters that take long or much memory for each character
 
 _TEXT_METHODS = frozenset("""capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit
@@ -340,6 +341,9 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+_compiled: dict[str, CodeType] = {}  # templates whose code is kept: that of a conversation is rendered every turn
+
+
 def _size(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
@@ -375,7 +379,14 @@ def _rendered(template: str, variables: Mapping[str, Any]) -> str:
     sandbox = _Sandbox()
     found, characters, widest = [], 0, 1
     try:
-        for piece in sandbox.from_string(template).generate(**variables):
+        code = _compiled.get(template)
+        if code is None:
+            code = sandbox.compile(template)
+            if len(_compiled) >= _MAX_COMPILED:
+                _compiled.clear()
+            _compiled[template] = code
+        made = sandbox.template_class.from_code(sandbox, code, sandbox.make_globals(None))
+        for piece in made.generate(**variables):
             sandbox.budget.tick()
             found.append(piece)
             characters, widest = characters + len(piece), max(widest, width(piece))
