@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -103,7 +104,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     model = _load(args)
-    prompt = "def " if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = "def " if args.prompt is None else _stdin() if args.prompt == "-" else args.prompt
     shown = "" if args.chat else prompt
     if args.chat:
         template: Any = getattr(model.tokenizer, "apply_chat_template", None)
@@ -122,6 +123,16 @@ def _generate(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         _print_speed(stream.run)
     return 0
+
+
+def _stdin() -> str:
+    """All of it, as UTF-8 in whatever locale."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin has byte 0x{error.object[error.start]:02x} at {error.start}, expected UTF-8") from None
 
 
 def _print_speed(run: Generation) -> None:

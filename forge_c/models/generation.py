@@ -18,7 +18,7 @@ from forge_c.functional import KV_CHUNK
 from forge_c.models.completion import Completion, FinishReason
 from forge_c.models.decoder import Decoder
 from forge_c.models.sampling import Sampler, log_probabilities, most_likely
-from forge_c.models.tokenizer import TextStream, Tokenizer
+from forge_c.models.tokenizer import TextStream, Tokenizer, stop_ids, text_stream
 from forge_c.state import ModelCache
 
 Ids = NDArray[np.int64]
@@ -30,12 +30,14 @@ _NONE = np.zeros(0, np.int64)
 @dataclass(frozen=True)
 class Options:
     """What generate was asked for, checked. prompts, generators, most (new tokens): one a row, n rows for each prompt;
-    cache: the caller's; whole: the prompts begin with what it holds, as far as they do."""
+    answers: of each row, whether what comes does not go on within the prompt's last words; cache: the caller's; whole:
+    the prompts begin with what it holds, as far as they do."""
 
     prompts: Sequence[Ids]
     sampler: Sampler
     generators: Sequence[np.random.Generator]
     most: Sequence[int]
+    answers: Sequence[bool]
     n: int = 1
     stop: Sequence[str] = ()
     eos: frozenset[int] = frozenset()
@@ -82,9 +84,10 @@ class Generation:
     def __init__(self, decoder: Decoder, options: Options, tokenizer: Tokenizer | None) -> None:
         self.decoder, self.options = decoder, options
         held = [_NONE] * len(options.prompts) if options.cache is None or options.whole else options.cache.ids
-        self.rows = [Row(prompt, before, rng, TextStream(tokenizer) if tokenizer else None, most)
-                     for prompt, before, rng, most in zip(options.prompts, held, options.generators, options.most,
-                                                          strict=True)]
+        self.rows = [Row(prompt, before, rng, text_stream(tokenizer, _context(before, prompt, answer)), most)
+                     for prompt, before, rng, answer, most in zip(options.prompts, held, options.generators,
+                                                                  options.answers, options.most, strict=True)]
+        self.eos = options.eos | stop_ids(tokenizer, options.stop)
         self.prompt_tokens = self.new_tokens = 0
         self.prompt_seconds = self.decode_seconds = 0.0
 
@@ -220,7 +223,7 @@ class Generation:
         row.ids.append(token)
         if self.options.logprobs:
             row.logprobs.append(most_likely(log_probabilities(logits), self.options.logprobs, token))
-        if token in self.options.eos:
+        if token in self.eos:
             return token, self._end(row, "stop")
         if row.stream is not None:
             row.held += row.stream.push(token)
@@ -285,6 +288,11 @@ def prefill(decoder: Decoder, ids: Ids, cache: ModelCache, *, logits: bool = Tru
         stop = start + KV_CHUNK
         found, _ = decoder.forward(ids[None, start:stop], cache, logits=logits and stop >= len(ids), last_only=True)
     return np.empty(0, np.float32) if found is None else found[0, 0]
+
+
+def _context(before: Ids, prompt: Ids, is_answer: bool) -> Ids:
+    """What the new text goes on with: an answer begins a text of its own."""
+    return _NONE if is_answer else np.concatenate([before, prompt])
 
 
 def _overlap(text: str, stop: str) -> int:

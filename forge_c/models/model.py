@@ -19,7 +19,8 @@ from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or
 from forge_c.models.sampling import Unsaid
 from forge_c.models.scoring import embedded, hidden_states, scored
 from forge_c.models.spec import Attention, ModelSpec, model_spec
-from forge_c.models.tokenizer import Tokenizer, load_tokenizer
+from forge_c.models.tokenizer import Tokenizer
+from forge_c.models.tokenizer_files import load_tokenizer
 from forge_c.models.weights import Checkpoint, RandomCheckpoint
 from forge_c.models.weights.random import shape_config
 from forge_c.packing import FORMATS
@@ -316,7 +317,7 @@ class Model:
         options = checked_options(
             self.config, self.tokenizer, self.eos_token_ids, prompts.rows, sampler, max_new_tokens=max_new_tokens,
             seed=seed, n=n, stop=stop, cache=cache, cache_dtype=cache_dtype, logprobs=logprobs,
-            logits_processor=logits_processor, whole=prompts.whole)
+            logits_processor=logits_processor, whole=prompts.whole, answers=prompts.answers)
         run = Generation(self._decoder, options, self.tokenizer)
         detailed = details or logprobs > 0
         if stream:

@@ -32,9 +32,10 @@ def sampler_of(settings: Mapping[str, Any], **given: Any) -> Sampler:
 def checked_options(
     spec: ModelSpec, tokenizer: Tokenizer | None, eos: frozenset[int], prompts: Sequence[Ids], sampler: Sampler, *,
     max_new_tokens: int | None, seed: int | Sequence[int] | None, n: int, stop: str | Sequence[str] | None,
-    cache: ModelCache | None, cache_dtype: str, logprobs: int, logits_processor: LogitsProcessor | None, whole: bool
+    cache: ModelCache | None, cache_dtype: str, logprobs: int, logits_processor: LogitsProcessor | None, whole: bool,
+    answers: Sequence[bool]
 ) -> Options:
-    """What Generation takes; whole: prompts hold what the cache does. A warning if the model was made for less."""
+    """What Generation takes, whole and answers as there. A warning if the model was made for less."""
     check_samples(n, sampler, logits_processor)
     if cache is not None and cache.batch != len(prompts) * n:
         raise ValueError(f"generate: cache has {cache.batch} rows, expected {len(prompts) * n}, one for each "
@@ -47,8 +48,8 @@ def checked_options(
     rows = [p for p in prompts for _ in range(n)]
     before = [0] * len(rows) if cache is None or whole else cache.lengths.tolist()
     most = _new_tokens(spec, max_new_tokens, [b + len(row) for b, row in zip(before, rows, strict=True)], cache)
-    return Options(rows, sampler, _generators(seed, len(prompts), n), most, n, stops, eos, cache, cache_dtype,
-                   int(logprobs), logits_processor, whole)
+    return Options(rows, sampler, _generators(seed, len(prompts), n), most, [a for a in answers for _ in range(n)], n,
+                   stops, eos, cache, cache_dtype, int(logprobs), logits_processor, whole)
 
 
 def check_samples(n: int, sampler: Sampler, processor: LogitsProcessor | None) -> None:

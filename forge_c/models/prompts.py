@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forge_c.models.tokenizer import Tokenizer, check_text
+from forge_c.models.tokenizer import ChatPrompt, Tokenizer, check_text
 
 Ids = NDArray[np.int64]
 
@@ -16,11 +16,13 @@ Ids = NDArray[np.int64]
 @dataclass
 class Prompts:
     """rows: the ids of each prompt, (n,). several: whether the caller gave a list of them. is_text: whether the caller
-    wants text back. whole: the rows are whole conversations, of which a cache may hold the beginning."""
+    wants text back. whole: the rows are whole conversations, of which a cache may hold the beginning. answers: of
+    each, whether what comes answers it, and does not go on within its last words."""
 
     rows: list[Ids]
     several: bool
     is_text: bool
+    answers: Sequence[bool]
     whole: bool = False
 
 
@@ -54,34 +56,36 @@ def texts_or_ids(function: str, prompt: Any, tokenizer: Tokenizer | None, vocab:
         begun = [bool(n) for n in held] or [False] * len(texts)
         encoded: list[Any] = [tokenizer.encode(text, bool(special_tokens) and not b)
                               for text, b in zip(texts, begun, strict=False)]
-        return Prompts([checked_ids(function, ids, vocab, 1) for ids in encoded], several, True)
+        rows = [checked_ids(function, ids, vocab, 1) for ids in encoded]
+        return Prompts(rows, several, True, [isinstance(text, ChatPrompt) for text in texts])
     if _all(prompt, Mapping):
         raise TypeError(f"{function}: prompt is a list of {type(prompt[0]).__name__}, expected a text or ids; pass a "
                         "conversation as messages=")
     given, several = _id_lists(function, prompt)
     rows = [checked_ids(function, ids, vocab, 1) for ids in given]
-    return Prompts(rows, several, False)
+    return Prompts(rows, several, False, [False] * len(rows))
 
 
 def conversations(function: str, messages: Any, tools: Any, tokenizer: Tokenizer | None, vocab: int) -> Prompts:
     """messages: a conversation, a list of {"role": ..., "content": ...}, or a list of conversations."""
     if not isinstance(messages, list | tuple) or not messages:
         raise TypeError(f'{function}: messages is {messages!r}, expected a list of {{"role": ..., "content": ...}}')
-    several = not isinstance(messages[0], Mapping)
+    several = isinstance(messages[0], list | tuple)
     rows = []
     for chat in messages if several else [messages]:
-        if not isinstance(chat, list | tuple) or not all(isinstance(message, Mapping) for message in chat):
+        if not isinstance(chat, list | tuple) or not chat or any(isinstance(m, str | bytes | int) for m in chat):
             raise TypeError(f'{function}: messages holds {chat!r}, expected a list of {{"role": ..., "content": ...}}')
         rows.append(checked_ids(function, _rendered(function, chat, tools, tokenizer), vocab, 1))
-    return Prompts(rows, several, True, whole=True)
+    return Prompts(rows, several, True, [True] * len(rows), whole=True)
 
 
 def _rendered(function: str, chat: Sequence[Mapping[str, Any]], tools: Any, tokenizer: Tokenizer | None) -> list[int]:
     """The ids of a conversation; its template writes the special tokens."""
-    template: Any = getattr(tokenizer, "apply_chat_template", None)
-    if tokenizer is None or template is None:
+    encode_chat: Any = getattr(tokenizer, "encode_chat", None)
+    if encode_chat is None or getattr(tokenizer, "chat_template", "") is None:
         raise ValueError(f"{function}: messages need a tokenizer with a chat template, and the model has none")
-    return tokenizer.encode(template(chat, **({} if tools is None else {"tools": tools})), False)
+    found: list[int] = encode_chat(chat, **({} if tools is None else {"tools": tools}))
+    return found
 
 
 def _id_lists(function: str, prompt: Any) -> tuple[list[Any], bool]:
