@@ -32,9 +32,7 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
                  progress: Callable[[range], Iterable[int]] = iter) -> None:
-        self.spec, self.dtype = spec, dtype
-        self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
-        self._tables = RopeTables()
+        self._describe(spec, dtype)
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
         # (vocab, H): rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
@@ -46,6 +44,19 @@ class Decoder:
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(embedding, layers, norm, packed, embedding_scale=spec.embed.scale)
+
+    @classmethod
+    def of(cls, spec: ModelSpec, dtype: str, model: LayeredModel) -> Decoder:
+        """Of a model that is packed already."""
+        decoder = object.__new__(cls)
+        decoder._describe(spec, dtype)
+        decoder._model = model
+        return decoder
+
+    def _describe(self, spec: ModelSpec, dtype: str) -> None:
+        self.spec, self.dtype = spec, dtype
+        self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
+        self._tables = RopeTables()
         for rope in self._ropes():
             self._tables.table(rope, 1)  # an impossible rope setting is an error of the load, not of the first call
 

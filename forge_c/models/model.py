@@ -17,6 +17,7 @@ from forge_c.models.generation import Generation, LogitsProcessor, Stream
 from forge_c.models.options import check_samples, checked_options, sampler_of
 from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or_ids
 from forge_c.models.sampling import Unsaid
+from forge_c.models.saved import is_saved, load_saved, save_model
 from forge_c.models.scoring import embedded, hidden_states, scored
 from forge_c.models.spec import Attention, ModelSpec, model_spec
 from forge_c.models.tokenizer import Tokenizer
@@ -31,7 +32,8 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
 def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Model:
-    """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
+    """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there; or what Model.save
+    wrote.
 
     Args:
         path: the folder; None for the embedded model, which writes Python byte by byte.
@@ -53,6 +55,10 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
+    source = (None if path is None else str(folder.absolute()), dtype)
+    if is_saved(folder):
+        decoder, eos, settings = load_saved(folder, dtype)
+        return Model(decoder, load_tokenizer(folder), eos, generation_config=settings, source=source)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"load: {folder} has no config.json")
     config = read_json(folder / "config.json")
@@ -62,7 +68,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     settings = _generation_config(folder)
     return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(settings, spec),
-                 generation_config=settings, source=(None if path is None else str(folder.absolute()), dtype))
+                 generation_config=settings, source=source)
 
 
 def _bar(layers: range) -> Iterable[int]:
@@ -93,7 +99,7 @@ def _check_dtype(function: str, dtype: str) -> None:
         raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
 
 
-def _generation_config(folder: Path) -> Mapping[str, Any]:
+def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     document = read_json(path) if path.exists() else {}
     return document if isinstance(document, dict) else {}
@@ -157,6 +163,19 @@ class Model:
         "int8", one scale a token and head.
         """
         return self._decoder.new_cache(batch, max_seq_len, dtype)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model, packed as it is, to a new folder: `load` maps that in a fraction of the time.
+
+        What load maps are the bytes that the kernels read, on whatever x86 or Arm they run; a version of this library
+        that lays them out otherwise refuses the folder. It must not be changed while a model that was loaded from it
+        is in use. What does not come to its end leaves nothing.
+
+        Raises:
+            FileExistsError, OSError: the folder exists and is not empty, or cannot be written.
+            ValueError: the model has parts that no file holds.
+        """
+        save_model(self, folder)
 
     def __copy__(self) -> Model:
         return Model(self._decoder, self.tokenizer, self.eos_token_ids, generation_config=self.generation_config,

@@ -1,6 +1,7 @@
-"""A folder's tokenizer: tokenizer.json, the files beside it that say more about its tokens, and its chat templates."""
+"""A folder's tokenizer, read and written: tokenizer.json, what the files beside it say of its tokens, chat templates."""
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,24 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return None
     return NoText(ValueError, f"models: {folder} has {other}, and text needs tokenizer.json; get it from the model's "
                   "page, or write it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+
+
+def save_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Files from which load_tokenizer makes the same one. ValueError if it is of another kind than it makes."""
+    if isinstance(tokenizer, ByteTokenizer):
+        settings: dict[str, Any] = {"tokenizer_class": "ByteTokenizer"}
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
+        have = tokenizer.chat_template
+        template = have if have is None or isinstance(have, str) else [
+            {"name": name, "template": text} for name, text in have.items()]
+        settings = {"added_tokens_decoder": {}, "split_special_tokens": tokenizer.backend.encode_special_tokens,
+                    "chat_template": template, **tokenizer.special}
+    elif tokenizer is None or isinstance(tokenizer, NoText):
+        return
+    else:
+        raise ValueError(f"Model.save: the model has a {type(tokenizer).__name__} for a tokenizer, which no file holds")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _tokenizer(folder: Path, config: Mapping[str, Any]) -> HuggingFaceTokenizer:
