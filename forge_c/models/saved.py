@@ -96,7 +96,7 @@ def save_model(model: Model, folder: str | os.PathLike[str]) -> None:
         raise FileExistsError(f"Model.save: {to} exists")
     writer, made = _Writer(), model._decoder._model
     document = {
-        "format": _FORMAT, "version": VERSION, "written_by": __version__, "layout": _layout(_packed(made)),
+        "format": _FORMAT, "version": VERSION, "written_by": __version__, "layout": _layout(packed_weights(made)),
         "spec": to_document(model.config), "dtype": model.dtype, "eos_token_ids": sorted(model.eos_token_ids),
         "generation_config": model.generation_config,
         "model": [writer.value(part) for part in (made.embedding, made.held, made.norm, made.head)],
@@ -131,7 +131,7 @@ def _room(nbytes: int) -> int:
     return -(-nbytes // _LINE) * _LINE
 
 
-def _packed(model: LayeredModel) -> Iterator[PackedWeight]:
+def packed_weights(model: LayeredModel) -> Iterator[PackedWeight]:
     """All packed weights of a model."""
     for part in model.parts:
         for value in (part.arguments or {}).values():
@@ -175,8 +175,8 @@ def load_saved(folder: Path, dtype: str) -> tuple[Decoder, frozenset[int], dict[
         raise ValueError(f"load: {folder} was packed by version {document.get('version')!r} of the format, expected "
                          f"{VERSION}; load the model that it was made of, and save it again")
     if dtype not in ("auto", document.get("dtype")):
-        raise ValueError(f"load: {folder} holds {document.get('dtype')!r}, not {dtype!r}; load the model that it was made "
-                         "of")
+        held = document.get("dtype")
+        raise ValueError(f"load: {folder} holds {held!r}, not {dtype!r}; load the model that it was made of")
     try:
         return _loaded(folder, document)
     except _ERRORS as error:
@@ -198,7 +198,7 @@ def _loaded(folder: Path, document: dict[str, Any]) -> tuple[Decoder, frozenset[
     embedding, layers, norm, head = (_read(item, arrays, made) for item in document["model"])
     model = LayeredModel(embedding, [tuple(layer) for layer in layers], norm, head, embedding_scale=spec.embed.scale)
     _check_model(spec, model)
-    found = _layout(_packed(model))
+    found = _layout(packed_weights(model))
     if document["layout"] != json.loads(json.dumps(found)):
         raise ValueError(f"its formats lie otherwise than this version's: {document['layout']}, expected {found}; load "
                          "the model that it was made of, and save it again")

@@ -1,4 +1,4 @@
-"""A folder's tokenizer, read and written: tokenizer.json, what the files beside it say of its tokens, chat templates."""
+"""A folder's tokenizer, read and written: tokenizer.json, files that say more about its tokens, and chat templates."""
 from __future__ import annotations
 
 import json
