@@ -35,7 +35,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
             for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
             last projection in int8, and both integer formats the embedding table in bfloat16.
 
-    Families: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, smollm3, granite. Nothing in the folder is executed.
+    Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
+    granite. Nothing in the folder is executed.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing.

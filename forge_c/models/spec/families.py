@@ -4,15 +4,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from forge_c.models.spec.gemma import gemma, gemma2
+from forge_c.models.spec.gemma import gemma, gemma2, gemma3, gemma3_with_images
 from forge_c.models.spec.kinds import ModelSpec
 from forge_c.models.spec.llama import granite, llama, mistral, smollm3
 from forge_c.models.spec.phi import phi3
 from forge_c.models.spec.qwen import qwen2, qwen3
 
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
-    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma": gemma, "gemma2": gemma2, "phi3": phi3,
-    "smollm3": smollm3, "granite": granite}
+    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma": gemma, "gemma2": gemma2,
+    "gemma3_text": gemma3, "gemma3": gemma3_with_images, "phi3": phi3, "smollm3": smollm3, "granite": granite}
 
 
 def model_spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -85,6 +85,10 @@ class Reader:
             raise ValueError(f"config.json: {key} is {short(value)}, expected true or false")
         return bool(value)
 
+    def mapping(self, key: str) -> dict[str, Any]:
+        """An object of the file without its nulls; empty where there is none."""
+        return checked_mapping(key, self.given.get(key))
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         value = self.given.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -108,3 +112,10 @@ def checked_number(key: str, value: Any, *, zero: bool = False, most: float = sy
         expected = f"{'>=' if zero else 'above'} 0" + (f" and at most {most:g}" if most < sys.float_info.max else "")
         raise ValueError(f"config.json: {key} is {short(value)}, expected a number {expected}")
     return float(value)
+
+
+def checked_mapping(key: str, value: Any) -> dict[str, Any]:
+    """What stands under `key`, an object or null, without its nulls."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {key} is {short(value)}, expected an object")
+    return {k: v for k, v in (value or {}).items() if v is not None}
