@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from forge_c.checks import short
 from forge_c.files import PathLike, open_regular
+from forge_c.formats.ggml import TYPES as BLOCK_TYPES
 
 __all__ = ["GGUF", "TYPES", "Strings", "TensorInfo", "Type", "is_gguf", "open_gguf"]
 
@@ -46,15 +47,14 @@ class Type(NamedTuple):
         return n // self.block * self.nbytes
 
 
-TYPES: Mapping[int, Type] = {number: Type(name, block, nbytes) for number, name, block, nbytes in (
-    (0, "F32", 1, 4), (1, "F16", 1, 2), (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22),
-    (7, "Q5_1", 32, 24), (8, "Q8_0", 32, 34), (9, "Q8_1", 32, 36), (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110),
-    (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176), (14, "Q6_K", 256, 210), (15, "Q8_K", 256, 292),
-    (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98), (19, "IQ1_S", 256, 50),
-    (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82), (23, "IQ4_XS", 256, 136),
-    (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4), (27, "I64", 1, 8), (28, "F64", 1, 8),
-    (29, "IQ1_M", 256, 56), (30, "BF16", 1, 2), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17),
-    (40, "NVFP4", 64, 36), (41, "Q1_0", 128, 18), (42, "Q2_0", 64, 18))}
+# What ggml has beside the types that can be dequantised: their bytes are counted, and no more.
+_OTHERS = (
+    (9, "Q8_1", 32, 36), (15, "Q8_K", 256, 292), (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74),
+    (18, "IQ3_XXS", 256, 98), (19, "IQ1_S", 256, 50), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82), (24, "I8", 1, 1),
+    (25, "I16", 1, 2), (26, "I32", 1, 4), (27, "I64", 1, 8), (28, "F64", 1, 8), (29, "IQ1_M", 256, 56),
+    (41, "Q1_0", 128, 18), (42, "Q2_0", 64, 18))
+TYPES: Mapping[int, Type] = {t.id: Type(t.name, t.weights, t.nbytes) for t in BLOCK_TYPES.values()} | {
+    number: Type(name, block, nbytes) for number, name, block, nbytes in _OTHERS}
 _REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8",
             38: "IQ4_NL_8_8"}
 

@@ -12,13 +12,15 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from forge_c.files import read_json
+from forge_c.formats.gguf import open_gguf
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
 from forge_c.models.generation import Generation
 from forge_c.models.sampling import Sampler
 from forge_c.models.spec import Attention, ModelSpec, model_spec
+from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
-from forge_c.models.weights import Checkpoint, RandomCheckpoint
+from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
 from forge_c.models.weights.random import shape_config
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
@@ -27,16 +29,17 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
 def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Model:
-    """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
+    """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there) or a GGUF file.
 
     Args:
-        path: the folder; None for the embedded model, which writes Python byte by byte.
+        path: the folder, or the file, by whatever name, or any file of those that a model is split into; None for the
+            embedded model, which writes Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
             last projection in int8, and both integer formats the embedding table in bfloat16.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
-    granite. Nothing in the folder is executed.
+    granite. Nothing in the folder or the file is executed.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing.
@@ -48,6 +51,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     """
     _check_dtype("load", dtype)
     folder = EMBEDDED if path is None else Path(path)
+    if folder.exists() and not folder.is_dir():
+        return _load_gguf(folder, dtype)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
     if not (folder / "config.json").is_file():
@@ -58,6 +63,16 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
+
+
+def _load_gguf(path: Path, dtype: str) -> Model:
+    """The model of a GGUF file; nothing but the file is read."""
+    file = open_gguf(path)
+    spec = gguf_spec(file)
+    checkpoint = GGUFCheckpoint(file, spec)
+    if dtype == "auto":
+        dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
+    return Model(Decoder(spec, checkpoint, dtype, _bar), None, frozenset(spec.eos_token_ids))
 
 
 def _bar(layers: range) -> Iterable[int]:
