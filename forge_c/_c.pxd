@@ -213,7 +213,9 @@ cdef extern from "forge.h" nogil:
     ctypedef struct fc_attention_weights:
         ptrdiff_t heads, kv_heads, head_dim
         fc_norm q_norm, k_norm
-        fc_matrix qkv, out
+        fc_matrix qkv[3]
+        ptrdiff_t qkv_columns[3]
+        fc_matrix out
         float scale, softcap
         ptrdiff_t window
     ctypedef struct fc_attention_state:
@@ -223,7 +225,7 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t rotary_pairs
     ctypedef struct fc_mlp_weights:
         ptrdiff_t inner
-        fc_matrix up, down
+        fc_matrix up, gate, down
         fc_activation activation
     ctypedef fc_status fc_call(void *self, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
                                ptrdiff_t hidden, const int64_t *start) noexcept nogil

@@ -245,11 +245,14 @@ typedef struct {
     float residual_scale;
 } fc_layer;
 
-/* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. */
+/* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. Queries,
+ * keys and values come from one matrix, or from two or three in formats of their own. */
 typedef struct {
     ptrdiff_t heads, kv_heads, head_dim;
     fc_norm q_norm, k_norm;
-    fc_matrix qkv, out; /* (hidden, A + 2 C), (A, hidden) */
+    fc_matrix qkv[3]; /* side by side (hidden, A + 2 C) */
+    ptrdiff_t qkv_columns[3]; /* of each; 0: there is none */
+    fc_matrix out; /* (A, hidden) */
     float scale, softcap;
     ptrdiff_t window; /* as in fc_attention_args */
 } fc_attention_weights;
@@ -263,6 +266,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t inner;
     fc_matrix up; /* gated: the pair (hidden, 2 inner), as fc_linear takes it, else (hidden, inner) */
+    fc_matrix gate; /* gated, with data: the pair is this and `up` (hidden, inner), in formats of their own */
     fc_matrix down; /* (inner, hidden) */
     fc_activation activation;
 } fc_mlp_weights;
