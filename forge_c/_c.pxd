@@ -92,6 +92,7 @@ cdef extern from "forge.h" nogil:
         FC_PACKED_I8
         FC_PACKED_I4_SYMMETRIC
         FC_PACKED_I4_AFFINE
+        FC_PACKED_Q8_0
         FC_ROWS
         FC_COLS
         FC_LAYOUTS

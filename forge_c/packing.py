@@ -6,11 +6,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forge_c.formats import ggml
 from forge_c.formats.layout import FORMATS, LINE, PANEL, Format
 from forge_c.formats.quantize import Bytes, Floats, fill, per_group, put_lines, take
 from forge_c.functional import PackedWeight
 
-__all__ = ["FORMATS", "Format", "from_q4_0", "pack", "pack_gated", "unpack"]
+__all__ = ["FORMATS", "Format", "from_ggml", "from_q4_0", "pack", "pack_gated", "unpack"]
 
 _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -105,6 +106,28 @@ def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
     put_lines(f, lines, u)
     lines[:, :, -LINE:].view(np.float16).reshape(panels, count, 2, PANEL)[...] = per_group(f, lines, scale)
     return PackedWeight(out, shape, "int4", False, f.group)
+
+
+def from_ggml(name: str, blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
+    """A weight of `shape` (in_features, out_features) from ggml's bytes of the format `name`, value for value.
+
+    blocks: uint8 (out_features, bytes of a row).
+
+    >>> from_ggml("q8_0", np.zeros((16, 68), np.uint8), (64, 16)).dtype
+    'q8_0'
+    """
+    b, (k, n) = np.asarray(blocks), shape
+    if name not in ggml.TYPES:
+        raise ValueError(f"from_ggml: name is {name!r}, expected one of {', '.join(ggml.TYPES)}")
+    kind = ggml.TYPES[name]
+    row_bytes = k // kind.block_k * kind.block_bytes
+    if b.dtype != np.uint8 or b.shape != (n, row_bytes) or k % kind.block_k:
+        raise ValueError(f"from_ggml: blocks has dtype {b.dtype} and shape {b.shape}, expected uint8 "
+                         f"({n}, {k} / {kind.block_k} * {kind.block_bytes})")
+    f = Format.checked("from_ggml", name, None, ggml.TYPES)
+    panels = _aligned(-(-n // PANEL), f.panel_bytes(k))
+    ggml.fill(f, panels, b, k)
+    return PackedWeight(panels, shape, name, False, f.group)
 
 
 def unpack(packed: PackedWeight) -> Floats:

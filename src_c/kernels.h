@@ -100,6 +100,7 @@ struct fc_stream {
     X(gemm_i8, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4_symmetric, (const struct fc_gemm *g))                                                                    \
     X(gemm_i4_affine, (const struct fc_gemm *g))                                                                       \
+    X(expand_q8_0, (char *out, const char *block, ptrdiff_t blocks))                                                   \
     X(stream_row, (struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next))          \
     X(stream_end, (struct fc_stream *stream))                                                                          \
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \

@@ -19,18 +19,24 @@ what turns u back into W, 16 columns side by side:
 
 int4 of group 32 holds the numbers of llama.cpp's Q4_0, and quantises by its rule; `from_q4_0` takes its bytes.
 
+ggml's formats keep their blocks' numbers, the lines of several groups before those of what turns u back into W. They
+are made from ggml's bytes alone, formats/ggml.py:
+
+    q8_0, blocks of 64           | 8 lines | 8 lines of u, as int8 | scale float16 of each of the two 32   |
+
 A gated pair (gate, up), both (in, hidden), alternates their panels, so that one tile of the product holds
 both sides of each output:      gate 0 | up 0 | gate 1 | up 1 | ...
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 PANEL = 16
 LINE = 64
-FORMATS = ("float32", "bfloat16", "int8", "int4")
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # that pack makes
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Row:
     scale_bytes: int = 0
     minimum_bytes: int = 0
     zero: int = 0
+    block_lines: int = 0  # of a format that expands; of others it follows
 
     @property
     def scale_lines(self) -> int:
@@ -74,10 +81,11 @@ ROWS = {
     "int8": Row("int8", 8, 4, Groups(32, 1 << 16, 128), 1, 4, 0, 128),
     "int4 symmetric": Row("int4", 4, 8, Groups(32, 32, 32), 2, 2, 0, 8),
     "int4 affine": Row("int4", 4, 8, Groups(64, 1 << 13, 64), 1, 2, 2, 0),
+    "q8_0": Row("q8_0", 8, 4, Groups(32, 32, 32), 2, 2, 0, 128, 17),
 }
 # What pack's dtype stands for when no group size is given, and what else a group size makes of it.
 ROWS_OF = {"float32": ("float32",), "bfloat16": ("bfloat16",), "int8": ("int8",),
-           "int4": ("int4 affine", "int4 symmetric")}
+           "int4": ("int4 affine", "int4 symmetric"), "q8_0": ("q8_0",)}
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,10 @@ class Format:
     group: int | None
 
     @staticmethod
-    def checked(name: str, dtype: str, group_size: int | None) -> Format:
+    def checked(name: str, dtype: str, group_size: int | None, among: Iterable[str] = FORMATS) -> Format:
         """The format of these arguments of function `name`; None is the default group. ValueError if there is none."""
-        if not isinstance(dtype, str) or dtype not in FORMATS:
-            raise ValueError(f"{name}: dtype is {dtype!r}, expected one of {', '.join(FORMATS)}")
+        if not isinstance(dtype, str) or dtype not in among:
+            raise ValueError(f"{name}: dtype is {dtype!r}, expected one of {', '.join(among)}")
         choices = [groups for row in ROWS_OF[dtype] if (groups := ROWS[row].groups)]
         if group_size is None:
             return Format(dtype, choices[0].default if choices else None)
@@ -133,7 +141,7 @@ class Format:
 
     @property
     def block_bytes(self) -> int:
-        return LINE * (self.block_k // self.k_per_line + self.row.scale_lines)
+        return LINE * (self.row.block_lines or self.block_k // self.k_per_line + self.row.scale_lines)
 
     def blocks(self, k: int) -> int:
         return -(-k // self.block_k)

@@ -11,6 +11,7 @@
 #include "../kernels/convert.h"
 #include "../kernels/gemm.h"
 #include "../kernels/quantize.h"
+#include "../kernels/expand.h"
 #include "../kernels/attention.h"
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
