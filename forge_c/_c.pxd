@@ -92,6 +92,18 @@ cdef extern from "forge.h" nogil:
         FC_PACKED_I8
         FC_PACKED_I4_SYMMETRIC
         FC_PACKED_I4_AFFINE
+        FC_PACKED_Q4_1
+        FC_PACKED_Q5_0
+        FC_PACKED_Q5_1
+        FC_PACKED_Q8_0
+        FC_PACKED_Q2_K
+        FC_PACKED_Q3_K
+        FC_PACKED_Q4_K
+        FC_PACKED_Q5_K
+        FC_PACKED_Q6_K
+        FC_PACKED_IQ4_NL
+        FC_PACKED_IQ4_XS
+        FC_PACKED_MXFP4
         FC_ROWS
         FC_COLS
         FC_LAYOUTS

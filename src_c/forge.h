@@ -114,8 +114,9 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
 /* How W lies in memory. FC_PACKED_*: formats.h defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
  * FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
 typedef enum {
-    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_ROWS, FC_COLS,
-    FC_LAYOUTS
+    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_PACKED_Q4_1,
+    FC_PACKED_Q5_0, FC_PACKED_Q5_1, FC_PACKED_Q8_0, FC_PACKED_Q2_K, FC_PACKED_Q3_K, FC_PACKED_Q4_K, FC_PACKED_Q5_K,
+    FC_PACKED_Q6_K, FC_PACKED_IQ4_NL, FC_PACKED_IQ4_XS, FC_PACKED_MXFP4, FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
 typedef struct {
     size_t size; /* sizeof(fc_linear_args) */

@@ -48,7 +48,8 @@ def test_queries_keys_and_values_from_matrices_of_their_own(isa, rng, dtype, seq
     parts, up = [normal(rng, HIDDEN, n) for n in COLUMNS], pack(normal(rng, HIDDEN, INNER))
     bias = normal(rng, sum(COLUMNS))
     joined = logits(seeded(), pack(np.concatenate(parts, axis=1), dtype), up, seq, qkv_bias=bias)
-    for given in ([pack(w, dtype) for w in parts], (pack(np.concatenate(parts[:2], axis=1), dtype), pack(parts[2], dtype))):
+    two = pack(np.concatenate(parts[:2], axis=1), dtype), pack(parts[2], dtype)
+    for given in ([pack(w, dtype) for w in parts], two):
         assert logits(seeded(), given, up, seq, qkv_bias=bias).tobytes() == joined.tobytes()
 
 
