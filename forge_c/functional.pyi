@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -59,14 +59,14 @@ class Part:
     params: int
 
 class AttentionPart(Part):
-    def __init__(self, qkv: PackedWeight, out: PackedWeight, *, heads: int, kv_heads: int, head_dim: int,
-                 norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
+    def __init__(self, qkv: PackedWeight | Sequence[PackedWeight], out: PackedWeight, *, heads: int, kv_heads: int,
+                 head_dim: int, norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
                  k_norm: Norm | None = None, qkv_bias: Array | None = None, out_bias: Array | None = None,
                  scale: float = 1.0, softcap: float = 0.0, window: int | None = None) -> None: ...
 
 class MLPPart(Part):
-    def __init__(self, up: PackedWeight, down: PackedWeight, *, activation: str = "silu", norm: Norm | None = None,
-                 post_norm: Norm | None = None, up_bias: Array | None = None,
+    def __init__(self, up: PackedWeight | Sequence[PackedWeight], down: PackedWeight, *, activation: str = "silu",
+                 norm: Norm | None = None, post_norm: Norm | None = None, up_bias: Array | None = None,
                  down_bias: Array | None = None) -> None: ...
 
 class CalledPart(Part):

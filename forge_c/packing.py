@@ -2,15 +2,20 @@
 numbers in them."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forge_c.formats.layout import FORMATS, LINE, PANEL, Format
-from forge_c.formats.quantize import Bytes, Floats, fill, per_group, put_lines, take
+from forge_c.formats import ggml
+from forge_c.formats.blocks import DTYPE_OF
+from forge_c.formats.blocks import fill as fill_blocks
+from forge_c.formats.layout import FORMATS, LINE, PANEL, ROWS_OF, Format
+from forge_c.formats.quantize import Bytes, Floats, fill, take
 from forge_c.functional import PackedWeight
 
-__all__ = ["FORMATS", "Format", "from_q4_0", "pack", "pack_gated", "unpack"]
+__all__ = ["FORMATS", "Format", "from_q4_0", "pack", "pack_blocks", "pack_gated", "pack_gated_blocks", "unpack"]
 
 _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -94,17 +99,81 @@ def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
     if b.dtype != np.uint8 or b.shape != (n, k // 32, 18) or k % 32:
         raise ValueError(f"from_q4_0: blocks has dtype {b.dtype} and shape {b.shape}, expected uint8 "
                          f"({n}, {k} / 32, 18)")
-    f = Format("int4", 32)
-    panels, count = -(-n // PANEL), f.blocks(k)
-    u = np.full((panels * PANEL, count * 2, 32), f.row.zero, np.uint8)
-    scale = np.zeros((panels * PANEL, count * 2), np.float16)
-    u[:n, :k // 32, :16], u[:n, :k // 32, 16:] = b[:, :, 2:] & 15, b[:, :, 2:] >> 4
-    scale[:n, :k // 32] = np.ascontiguousarray(b[:, :, :2]).view(np.float16)[:, :, 0]
-    out = _aligned(panels, f.panel_bytes(k))
-    lines = out.reshape(panels, count, f.block_bytes)
-    put_lines(f, lines, u)
-    lines[:, :, -LINE:].view(np.float16).reshape(panels, count, 2, PANEL)[...] = per_group(f, lines, scale)
-    return PackedWeight(out, shape, "int4", False, f.group)
+    return _from_blocks("from_q4_0", "Q4_0", [b])
+
+
+def pack_blocks(type_name: str, *raw: ArrayLike) -> PackedWeight:
+    """A weight from ggml's bytes, value for value: of one matrix, or of several side by side along out_features.
+
+    Args:
+        type_name: the ggml type, such as "Q4_K". Floats become "float32" or "bfloat16", which hold them. Types whose
+            blocks no format holds (TQ1_0, TQ2_0, NVFP4) are rounded to "bfloat16", nothing else is.
+        raw: uint8 (out_features, bytes of a row), as a GGUF file has them.
+
+    Raises:
+        ValueError: an unknown type, rows that are no whole blocks or of different lengths, a scale that is not finite.
+
+    >>> pack_blocks("Q8_0", np.zeros((16, 68), np.uint8))
+    PackedWeight(shape=(64, 16), dtype='q8_0', group_size=32)
+    """
+    t, sides = _raw_sides("pack_blocks", type_name, raw)
+    if t.name not in DTYPE_OF:
+        return pack(np.concatenate([_floats(t, side) for side in raw]).T, _FLOATS_IN.get(t.name, "bfloat16"))
+    return _from_blocks("pack_blocks", t.name, sides)
+
+
+def pack_gated_blocks(type_name: str, gate: ArrayLike, up: ArrayLike) -> PackedWeight:
+    """A pair for `gated_linear` from ggml's bytes, as pack_gated and pack_blocks.
+
+    >>> rows = np.zeros((16, 68), np.uint8)
+    >>> pack_gated_blocks("Q8_0", rows, rows)
+    PackedWeight(shape=(64, 32), dtype='q8_0', group_size=32, gated=True)
+    """
+    t, sides = _raw_sides("pack_gated_blocks", type_name, (gate, up))
+    if sides[0].shape != sides[1].shape:
+        raise ValueError(f"pack_gated_blocks: up has {len(sides[1])} rows, expected {len(sides[0])}")
+    if t.name not in DTYPE_OF:
+        return pack_gated(_floats(t, gate).T, _floats(t, up).T, _FLOATS_IN.get(t.name, "bfloat16"))
+    return _from_blocks("pack_gated_blocks", t.name, sides, True)
+
+
+_FLOATS_IN = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}  # formats that hold ggml's floats
+
+
+def _floats(t: ggml.BlockType, raw: ArrayLike) -> NDArray:
+    dtype = np.float32 if _FLOATS_IN.get(t.name) == "float32" else ml_dtypes.bfloat16
+    return ggml.dequantize(t.name, raw, dtype=dtype, name="pack_blocks")
+
+
+def _raw_sides(name: str, type_name: str, raw: Sequence[ArrayLike]) -> tuple[ggml.BlockType, list[Bytes]]:
+    """The type, and each matrix as (out, blocks, bytes of a block); all rows are equally long."""
+    t = ggml.type_named(name, type_name)
+    sides = [ggml.raw_rows(name, t, side) for side in raw]
+    if not sides or any(side.shape[1] != sides[0].shape[1] for side in sides):
+        raise ValueError(f"{name}: raw has rows of {[side.shape[1] * t.nbytes for side in sides]} bytes, expected one "
+                         "or more matrices with equally long rows")
+    return t, sides
+
+
+def _from_blocks(name: str, type_name: str, sides: Sequence[Bytes], gated: bool = False) -> PackedWeight:
+    """sides (out, blocks, bytes of a block) side by side, or the two of a gated pair panel by panel."""
+    t, dtype = ggml.TYPES[type_name], DTYPE_OF[type_name]
+    f = Format.checked(name, dtype, 32 if dtype == "int4" else None, ROWS_OF)
+    k, n = sides[0].shape[1] * t.weights, sum(len(side) for side in sides)
+    if gated:
+        panels = _aligned(-(-len(sides[0]) // PANEL) * 2, f.panel_bytes(k))
+        for i, side in enumerate(sides):
+            fill_blocks(name, f, panels[i::2], side)
+        return PackedWeight(panels, (k, n), dtype, True, f.group)
+    panels = _aligned(-(-n // PANEL), f.panel_bytes(k))
+    if any(len(side) % PANEL for side in sides[:-1]):
+        sides = [np.concatenate(list(sides))]
+    first = 0
+    for side in sides:
+        some = -(-len(side) // PANEL)
+        fill_blocks(name, f, panels[first:first + some], side)
+        first += some
+    return PackedWeight(panels, (k, n), dtype, False, f.group)
 
 
 def unpack(packed: PackedWeight) -> Floats:

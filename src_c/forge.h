@@ -114,8 +114,9 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
 /* How W lies in memory. FC_PACKED_*: formats.h defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
  * FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
 typedef enum {
-    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_ROWS, FC_COLS,
-    FC_LAYOUTS
+    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_PACKED_Q4_1,
+    FC_PACKED_Q5_0, FC_PACKED_Q5_1, FC_PACKED_Q8_0, FC_PACKED_Q2_K, FC_PACKED_Q3_K, FC_PACKED_Q4_K, FC_PACKED_Q5_K,
+    FC_PACKED_Q6_K, FC_PACKED_IQ4_NL, FC_PACKED_IQ4_XS, FC_PACKED_MXFP4, FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
 typedef struct {
     size_t size; /* sizeof(fc_linear_args) */
@@ -245,11 +246,14 @@ typedef struct {
     float residual_scale;
 } fc_layer;
 
-/* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. */
+/* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. Queries,
+ * keys and values come from one matrix, or from two or three in formats of their own. */
 typedef struct {
     ptrdiff_t heads, kv_heads, head_dim;
     fc_norm q_norm, k_norm;
-    fc_matrix qkv, out; /* (hidden, A + 2 C), (A, hidden) */
+    fc_matrix qkv[3]; /* side by side (hidden, A + 2 C) */
+    ptrdiff_t qkv_columns[3]; /* of each; 0: there is none */
+    fc_matrix out; /* (A, hidden) */
     float scale, softcap;
     ptrdiff_t window; /* as in fc_attention_args */
 } fc_attention_weights;
@@ -263,6 +267,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t inner;
     fc_matrix up; /* gated: the pair (hidden, 2 inner), as fc_linear takes it, else (hidden, inner) */
+    fc_matrix gate; /* gated, with data: the pair is this and `up` (hidden, inner), in formats of their own */
     fc_matrix down; /* (inner, hidden) */
     fc_activation activation;
 } fc_mlp_weights;

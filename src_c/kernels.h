@@ -116,6 +116,20 @@ struct fc_stream {
     X(copy_stream, (float *out, const float *data, ptrdiff_t n))                                                       \
     X(read_sum, (float *sum, const float *data, ptrdiff_t n))
 
+/* Formats that expand, each with its leaf expand_<name>(out, block, blocks); see kernels/expand.h. */
+#define FC_EXPANSIONS(X)                                                                                               \
+    X(q5_0, FC_PACKED_Q5_0)                                                                                            \
+    X(q5_1, FC_PACKED_Q5_1)                                                                                            \
+    X(q8_0, FC_PACKED_Q8_0)                                                                                            \
+    X(q2_k, FC_PACKED_Q2_K)                                                                                            \
+    X(q3_k, FC_PACKED_Q3_K)                                                                                            \
+    X(q4_k, FC_PACKED_Q4_K)                                                                                            \
+    X(q5_k, FC_PACKED_Q5_K)                                                                                            \
+    X(q6_k, FC_PACKED_Q6_K)                                                                                            \
+    X(iq4_nl, FC_PACKED_IQ4_NL)                                                                                        \
+    X(iq4_xs, FC_PACKED_IQ4_XS)                                                                                        \
+    X(mxfp4, FC_PACKED_MXFP4)
+
 /* How ops/linear.c cuts a product: data that belongs to the registers and caches of an ISA's machines. No bit of a
  * result depends on it. */
 struct fc_blocks {
@@ -143,6 +157,7 @@ struct fc_kernels {
 #define FC_MEMBER(name, params) void(*name) params;
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)
     FC_KERNELS(FC_MEMBER)
+    void (*expand[FC_LAYOUTS])(char *out, const char *block, ptrdiff_t blocks); /* NULL: as it is */
 #undef FC_TYPED_MEMBER
 #undef FC_MEMBER
 };

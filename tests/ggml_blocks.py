@@ -30,7 +30,7 @@ def random_blocks(rng: np.random.Generator, name: str, rows: int, k: int, spread
         b[:, :, at:at + 2] = d[..., None].view(np.uint8)
     if name == "MXFP4":
         b[:, :, 0] = rng.integers(110, 122, b.shape[:2])
-    return b.reshape(rows, -1)
+    return b.reshape(rows, k // t.weights * t.nbytes)
 
 
 def _half(b: bytes, at: int) -> np.float32:

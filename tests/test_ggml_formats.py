@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from forge_c.formats.blocks import DTYPE_OF
 from forge_c.formats.ggml import TYPES, dequantize
+from forge_c.packing import pack, pack_blocks, pack_gated_blocks
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -83,3 +85,82 @@ def test_what_is_no_row_of_blocks_is_refused():
             dequantize("Q4_0", raw)
     assert dequantize("Q4_0", np.zeros((0, 36), np.uint8)).shape == (0, 64)
     assert dequantize("Q4_K", np.zeros((3, 0), np.uint8)).shape == (3, 0)
+
+
+# ---- packed --------------------------------------------------------------------------------------------------------
+
+NATIVE = list(DTYPE_OF)
+
+
+def several(name: str, numbers: tuple[int, ...]) -> int:
+    """k of so many blocks."""
+    return numbers[1 if TYPES[name].weights == 256 else 0] * TYPES[name].weights
+
+
+@pytest.mark.parametrize("n", [0, 1, 16, 37])
+@pytest.mark.parametrize("blocks_of", [(0, 0), (1, 1), (2, 2), (7, 3)])
+@pytest.mark.parametrize("name", NATIVE)
+def test_unpacked_is_dequantized(rng, name, blocks_of, n):
+    raw = blocks.random_blocks(rng, name, n, several(name, blocks_of))
+    packed = pack_blocks(name, raw)
+    assert (packed.shape, packed.dtype, packed.gated) == (raw_shape(name, raw)[::-1], DTYPE_OF[name], False)
+    assert packed.unpack().tobytes() == dequantize(name, raw).T.copy().tobytes()
+
+
+def raw_shape(name: str, raw: blocks.Array) -> tuple[int, int]:
+    return len(raw), raw.shape[1] // TYPES[name].nbytes * TYPES[name].weights
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_several_matrices_side_by_side_and_pairs(rng, name, each_thread_count):
+    """Whether or not each of them fills its last panel."""
+    k = several(name, (3, 1))
+    for sizes in ((32, 16, 5), (7, 20), (16,)):
+        raw = [blocks.random_blocks(rng, name, n, k) for n in sizes]
+        whole = np.concatenate([dequantize(name, r) for r in raw]).T
+        assert pack_blocks(name, *raw).unpack().tobytes() == whole.copy().tobytes()
+    raw = [blocks.random_blocks(rng, name, 600, several(name, (33, 5))) for _ in range(2)]
+    pairs = [pack_gated_blocks(name, *raw) for _ in each_thread_count()]
+    assert pairs[0].gated and pairs[0].shape == (raw_shape(name, raw[0])[1], 1200)
+    assert pairs[0].unpack().tobytes() == np.concatenate([dequantize(name, r) for r in raw]).T.copy().tobytes()
+    assert all(pair.data.tobytes() == pairs[0].data.tobytes() for pair in pairs)
+
+
+BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q2_K": 2.625, "Q3_K": 3.625, "Q4_K": 4.625,
+        "Q5_K": 5.625, "Q6_K": 6.625, "IQ4_NL": 4.5, "IQ4_XS": 4.375, "MXFP4": 4.25}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_bits_a_weight(name):
+    packed = pack_blocks(name, np.zeros((16, 1024 // TYPES[name].weights * TYPES[name].nbytes), np.uint8))
+    assert packed.nbytes * 8 / (1024 * 16) == BITS[name]
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "TQ2_0", "NVFP4"])
+def test_what_has_no_format_of_its_own(rng, name):
+    """Floats are held exactly, the others rounded to bfloat16."""
+    sides = [(rng.standard_normal((5, 64)).astype(FLOATS[name]).view(np.uint8) if name in FLOATS
+              else blocks.random_blocks(rng, name, 5, 512)) for _ in range(2)]
+    dtype = "float32" if name in ("F32", "F16") else "bfloat16"
+    exact = np.concatenate([dequantize(name, side) for side in sides]).T.astype(dtype)
+    for packed in (pack_blocks(name, *sides), pack_gated_blocks(name, *sides)):
+        assert packed.dtype == dtype and packed.unpack().tobytes() == exact.astype(np.float32).copy().tobytes()
+
+
+def test_what_cannot_be_packed():
+    rows = np.zeros((4, 36), np.uint8)
+    for call in (lambda: pack_blocks("Q4_0", rows, np.zeros((4, 54), np.uint8)), lambda: pack_blocks("Q4_0")):
+        with pytest.raises(ValueError, match="^pack_blocks: raw has rows of .*expected one or more matrices"):
+            call()
+    with pytest.raises(ValueError, match="^pack_blocks: raw has dtype uint8 and shape .4, 36., expected uint8"):
+        pack_blocks("Q4_1", rows)
+    with pytest.raises(ValueError, match="^pack_gated_blocks: up has 3 rows, expected 4"):
+        pack_gated_blocks("Q4_0", rows, rows[:3])
+    with pytest.raises(ValueError, match="^pack_blocks: type is 'IQ1_S', expected one of"):
+        pack_blocks("IQ1_S", rows)
+    bad = rows.copy()
+    bad[3, 18:20] = 0, 0x7c
+    with pytest.raises(ValueError, match="^pack_blocks: block 7 of Q4_0 has a scale that is not finite"):
+        pack_blocks("Q4_0", bad)
+    with pytest.raises(ValueError, match="^pack: dtype is 'q4_k', expected one of float32"):
+        pack(np.zeros((4, 4), np.float32), "q4_k")

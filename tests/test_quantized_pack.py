@@ -435,7 +435,8 @@ def test_the_layout_of_python_is_that_of_c():
     """forge_c.formats.layout mirrors src_c/formats.h, which nobody else repeats."""
     in_c = functional._weight_formats()
     rows = {name: {"bits": row.bits, "k_step": row.k_step, "block_groups": row.block_groups,
-                   "scale_bytes": row.scale_bytes, "minimum_bytes": row.minimum_bytes, "zero": row.zero}
+                   "scale_bytes": row.scale_bytes, "minimum_bytes": row.minimum_bytes, "zero": row.zero,
+                   "block_lines": row.block_lines}
             for name, row in layout.ROWS.items()}
     assert (in_c["panel"], in_c["line"]) == (layout.PANEL, layout.LINE)
     assert {name: {k: v for k, v in row.items() if k != "group"} for name, row in in_c["rows"].items()} == rows

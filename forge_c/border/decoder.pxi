@@ -54,6 +54,16 @@ cdef class Part:
         self.keep(norm)
         return norm.c
 
+    cdef tuple beside(self, str name, object given, int most):
+        """One PackedWeight, or a sequence of at most so many."""
+        if isinstance(given, PackedWeight):
+            return (given,)
+        if not isinstance(given, tuple | list) or not 0 < len(given) <= most or not all([
+                isinstance(w, PackedWeight) and (len(given) == 1 or not w.gated) for w in given]):
+            raise TypeError(f"{type(self).__name__}: {name} is {given!r}, expected a PackedWeight, or up to {most} of them "
+                            "side by side")
+        return tuple(given)
+
     cdef fc_matrix matrix(self, str name, PackedWeight w, tuple shape, object bias) except *:
         cdef fc_matrix m
         cdef cnp.ndarray b = None
@@ -69,33 +79,58 @@ cdef class Part:
 
 
 cdef class AttentionPart(Part):
-    """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), out (heads head_dim, hidden); q_norm and
-    k_norm act on each head, before RoPE."""
+    """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
+    (heads head_dim, hidden); q_norm and k_norm act on each head, before RoPE."""
     cdef fc_attention_weights w
 
-    def __init__(self, PackedWeight qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
+    def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
                  qkv_bias=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None):
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_ATTENTION, &self.w, qkv.k, norm, post_norm)
+        self.begin(FC_ATTENTION, &self.w, out.n, norm, post_norm)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
-        self.w.qkv = self.matrix("qkv", qkv, (qkv.k, (heads + 2 * kv_heads) * head_dim), qkv_bias)
-        self.w.out = self.matrix("out", out, (heads * head_dim, qkv.k), out_bias)
+        self.project(self.beside("qkv", qkv, 3), (heads + 2 * kv_heads) * head_dim, qkv_bias)
+        self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
         self.w.q_norm, self.w.k_norm = self.normed("q_norm", q_norm, head_dim), self.normed("k_norm", k_norm, head_dim)
         self.w.scale, self.w.softcap, self.w.window = <float>scale, <float>softcap, window or 0
 
+    cdef int project(self, tuple matrices, ptrdiff_t columns, object bias) except -1:
+        """The matrices into w.qkv, `columns` in all."""
+        cdef PackedWeight w
+        cdef ptrdiff_t first = 0
+        cdef object flat = None if bias is None else np.reshape(bias, -1)
+        if sum([(<PackedWeight>m).n for m in matrices]) != columns:
+            raise ValueError(f"AttentionPart: qkv has shapes {[m.shape for m in matrices]}, expected {columns} columns")
+        if flat is not None and len(flat) != columns:
+            raise ValueError(f"AttentionPart: qkv_bias has {len(flat)} values, expected {columns}")
+        for i, w in enumerate(matrices):
+            self.w.qkv[i] = self.matrix("qkv", w, (self.hidden, w.n), None if flat is None else flat[first:first + w.n])
+            self.w.qkv_columns[i] = w.n
+            first += w.n
+        return 0
+
 
 cdef class MLPPart(Part):
-    """down(f(gate) * up) if `up` is a pair from pack_gated, (hidden, 2 inner); else down(f(up)), (hidden, inner)."""
+    """down(f(gate) * up) if `up` is a pair from pack_gated, (hidden, 2 inner), or (gate, up), each (hidden, inner);
+    else down(f(up)), (hidden, inner)."""
     cdef fc_mlp_weights w
 
-    def __init__(self, PackedWeight up not None, PackedWeight down not None, *, str activation not None="silu",
+    def __init__(self, up not None, PackedWeight down not None, *, str activation not None="silu",
                  Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None):
+        cdef tuple sides = self.beside("up", up, 2)
+        cdef PackedWeight first = sides[0]
+        cdef tuple shape = (down.n, 2 * down.k if first.gated else down.k)
+        cdef bint gated = first.gated or len(sides) == 2
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_GATED_MLP if up.gated else FC_MLP, &self.w, up.k, norm, post_norm)
+        self.begin(FC_GATED_MLP if gated else FC_MLP, &self.w, down.n, norm, post_norm)
         self.w.inner, self.w.activation = down.k, GATES[activation]
-        self.w.up = self.matrix("up", up, (up.k, 2 * down.k if up.gated else down.k), up_bias)
-        self.w.down = self.matrix("down", down, (down.k, up.k), down_bias)
+        if len(sides) == 1:
+            self.w.up = self.matrix("up", first, shape, up_bias)
+        else:
+            gate_bias, up_bias = (None, None) if up_bias is None else np.reshape(up_bias, (2, -1))
+            self.w.gate = self.matrix("gate", first, shape, gate_bias)
+            self.w.up = self.matrix("up", sides[1], shape, up_bias)
+        self.w.down = self.matrix("down", down, (down.k, down.n), down_bias)
 
 
 cdef class CalledPart(Part):

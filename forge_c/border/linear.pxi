@@ -7,7 +7,7 @@ cdef extern from "formats.h" nogil:
         FC_ANY_GROUP
     struct fc_format:
         const char *name
-        int packed, bits, k_step, group, block_groups, scale_bytes, minimum_bytes, zero
+        int packed, bits, k_step, group, block_groups, scale_bytes, minimum_bytes, zero, block_lines
     const fc_format fc_formats[FC_LAYOUTS]
 
 cdef dict LAYOUTS = {fc_formats[i].name.decode(): i for i in range(FC_LAYOUTS) if fc_formats[i].packed}
@@ -20,7 +20,7 @@ def _weight_formats():
         f = fc_formats[<int>i]
         rows[name] = {"bits": f.bits, "k_step": f.k_step, "group": None if f.group == FC_ANY_GROUP else f.group,
                       "block_groups": f.block_groups, "scale_bytes": f.scale_bytes,
-                      "minimum_bytes": f.minimum_bytes, "zero": f.zero}
+                      "minimum_bytes": f.minimum_bytes, "zero": f.zero, "block_lines": f.block_lines}
     return {"panel": FC_PANEL, "line": FC_LINE, "rows": rows}
 
 
@@ -53,10 +53,10 @@ cdef class PackedWeight:
     cdef ptrdiff_t k, n, group
 
     def __init__(self, data, shape, dtype, gated=False, group_size=None):
-        from forge_c.formats.layout import Format
+        from forge_c.formats.layout import ROWS_OF, Format
         self.gated = flag("PackedWeight", "gated", gated)
         cdef ptrdiff_t sides = 2 if self.gated else 1
-        f = Format.checked("PackedWeight", dtype, group_size)
+        f = Format.checked("PackedWeight", dtype, group_size, ROWS_OF)
         self.layout = LAYOUTS[f.name]
         self.k, self.n = packed_shape(shape)
         if self.k < 0 or self.n < 0 or self.n % sides:

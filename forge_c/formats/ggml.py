@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["TYPES", "Apart", "BlockType", "dequantize", "raw_rows", "take_apart"]
+__all__ = ["TYPES", "BlockType", "Numbers", "check_scales", "dequantize", "numbers", "raw_rows", "type_named",
+           "weights"]
 
 Bytes = NDArray[np.uint8]
 
@@ -29,12 +30,14 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 FP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
-class Apart(NamedTuple):
-    """Blocks (n) taken apart."""
+class Numbers(NamedTuple):
+    """What n blocks hold, one number after the other."""
 
     u: Bytes  # (n, weights), not looked up
-    scales: NDArray[Any] | None = None  # (n, sub-blocks) uint8 or int8
+    scales: NDArray[Any] | None = None  # (n, sub-blocks) uint8 or int8; of Q2_K the minima too, in the upper nibbles
     minima: Bytes | None = None  # (n, sub-blocks)
+    d: NDArray[Any] | None = None  # (n, 1) float16, or the bytes that stand for it
+    m: NDArray[np.float16] | None = None  # (n, 1)
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,18 @@ class BlockType:
     id: int
     weights: int
     nbytes: int
-    apart: Callable[[Bytes], Apart] | None = None  # None: the weights are floats
+    integers: Callable[[Bytes], Numbers] | None = None  # all but d and m; None: the weights are floats
     zero: int = 0
     table: tuple[int, ...] = ()
     sub: int = 0  # weights of a sub-block; 0: the whole block
     d: int = 0  # byte of the float16 scale
     m: int | None = None  # and of the minimum
-    scale_of: Callable[[Bytes], NDArray[np.float32]] | None = None  # where d is no float16
+    d_bytes: int = 0  # where d is so many bytes, not float16,
+    d_of: Callable[[Bytes], NDArray[np.float32]] | None = None  # and what they stand for
 
     @property
     def is_float(self) -> bool:
-        return self.apart is None
+        return self.integers is None
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of k weights, a multiple of `weights`."""
@@ -94,55 +98,51 @@ def _sixes(b: Bytes) -> tuple[Bytes, Bytes]:
     return scales, minima
 
 
-def _q2_k(b: Bytes) -> Apart:
-    return Apart(planes(b[:, 16:80], 32, 2), b[:, :16] & 15, b[:, :16] >> np.uint8(4))
-
-
-def _q3_k(b: Bytes) -> Apart:
+def _q3_k(b: Bytes) -> Numbers:
     u, third = planes(b[:, 32:96], 32, 2), planes(b[:, :32], 32, 1)
     third <<= np.uint8(2)
     u |= third
     scales = planes(b[:, 96:104], 8, 4) | planes(b[:, 104:108], 4, 2) << 4
-    return Apart(u, (scales - np.uint8(32)).view(np.int8))
+    return Numbers(u, (scales - np.uint8(32)).view(np.int8))
 
 
-def _q5_k(b: Bytes) -> Apart:
+def _q5_k(b: Bytes) -> Numbers:
     u, fifth = planes(b[:, 48:176], 32, 4), planes(b[:, 16:48], 32, 1)
     fifth <<= np.uint8(4)
     u |= fifth
-    return Apart(u, *_sixes(b[:, 4:16]))
+    return Numbers(u, *_sixes(b[:, 4:16]))
 
 
-def _q6_k(b: Bytes) -> Apart:
+def _q6_k(b: Bytes) -> Numbers:
     u, high = planes(b[:, :128], 64, 4), planes(b[:, 128:192], 32, 2)
     high <<= np.uint8(4)
     u |= high
-    return Apart(u, b[:, 192:208].view(np.int8))
+    return Numbers(u, b[:, 192:208].view(np.int8))
 
 
-def _iq4_xs(b: Bytes) -> Apart:
+def _iq4_xs(b: Bytes) -> Numbers:
     scales = planes(b[:, 4:8], 1, 4) | planes(b[:, 2:4], 1, 2) << 4
-    return Apart(planes(b[:, 8:136], 16, 4), (scales - np.uint8(32)).view(np.int8))
+    return Numbers(planes(b[:, 8:136], 16, 4), (scales - np.uint8(32)).view(np.int8))
 
 
-def _tq1_0(b: Bytes) -> Apart:
+def _tq1_0(b: Bytes) -> Numbers:
     """Five digits of base 3 to a byte, as a fraction: the first digit is what 3 times it has over 256."""
     parts = []
     for start, end, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         power = np.array([3**j for j in range(digits)], np.uint8)[:, None]
         parts.append((b[:, None, start:end] * power).reshape(len(b), -1))
-    return Apart((np.concatenate(parts, axis=1).astype(np.uint16) * 3 >> 8).astype(np.uint8))
+    return Numbers((np.concatenate(parts, axis=1).astype(np.uint16) * 3 >> 8).astype(np.uint8))
 
 
 def _powers(b: Bytes) -> NDArray[np.float32]:
-    """2^(e - 128), (n, 1), of MXFP4's first byte."""
-    e = b[:, :1].astype(np.uint32)
+    """2^(b - 128), what MXFP4's first byte stands for."""
+    e = b.astype(np.uint32)
     return np.where(e < 2, np.uint32(0x00200000) << e, (e - 1) << np.uint32(23)).astype(np.uint32).view(np.float32)
 
 
 def _small_floats(b: Bytes) -> NDArray[np.float32]:
-    """Half of NVFP4's four scales (n, 4): 4 bits of exponent, 3 of mantissa, no sign; 127 stands for 0."""
-    x = b[:, :4].astype(np.int32)
+    """Half of NVFP4's scales: 4 bits of exponent, 3 of mantissa, no sign; 127 stands for 0."""
+    x = b.astype(np.int32)
     exponent, mantissa = x >> 3 & 15, (x & 7).astype(np.float32)
     value = np.where(exponent == 0, mantissa * np.float32(2.0**-9),
                      np.ldexp(1 + mantissa / 8, exponent - 7)).astype(np.float32)
@@ -153,23 +153,23 @@ TYPES = {t.name: t for t in (
     BlockType("F32", 0, 1, 4),
     BlockType("F16", 1, 1, 2),
     BlockType("BF16", 30, 1, 2),
-    BlockType("Q4_0", 2, 32, 18, lambda b: Apart(_fours(b, 2)), 8),
-    BlockType("Q4_1", 3, 32, 20, lambda b: Apart(_fours(b, 4)), m=2),
-    BlockType("Q5_0", 6, 32, 22, lambda b: Apart(_fives(b, 2)), 16),
-    BlockType("Q5_1", 7, 32, 24, lambda b: Apart(_fives(b, 4)), m=2),
-    BlockType("Q8_0", 8, 32, 34, lambda b: Apart(b[:, 2:] ^ np.uint8(128)), 128),
-    BlockType("Q2_K", 10, 256, 84, _q2_k, sub=16, d=80, m=82),
+    BlockType("Q4_0", 2, 32, 18, lambda b: Numbers(_fours(b, 2)), 8),
+    BlockType("Q4_1", 3, 32, 20, lambda b: Numbers(_fours(b, 4)), m=2),
+    BlockType("Q5_0", 6, 32, 22, lambda b: Numbers(_fives(b, 2)), 16),
+    BlockType("Q5_1", 7, 32, 24, lambda b: Numbers(_fives(b, 4)), m=2),
+    BlockType("Q8_0", 8, 32, 34, lambda b: Numbers(b[:, 2:] ^ np.uint8(128)), 128),
+    BlockType("Q2_K", 10, 256, 84, lambda b: Numbers(planes(b[:, 16:80], 32, 2), b[:, :16]), sub=16, d=80, m=82),
     BlockType("Q3_K", 11, 256, 110, _q3_k, 4, sub=16, d=108),
-    BlockType("Q4_K", 12, 256, 144, lambda b: Apart(planes(b[:, 16:], 32, 4), *_sixes(b[:, 4:16])), sub=32, m=2),
+    BlockType("Q4_K", 12, 256, 144, lambda b: Numbers(planes(b[:, 16:], 32, 4), *_sixes(b[:, 4:16])), sub=32, m=2),
     BlockType("Q5_K", 13, 256, 176, _q5_k, sub=32, m=2),
     BlockType("Q6_K", 14, 256, 210, _q6_k, 32, sub=16, d=208),
-    BlockType("IQ4_NL", 20, 32, 18, lambda b: Apart(_fours(b, 2)), table=IQ4_VALUES),
+    BlockType("IQ4_NL", 20, 32, 18, lambda b: Numbers(_fours(b, 2)), table=IQ4_VALUES),
     BlockType("IQ4_XS", 23, 256, 136, _iq4_xs, table=IQ4_VALUES, sub=32),
     BlockType("TQ1_0", 34, 256, 54, _tq1_0, 1, d=52),
-    BlockType("TQ2_0", 35, 256, 66, lambda b: Apart(planes(b[:, :64], 32, 2)), 1, d=64),
-    BlockType("MXFP4", 39, 32, 17, lambda b: Apart(_fours(b, 1)), table=FP4_VALUES, scale_of=_powers),
-    BlockType("NVFP4", 40, 64, 36, lambda b: Apart(planes(b[:, 4:], 8, 4)), table=FP4_VALUES, sub=16,
-              scale_of=_small_floats),
+    BlockType("TQ2_0", 35, 256, 66, lambda b: Numbers(planes(b[:, :64], 32, 2)), 1, d=64),
+    BlockType("MXFP4", 39, 32, 17, lambda b: Numbers(_fours(b, 1)), table=FP4_VALUES, d_bytes=1, d_of=_powers),
+    BlockType("NVFP4", 40, 64, 36, lambda b: Numbers(planes(b[:, 4:], 8, 4)), table=FP4_VALUES, sub=16,
+              d_bytes=4, d_of=_small_floats),
 )}
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -203,7 +203,7 @@ def check_scales(name: str, t: BlockType, blocks: Bytes) -> None:
         what = "number"
     elif t.name == "MXFP4":
         sound, what = blocks[:, :1] <= 252, "scale"
-    elif t.scale_of is not None:
+    elif t.d_of is not None:
         return
     else:
         offsets = [t.d] if t.m is None else [t.d, t.m]
@@ -213,24 +213,27 @@ def check_scales(name: str, t: BlockType, blocks: Bytes) -> None:
         raise ValueError(f"{name}: block {at} of {t.name} has a {what} that is not finite")
 
 
-def take_apart(t: BlockType, blocks: Bytes) -> Apart:
-    """blocks (n, bytes) of a type that is no float."""
-    if t.apart is None:
-        raise TypeError(f"take_apart: {t.name} has floats, expected a type of blocks")
-    return t.apart(blocks)
+def numbers(t: BlockType, blocks: Bytes) -> Numbers:
+    """Of blocks (n, bytes) of a type that is no float."""
+    if t.integers is None:
+        raise TypeError(f"numbers: {t.name} has floats, expected a type of blocks")
+    d = blocks[:, t.d:t.d + t.d_bytes] if t.d_bytes else half_at(blocks, t.d)
+    return t.integers(blocks)._replace(d=d, m=None if t.m is None else half_at(blocks, t.m))
 
 
-def _weights(t: BlockType, blocks: Bytes, out: NDArray[np.float32]) -> None:
-    """out (n, weights) <- blocks (n, bytes)."""
-    u, scales, minima = take_apart(t, blocks)
-    signed = np.take(np.array(t.table, np.int8), u) if t.table else (u - np.uint8(t.zero)).view(np.int8)
-    d = half_at(blocks, t.d).astype(np.float32) if t.scale_of is None else t.scale_of(blocks)
+def weights(t: BlockType, n: Numbers, out: NDArray[np.float32]) -> None:
+    """out (n, weights) <- what the numbers stand for."""
+    signed = np.take(np.array(t.table, np.int8), n.u) if t.table else (n.u - np.uint8(t.zero)).view(np.int8)
+    scales, minima = n.scales, n.minima
+    if t.name == "Q2_K" and scales is not None:
+        scales, minima = scales & np.uint8(15), scales >> np.uint8(4)
+    d = np.asarray(n.d).astype(np.float32) if t.d_of is None else t.d_of(np.asarray(n.d))
     if scales is not None:
         d = d * scales.astype(np.float32)
-    w = out.reshape(len(u), t.weights // (t.sub or t.weights), t.sub or t.weights)
+    w = out.reshape(len(n.u), t.weights // (t.sub or t.weights), t.sub or t.weights)
     np.multiply(signed.reshape(w.shape), d[:, :, None], out=w, dtype=np.float32)
-    if t.m is not None:
-        m = half_at(blocks, t.m).astype(np.float32)
+    if n.m is not None:
+        m = n.m.astype(np.float32)
         w += (m if minima is None else -(m * minima.astype(np.float32)))[:, :, None]
 
 
@@ -256,7 +259,7 @@ def dequantize(type_name: str, raw: ArrayLike, *, dtype: DTypeLike = np.float32,
     for first in range(0, len(blocks), step):
         some, to = blocks[first:first + step], out[first:first + step]
         check_scales(name, t, some)
-        _weights(t, some, to if w is None else w[:len(some)])
+        weights(t, numbers(t, some), to if w is None else w[:len(some)])
         if w is not None:
             to[...] = w[:len(some)]
     return out.reshape(len(rows), rows.shape[1] * t.weights)

@@ -48,9 +48,10 @@ static fc_status project_as(const struct pass *p, fc_linear_args *args, const fc
     return status;
 }
 
-fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride,
-                  const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual) {
-    const fc_rows each = rows_of(rows, n, x_stride, n);
+fc_status project(const struct pass *p, float *out, ptrdiff_t out_stride, const float *x, ptrdiff_t rows,
+                  ptrdiff_t x_stride, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm,
+                  const float *residual) {
+    const fc_rows each = rows_of(rows, out_stride, x_stride, out_stride);
     fc_linear_args args = {
         .size = sizeof args, .out = out, .x = x, .residual = residual, .rows = &each, .m = rows, .k = k, .n = n};
     return project_as(p, &args, w, norm);
@@ -146,8 +147,8 @@ static fc_status results(const struct forward *ctx) {
     const ptrdiff_t every = args->last_only ? p->seq : 1;
     fc_status status = FC_OK;
     if (args->logits)
-        status = project(p, args->logits, ctx->x + (every - 1) * m->hidden, p->rows / every, every * m->hidden,
-                         &m->head, m->hidden, m->vocab, &m->norm, NULL);
+        status = project(p, args->logits, m->vocab, ctx->x + (every - 1) * m->hidden, p->rows / every,
+                         every * m->hidden, &m->head, m->hidden, m->vocab, &m->norm, NULL);
     if (status == FC_OK && args->hidden)
         status = normalise(args->hidden, ctx->x, &m->norm, p->rows, m->hidden, 1, m->hidden);
     return status;

@@ -23,6 +23,7 @@ enum a_type { A_F32, A_BF16, A_ROUNDED, A_QUANTIZED }; /* A_ROUNDED: float32 wit
 struct product {
     const struct fc_format *format;
     void (*gemm)(const struct fc_gemm *);
+    void (*expand)(char *out, const char *block, ptrdiff_t blocks); /* of a format that expands */
     enum a_type a_type;
     ptrdiff_t x_size;               /* bytes of a value of x */
     ptrdiff_t block_k, block_bytes; /* W comes in whole blocks of so many k */
@@ -36,11 +37,13 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
         [FC_PACKED_I8] = kernels->gemm_i8,
         [FC_PACKED_I4_SYMMETRIC] = kernels->gemm_i4_symmetric,
         [FC_PACKED_I4_AFFINE] = kernels->gemm_i4_affine,
+        [FC_PACKED_Q4_1] = kernels->gemm_i4_affine,
         [FC_ROWS] = kernels->gemm_f32,
         [FC_COLS] = kernels->gemm_f32,
     };
     const struct fc_format *format = &fc_formats[args->layout];
-    struct product f = {.format = format, .gemm = gemm[args->layout], .a_type = A_F32, .x_size = 4};
+    struct product f = {.format = format, .gemm = format->expands ? kernels->gemm_i8 : gemm[args->layout],
+                        .expand = kernels->expand[args->layout], .a_type = A_F32, .x_size = 4};
     f.block_k = fc_block_k(format, args->group);
     f.block_bytes = fc_block_bytes(format, args->group);
     f.group_k = fc_group_k(format, args->group);
@@ -50,7 +53,8 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
         f.x_size = fc_size_of(kernels->bf16_x);
     } else if (format->a_type == FC_A_I8) {
         f.a_type = A_QUANTIZED;
-        f.x_size = format->bits == 8 ? kernels->i8_x : kernels->i4_x;
+        f.x_size = format->bits == 8 || format->expands ? kernels->i8_x : kernels->i4_x;
+        if (format->expands) f.group_lines = f.group_k / 4;
     }
     return f;
 }
@@ -67,7 +71,7 @@ struct linear {
     ptrdiff_t groups;
     ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
     ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
-    size_t unpacked_bytes;
+    size_t unpacked_bytes; /* a thread's scratch of panels as they are multiplied, of a block of k */
     fc_scratch normed; /* a thread: one row of x after its norm */
     fc_scratch scratch; /* a thread: unpacked panels, then accumulators */
     void (*gated)(void *, const float *, float, const float *, const float *, ptrdiff_t);
@@ -127,6 +131,7 @@ static int lies_ready(const struct linear *ctx) {
 static ptrdiff_t k_at_once(const struct linear *ctx) {
     const ptrdiff_t block = ctx->product.block_bytes;
     if (!ctx->product.format->packed) return ctx->sizes->unpacked_k;
+    if (ctx->product.expand) return fc_round_up(ctx->sizes->unpacked_k, ctx->product.block_k);
     if (ctx->args->m <= ctx->sizes->tile_rows) return ctx->k ? ctx->k : 1;
     return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
@@ -179,6 +184,14 @@ static void pack_unpacked(const struct linear *ctx, float *to, ptrdiff_t first, 
     }
 }
 
+/* The same panels of a format that expands. */
+static void expand_panels(const struct linear *ctx, char *to, const char *w, ptrdiff_t panel_bytes, ptrdiff_t count,
+                          ptrdiff_t kc) {
+    const struct product *f = &ctx->product;
+    const ptrdiff_t stride = kc / f->group_k * fc_expanded_bytes(f->format);
+    for (ptrdiff_t p = 0; p < count; p++) f->expand(to + p * stride, w + p * panel_bytes, kc / f->block_k);
+}
+
 static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrdiff_t panel, ptrdiff_t panels,
                      ptrdiff_t row, ptrdiff_t rows) {
     const struct product *f = &ctx->product;
@@ -192,7 +205,12 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
         g.blocks = kc / f->block_k;
         g.lines = f->a_type == A_QUANTIZED ? f->group_lines : g.blocks;
         if (ctx->groups) g.sums = ctx->sums + (row * ctx->groups + k0 / f->group_k) * 4;
-        if (ctx->unpacked_bytes) {
+        if (f->expand) {
+            expand_panels(ctx, (char *)unpacked, g.w, panel_bytes, panels, kc);
+            g.w = unpacked;
+            g.panel_stride = kc / f->group_k * fc_expanded_bytes(f->format);
+            g.blocks = kc / f->group_k;
+        } else if (ctx->unpacked_bytes) {
             pack_unpacked(ctx, unpacked, panel, panels, k0, kc);
             g.w = unpacked;
             g.panel_stride = kc * FC_PANEL * 4;
@@ -275,8 +293,11 @@ static fc_status by_tiles(struct linear *ctx) {
     const int sides = args->gated ? 2 : 1;
     ctx->panel_columns = FC_PANEL / sides;
     ctx->panels = fc_round_up(args->n, FC_PANEL) / FC_PANEL * sides;
-    ctx->unpacked_bytes =
-        ctx->product.format->packed ? 0 : (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
+    if (ctx->product.expand)
+        ctx->unpacked_bytes = (size_t)(ctx->kc / ctx->product.group_k * fc_expanded_bytes(ctx->product.format) *
+                                       ctx->sizes->many_panels);
+    else if (!ctx->product.format->packed)
+        ctx->unpacked_bytes = (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
     cut(ctx, 1);
     int threads = fc_threads_for(ctx->tiles * ctx->blocks / ctx->item_blocks * FINER, item_ns(ctx) / FINER);
     cut(ctx, threads);
