@@ -107,6 +107,9 @@ cdef extern from "forge.h" nogil:
         FC_ROWS
         FC_COLS
         FC_LAYOUTS
+    ctypedef enum fc_rounds:
+        FC_ROUND_I8
+        FC_ROUND_I12
     ctypedef struct fc_linear_args:
         size_t size
         fc_dtype type
@@ -120,6 +123,7 @@ cdef extern from "forge.h" nogil:
         const void *weight
         ptrdiff_t ldw
         ptrdiff_t group
+        fc_rounds rounding
         const float *norm
         float norm_eps, norm_offset
         const float *bias
@@ -206,6 +210,7 @@ cdef extern from "forge.h" nogil:
         fc_layout layout
         const void *data
         ptrdiff_t group
+        fc_rounds rounding
         const float *bias
     ctypedef enum fc_part_kind:
         FC_NO_PART
