@@ -107,6 +107,8 @@ cdef extern from "forge.h" nogil:
         FC_ROWS
         FC_COLS
         FC_LAYOUTS
+    fc_status fc_embedding_packed(fc_layout layout, ptrdiff_t group, fc_dtype out_type, void *out, const void *table,
+                                  const int64_t *ids, ptrdiff_t count, ptrdiff_t k, float scale)
     ctypedef enum fc_rounds:
         FC_ROUND_I8
         FC_ROUND_I12
@@ -254,6 +256,7 @@ cdef extern from "forge.h" nogil:
         fc_dtype embedding_type
         const void *embedding
         ptrdiff_t ld_embedding
+        fc_matrix table
         float embedding_scale
         const fc_layer *layers
         ptrdiff_t n_layers

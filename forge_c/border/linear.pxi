@@ -338,11 +338,18 @@ cdef int dtype_named(str fn, object dtype) except -1:
     return DTYPES.index(given)
 
 
+cdef int one_matrix(str fn, str arg, PackedWeight w) except -1:
+    if w.gated:
+        raise TypeError(f"{fn}: {arg} is a pair from pack_gated, expected one matrix")
+    return 0
+
+
 def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     """table[ids] * scale, checked: an id outside 0 .. num - 1 is an IndexError, never a wrap.
 
-    ids: integers of any shape; table (num, dim) float32, float16 or bfloat16; the result is ids.shape + (dim,) in
-    `dtype`, by default the table's.
+    ids: integers of any shape; table (num, dim) float32, float16 or bfloat16, or a PackedWeight of shape (dim, num), the
+    projection of tied weights, whose rows are then those of `table.unpack().T`; the result is ids.shape + (dim,) in
+    `dtype`, by default the table's, or float32 from a packed one.
 
     >>> embedding([1, 0], np.array([[1, 2], [3, 4]], np.float32))
     array([[3., 4.],
@@ -350,39 +357,52 @@ def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     """
     cdef cnp.ndarray ia = listed("embedding", "ids", ids)
     cdef cnp.ndarray given
-    cdef cnp.ndarray ta = viewed("embedding", "table", table)
-    cdef int t = float_type("embedding", "table", ta)
-    cdef int out_t = t
+    cdef cnp.ndarray ta
+    cdef PackedWeight packed = None
+    cdef int t = FC_F32
+    cdef int out_t
     cdef float factor = <float>number("embedding", "scale", scale)
     cdef cnp.ndarray y
     cdef fc_status status
     cdef cnp.npy_intp dims[MAX_AXES]
     cdef int i, nd
-    cdef ptrdiff_t count, n, ld
+    cdef ptrdiff_t count, n, rows, ld
+    if isinstance(table, PackedWeight):
+        packed = table
+        one_matrix("embedding", "table", packed)
+        ta, rows, n = packed.data, packed.n, packed.k
+    else:
+        ta = viewed("embedding", "table", table)
+        t = float_type("embedding", "table", ta)
+        if cnp.PyArray_NDIM(ta) != 2:
+            raise ValueError(f"embedding: table has shape {shape_of(ta)}, expected (num, dim)")
+        contiguous_last("embedding", "table", ta)
+        rows, n = cnp.PyArray_DIM(ta, 0), cnp.PyArray_DIM(ta, 1)
     if ia.dtype.kind not in "iu" and ia.size:
         raise TypeError(f"embedding: ids has dtype {ia.dtype}, expected integers")
-    if cnp.PyArray_NDIM(ta) != 2:
-        raise ValueError(f"embedding: table has shape {shape_of(ta)}, expected (num, dim)")
-    contiguous_last("embedding", "table", ta)
-    if dtype is not None:
-        out_t = dtype_named("embedding", dtype)
+    out_t = t if dtype is None else dtype_named("embedding", dtype)
     nd = cnp.PyArray_NDIM(ia)
     if nd >= MAX_AXES:
         raise ValueError(f"embedding: ids has {nd} axes, expected at most {MAX_AXES - 1}")
     given, ia = ia, private_ints(ia)
     for i in range(nd):
         dims[i] = cnp.PyArray_DIM(ia, i)
-    n = dims[nd] = cnp.PyArray_DIM(ta, 1)
+    dims[nd] = n
     count, ld = cnp.PyArray_SIZE(ia), cnp.PyArray_STRIDE(ta, 0)
     y = result("embedding", out, nd + 1, dims, out_t)
     if not cnp.PyArray_IS_C_CONTIGUOUS(y):
         raise ValueError("embedding: out is not C-contiguous")
     no_overlap("embedding", "out", y, "table", ta, False)
     no_overlap("embedding", "out", y, "ids", given, False)
-    ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, cnp.PyArray_DIM(ta, 0), shape_of(ia), given)
-    if cnp.PyArray_SIZE(y):
-        with nogil:
+    ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, rows, shape_of(ia), given)
+    if cnp.PyArray_SIZE(y) == 0:
+        return y
+    with nogil:
+        if packed is not None:
+            status = fc_embedding_packed(packed.layout, packed.group, <fc_dtype>out_t, cnp.PyArray_DATA(y),
+                                         cnp.PyArray_DATA(ta), <const int64_t *>cnp.PyArray_DATA(ia), count, n, factor)
+        else:
             status = fc_embedding(<fc_dtype>t, <fc_dtype>out_t, cnp.PyArray_DATA(y), cnp.PyArray_DATA(ta),
                                   <const int64_t *>cnp.PyArray_DATA(ia), count, n, ld, factor)
-        check("embedding", status)
+    check("embedding", status)
     return y

@@ -136,6 +136,9 @@ struct forward {
 static fc_status embed(const struct forward *ctx) {
     const fc_model *m = ctx->args->model;
     if (!ctx->args->ids) return FC_OK;
+    if (!m->embedding)
+        return fc_embedding_packed(m->table.layout, m->table.group, FC_F32, ctx->x, m->table.data, ctx->args->ids,
+                                   ctx->p.rows, m->hidden, m->embedding_scale);
     return fc_embedding(m->embedding_type, FC_F32, ctx->x, m->embedding, ctx->args->ids, ctx->p.rows, m->hidden,
                         m->ld_embedding, m->embedding_scale);
 }
