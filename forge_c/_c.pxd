@@ -107,6 +107,11 @@ cdef extern from "forge.h" nogil:
         FC_ROWS
         FC_COLS
         FC_LAYOUTS
+    fc_status fc_embedding_packed(fc_layout layout, ptrdiff_t group, fc_dtype out_type, void *out, const void *table,
+                                  const int64_t *ids, ptrdiff_t count, ptrdiff_t k, float scale)
+    ctypedef enum fc_rounds:
+        FC_ROUND_I8
+        FC_ROUND_I12
     ctypedef struct fc_linear_args:
         size_t size
         fc_dtype type
@@ -120,6 +125,7 @@ cdef extern from "forge.h" nogil:
         const void *weight
         ptrdiff_t ldw
         ptrdiff_t group
+        fc_rounds rounding
         const float *norm
         float norm_eps, norm_offset
         const float *bias
@@ -206,6 +212,7 @@ cdef extern from "forge.h" nogil:
         fc_layout layout
         const void *data
         ptrdiff_t group
+        fc_rounds rounding
         const float *bias
     ctypedef enum fc_part_kind:
         FC_NO_PART
@@ -249,6 +256,7 @@ cdef extern from "forge.h" nogil:
         fc_dtype embedding_type
         const void *embedding
         ptrdiff_t ld_embedding
+        fc_matrix table
         float embedding_scale
         const fc_layer *layers
         ptrdiff_t n_layers

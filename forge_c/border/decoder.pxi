@@ -24,6 +24,12 @@ cdef class Norm:
         return sum([a.nbytes for a in (self.weight, self.bias) if a is not None])
 
 
+cdef fc_matrix matrix_of(PackedWeight w) noexcept:
+    cdef fc_matrix m
+    m.layout, m.data, m.group, m.rounding, m.bias = w.layout, cnp.PyArray_DATA(w.data), w.group, w.rounding, NULL
+    return m
+
+
 cdef class Part:
     """A part of a layer as src_c takes it: what it holds stays alive with it. norm: of what goes in; post_norm: of what
     comes out; None: absent."""
@@ -74,7 +80,8 @@ cdef class Part:
             self.keep(b)
         self.keep(w)
         self.params += shape[0] * shape[1]
-        m.layout, m.data, m.group, m.bias = w.layout, cnp.PyArray_DATA(w.data), w.group, floats(b)
+        m = matrix_of(w)
+        m.bias = floats(b)
         return m
 
 
@@ -216,32 +223,26 @@ cdef class StateTable:
 
 cdef class LayeredModel:
     """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None;
-    embedding (vocab, hidden); head (hidden, vocab)."""
+    embedding (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
     cdef readonly list parts
-    cdef readonly cnp.ndarray embedding
+    cdef readonly object embedding
     cdef readonly PackedWeight head
     cdef readonly Norm norm
 
-    def __cinit__(self, cnp.ndarray embedding not None, list layers not None, Norm norm not None,
+    def __cinit__(self, embedding not None, list layers not None, Norm norm not None,
                   PackedWeight head not None, *, double embedding_scale=1.0):
         cdef ptrdiff_t i
-        cdef fc_matrix matrix
         self.held, self.parts = layers, [part for layer in layers for part in layer[:2] if part is not None]
         self.embedding, self.norm, self.head = embedding, norm, head
         self.c.hidden, self.c.vocab = norm.n, head.n
-        if shape_of(embedding) != (head.n, norm.n) or head.k != norm.n:
-            raise ValueError(f"LayeredModel: embedding has shape {shape_of(embedding)} and head {head.shape}, expected "
-                             f"(vocab, {norm.n}) and ({norm.n}, vocab)")
-        contiguous_last("LayeredModel", "embedding", embedding)
-        self.c.embedding_type = <fc_dtype>float_type("LayeredModel", "embedding", embedding)
-        self.c.embedding, self.c.ld_embedding = cnp.PyArray_DATA(embedding), cnp.PyArray_STRIDE(embedding, 0)
+        if head.k != norm.n:
+            raise ValueError(f"LayeredModel: head has shape {head.shape}, expected ({norm.n}, vocab)")
+        self.look_up(embedding)
         self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
-        matrix.layout, matrix.group, matrix.bias = head.layout, head.group, NULL
-        matrix.data = cnp.PyArray_DATA(head.data)
-        self.c.head = matrix
+        self.c.head = matrix_of(head)
         self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
         if self.layers == NULL:
             raise MemoryError("LayeredModel: no memory")
@@ -254,6 +255,22 @@ cdef class LayeredModel:
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
+
+    cdef int look_up(self, object embedding) except -1:
+        cdef cnp.ndarray rows
+        cdef tuple shape = embedding.shape[::-1] if isinstance(embedding, PackedWeight) else shape_of(embedding)
+        if shape != (self.c.vocab, self.c.hidden):
+            raise ValueError(f"LayeredModel: embedding has {shape[0]} rows of {shape[1:]}, expected {self.c.vocab} of "
+                             f"{self.c.hidden}")
+        if isinstance(embedding, PackedWeight):
+            one_matrix("LayeredModel", "embedding", embedding)
+            self.c.table = matrix_of(embedding)
+            return 0
+        rows = embedding
+        contiguous_last("LayeredModel", "embedding", rows)
+        self.c.embedding_type = <fc_dtype>float_type("LayeredModel", "embedding", rows)
+        self.c.embedding, self.c.ld_embedding = cnp.PyArray_DATA(rows), cnp.PyArray_STRIDE(rows, 0)
+        return 0
 
     def forward(self, cnp.ndarray ids not None, StateTable states not None, cnp.ndarray start not None, *,
                 bint logits=True, bint last_only=False, bint hidden=False):

@@ -33,7 +33,7 @@ static fc_status project_as(const struct pass *p, fc_linear_args *args, const fc
     fc_status status = FC_OK;
     fc_rows rows = *args->rows;
     args->type = FC_F32, args->layout = w->layout, args->weight = w->data, args->group = w->group, args->bias = w->bias;
-    args->workspace = p->workspace;
+    args->rounding = w->rounding, args->workspace = p->workspace;
     if (kind == FC_RMS_NORM && norm->weight) {
         args->norm = norm->weight, args->norm_eps = norm->eps, args->norm_offset = norm->offset;
     } else if (kind != FC_NO_NORM) {
@@ -136,6 +136,9 @@ struct forward {
 static fc_status embed(const struct forward *ctx) {
     const fc_model *m = ctx->args->model;
     if (!ctx->args->ids) return FC_OK;
+    if (!m->embedding)
+        return fc_embedding_packed(m->table.layout, m->table.group, FC_F32, ctx->x, m->table.data, ctx->args->ids,
+                                   ctx->p.rows, m->hidden, m->embedding_scale);
     return fc_embedding(m->embedding_type, FC_F32, ctx->x, m->embedding, ctx->args->ids, ctx->p.rows, m->hidden,
                         m->ld_embedding, m->embedding_scale);
 }
