@@ -16,12 +16,27 @@ from model_folder import Config, small, tensors, write
 from numpy.typing import NDArray
 
 from forge_c.formats.ggml import TYPES, dequantize
+from forge_c.formats.gguf import open_gguf
+from forge_c.functional import PackedWeight
 from forge_c.models import load
+from forge_c.models.decoder import STORED
+from forge_c.models.parts import StoredSource
+from forge_c.models.spec import GatedMLP
 from forge_c.models.spec.gguf import ARCHITECTURES as KNOWN
+from forge_c.models.spec.gguf import gguf_spec
+from forge_c.models.weights import Checkpoint, GGUFCheckpoint
+from forge_c.packing import dtype_of_blocks, unpack
 
 IDS = np.arange(24).reshape(2, 12)
 # Both sides compute the same in float32, but where a number of the file is the float32 of the folder's.
 SAME = 2e-6
+# What rounding activations to 8 bits may do to a logit of these small models, whose attention is strong. That the
+# weights are exact is tested matrix by matrix.
+ROUNDED = 0.15
+PLAIN_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+              "mlp.down_proj": "ffn_down"}
 SECONDS = 1.0
 
 
@@ -32,10 +47,10 @@ def config_of(family: str, **changes: Any) -> Config:
     return small(family, **own.get(family, {}) | changes)
 
 
-def difference(file: Path, folder: Path, dtype: str = "float32") -> float:
-    """Of the logits, relative to the largest."""
-    found, expected = (load(path, dtype)(IDS) for path in (file, folder))
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def difference(file: Path, folder: Path, dtype: str = "float32", *, found: str | None = None) -> float:
+    """Of the logits, relative to the largest, both in a dtype or the file's in another."""
+    of_file, of_folder = load(file, found or dtype)(IDS), load(folder, dtype)(IDS)
+    return float(np.abs(of_file - of_folder).max() / np.abs(of_folder).max())
 
 
 def both(tmp_path: Path, config: Config, changes: dict[str, Any] | None = None,
@@ -54,7 +69,10 @@ def test_every_architecture_is_tested():
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_the_logits_are_the_folders(tmp_path, family):
-    assert difference(*both(tmp_path, config_of(family))) <= SAME
+    """Requested as float32, and held as float32 because the file has that."""
+    file, folder = both(tmp_path, config_of(family))
+    assert difference(file, folder) <= SAME
+    assert load(file).dtype == "float32" and load(file)(IDS).tobytes() == load(file, "float32")(IDS).tobytes()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -248,30 +266,99 @@ def test_tokens_that_end_a_text(tmp_path):
 
 
 def quantised(rng: np.random.Generator, kind: str, shape: tuple[int, int]) -> tuple[Raw, NDArray[np.float32]]:
-    """A random matrix in blocks, and its numbers."""
+    """A random matrix in blocks, or in floats, and its numbers."""
+    if kind in PLAIN_TYPES:
+        w = (rng.standard_normal(shape) * 0.05).astype(PLAIN_TYPES[kind])
+        return Raw(TYPES[kind].id, shape, w.tobytes()), w.astype(np.float32)
     raw = random_blocks(rng, kind, *shape, spread=0.004 if TYPES[kind].sub else 0.02)
     return Raw(TYPES[kind].id, shape, raw.tobytes()), dequantize(kind, raw)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_every_type_of_block(tmp_path, rng, kind):
-    """Rows of queries and keys change places as whole blocks."""
-    config = small(hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=64)
+BLOCKS = small(hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=64)
+
+
+def of_blocks(tmp_path: Path, rng: np.random.Generator, config: Config, kinds: dict[str, str]) -> tuple[Path, Path]:
+    """A file whose matrices are blocks of the types that their names say, and the folder with their numbers."""
     weights, raws = tensors(config), {}
     for name, weight in renamed(config, weights).items():
         if weight.ndim == 2:
-            raws[name], numbers = quantised(rng, kind, weight.shape)
-            back = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
+            stem = name.split(".")[-2]
+            raws[name], numbers = quantised(rng, kinds.get(stem, kinds["other"]), weight.shape)
+            back = {"attn_q": 4, "attn_k": 2}.get(stem)
             weights[hf_name(name)] = numbers if back is None else halves(numbers, back)
-    file = write_gguf(tmp_path / "x.gguf", config, weights, more=raws)
-    folder = write(tmp_path / "folder", config, weights)
+    return (write_gguf(tmp_path / "x.gguf", config, weights, more=raws),
+            write(tmp_path / "folder", config, weights))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_every_type_of_block(tmp_path, rng, kind):
+    """Rows of queries and keys change places as whole blocks; what is not asked for in a dtype is held as it is."""
+    file, folder = of_blocks(tmp_path, rng, BLOCKS, {"other": kind})
     assert difference(file, folder) <= SAME
+    model = load(file)
+    assert model.dtype == dtype_of_blocks(kind)
+    assert difference(file, folder, found="auto") < ROUNDED
+    assert model.nbytes < load(folder, "bfloat16").nbytes or model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("kinds", [
+    {"other": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K"},
+    {"other": "Q5_0", "attn_q": "Q4_0", "ffn_up": "Q8_0"},
+    {"other": "Q4_1", "attn_q": "Q8_0", "attn_k": "IQ4_NL", "attn_v": "Q5_1", "token_embd": "Q6_K", "output": "Q3_K"},
+    {"other": "MXFP4", "attn_k": "TQ2_0", "ffn_gate": "IQ4_XS", "token_embd": "TQ1_0"},
+])
+def test_parts_of_different_types(tmp_path, rng, kinds):
+    file, folder = of_blocks(tmp_path, rng, BLOCKS, kinds)
+    assert difference(file, folder) <= SAME and difference(file, folder, found="auto") < ROUNDED
+    assert load(file).dtype == dtype_of_blocks(kinds["other"])
+
+
+@pytest.mark.parametrize("kinds", [{"other": kind} for kind in QUANTIZED] + [
+    {"other": "Q4_K", "attn_v": "Q6_K", "ffn_up": "Q8_0"}, {"other": "Q4_0", "attn_k": "F16", "ffn_down": "BF16"}])
+def test_matrices_are_held_number_by_number(tmp_path, rng, kinds):
+    """What a model multiplies by is what the folder holds, to the bit; only types that no format has are rounded."""
+    file, folder = of_blocks(tmp_path, rng, BLOCKS, kinds)
+    opened, hf = open_gguf(file), Checkpoint(folder)
+    source = StoredSource(GGUFCheckpoint(opened, gguf_spec(opened)), "model.layers.1.", 256, STORED)
+
+    def numbers(name: str, rows: int, columns: int) -> NDArray[np.float32]:
+        w = hf.take(f"model.layers.1.{name}.weight", (rows, columns))
+        kind = opened.tensors[f"blk.1.{GGUF_NAMES[name]}.weight"].type.name
+        rounded = kind not in PLAIN_TYPES and dtype_of_blocks(kind) == "bfloat16"
+        return w.astype(ml_dtypes.bfloat16).astype(np.float32) if rounded else w
+
+    def held(packed: Any) -> NDArray[np.float32]:
+        several = [packed] if isinstance(packed, PackedWeight) else packed
+        return np.concatenate([unpack(one) for one in several], axis=1).T
+
+    sizes = {"self_attn.q_proj": 256, "self_attn.k_proj": 128, "self_attn.v_proj": 128}
+    expected = np.concatenate([numbers(name, rows, 256) for name, rows in sizes.items()])
+    assert held(source.side_by_side(sizes, 256)).tobytes() == expected.tobytes()
+    sides = [numbers(f"mlp.{side}_proj", 512, 256) for side in ("gate", "up")]
+    assert held(source.pair(GatedMLP(512, "silu"))).tobytes() == np.concatenate(sides).tobytes()
+    assert held(source.packed("mlp.down_proj", 256, 512)).tobytes() == numbers("mlp.down_proj", 256, 512).tobytes()
+
+
+def test_a_tied_table_is_held_once(tmp_path, rng):
+    sizes = {}
+    for tied in (True, False):
+        config = small(vocab_size=4096, hidden_size=256, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+                       tie_word_embeddings=tied)
+        weights = tensors(config)
+        raw, numbers = quantised(rng, "Q6_K", (4096, 256))
+        for name in ("model.embed_tokens.weight", "lm_head.weight")[:2 - tied]:
+            weights[name] = numbers
+        more = {name: raw for name in ("token_embd.weight", "output.weight")[:2 - tied]}
+        file = write_gguf(tmp_path / "x.gguf", config, weights, more=more)
+        folder = write(tmp_path / "folder", config, weights)
+        assert difference(file, folder, found="auto") < ROUNDED
+        sizes[tied] = load(file).nbytes
+    table = 4096 * 53 * 64 // 16  # 53 lines for 256 k of 16 columns
+    assert sizes[False] - sizes[True] == table
 
 
 def hf_name(name: str) -> str:
-    parts = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-             "ffn_down": "mlp.down_proj"}
+    parts = {theirs: ours for ours, theirs in GGUF_NAMES.items()}
     if not name.startswith("blk."):
         return {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}[name]
     _, i, stem, ending = name.split(".")

@@ -3,26 +3,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.functional import LayeredModel
-from forge_c.models.parts import LayerSource, build_layer, new_state
+from forge_c.functional import LayeredModel, PackedWeight
+from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
 from forge_c.models.spec import ModelSpec, Rope
-from forge_c.models.weights import Tensors
-from forge_c.packing import pack
+from forge_c.models.weights import StoredTensors, Tensors
+from forge_c.packing import pack, pack_blocks
 from forge_c.rotary import DEPEND_ON_LENGTH, RopeTable, extend_rope_table, rope_table
 from forge_c.state import ModelCache
 from forge_c.state.model import TableOf
 
-__all__ = ["DEFAULT_CONTEXT", "Decoder"]
+__all__ = ["DEFAULT_CONTEXT", "STORED", "Decoder"]
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 
+STORED = "stored"  # the dtype of a model whose matrices are held as the file has them
 # The format of the last projection: its errors reach the probabilities directly, so int4 models hold it in int8.
 _HEAD = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
 
@@ -34,20 +35,17 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
                  progress: Callable[[range], Iterable[int]] = iter) -> None:
-        self.spec, self.dtype = spec, dtype
+        stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
+        self.spec, self.dtype = spec, dtype if stored is None else stored.mostly()
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
         self._tables: list[tuple[Rope, RopeTable]] = []
-        table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
-        # (vocab, H): rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
-        embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
-        packed = pack(head.T, _HEAD[dtype])  # (H, vocab)
-        del table, head
-        layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype))
+        ends = _ends(spec, checkpoint, dtype) if stored is None else _stored_ends(spec, stored)
+        source = LayerSource if stored is None else StoredSource
+        layers = [build_layer(spec.layers[i], source(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype))
                   for i in progress(range(spec.n_layers))]
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
-        self._model = LayeredModel(embedding, layers, norm, packed, embedding_scale=spec.embed.scale)
+        self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale)
         for rope in self._ropes():
             self._rope_table(rope, 1)  # an impossible rope setting is an error of the load, not of the first call
 
@@ -57,11 +55,12 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
-        return self._model.embedding.nbytes + self.step_nbytes
+        m = self._model
+        return self.step_nbytes + (0 if m.embedding is m.head else m.embedding.nbytes)
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes of weights that one step reads: all of them but the embedding, of which it reads a row a token."""
+        """Bytes of weights that one step reads: all but an embedding of its own, of which it reads a row a token."""
         m = self._model
         return sum(part.nbytes for part in m.parts) + m.norm.nbytes + m.head.nbytes
 
@@ -128,6 +127,22 @@ class Decoder:
             table = extend_rope_table(held, rows, rope.theta, scaling=rope.scaling)
         self._tables = [(known, t) for known, t in self._tables if known != rope] + [(rope, table)]
         return table
+
+
+def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str) -> tuple[Any, PackedWeight]:
+    """The embedding (vocab, H) and the last projection (H, vocab)."""
+    table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
+    # Rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
+    embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
+    return embedding, pack(head.T, _HEAD[dtype])
+
+
+def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors) -> tuple[PackedWeight, PackedWeight]:
+    """The same as the file has them, both (H, vocab), and one where the model is tied."""
+    shape = spec.vocab_size, spec.hidden_size
+    table = pack_blocks(*checkpoint.take_raw("model.embed_tokens.weight", shape))
+    return table, table if spec.head.tied else pack_blocks(*checkpoint.take_raw("lm_head.weight", shape))
 
 
 def _depends_on_length(rope: Rope) -> bool:

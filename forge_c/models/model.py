@@ -14,7 +14,7 @@ from tqdm import tqdm
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
 from forge_c.functional import KV_CHUNK
-from forge_c.models.decoder import Decoder
+from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation
 from forge_c.models.sampling import Sampler
 from forge_c.models.spec import Attention, ModelSpec, model_spec
@@ -35,8 +35,9 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
         path: the folder, or the file, by whatever name, or any file of those that a model is split into; None for the
             embedded model, which writes Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
-            for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
-            last projection in int8, and both integer formats the embedding table in bfloat16.
+            for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
+            Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
+            embedding table in bfloat16.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
     granite. Nothing in the folder or the file is executed.
@@ -70,9 +71,8 @@ def _load_gguf(path: Path, dtype: str) -> Model:
     file = open_gguf(path)
     spec = gguf_spec(file)
     checkpoint = GGUFCheckpoint(file, spec)
-    if dtype == "auto":
-        dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
-    return Model(Decoder(spec, checkpoint, dtype, _bar), None, frozenset(spec.eos_token_ids))
+    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar)
+    return Model(decoder, None, frozenset(spec.eos_token_ids))
 
 
 def _bar(layers: range) -> Iterable[int]:
@@ -118,7 +118,7 @@ class Model:
 
     Attributes:
         config: the ModelSpec.
-        dtype: how its matrices are packed.
+        dtype: how its matrices are packed; of a GGUF file's that are held as they are stored, how most bytes are.
         tokenizer: encode(text) -> ids and decode(ids) -> text, or None.
         eos_token_ids: the tokens that end a text.
     """

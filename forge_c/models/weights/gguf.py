@@ -8,12 +8,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from forge_c.formats.ggml import TYPES, dequantize
+from forge_c.formats.ggml import TYPES, check_scales, dequantize
 from forge_c.formats.gguf import GGUF, TensorInfo
 from forge_c.models.spec import Attention, LayerSpec, ModelSpec
 from forge_c.models.spec.gguf import ROPE_TENSORS, interleaved
+from forge_c.packing import dtype_of_blocks
 
-__all__ = ["GGUFCheckpoint"]
+__all__ = ["GGUFCheckpoint", "StoredType"]
 
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight"}
@@ -36,8 +37,22 @@ class _Place(NamedTuple):
     rows: Rows | None = None
 
     @property
+    def name(self) -> str:
+        """The file's and the tensor's, as errors begin."""
+        return f"{self.tensor.path}: tensor {self.tensor.name}"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape if self.rows is None else (len(self.rows), *self.tensor.shape[1:])
+
+
+class StoredType(NamedTuple):
+    """Tensors of one type in a file, and the format that holds them when they are loaded as they are."""
+
+    type: str
+    tensors: int
+    nbytes: int
+    held: str
 
 
 class GGUFCheckpoint:
@@ -82,9 +97,23 @@ class GGUFCheckpoint:
             return {f"{prefix}{names[part]}.bias": _Place(tensor, rows) for part, rows in parts.items()}
         return {f"{prefix}{names[stem]}.weight": _Place(tensor, np.concatenate(list(parts.values())))}
 
-    def dtypes(self) -> set[str]:
-        """Types of the matrices, such as {"Q4_K", "Q6_K"}."""
-        return {tensor.type.name for tensor in self.file.tensors.values() if len(tensor.shape) > 1}
+    def stored(self) -> list[StoredType]:
+        """What the file holds, the type with the most bytes first."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for tensor in self.file.tensors.values():
+            held = dtype_of_blocks(tensor.type.name) if len(tensor.shape) > 1 else "float32"
+            found.setdefault((tensor.type.name, held), []).append(tensor.nbytes)
+        rows = (StoredType(kind, len(sizes), sum(sizes), held) for (kind, held), sizes in found.items())
+        return sorted(rows, key=lambda row: -row.nbytes)
+
+    def mostly(self) -> str:
+        """The format that holds most of the layers' bytes, as a PackedWeight calls it."""
+        sizes: dict[str, int] = {}
+        for tensor in self.file.tensors.values():
+            if len(tensor.shape) > 1 and tensor.name not in _TOP:
+                held = dtype_of_blocks(tensor.type.name)
+                sizes[held] = sizes.get(held, 0) + tensor.nbytes
+        return max(sizes, key=lambda held: sizes[held], default="float32")
 
     def take(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """A tensor of that shape: float32, or bfloat16 where the file has it.
@@ -92,25 +121,30 @@ class GGUFCheckpoint:
         Raises:
             ValueError: it is missing, has another shape, or holds a number that is not finite.
         """
-        kind, raw = self.take_raw(name, shape)
+        place, raw = self._read(name, shape)
+        kind = place.tensor.type.name
         dtype = ml_dtypes.bfloat16 if kind == "BF16" else np.float32
-        where = f"{self._places[name].tensor.path}: tensor {self._places[name].tensor.name}"
-        return dequantize(kind, raw, dtype=dtype, name=where).reshape(shape)
+        return dequantize(kind, raw, dtype=dtype, name=place.name).reshape(shape)
 
     def take_raw(self, name: str, shape: tuple[int, ...]) -> tuple[str, NDArray[np.uint8]]:
-        """(type, bytes (rows, bytes of a row)) of a tensor of that shape; a vector is one row."""
+        """(type, bytes (rows, bytes of a row)) of a matrix of that shape; errors as of take."""
+        place, raw = self._read(name, shape)
+        stored = TYPES[place.tensor.type.name]
+        check_scales(place.name, stored, raw.reshape(-1, stored.nbytes))
+        return stored.name, raw
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> tuple[_Place, NDArray[np.uint8]]:
+        """Where it lies, and its rows, or all of a vector as one."""
         place = self._places.get(name)
         if place is None:
             raise ValueError(f"{self.file.path}: tensor {name} is missing")
-        tensor = place.tensor
         if place.shape != shape:
-            raise ValueError(f"{tensor.path}: tensor {tensor.name} has shape {tensor.shape}, expected {shape} from the "
-                             "metadata")
-        raw = tensor.read().reshape(tensor.shape[0] if shape else 1, -1)
+            raise ValueError(f"{place.name} has shape {place.tensor.shape}, expected {shape} from the metadata")
+        raw = place.tensor.read().reshape(place.tensor.shape[0], -1)
         if place.rows is not None:
             raw = raw[place.rows]
         self._taken.add(name)
-        return tensor.type.name, raw if len(shape) > 1 else raw.reshape(1, -1)
+        return place, raw if len(shape) > 1 else raw.reshape(1, -1)
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
         """Raise ValueError if the file holds a tensor that no one asked for: it would have changed the result."""
