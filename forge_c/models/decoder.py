@@ -39,9 +39,11 @@ class Decoder:
         self._tables: list[tuple[Rope, RopeTable]] = []
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
-        # (vocab, H): rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
-        embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
         packed = pack(head.T, _HEAD[dtype])  # (H, vocab)
+        # Rows are looked up in what is multiplied, where that is the same; else (vocab, H), unless float32 in bfloat16.
+        embedding: Any = packed
+        if not spec.head.tied:
+            embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
         del table, head
         layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype))
                   for i in progress(range(spec.n_layers))]
@@ -57,11 +59,12 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
-        return self._model.embedding.nbytes + self.step_nbytes
+        m = self._model
+        return self.step_nbytes + (0 if m.embedding is m.head else m.embedding.nbytes)
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes of weights that one step reads: all of them but the embedding, of which it reads a row a token."""
+        """Bytes of weights that one step reads: all but an embedding of its own, of which it reads a row a token."""
         m = self._model
         return sum(part.nbytes for part in m.parts) + m.norm.nbytes + m.head.nbytes
 

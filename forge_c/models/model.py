@@ -33,7 +33,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
         path: the folder; None for the embedded model, which writes Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
-            last projection in int8, and both integer formats the embedding table in bfloat16.
+            last projection in int8, and both integer formats the embedding table in bfloat16, where that is another.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, smollm3, granite. Nothing in the folder is executed.
 
