@@ -91,8 +91,9 @@ class LayeredModel:
     embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm
-    def __init__(self, embedding: Array | PackedWeight, layers: list[tuple[Part | None, Part | None, bool, float]], norm: Norm,
-                 head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
+    def __init__(self, embedding: Array | PackedWeight,
+                 layers: list[tuple[Part | None, Part | None, bool, float]], norm: Norm, head: PackedWeight, *,
+                 embedding_scale: float = 1.0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
                 last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
 

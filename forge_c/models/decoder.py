@@ -130,10 +130,12 @@ class Decoder:
 
 
 def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str) -> tuple[Any, PackedWeight]:
-    """The embedding (vocab, H) and the last projection (H, vocab)."""
+    """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-    head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
-    # Rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
+    if spec.head.tied:  # rows are looked up in what is multiplied
+        packed = pack(table.T, _HEAD[dtype])
+        return packed, packed
+    head = checkpoint.take("lm_head.weight", table.shape)
     embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
     return embedding, pack(head.T, _HEAD[dtype])
 

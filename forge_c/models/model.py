@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
             Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
-            embedding table in bfloat16.
+            embedding table in bfloat16, where that is another.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
     granite. Nothing in the folder or the file is executed.
