@@ -48,8 +48,6 @@ class Decoder:
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(embedding, layers, norm, packed, embedding_scale=spec.embed.scale)
-        for rope in self._ropes():
-            self._rope_table(rope, 1)  # an impossible rope setting is an error of the load, not of the first call
 
     def _ropes(self) -> list[Rope]:
         return [r for r in (getattr(layer.mixer, "rope", None) for layer in self.spec.layers) if r is not None]

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from forge_c.checks import short
 from forge_c.files import read_json
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
@@ -26,7 +27,8 @@ from forge_c.state import ModelCache
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Model:
+def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
+         ignore: str | Collection[str] = ()) -> Model:
     """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
 
     Args:
@@ -34,6 +36,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
             last projection in int8, and both integer formats the embedding table in bfloat16.
+        ignore: keys of config.json to take no notice of: a file may hold one that would be refused, since it could
+            change the maths, and does not.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
     granite. Nothing in the folder is executed.
@@ -47,17 +51,26 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     ('llama', 'bfloat16')
     """
     _check_dtype("load", dtype)
+    ignored = _names("load", "ignore", ignore)
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"load: {folder} has no config.json")
     config = read_json(folder / "config.json")
-    spec = model_spec(config)
+    spec = model_spec(config, ignored)
     checkpoint = Checkpoint(folder)
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
+
+
+def _names(function: str, argument: str, given: str | Collection[str]) -> frozenset[str]:
+    """One name or several."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Collection) or any(not isinstance(name, str) for name in names):
+        raise TypeError(f"{function}: {argument} is {short(given)}, expected names, such as (\"key\",)")
+    return frozenset(names)
 
 
 def _bar(layers: range) -> Iterable[int]:
