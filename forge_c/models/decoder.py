@@ -38,7 +38,7 @@ class Decoder:
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
         self._tables: list[tuple[Rope, RopeTable]] = []
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
+        head = table if spec.head.tied or spec.head.absent else checkpoint.take("lm_head.weight", table.shape)
         # (vocab, H): rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
         embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
         packed = pack(head.T, _HEAD[dtype])  # (H, vocab)
@@ -88,7 +88,11 @@ class Decoder:
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
                 hidden: bool = False) -> tuple[Any, Any]:
         """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> logits (batch, n, vocab), with last_only
-        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for."""
+        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for. ValueError for
+        logits of a model without a head."""
+        if logits and self.spec.head.absent:
+            raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
+                             "false: it was saved without its head, and gives hidden states alone")
         with cache.locked(), cache.extending(ids.shape[1]) as start:
             found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
                                                 hidden=hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,9 +18,10 @@ from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
 from forge_c.models.generation import Generation
 from forge_c.models.sampling import Sampler
-from forge_c.models.spec import Attention, ModelSpec, model_spec
+from forge_c.models.spec import Attention, Head, ModelSpec, model_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
 from forge_c.models.weights import Checkpoint, RandomCheckpoint
+from forge_c.models.weights.foreign import check_folder
 from forge_c.models.weights.random import shape_config
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
@@ -55,14 +57,22 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"load: {folder} has no config.json")
-    config = read_json(folder / "config.json")
-    spec = model_spec(config, ignored)
+    check_folder(folder, ignored)
+    spec = model_spec(read_json(folder / "config.json"), ignored)
     checkpoint = Checkpoint(folder)
+    spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
+
+
+def _head(head: Head, checkpoint: Checkpoint) -> Head:
+    """What the file says of the head, corrected by what it holds."""
+    if head.tied and checkpoint.has_own_head:
+        warnings.warn(f"load: {checkpoint.folder} holds an lm_head.weight of its own, which is used, though "
+                      "config.json has tie_word_embeddings true", stacklevel=3)
+        return replace(head, tied=False)
+    return replace(head, absent=True) if checkpoint.is_headless and not head.tied else head
 
 
 def _names(function: str, argument: str, given: str | Collection[str]) -> frozenset[str]:
