@@ -17,6 +17,7 @@ from forge_c.files import read_json
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import Decoder
 from forge_c.models.generation import Generation
+from forge_c.models.hub import find
 from forge_c.models.sampling import Sampler
 from forge_c.models.spec import Attention, Head, ModelSpec, model_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
@@ -34,7 +35,9 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
     """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
 
     Args:
-        path: the folder; None for the embedded model, which writes Python byte by byte.
+        path: the folder, or the model's name on the Hugging Face Hub, "ORG/NAME": the snapshot in the local cache, or
+            a download where the huggingface_hub package is installed (a path that exists wins); None for the embedded
+            model, which writes Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
             last projection in int8, and both integer formats the embedding table in bfloat16.
@@ -45,7 +48,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
     granite. Nothing in the folder is executed.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing.
+        FileNotFoundError: no such folder, or a file is missing; it says what to get.
         ValueError: an unknown family, a configuration that is not understood, or a damaged file; it says which.
 
     >>> model = load()
@@ -54,16 +57,21 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
     """
     _check_dtype("load", dtype)
     ignored = _names("load", "ignore", ignore)
-    folder = EMBEDDED if path is None else Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
-    check_folder(folder, ignored)
-    spec = model_spec(read_json(folder / "config.json"), ignored)
+    folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
+    spec = _spec(folder, ignored)
     checkpoint = Checkpoint(folder)
     spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
+
+
+def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
+    """What a folder's files say of the model, before its weights are read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load: {folder} is a file, expected the folder that it is in, {folder.parent}")
+    check_folder(folder, ignored)
+    return model_spec(read_json(folder / "config.json"), ignored)
 
 
 def _head(head: Head, checkpoint: Checkpoint) -> Head:
