@@ -28,6 +28,8 @@ _MOST, _MOST_FACTOR, _MOST_DIM, _MOST_ROWS = 2.0**64, 2.0**20, 1 << 16, 1 << 45
 _ANY_TYPE = frozenset(
     "rope_type type rope_theta max_position_embeddings original_max_position_embeddings".split()
 )
+# Written beside yarn by its authors and read by other programs: as in transformers they change nothing.
+_YARN_UNREAD = frozenset({"finetuned", "attn_factor", "extrapolation_factor"})
 
 
 class RopeTable:
@@ -87,6 +89,8 @@ def rope_table(
             `original_max_position_embeddings` may be added to the dict: dynamic needs the first, llama3,
             yarn and longrope the second (the first stands in for it), and yarn and longrope without a
             "factor" take it from their ratio.
+
+    With yarn, finetuned, attn_factor and extrapolation_factor are not read, as in transformers.
 
     dynamic and longrope depend on how long the sequence will be. The table's max_seq_len is taken as that
     length, so that keys already in a cache never change their angles.
@@ -169,7 +173,7 @@ class _Scaling:
             )
             raise ValueError(
                 f"rope_table: scaling has {', '.join(unknown)}, which rope_type {self.type} does not know: "
-                f"expected only {', '.join(sorted(known))}{partial}"
+                f"expected only {', '.join(sorted(known - _YARN_UNREAD))}{partial}"
             )
 
     def checked_base(self, base: float) -> float:
@@ -325,7 +329,7 @@ _RULES: dict[str, tuple[_Rule, frozenset[str]]] = {
     "dynamic": (_dynamic, frozenset({"factor"})),
     "yarn": (
         _yarn,
-        frozenset("factor attention_factor mscale mscale_all_dim beta_fast beta_slow truncate".split()),
+        frozenset("factor attention_factor mscale mscale_all_dim beta_fast beta_slow truncate".split()) | _YARN_UNREAD,
     ),
     "longrope": (_longrope, frozenset("factor attention_factor short_factor long_factor".split())),
     "llama3": (_llama3, frozenset("factor low_freq_factor high_freq_factor".split())),

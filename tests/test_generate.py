@@ -302,6 +302,8 @@ def test_new_cache(model_of):
     ((1, 0), ValueError, "new_cache: max_seq_len is 0, expected at least 1"),
     ((1, -5), ValueError, "new_cache: max_seq_len is -5, expected at least 1"),
     ((1, 1.5), TypeError, "new_cache: max_seq_len is 1.5, expected an integer"),
+    ((True, 5), TypeError, "new_cache: batch is True, expected an integer"),
+    ((1, False), TypeError, "new_cache: max_seq_len is False, expected an integer"),
     ((1, 2 ** 62), ValueError, "KVCache: 18014398509481984 pages of 49152 bytes cannot be addressed"),
 ])
 def test_new_cache_checks_its_arguments(model, arguments, kind, message):

@@ -301,8 +301,24 @@ def test_sizes_of_the_config_are_not_allocated(tmp_path):
     ({"rope_scaling": {"type": "linear", "factor": 10 ** 400}}, "factor"), ({"rope_theta": 1e308}, "base is 1e.308"),
 ], ids=repr)
 def test_impossible_rope_settings_are_errors_of_the_load(tmp_path, settings, message):
+    write(tmp_path, small(**settings))
+    (tmp_path / "model.safetensors").unlink()  # refused before anything else is read
     with pytest.raises(ValueError, match=message):
-        load(write(tmp_path, small(**settings)))
+        load(tmp_path)
+
+
+def test_a_key_that_is_refused_can_be_ignored(tmp_path):
+    plain, folder = write(tmp_path / "plain", small()), write(tmp_path / "model", small(surprise=1))
+    (tmp_path / "none").mkdir()
+    write_json(tmp_path / "none" / "config.json", small(surprise=1))
+    with pytest.raises(ValueError, match="^config.json: surprise is 1"):
+        load(tmp_path / "none")
+    for names in ("surprise", ["surprise"], {"other", "surprise"}):
+        assert logits(folder, ignore=names) == logits(plain)
+    for names in (5, None, [5], b"surprise"):
+        with pytest.raises(TypeError) as caught:
+            load(folder, ignore=names)
+        assert str(caught.value) == f'load: ignore is {names!r}, expected names, such as ("key",)'
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -327,13 +343,13 @@ def test_unknown_packing(folder, dtype):
     assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32, bfloat16, int8, int4"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.gguf"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_not_opened(folder, tmp_path, name):
     trace = tmp_path / "executed"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(f"cbuiltins\nopen\n(V{trace}\nVw\ntR.".encode())
     check_refused(folder, FileNotFoundError,
-            rf"model.safetensors: no such file; {name} is not read: only safetensors is safe to open$")
+            rf"model.safetensors: no such file; {name} is not read: only safetensors is safe to open; transformers ")
     assert not trace.exists()
 
 

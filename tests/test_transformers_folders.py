@@ -47,3 +47,13 @@ def test_a_model_saved_without_its_head(tmp_path, family):
     model = tiny(family, tie_word_embeddings=True)
     want = model(torch.from_numpy(IDS)).logits
     assert_same(written(model.base_model, tmp_path)(IDS), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*of its own")
+def test_a_tied_model_with_a_head_of_its_own(tmp_path):
+    tiny("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert model.config.tie_word_embeddings
+    assert_same(load(tmp_path)(IDS), model(torch.from_numpy(IDS)).logits)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, cast
 
 import ml_dtypes
@@ -12,12 +11,11 @@ from numpy.typing import NDArray
 from forge_c.checks import checked_size
 from forge_c.functional import LayeredModel, PackedWeight
 from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
+from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import ModelSpec, Rope
 from forge_c.models.weights import StoredTensors, Tensors
 from forge_c.packing import pack, pack_blocks
-from forge_c.rotary import DEPEND_ON_LENGTH, RopeTable, extend_rope_table, rope_table
 from forge_c.state import ModelCache
-from forge_c.state.model import TableOf
 
 __all__ = ["DEFAULT_CONTEXT", "STORED", "Decoder"]
 
@@ -38,7 +36,7 @@ class Decoder:
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
         self.spec, self.dtype = spec, dtype if stored is None else stored.mostly()
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
-        self._tables: list[tuple[Rope, RopeTable]] = []
+        self._tables = RopeTables()
         ends = _ends(spec, checkpoint, dtype) if stored is None else _stored_ends(spec, stored)
         source = LayerSource if stored is None else StoredSource
         layers = [build_layer(spec.layers[i], source(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype))
@@ -46,8 +44,6 @@ class Decoder:
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale)
-        for rope in self._ropes():
-            self._rope_table(rope, 1)  # an impossible rope setting is an error of the load, not of the first call
 
     def _ropes(self) -> list[Rope]:
         return [r for r in (getattr(layer.mixer, "rope", None) for layer in self.spec.layers) if r is not None]
@@ -78,19 +74,23 @@ class Decoder:
             max_seq_len = min(self.spec.max_position_embeddings, DEFAULT_CONTEXT)
         rows, room = checked_size("new_cache", "batch", batch), checked_size("new_cache", "max_seq_len", max_seq_len)
         layers = [new_state(kind, rows, room, dtype) for kind in self.kinds]
-        tables = [self._table_of(getattr(kind, "rope", None), room) for kind in self.kinds]
+        tables = [self._tables.of(getattr(kind, "rope", None), room) for kind in self.kinds]
         return ModelCache(self.kinds, layers, tables, np.zeros(rows, np.int64), room)
 
     @property
     def angles_depend_on_length(self) -> bool:
         """Whether a row's rotary angles depend on the room that its cache has."""
-        return any(_depends_on_length(rope) for rope in self._ropes())
+        return any(depends_on_length(rope) for rope in self._ropes())
 
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
-                hidden: bool = False) -> tuple[Any, Any]:
+                hidden: bool = False, fresh: NDArray[np.bool_] | None = None) -> tuple[Any, Any]:
         """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> logits (batch, n, vocab), with last_only
-        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for."""
-        with cache.locked(), cache.extending(ids.shape[1]) as start:
+        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for. fresh: as
+        ModelCache.extending. ValueError for logits of a model without a head."""
+        if logits and self.spec.head.absent:
+            raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
+                             "false: it was saved without its head, and gives hidden states alone")
+        with cache.locked(), cache.extending(ids, fresh) as start:
             found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
                                                 hidden=hidden)
         return None if found is None else self._finished(found), normed
@@ -107,32 +107,11 @@ class Decoder:
             y *= cap
         return y
 
-    def _table_of(self, rope: Rope | None, room: int) -> TableOf | None:
-        if rope is None:
-            return None
-        if _depends_on_length(rope):
-            return lambda length: self._rope_table(rope, room)
-        return partial(self._rope_table, rope)
-
-    def _rope_table(self, rope: Rope, length: int) -> RopeTable:
-        """A table for at least `length` positions, or exactly as many where the angles depend on it."""
-        held = next((table for known, table in self._tables if known == rope), None)
-        exact = _depends_on_length(rope)
-        if held is not None and (held.max_seq_len == length if exact else held.max_seq_len >= length):
-            return held
-        rows = length if exact else 1 << (length - 1).bit_length()
-        if held is None or exact:
-            table = rope_table(rope.dim, rows, rope.theta, scaling=rope.scaling)
-        else:
-            table = extend_rope_table(held, rows, rope.theta, scaling=rope.scaling)
-        self._tables = [(known, t) for known, t in self._tables if known != rope] + [(rope, table)]
-        return table
-
 
 def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str) -> tuple[Any, PackedWeight]:
     """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-    if spec.head.tied:  # rows are looked up in what is multiplied
+    if spec.head.tied or spec.head.absent:  # rows are looked up in what is multiplied
         packed = pack(table.T, _HEAD[dtype])
         return packed, packed
     head = checkpoint.take("lm_head.weight", table.shape)
@@ -145,7 +124,3 @@ def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors) -> tuple[PackedWeig
     shape = spec.vocab_size, spec.hidden_size
     table = pack_blocks(*checkpoint.take_raw("model.embed_tokens.weight", shape))
     return table, table if spec.head.tied else pack_blocks(*checkpoint.take_raw("lm_head.weight", shape))
-
-
-def _depends_on_length(rope: Rope) -> bool:
-    return rope.scaling.get("rope_type") in DEPEND_ON_LENGTH

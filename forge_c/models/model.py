@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,16 +12,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from forge_c.checks import short
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation
+from forge_c.models.hub import find
 from forge_c.models.sampling import Sampler
-from forge_c.models.spec import Attention, ModelSpec, model_spec
+from forge_c.models.spec import Attention, Head, ModelSpec, model_spec
 from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
 from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
+from forge_c.models.weights.foreign import check_folder
 from forge_c.models.weights.random import shape_config
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
@@ -28,22 +32,27 @@ from forge_c.state import ModelCache
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Model:
+def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
+         ignore: str | Collection[str] = ()) -> Model:
     """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there) or a GGUF file.
 
     Args:
-        path: the folder, or the file, by whatever name, or any file of those that a model is split into; None for the
-            embedded model, which writes Python byte by byte.
+        path: the folder; or the file, by whatever name, or any file of those that a model is split into; or the model's
+            name on the Hugging Face Hub, "ORG/NAME": the snapshot in the local cache, or a download where the
+            huggingface_hub package is installed (a path that exists wins); None for the embedded model, which writes
+            Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
             Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
             embedding table in bfloat16, where that is another.
+        ignore: keys of config.json, or of a GGUF file, to take no notice of: there may be one that would be refused,
+            since it could change the maths, and does not.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
     granite. Nothing in the folder or the file is executed.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing.
+        FileNotFoundError: no such folder, or a file is missing; it says what to get.
         ValueError: an unknown family, a configuration that is not understood, or a damaged file; it says which.
 
     >>> model = load()
@@ -51,28 +60,50 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     ('llama', 'bfloat16')
     """
     _check_dtype("load", dtype)
-    folder = EMBEDDED if path is None else Path(path)
-    if folder.exists() and not folder.is_dir():
-        return _load_gguf(folder, dtype)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"load: {folder} has no config.json")
-    config = read_json(folder / "config.json")
-    spec = model_spec(config)
+    ignored = _names("load", "ignore", ignore)
+    if path is not None and os.path.exists(path) and not os.path.isdir(path):
+        return _load_gguf(Path(path), dtype, ignored)
+    folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
+    spec = _spec(folder, ignored)
     checkpoint = Checkpoint(folder)
+    spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
 
 
-def _load_gguf(path: Path, dtype: str) -> Model:
+def _load_gguf(path: Path, dtype: str, ignored: frozenset[str]) -> Model:
     """The model of a GGUF file; nothing but the file is read."""
     file = open_gguf(path)
-    spec = gguf_spec(file)
+    spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
     decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar)
     return Model(decoder, None, frozenset(spec.eos_token_ids))
+
+
+def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
+    """What a folder's files say of the model, before its weights are read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load: {folder} is a file, expected the folder that it is in, {folder.parent}")
+    check_folder(folder, ignored)
+    return model_spec(read_json(folder / "config.json"), ignored)
+
+
+def _head(head: Head, checkpoint: Checkpoint) -> Head:
+    """What the file says of the head, corrected by what it holds."""
+    if head.tied and checkpoint.has_own_head:
+        warnings.warn(f"load: {checkpoint.folder} holds an lm_head.weight of its own, which is used, though "
+                      "config.json has tie_word_embeddings true", stacklevel=3)
+        return replace(head, tied=False)
+    return replace(head, absent=True) if checkpoint.is_headless and not head.tied else head
+
+
+def _names(function: str, argument: str, given: str | Collection[str]) -> frozenset[str]:
+    """One name or several."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Collection) or any(not isinstance(name, str) for name in names):
+        raise TypeError(f"{function}: {argument} is {short(given)}, expected names, such as (\"key\",)")
+    return frozenset(names)
 
 
 def _bar(layers: range) -> Iterable[int]:

@@ -6,7 +6,7 @@ forge_c.models.weights.gguf where it is an order (rows of queries and keys).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -84,13 +84,13 @@ class Keys:
             self.fail(f"{self.name(key)} is {short(value)}, expected a number {'>=' if zero else 'above'} 0")
         return float(value)
 
-    def check_all_read(self) -> None:
+    def check_all_read(self, ignored: Collection[str]) -> None:
         """ValueError if a key of the architecture is left: it could change the maths."""
-        known = self._read | {self.name(key) for key in _WITHOUT_EFFECT}
+        known = self._read | {self.name(key) for key in _WITHOUT_EFFECT} | set(ignored)
         for key, value in self.file.metadata.items():
             if key.startswith(f"{self.architecture}.") and key not in known:
                 self.fail(f"{key} is {short(value)}, which may change the maths and is not understood for "
-                          f"{self.architecture}")
+                          f"{self.architecture}; load(..., ignore=({key!r},)) leaves it out")
 
 
 Config = dict[str, Any]
@@ -107,8 +107,8 @@ class Architecture:
     folded: bool = False
 
 
-def gguf_spec(file: GGUF) -> ModelSpec:
-    """The spec of a file's model.
+def gguf_spec(file: GGUF, ignored: Collection[str] = ()) -> ModelSpec:
+    """The spec of a file's model; ignored: keys that are not understood and may stand there.
 
     Raises:
         ValueError: an architecture or a key that is not understood, a value out of range, or a file that is no model.
@@ -117,7 +117,7 @@ def gguf_spec(file: GGUF) -> ModelSpec:
     keys, architecture = Keys(file, name), ARCHITECTURES[name]
     config = _common(keys) | {"model_type": architecture.family}
     config |= architecture.own(keys, config)
-    keys.check_all_read()
+    keys.check_all_read(ignored)
     try:
         spec = model_spec(config)
         for layer in spec.layers:

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from forge_c.checks import short
 from forge_c.files import open_regular, parse_json, read_json
+from forge_c.models.weights.foreign import check_tensors, weights_instead
 
 _MAX_HEADER = 100 << 20
 _MAX_HEADER_VALUES = 1 << 19  # of 65 000 tensors in one file
 _MAX_METADATA = 4096  # entries that no tensor needs; exporters write one to a few hundred
 _MAX_AXES = 64
+_PIECE = 1 << 22
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Of every type that a file may hold, so that each tensor's bytes can be checked, also of those that are not read.
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -50,7 +52,8 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: no safetensors file, or a shard that the index names is missing.
-        ValueError: a file that is damaged, truncated, no regular file, or names a tensor twice.
+        ValueError: a file that is damaged, truncated, no regular file, names a tensor twice, or holds tensors of
+            another program's format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +69,10 @@ class Checkpoint:
             if twice:
                 raise ValueError(f"{path}: tensor {min(twice)} stands also in {self._entries[min(twice)].path.name}")
             self._entries |= found
-        self._entries, others = _text_model(folder, self._entries)
+        check_tensors((name, entry.dtype, entry.path) for name, entry in self._entries.items())
+        place = next((p for p in _PLACES if f"{p}embed_tokens.weight" in self._entries), "model.")
+        self._entries, others = _text_model(folder, place, self._entries)
+        self.is_headless = not place and "lm_head.weight" not in self._entries  # saved without what makes logits
         if others:
             parts = sorted({_part(name) for name in others})
             warnings.warn(f"{folder}: the text model alone is read; {len(others)} tensors of {', '.join(parts)} are "
@@ -74,6 +80,14 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether lm_head.weight is there, with other values than the embedding's."""
+        head, table = (self._entries.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if head is None or table is None:
+            return False
+        return (head.dtype, head.shape) != (table.dtype, table.shape) or not _same_bytes(head, table)
 
     def dtypes(self) -> set[str]:
         """safetensors names of the dtypes in use, such as {"BF16"}."""
@@ -116,9 +130,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     single = folder / "model.safetensors"
     if not index.exists():
         if not single.exists():
-            refused = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"))
-            hint = f"; {refused[0]} is not read: only safetensors is safe to open" if refused else ""
-            raise FileNotFoundError(f"{single}: no such file{hint}")
+            raise FileNotFoundError(f"{single}: no such file{weights_instead(folder)}")
         yield single, set()
         return
     document = read_json(index, _MAX_HEADER)
@@ -136,9 +148,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         yield folder / shard, tensors
 
 
-def _text_model(folder: Path, entries: Mapping[str, _Entry]) -> tuple[dict[str, _Entry], list[str]]:
+def _text_model(folder: Path, place: str, entries: Mapping[str, _Entry]) -> tuple[dict[str, _Entry], list[str]]:
     """(the text model's tensors by the names that most files give them, names of what a larger model has around it)."""
-    place = next((p for p in _PLACES if f"{p}embed_tokens.weight" in entries), "model.")
     found: dict[str, _Entry] = {}
     others = []
     for name, entry in sorted(entries.items()):
@@ -208,6 +219,15 @@ def _entry(path: Path, name: str, info: Any) -> _Entry:
         raise ValueError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, expected as many as shape "
                          f"{short(shape)} of {dtype} takes")
     return entry
+
+
+def _same_bytes(a: _Entry, b: _Entry) -> bool:
+    """Of two tensors of one size, piece by piece."""
+    with open_regular(a.path) as left, open_regular(b.path) as right:
+        left.seek(a.start), right.seek(b.start)
+        nbytes = _nbytes(a)
+        return all(left.read(min(_PIECE, nbytes - at)) == right.read(min(_PIECE, nbytes - at))
+                   for at in range(0, nbytes, _PIECE))
 
 
 def _nbytes(entry: _Entry) -> int:
