@@ -28,7 +28,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="tokens per second of prompts and of generation")
     for command in (generate, info, bench):
         which = command.add_mutually_exclusive_group()
-        which.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
+        which.add_argument("--model", metavar="DIR|FILE",
+                           help="a Hugging Face folder or a GGUF file (default: the embedded model)")
+        if command is info:
+            which.add_argument("model", metavar="DIR|FILE", nargs="?", help="the same", default=argparse.SUPPRESS)
         if command is bench:
             which.add_argument("--shape", metavar="NAME", help="random weights of that size, such as llama-1.1b")
         command.add_argument("--dtype", default="auto",
@@ -141,6 +144,8 @@ def _info(args: argparse.Namespace) -> int:
     for name in ("model_type", "vocab_size", "hidden_size", "n_layers", "max_position_embeddings", "head", "embed",
                  "bos_token_id", "eos_token_ids"):
         print(f"{name:24} {getattr(spec, name)}")
+    for row in model.info:
+        print(f"{'stored as ' + row.type:24} {row.tensors} tensors, {row.nbytes} bytes, held as {row.held}")
     for layer in dict.fromkeys(spec.layers):
         print(f"{'layers ' + _numbers([i for i, one in enumerate(spec.layers) if one == layer]):24} {layer}")
     return 0

@@ -28,6 +28,7 @@ from forge_c.models.weights import Checkpoint, GGUFCheckpoint
 from forge_c.packing import dtype_of_blocks, unpack
 
 IDS = np.arange(24).reshape(2, 12)
+LLAMA = small()
 # Both sides compute the same in float32, but where a number of the file is the float32 of the folder's.
 SAME = 2e-6
 # What rounding activations to 8 bits may do to a logit of these small models, whose attention is strong. That the
@@ -339,6 +340,24 @@ def test_matrices_are_held_number_by_number(tmp_path, rng, kinds):
     assert held(source.packed("mlp.down_proj", 256, 512)).tobytes() == numbers("mlp.down_proj", 256, 512).tobytes()
 
 
+def test_a_model_says_what_its_file_stores(tmp_path, rng):
+    file, _ = of_blocks(tmp_path, rng, BLOCKS, {"other": "Q4_K", "attn_v": "Q6_K", "token_embd": "TQ2_0"})
+    layer, table = 2 * (2 * 256 * 256 + 128 * 256 + 3 * 256 * 512), 97 * 256
+    assert load(file).info == (
+        ("Q4_K", 13, (layer + table) // 256 * 144, "q4_k"), ("Q6_K", 2, 2 * 128 * 210, "q6_k"),
+        ("TQ2_0", 1, 97 * 66, "bfloat16"), ("F32", 5, 5 * 256 * 4, "float32"))
+    assert [row.held for row in load(file, "int8").info] == ["int8", "int8", "int8", "float32"]
+    assert load().info == ()
+
+
+def test_a_key_may_be_ignored(tmp_path):
+    file = write_gguf(tmp_path / "x.gguf", LLAMA, tensors(LLAMA), {"llama.attention.sinks": 4})
+    with pytest.raises(ValueError, match=re.escape("load(..., ignore=('llama.attention.sinks',)) leaves it out")):
+        load(file)
+    plain = write_gguf(tmp_path / "plain.gguf", LLAMA, tensors(LLAMA))
+    assert load(file, ignore="llama.attention.sinks")(IDS).tobytes() == load(plain)(IDS).tobytes()
+
+
 def test_a_tied_table_is_held_once(tmp_path, rng):
     sizes = {}
     for tied in (True, False):
@@ -400,7 +419,6 @@ def check_refused(path: Path, message: str, kind: type[Exception] = ValueError) 
     assert caught.type is kind and text.startswith(str(path)) and len(text) < 600 + len(str(path))
 
 
-LLAMA = small()
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no architecture": ({"general.architecture": None},
                         "general.architecture is None, expected one of llama, mistral3, "),

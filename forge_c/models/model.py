@@ -25,6 +25,7 @@ from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
 from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
 from forge_c.models.weights.foreign import check_folder
+from forge_c.models.weights.gguf import StoredType
 from forge_c.models.weights.random import shape_config
 from forge_c.packing import FORMATS
 from forge_c.state import ModelCache
@@ -78,7 +79,8 @@ def _load_gguf(path: Path, dtype: str, ignored: frozenset[str]) -> Model:
     spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
     decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar)
-    return Model(decoder, None, frozenset(spec.eos_token_ids))
+    stored = checkpoint.stored(None if dtype == "auto" else dtype)
+    return Model(decoder, None, frozenset(spec.eos_token_ids), stored)
 
 
 def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
@@ -152,10 +154,12 @@ class Model:
         dtype: how its matrices are packed; of a GGUF file's that are held as they are stored, how most bytes are.
         tokenizer: encode(text) -> ids and decode(ids) -> text, or None.
         eos_token_ids: the tokens that end a text.
+        info: what a GGUF file stores: of each type how many tensors, their bytes in the file, and how they are held.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int]) -> None:
-        self._decoder, self.tokenizer, self.eos_token_ids = decoder, tokenizer, eos_token_ids
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int],
+                 info: tuple[StoredType, ...] = ()) -> None:
+        self._decoder, self.tokenizer, self.eos_token_ids, self.info = decoder, tokenizer, eos_token_ids, info
 
     @property
     def config(self) -> ModelSpec:
@@ -187,7 +191,7 @@ class Model:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
         """Another model over the same weights, which nothing can write to."""
-        return Model(self._decoder, self.tokenizer, self.eos_token_ids)
+        return Model(self._decoder, self.tokenizer, self.eos_token_ids, self.info)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("Model: a model is not pickled; load() the same folder in the other process")

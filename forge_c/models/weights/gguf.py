@@ -47,7 +47,7 @@ class _Place(NamedTuple):
 
 
 class StoredType(NamedTuple):
-    """Tensors of one type in a file, and the format that holds them when they are loaded as they are."""
+    """Tensors of one type in a file, and the format that holds them in memory."""
 
     type: str
     tensors: int
@@ -97,14 +97,14 @@ class GGUFCheckpoint:
             return {f"{prefix}{names[part]}.bias": _Place(tensor, rows) for part, rows in parts.items()}
         return {f"{prefix}{names[stem]}.weight": _Place(tensor, np.concatenate(list(parts.values())))}
 
-    def stored(self) -> list[StoredType]:
-        """What the file holds, the type with the most bytes first."""
+    def stored(self, dtype: str | None = None) -> tuple[StoredType, ...]:
+        """What the file holds, the type with the most bytes first. dtype: what matrices are packed in instead."""
         found: dict[tuple[str, str], list[int]] = {}
         for tensor in self.file.tensors.values():
-            held = dtype_of_blocks(tensor.type.name) if len(tensor.shape) > 1 else "float32"
+            held = dtype or dtype_of_blocks(tensor.type.name) if len(tensor.shape) > 1 else "float32"
             found.setdefault((tensor.type.name, held), []).append(tensor.nbytes)
         rows = (StoredType(kind, len(sizes), sum(sizes), held) for (kind, held), sizes in found.items())
-        return sorted(rows, key=lambda row: -row.nbytes)
+        return tuple(sorted(rows, key=lambda row: -row.nbytes))
 
     def mostly(self) -> str:
         """The format that holds most of the layers' bytes, as a PackedWeight calls it."""
