@@ -84,18 +84,8 @@ class GGUFCheckpoint:
             raise ValueError(f"{tensor.path}: tensor {tensor.name} has no place in this model of {self._spec.n_layers} "
                              f"layers; expected {', '.join(_TOP)}, and blk.N. with {', '.join(names or _LAYER)}")
         prefix, (_, stem, ending) = f"model.layers.{found[1]}.", found.groups()
-        orders = _orders(layer.mixer, self._interleaved)
-        if stem != "attn_qkv":
-            rows = orders[stem] if self._interleaved and stem in ("attn_q", "attn_k") else None
-            return {f"{prefix}{names[stem]}.{ending}": _Place(tensor, rows)}
-        starts = np.cumsum([0, *map(len, orders.values())])
-        if tensor.shape[:1] != (starts[-1],):
-            raise ValueError(f"{tensor.path}: tensor {tensor.name} has shape {tensor.shape}, expected {starts[-1]} "
-                             "rows")
-        parts = {part: start + order for (part, order), start in zip(orders.items(), starts, strict=False)}
-        if ending == "bias":
-            return {f"{prefix}{names[part]}.bias": _Place(tensor, rows) for part, rows in parts.items()}
-        return {f"{prefix}{names[stem]}.weight": _Place(tensor, np.concatenate(list(parts.values())))}
+        rows = _rows_of(tensor, stem, ending, layer.mixer, self._interleaved)
+        return {f"{prefix}{names[part]}.{ending}": _Place(tensor, order) for part, order in rows.items()}
 
     def stored(self, dtype: str | None = None) -> tuple[StoredType, ...]:
         """What the file holds, the type with the most bytes first. dtype: what matrices are packed in instead."""
@@ -160,14 +150,31 @@ def _names(layer: LayerSpec) -> dict[str, str]:
             | (_BOTH_NORMS if layer.norms == "both" else {}))
 
 
-def _orders(mixer: Attention, turned: bool) -> dict[str, Rows]:
-    """Rows of q, k and v: where `turned`, each head's rotated rows lie in the file as 0, half, 1, half + 1, ..., also
-    those of a layer that does not rotate."""
-    dim = mixer.head_dim
-    head = np.arange(dim)
-    if turned:
-        rotated = dim if mixer.rope is None else mixer.rope.dim
-        head[:rotated] = head[:rotated].reshape(-1, 2).T.reshape(-1)
-    heads = {"attn_q": mixer.n_heads, "attn_k": mixer.n_kv_heads}
-    found = {stem: (np.arange(n)[:, None] * dim + head).reshape(-1) for stem, n in heads.items()}
-    return found | {"attn_v": np.arange(mixer.n_kv_heads * dim)}
+def _rows_of(tensor: TensorInfo, stem: str, ending: str, mixer: Attention, turned: bool) -> dict[str, Rows | None]:
+    """Which rows of a tensor go where; None: all as they lie. q, k and v may be one matrix, their biases one vector."""
+    queries, keys = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
+    sizes = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
+    if stem in sizes:
+        sizes = {stem: sizes[stem]}
+    elif stem != "attn_qkv":
+        return {stem: None}
+    if tensor.shape[:1] != (sum(sizes.values()),):
+        raise ValueError(f"{tensor.path}: tensor {tensor.name} has shape {tensor.shape}, expected "
+                         f"{sum(sizes.values())} rows")
+    found: dict[str, Rows | None] = {}
+    first = 0
+    for part, size in sizes.items():
+        found[part] = first + (_turned_back(size, mixer) if turned and part != "attn_v" else np.arange(size))
+        first += size
+    if stem == "attn_qkv" and ending == "weight":
+        return {stem: np.concatenate(list(found.values())) if turned else None}
+    return found if turned or stem == "attn_qkv" else {stem: None}
+
+
+def _turned_back(size: int, mixer: Attention) -> Rows:
+    """Where the rows of q or k lie in a file in which each head's rotated rows are 0, half, 1, half + 1, ..., also
+    where a layer does not rotate."""
+    head = np.arange(mixer.head_dim)
+    rotated = mixer.head_dim if mixer.rope is None else mixer.rope.dim
+    head[:rotated] = head[:rotated].reshape(-1, 2).T.reshape(-1)
+    return (np.arange(0, size, mixer.head_dim)[:, None] + head).reshape(-1)
