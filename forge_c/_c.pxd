@@ -96,6 +96,9 @@ cdef extern from "forge.h" nogil:
         FC_ROWS
         FC_COLS
         FC_LAYOUTS
+    ctypedef enum fc_rounds:
+        FC_ROUND_I8
+        FC_ROUND_I12
     ctypedef struct fc_linear_args:
         size_t size
         fc_dtype type
@@ -109,6 +112,7 @@ cdef extern from "forge.h" nogil:
         const void *weight
         ptrdiff_t ldw
         ptrdiff_t group
+        fc_rounds rounding
         const float *norm
         float norm_eps, norm_offset
         const float *bias
@@ -195,6 +199,7 @@ cdef extern from "forge.h" nogil:
         fc_layout layout
         const void *data
         ptrdiff_t group
+        fc_rounds rounding
         const float *bias
     ctypedef enum fc_part_kind:
         FC_NO_PART

@@ -34,7 +34,8 @@ def _aligned(panels: int, panel_bytes: int) -> Bytes:
     return raw[start:start + nbytes].reshape(panels, panel_bytes)
 
 
-def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = None) -> PackedWeight:
+def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
+         activations: str | None = None) -> PackedWeight:
     """Pack a weight (in_features, out_features) for `linear`.
 
     Args:
@@ -42,6 +43,10 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
         dtype: the stored format: "float32", "bfloat16" (round to nearest even), "int8" or "int4".
         group_size: rows of a column that share a scale: for int8 a multiple of 32, by default 128; for int4 either 32,
             symmetric as llama.cpp's Q4_0, or a multiple of 64, by default 64, with a minimum beside the scale.
+        activations: of int8 and int4, how `linear` rounds its input: "int8", to 127 steps on either side of zero whose
+            size is chosen for each 32 values, or "int12", to 2047 steps of one size for a row. By default int12 for
+            int8, int8 for int4. int12 is the more accurate, and slower for many rows where the processor multiplies
+            bytes.
 
     Packing copies; the original is not kept. 8.25 bits a weight for int8, 4.5 for int4 of group 32 and 64.
 
@@ -55,14 +60,15 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
     2304
     """
     f = Format.checked("pack", dtype, group_size)
+    activations = f.checked_activations("pack", activations)
     w = _matrix("pack", "weight", weight)
     panels = _aligned(-(-w.shape[1] // PANEL), f.panel_bytes(w.shape[0]))
     fill("pack", f, panels, w)
-    return PackedWeight(panels, w.shape, dtype, False, f.group)
+    return PackedWeight(panels, w.shape, dtype, False, f.group, activations)
 
 
-def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *,
-               group_size: int | None = None) -> PackedWeight:
+def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
+               activations: str | None = None) -> PackedWeight:
     """Pack the two matrices of a gated MLP, both (in_features, hidden), side by side for `gated_linear`.
 
     `gate` is the side that goes through the activation: LLaMA's gate_proj, transposed. The rest is as in `pack`.
@@ -72,16 +78,17 @@ def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *,
     PackedWeight(shape=(3, 6), dtype='float32', gated=True)
     """
     f = Format.checked("pack_gated", dtype, group_size)
+    activations = f.checked_activations("pack_gated", activations)
     a, b = _matrix("pack_gated", "gate", gate), _matrix("pack_gated", "up", up)
     if a.shape != b.shape:
         raise ValueError(f"pack_gated: up has shape {b.shape}, expected {a.shape}")
     panels = _aligned(-(-a.shape[1] // PANEL) * 2, f.panel_bytes(a.shape[0]))
     fill("pack_gated", f, panels[0::2], a)
     fill("pack_gated", f, panels[1::2], b)
-    return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), dtype, True, f.group)
+    return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), dtype, True, f.group, activations)
 
 
-def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
+def from_q4_0(blocks: ArrayLike, shape: tuple[int, int], *, activations: str | None = None) -> PackedWeight:
     """A weight of `shape` (in_features, out_features) from llama.cpp's Q4_0 bytes, value for value.
 
     blocks: uint8 (out_features, in_features / 32, 18): a float16 scale, then 16 bytes whose low nibbles are the values
@@ -105,13 +112,13 @@ def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
     lines = out.reshape(panels, count, f.block_bytes)
     put_lines(f, lines, u)
     lines[:, :, -LINE:].view(np.float16).reshape(panels, count, 2, PANEL)[...] = per_group(f, lines, scale)
-    return PackedWeight(out, shape, "int4", False, f.group)
+    return PackedWeight(out, shape, "int4", False, f.group, activations)
 
 
-def from_ggml(name: str, blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
+def from_ggml(name: str, blocks: ArrayLike, shape: tuple[int, int], *, activations: str | None = None) -> PackedWeight:
     """A weight of `shape` (in_features, out_features) from ggml's bytes of the format `name`, value for value.
 
-    blocks: uint8 (out_features, bytes of a row).
+    blocks: uint8 (out_features, bytes of a row). activations: as in pack.
 
     >>> from_ggml("q8_0", np.zeros((16, 68), np.uint8), (64, 16)).dtype
     'q8_0'
@@ -127,7 +134,7 @@ def from_ggml(name: str, blocks: ArrayLike, shape: tuple[int, int]) -> PackedWei
     f = Format.checked("from_ggml", name, None, ggml.TYPES)
     panels = _aligned(-(-n // PANEL), f.panel_bytes(k))
     ggml.fill(f, panels, b, k)
-    return PackedWeight(panels, shape, name, False, f.group)
+    return PackedWeight(panels, shape, name, False, f.group, activations)
 
 
 def unpack(packed: PackedWeight) -> Floats:

@@ -117,6 +117,9 @@ typedef enum {
     FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_PACKED_Q8_0,
     FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
+/* How x is rounded for integer weights. FC_ROUND_I8: to -127..127, a scale for each 32 k (or a group of W, if that is
+ * less). FC_ROUND_I12: to -2047..2047, one scale for a row. */
+typedef enum { FC_ROUND_I8, FC_ROUND_I12 } fc_rounds;
 typedef struct {
     size_t size; /* sizeof(fc_linear_args) */
     fc_dtype type; /* of x, residual and out */
@@ -128,8 +131,8 @@ typedef struct {
     fc_dtype weight_type; /* of FC_ROWS and FC_COLS */
     const void *weight;
     ptrdiff_t ldw;
-    /* of FC_PACKED_I8 and FC_PACKED_I4_AFFINE: k that share a scale; x is quantised, a scale a row */
-    ptrdiff_t group;
+    ptrdiff_t group; /* of FC_PACKED_I8 and FC_PACKED_I4_AFFINE: k that share a scale */
+    fc_rounds rounding;
     const float *norm; /* (K) or NULL; else x stands for fc_rms_norm of it, with this weight, eps and offset */
     float norm_eps, norm_offset;
     const float *bias; /* (N) or NULL; gated: (2, N) */
@@ -230,6 +233,7 @@ typedef struct {
     fc_layout layout; /* one of FC_PACKED_* */
     const void *data;
     ptrdiff_t group;
+    fc_rounds rounding;
     const float *bias; /* as in fc_linear_args, or NULL */
 } fc_matrix;
 

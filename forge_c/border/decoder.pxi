@@ -65,6 +65,7 @@ cdef class Part:
         self.keep(w)
         self.params += shape[0] * shape[1]
         m.layout, m.data, m.group, m.bias = w.layout, cnp.PyArray_DATA(w.data), w.group, floats(b)
+        m.rounding = w.rounding
         return m
 
 
@@ -205,7 +206,7 @@ cdef class LayeredModel:
         self.c.embedding, self.c.ld_embedding = cnp.PyArray_DATA(embedding), cnp.PyArray_STRIDE(embedding, 0)
         self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
         matrix.layout, matrix.group, matrix.bias = head.layout, head.group, NULL
-        matrix.data = cnp.PyArray_DATA(head.data)
+        matrix.data, matrix.rounding = cnp.PyArray_DATA(head.data), head.rounding
         self.c.head = matrix
         self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
         if self.layers == NULL:

@@ -42,17 +42,19 @@ cdef class PackedWeight:
     """A weight matrix in the layout that the kernels stream; made by `pack` and `pack_gated`, opaque to everyone else.
 
     .shape (in_features, out_features), .dtype the format's name, .group_size (rows that share a scale, or None),
-    .gated, .nbytes, .unpack() -> float32 (in, out).
+    .activations (how inputs are rounded, see `pack`, or None), .gated, .nbytes, .unpack() -> float32 (in, out).
     """
     cdef readonly tuple shape
     cdef readonly str dtype
     cdef readonly bint gated
     cdef readonly object group_size
+    cdef readonly object activations
     cdef readonly cnp.ndarray data
     cdef fc_layout layout
+    cdef fc_rounds rounding
     cdef ptrdiff_t k, n, group
 
-    def __init__(self, data, shape, dtype, gated=False, group_size=None):
+    def __init__(self, data, shape, dtype, gated=False, group_size=None, activations=None):
         from forge_c.formats.layout import ROWS_OF, Format
         self.gated = flag("PackedWeight", "gated", gated)
         cdef ptrdiff_t sides = 2 if self.gated else 1
@@ -66,6 +68,8 @@ cdef class PackedWeight:
         self.dtype = dtype
         self.group_size = f.group
         self.group = f.group or 0
+        self.activations = f.checked_activations("PackedWeight", activations)
+        self.rounding = FC_ROUND_I12 if self.activations == "int12" else FC_ROUND_I8
         cdef ptrdiff_t panels = (self.n // sides + FC_PANEL - 1) // FC_PANEL * sides
         if not cnp.PyArray_Check(data):
             raise TypeError(f"PackedWeight: data is a {type(data).__name__}, expected a NumPy array")
@@ -85,11 +89,15 @@ cdef class PackedWeight:
         return unpack(self)
 
     def __reduce__(self):
-        return PackedWeight, (np.array(self.data), self.shape, self.dtype, self.gated, self.group_size)
+        return PackedWeight, (np.array(self.data), self.shape, self.dtype, self.gated, self.group_size,
+                              self.activations)
 
     def __repr__(self):
+        from forge_c.formats.layout import Format
+        usual = Format(self.dtype, self.group_size).checked_activations("PackedWeight", None)
         return (f"PackedWeight(shape={self.shape}, dtype='{self.dtype}'"
                 f"{f', group_size={self.group_size}' if self.group_size else ''}"
+                f"{f', activations={self.activations!r}' if self.activations != usual else ''}"
                 f"{', gated=True' if self.gated else ''})")
 
 
@@ -113,6 +121,7 @@ cdef cnp.ndarray linear_weight(str fn, object weight, fc_linear_args *a):
     if isinstance(weight, PackedWeight):
         packed = weight
         a.layout, a.k, a.n, a.group = packed.layout, packed.k, packed.n, packed.group
+        a.rounding = packed.rounding
         a.weight = cnp.PyArray_DATA(packed.data)
         return packed.data
     w = viewed(fn, "weight", weight)
@@ -196,9 +205,9 @@ def linear(x, weight, bias=None, *, residual=None, out=None):
     ndarray of any of these dtypes with one contiguous axis (so `w.T` of a torch weight works as it is); bias
     (out_features,) or None; residual and the result (..., out_features) in x's dtype. Accumulation is float32, each
     output one chain over in_features, so a row's bits do not depend on the other rows. With a bfloat16 PackedWeight,
-    x is rounded to bfloat16; with an int8 or int4 one, each row of x is quantised to int8 with a scale of its own, and
-    a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory with
-    anything else.
+    x is rounded to bfloat16; with an integer one, each row of x is rounded to integers as its `activations` say, see
+    pack, and a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory
+    with anything else.
 
     >>> linear(np.ones((2, 3), np.float32), np.eye(3, 2, dtype=np.float32), np.array([1, 2], np.float32))
     array([[2., 3.],

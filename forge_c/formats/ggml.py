@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,25 +62,25 @@ def take_u(lines: Bytes) -> Bytes:
     return by_column.reshape(panels * PANEL, blocks * size // PANEL)
 
 
-def put_columns(lines: Bytes, values: NDArray) -> None:
+def put_columns(lines: Bytes, values: NDArray[Any]) -> None:
     """values (panels * 16, blocks * m): m values of each column and block, 16 columns side by side, then the next."""
     panels, blocks, size = lines.shape
     by_block = values.reshape(panels, PANEL, blocks, size // PANEL // values.itemsize).transpose(0, 2, 3, 1)
     lines[...] = np.ascontiguousarray(by_block).view(np.uint8).reshape(lines.shape)
 
 
-def take_columns(lines: Bytes, dtype: type) -> NDArray:
+def take_columns(lines: Bytes, dtype: type) -> NDArray[Any]:
     """What put_columns was given."""
     panels, blocks, size = lines.shape
     count = size // PANEL // np.dtype(dtype).itemsize
-    values = np.ascontiguousarray(lines).view(dtype).reshape(panels, blocks, count, PANEL)
+    values: NDArray[Any] = np.ascontiguousarray(lines).view(dtype).reshape(panels, blocks, count, PANEL)
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2)).reshape(panels * PANEL, blocks * count)
 
 
 # ---- q8_0: float16 d, 32 int8 q:  W = d q ----
 
 def _put_q8_0(out: Bytes, blocks: Bytes) -> None:
-    put_u(out[:, :, :16 * LINE], blocks[:, :, 2:] ^ 128)
+    put_u(out[:, :, :16 * LINE], blocks[:, :, 2:] ^ np.uint8(128))
     put_columns(out[:, :, 16 * LINE:], np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0])
 
 

@@ -39,6 +39,9 @@ LINE = 64
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # that pack makes
 
 
+ACTIVATIONS = ("int8", "int12")  # how inputs are rounded for integer weights
+
+
 @dataclass(frozen=True)
 class Groups:
     """Rows of a column that share a scale: a multiple of `unit` up to `largest`, `default` unless the caller says.
@@ -111,6 +114,19 @@ class Format:
             raise ValueError(f"{name}: group_size is {group_size}, expected {''.join(f'{g.unit} or ' for g in others)}"
                              f"a multiple of {most.unit} up to {most.largest} for {dtype}")
         return Format(dtype, int(group_size))
+
+    def checked_activations(self, name: str, activations: str | None) -> str | None:
+        """How inputs are rounded, of this argument of function `name`; None: int12 beside weights of 8 bits, int8
+        beside fewer, and not at all beside floats."""
+        if self.group is None:
+            if activations is not None:
+                raise ValueError(f"{name}: activations is {activations!r}, expected None for {self.dtype}")
+            return None
+        if activations is None:
+            return "int12" if self.row.bits == 8 else "int8"
+        if not isinstance(activations, str) or activations not in ACTIVATIONS:
+            raise ValueError(f"{name}: activations is {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
+        return activations
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ static fc_status project_as(const struct pass *p, fc_linear_args *args, const fc
     fc_status status = FC_OK;
     fc_rows rows = *args->rows;
     args->type = FC_F32, args->layout = w->layout, args->weight = w->data, args->group = w->group, args->bias = w->bias;
-    args->workspace = p->workspace;
+    args->rounding = w->rounding, args->workspace = p->workspace;
     if (kind == FC_RMS_NORM && norm->weight) {
         args->norm = norm->weight, args->norm_eps = norm->eps, args->norm_offset = norm->offset;
     } else if (kind != FC_NO_NORM) {
