@@ -17,9 +17,10 @@ from forge_c.formats.ggml import TYPES
 Rng = np.random.Generator
 FAMILIES = tuple(ARCHITECTURES)
 HOSTILE: tuple[Any, ...] = (
-    True, False, "", "x", "llama", "ü" * 300, 0.0, -1.0, 1.5, 1e38, float("nan"), float("inf"), Typed(4, 0), Typed(4, 1),
-    Typed(4, 7), Typed(4, 2**20), Typed(4, 2**31), Typed(5, -1), Typed(10, 2**63), Typed(11, -(2**62)), Typed(0, 255),
-    Typed(5, []), Typed(8, []), [1, 2, 3], [1.5], ["a"], [True, False, True], Typed(5, [-1] * 97), ["t"] * 97)
+    True, False, "", "x", "llama", "ü" * 300, 0.0, -1.0, 1.5, 1e38, float("nan"), float("inf"), Typed(4, 0),
+    Typed(4, 1), Typed(4, 7), Typed(4, 2**20), Typed(4, 2**31), Typed(5, -1), Typed(10, 2**63), Typed(11, -(2**62)),
+    Typed(0, 255), Typed(5, []), Typed(8, []), [1, 2, 3], [1.5], ["a"], [True, False, True], Typed(5, [-1] * 97),
+    ["t"] * 97)
 KEYS = tuple("""rope.scaling.type rope.scaling.factor rope.scaling.attn_factor rope.dimension_count rope.freq_base
     rope.scaling.original_context_length attention.sliding_window attention.sliding_window_pattern attention.key_length
     attention.value_length expert_count vocab_size rope.freq_base_swa new.key""".split())

@@ -32,15 +32,16 @@ class Decoder:
     """Packed weights and the forward pass; `forge_c.models.Model` adds text."""
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
-                 progress: Callable[[range], Iterable[int]] = iter) -> None:
+                 progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None) -> None:
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
         self.spec, self.dtype = spec, dtype if stored is None else stored.mostly()
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
         self._tables = RopeTables()
-        ends = _ends(spec, checkpoint, dtype) if stored is None else _stored_ends(spec, stored)
+        ends = (_ends(spec, checkpoint, dtype, activations) if stored is None
+                else _stored_ends(spec, stored, activations))
         source = LayerSource if stored is None else StoredSource
-        layers = [build_layer(spec.layers[i], source(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype))
-                  for i in progress(range(spec.n_layers))]
+        layers = [build_layer(spec.layers[i], source(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
+                                                     activations)) for i in progress(range(spec.n_layers))]
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale)
@@ -108,19 +109,22 @@ class Decoder:
         return y
 
 
-def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str) -> tuple[Any, PackedWeight]:
+def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | None) -> tuple[Any, PackedWeight]:
     """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
     if spec.head.tied or spec.head.absent:  # rows are looked up in what is multiplied
-        packed = pack(table.T, _HEAD[dtype])
+        packed = pack(table.T, _HEAD[dtype], activations=activations)
         return packed, packed
     head = checkpoint.take("lm_head.weight", table.shape)
     embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
-    return embedding, pack(head.T, _HEAD[dtype])
+    return embedding, pack(head.T, _HEAD[dtype], activations=activations)
 
 
-def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors) -> tuple[PackedWeight, PackedWeight]:
+def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
+                 activations: str | None) -> tuple[PackedWeight, PackedWeight]:
     """The same as the file has them, both (H, vocab), and one where the model is tied."""
-    shape = spec.vocab_size, spec.hidden_size
-    table = pack_blocks(*checkpoint.take_raw("model.embed_tokens.weight", shape))
-    return table, table if spec.head.tied else pack_blocks(*checkpoint.take_raw("lm_head.weight", shape))
+    def packed(name: str) -> PackedWeight:
+        return pack_blocks(*checkpoint.take_raw(name, (spec.vocab_size, spec.hidden_size)), activations=activations)
+
+    table = packed("model.embed_tokens.weight")
+    return table, table if spec.head.tied else packed("lm_head.weight")

@@ -27,13 +27,13 @@ from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
 from forge_c.models.weights.foreign import check_folder
 from forge_c.models.weights.gguf import StoredType
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS
+from forge_c.packing import FORMATS, ROWS_OF, Format
 from forge_c.state import ModelCache
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
+def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None,
          ignore: str | Collection[str] = ()) -> Model:
     """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there) or a GGUF file.
 
@@ -46,6 +46,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
             for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
             Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
             embedding table in bfloat16, where that is another.
+        activations: how inputs of matrices of integers are rounded, "int8" or "int12" (see forge_c.pack); by default to
+            12 bits before those of 8 bits, which keeps what these know, and to 8 before those of fewer.
         ignore: keys of config.json, or of a GGUF file, to take no notice of: there may be one that would be refused,
             since it could change the maths, and does not.
 
@@ -63,22 +65,25 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
     _check_dtype("load", dtype)
     ignored = _names("load", "ignore", ignore)
     if path is not None and os.path.exists(path) and not os.path.isdir(path):
-        return _load_gguf(Path(path), dtype, ignored)
+        return _load_gguf(Path(path), dtype, activations, ignored)
     folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
     spec = _spec(folder, ignored)
     checkpoint = Checkpoint(folder)
     spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
-    return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
+    _check_activations("load", activations, dtype)
+    decoder = Decoder(spec, checkpoint, dtype, _bar, activations)
+    return Model(decoder, load_tokenizer(folder), _eos_ids(folder, spec))
 
 
-def _load_gguf(path: Path, dtype: str, ignored: frozenset[str]) -> Model:
+def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str]) -> Model:
     """The model of a GGUF file; nothing but the file is read."""
     file = open_gguf(path)
     spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
-    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar)
+    _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
+    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
     stored = checkpoint.stored(None if dtype == "auto" else dtype)
     return Model(decoder, None, frozenset(spec.eos_token_ids), stored)
 
@@ -113,12 +118,12 @@ def _bar(layers: range) -> Iterable[int]:
     return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
 
 
-def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
+def random_model(shape: str = "llama-1.1b", dtype: str = "auto", *, activations: str | None = None) -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
         shape: a name in forge_c.models.weights.random.SHAPES: "llama-1.1b" (1.1 billion weights), "llama-tiny", ...
-        dtype: as in load; "auto" is bfloat16.
+        dtype, activations: as in load; "auto" is bfloat16.
 
     Raises:
         ValueError: an unknown shape or dtype.
@@ -127,13 +132,19 @@ def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
     Model(model_type='llama', layers=2, hidden_size=64, heads=4/2, vocab_size=512, dtype='bfloat16')
     """
     _check_dtype("random_model", dtype)
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    _check_activations("random_model", activations, dtype)
     spec = model_spec(shape_config(shape))
-    return Model(Decoder(spec, RandomCheckpoint(), "bfloat16" if dtype == "auto" else dtype, _bar), None, frozenset())
+    return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
 
 
 def _check_dtype(function: str, dtype: str) -> None:
     if dtype not in ("auto", *FORMATS):
         raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+
+
+def _check_activations(function: str, activations: str | None, dtype: str) -> None:
+    Format.checked(function, dtype, None, ROWS_OF).checked_activations(function, activations)
 
 
 def _eos_ids(folder: Path, spec: ModelSpec) -> frozenset[int]:

@@ -27,8 +27,10 @@ class LayerSource:
     """The tensors of one layer by the names that Hugging Face gives them; matrices are (out, in) there. A matrix is let
     go as soon as it is packed."""
 
-    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str) -> None:
+    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str,
+                 activations: str | None = None) -> None:
         self.checkpoint, self.prefix, self.hidden, self.dtype = checkpoint, prefix, hidden, dtype
+        self.activations = activations  # as in pack
 
     def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
         """(out, in) as the file has it."""
@@ -36,11 +38,12 @@ class LayerSource:
 
     def packed(self, name: str, rows: int, columns: int) -> PackedWeight:
         """The same as (in, out), packed."""
-        return pack(self.matrix(name, rows, columns).T, self.dtype)
+        return pack(self.matrix(name, rows, columns).T, self.dtype, activations=self.activations)
 
     def side_by_side(self, parts: Mapping[str, int], columns: int) -> PackedWeight | Sequence[PackedWeight]:
         """Matrices of these rows, packed as one; or as several, of formats of their own."""
-        return pack(np.concatenate([self.matrix(name, rows, columns) for name, rows in parts.items()]).T, self.dtype)
+        joined = np.concatenate([self.matrix(name, rows, columns) for name, rows in parts.items()])
+        return pack(joined.T, self.dtype, activations=self.activations)
 
     def pair(self, kind: GatedMLP) -> PackedWeight | Sequence[PackedWeight]:
         """gate and up, packed as a pair; or each in a format of its own."""
@@ -48,7 +51,7 @@ class LayerSource:
             gate, up = np.split(self.matrix("mlp.gate_up_proj", 2 * kind.width, self.hidden), 2)
         else:
             gate, up = (self.matrix(f"mlp.{side}_proj", kind.width, self.hidden) for side in ("gate", "up"))
-        return pack_gated(gate.T, up.T, self.dtype)
+        return pack_gated(gate.T, up.T, self.dtype, activations=self.activations)
 
     def bias(self, wanted: bool, *parts: tuple[str, int]) -> Floats | None:
         """Biases end to end, or None where they are not wanted."""
@@ -74,22 +77,26 @@ class StoredSource(LayerSource):
         """(type, rows of blocks)."""
         return self.checkpoint.take_raw(f"{self.prefix}{name}.weight", (rows, columns))
 
+    def blocks(self, kind: str, *raws: NDArray[np.uint8]) -> PackedWeight:
+        """Matrices of one type, packed as one."""
+        return pack_blocks(kind, *raws, activations=self.activations)
+
     def packed(self, name: str, rows: int, columns: int) -> PackedWeight:
-        return pack_blocks(*self.raw(name, rows, columns))
+        return self.blocks(*self.raw(name, rows, columns))
 
     def side_by_side(self, parts: Mapping[str, int], columns: int) -> PackedWeight | Sequence[PackedWeight]:
         raws = [self.raw(name, rows, columns) for name, rows in parts.items()]
-        return [pack_blocks(kind, *(raw for _, raw in some)) for kind, some in groupby(raws, key=itemgetter(0))]
+        return [self.blocks(kind, *(raw for _, raw in some)) for kind, some in groupby(raws, key=itemgetter(0))]
 
     def pair(self, kind: GatedMLP) -> PackedWeight | Sequence[PackedWeight]:
         if kind.fused:
             stored, both = self.raw("mlp.gate_up_proj", 2 * kind.width, self.hidden)
-            return pack_gated_blocks(stored, *np.split(both, 2))
+            return pack_gated_blocks(stored, *np.split(both, 2), activations=self.activations)
         (gate_type, gate), (up_type, up) = (self.raw(f"mlp.{side}_proj", kind.width, self.hidden)
                                             for side in ("gate", "up"))
         if gate_type == up_type:
-            return pack_gated_blocks(gate_type, gate, up)
-        return pack_blocks(gate_type, gate), pack_blocks(up_type, up)
+            return pack_gated_blocks(gate_type, gate, up, activations=self.activations)
+        return self.blocks(gate_type, gate), self.blocks(up_type, up)
 
 
 Norms = tuple[Norm | None, Norm | None]  # before the part and after it
