@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -10,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.functional import LayeredModel
+from forge_c.functional import CalledPart, LayeredModel, StateTable
 from forge_c.models.parts import LayerSource, build_layer, new_state
+from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import ModelSpec, Rope
 from forge_c.models.weights import Tensors
 from forge_c.packing import pack
-from forge_c.rotary import DEPEND_ON_LENGTH, RopeTable, extend_rope_table, rope_table
 from forge_c.state import ModelCache
-from forge_c.state.model import TableOf
 
 __all__ = ["DEFAULT_CONTEXT", "Decoder"]
 
@@ -36,7 +34,7 @@ class Decoder:
                  progress: Callable[[range], Iterable[int]] = iter) -> None:
         self.spec, self.dtype = spec, dtype
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
-        self._tables: list[tuple[Rope, RopeTable]] = []
+        self._tables = RopeTables()
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         head = table if spec.head.tied or spec.head.absent else checkpoint.take("lm_head.weight", table.shape)
         # (vocab, H): rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
@@ -77,26 +75,45 @@ class Decoder:
             max_seq_len = min(self.spec.max_position_embeddings, DEFAULT_CONTEXT)
         rows, room = checked_size("new_cache", "batch", batch), checked_size("new_cache", "max_seq_len", max_seq_len)
         layers = [new_state(kind, rows, room, dtype) for kind in self.kinds]
-        tables = [self._table_of(getattr(kind, "rope", None), room) for kind in self.kinds]
+        tables = [self._tables.of(getattr(kind, "rope", None), room) for kind in self.kinds]
         return ModelCache(self.kinds, layers, tables, np.zeros(rows, np.int64), room)
 
     @property
     def angles_depend_on_length(self) -> bool:
         """Whether a row's rotary angles depend on the room that its cache has."""
-        return any(_depends_on_length(rope) for rope in self._ropes())
+        return any(depends_on_length(rope) for rope in self._ropes())
 
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
-                hidden: bool = False) -> tuple[Any, Any]:
+                hidden: bool = False, fresh: NDArray[np.bool_] | None = None) -> tuple[Any, Any]:
         """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> logits (batch, n, vocab), with last_only
-        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for. ValueError for
-        logits of a model without a head."""
+        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for. fresh: as
+        ModelCache.extending. ValueError for logits of a model without a head."""
         if logits and self.spec.head.absent:
             raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
                              "false: it was saved without its head, and gives hidden states alone")
-        with cache.locked(), cache.extending(ids.shape[1]) as start:
+        with cache.locked(), cache.extending(ids, fresh) as start:
             found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
                                                 hidden=hidden)
         return None if found is None else self._finished(found), normed
+
+    def hidden(self, ids: NDArray[np.int64], cache: ModelCache, layer: int) -> Floats:
+        """(batch, n, H) of ids (batch, n <= KV_CHUNK): what goes into layer 0 .. n_layers - 1, or, for n_layers, what
+        comes out of the last norm."""
+        if layer == self.spec.n_layers:
+            found: Floats = self.forward(ids, cache, logits=False, hidden=True)[1]
+            return found
+        seen: list[Floats] = []
+
+        def look(x: Floats, state: None, start: NDArray[np.int64]) -> Floats:
+            seen.append(x)
+            return np.zeros_like(x)
+
+        m, states = self._model, cache.states.held
+        layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
+        model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale)
+        with cache.locked(), cache.extending(ids) as start:
+            model.forward(ids, StateTable([*states[:layer], None, *states[layer:]]), start, logits=False)
+        return seen[0]
 
     def _finished(self, y: Floats) -> Floats:
         """Logits as the family scales and caps them, in place."""
@@ -109,28 +126,3 @@ class Decoder:
             np.tanh(y, out=y)
             y *= cap
         return y
-
-    def _table_of(self, rope: Rope | None, room: int) -> TableOf | None:
-        if rope is None:
-            return None
-        if _depends_on_length(rope):
-            return lambda length: self._rope_table(rope, room)
-        return partial(self._rope_table, rope)
-
-    def _rope_table(self, rope: Rope, length: int) -> RopeTable:
-        """A table for at least `length` positions, or exactly as many where the angles depend on it."""
-        held = next((table for known, table in self._tables if known == rope), None)
-        exact = _depends_on_length(rope)
-        if held is not None and (held.max_seq_len == length if exact else held.max_seq_len >= length):
-            return held
-        rows = length if exact else 1 << (length - 1).bit_length()
-        if held is None or exact:
-            table = rope_table(rope.dim, rows, rope.theta, scaling=rope.scaling)
-        else:
-            table = extend_rope_table(held, rows, rope.theta, scaling=rope.scaling)
-        self._tables = [(known, t) for known, t in self._tables if known != rope] + [(rope, table)]
-        return table
-
-
-def _depends_on_length(rope: Rope) -> bool:
-    return rope.scaling.get("rope_type") in DEPEND_ON_LENGTH
