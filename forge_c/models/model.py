@@ -221,7 +221,7 @@ class Model:
         tokens, cache = self._fed("model", ids, cache)
         batch, seq = tokens.shape
         logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
-        with all_or_nothing(cache):
+        with all_or_nothing(cache, seq):
             for start in range(0, seq if batch else 0, KV_CHUNK):
                 chunk, wanted = slice(start, start + KV_CHUNK), not last_only or start + KV_CHUNK >= seq
                 found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
