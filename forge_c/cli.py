@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # NumPy is imported only once there is work: --help answers at once
@@ -105,25 +107,35 @@ def _generate(args: argparse.Namespace) -> int:
 
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     model = _load(args)
-    prompt = "def " if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = "def " if args.prompt is None else _stdin() if args.prompt == "-" else args.prompt
     shown = "" if args.chat else prompt
     if args.chat:
         template: Any = getattr(model.tokenizer, "apply_chat_template", None)
         if template is None:
             raise ValueError("--chat: the model has no chat template")
         prompt = template([{"role": "user", "content": prompt}])
-    rows, _, _ = model._prompts(prompt)
-    run = model._generation(rows, args.max_new_tokens, sampler, args.seed, args.stop)
+    stream = model.generate(prompt, args.max_new_tokens, seed=args.seed, stop=args.stop, stream=True,
+                            **asdict(sampler))
     sys.stdout.write(shown)
     try:
-        for step in run.steps():
-            sys.stdout.write("".join(text for _, _, text in step))
+        for piece in stream:
+            sys.stdout.write(piece)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n")
         sys.stdout.flush()
-        _print_speed(run)
+        _print_speed(stream.run)
     return 0
+
+
+def _stdin() -> str:
+    """All of it, as UTF-8 in whatever locale."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin has byte 0x{error.object[error.start]:02x} at {error.start}, expected UTF-8") from None
 
 
 def _print_speed(run: Generation) -> None:

@@ -10,7 +10,7 @@ pair i turns through the angle p * inv_i.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,8 @@ class RopeTable:
 
 
 def rope_table(
-    dim: int, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None
+    dim: int, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None,
+    seq_len: int | None = None
 ) -> RopeTable:
     """Build the table for positions 0 .. max_seq_len - 1.
 
@@ -89,11 +90,9 @@ def rope_table(
             `original_max_position_embeddings` may be added to the dict: dynamic needs the first, llama3,
             yarn and longrope the second (the first stands in for it), and yarn and longrope without a
             "factor" take it from their ratio.
+        seq_len: the length of the text for which dynamic and longrope choose their angles; by default max_seq_len.
 
     With yarn, finetuned, attn_factor and extrapolation_factor are not read, as in transformers.
-
-    dynamic and longrope depend on how long the sequence will be. The table's max_seq_len is taken as that
-    length, so that keys already in a cache never change their angles.
 
     Raises:
         ValueError: a size or number out of range, an unknown rope_type, or a key that the type does not know
@@ -107,32 +106,74 @@ def rope_table(
      [0.9093 0.1987]]
     """
     rows = checked_size("rope_table", "max_seq_len", max_seq_len, most=_MOST_ROWS)
-    inv_freq, attention_factor, _ = _frequencies(dim, rows, base, scaling)
+    length = rows if seq_len is None else checked_size("rope_table", "seq_len", seq_len, most=_MOST_ROWS)
+    inv_freq, attention_factor, _ = _frequencies(dim, length, base, scaling)
     return RopeTable(*cos_sin(inv_freq, rows, attention_factor))
 
 
 def extend_rope_table(
-    table: RopeTable, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None
+    table: RopeTable, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None,
+    seq_len: int | None = None
 ) -> RopeTable:
-    """`rope_table(table.dim, max_seq_len, base, scaling=scaling)`, of which `table` is the beginning, to the bit.
+    """`rope_table(table.dim, max_seq_len, base, scaling=scaling, seq_len=seq_len)`, of which `table` is the beginning,
+    to the bit.
 
     Only the new positions are computed. A table that already has that many is returned as it is.
 
     Raises:
-        ValueError: as rope_table, and for rope types dynamic and longrope, where all angles depend on max_seq_len.
+        ValueError: as rope_table, and for rope types dynamic and longrope without seq_len, whose angles would all
+            depend on max_seq_len.
 
     >>> extend_rope_table(rope_table(128, 4096), 8192)
     RopeTable(dim=128, max_seq_len=8192)
     """
     rows = checked_size("rope_table", "max_seq_len", max_seq_len, most=_MOST_ROWS)
-    inv_freq, attention_factor, kind = _frequencies(table.dim, rows, base, scaling)
-    if kind in DEPEND_ON_LENGTH:
+    length = rows if seq_len is None else checked_size("extend_rope_table", "seq_len", seq_len, most=_MOST_ROWS)
+    inv_freq, attention_factor, kind = _frequencies(table.dim, length, base, scaling)
+    if kind in DEPEND_ON_LENGTH and seq_len is None:
         raise ValueError(f"extend_rope_table: rope_type {kind} depends on max_seq_len, expected another or a new table")
     if rows <= table.max_seq_len:
         return table
     start = table.max_seq_len // _BLOCK_ROWS * _BLOCK_ROWS
     cos, sin = cos_sin(inv_freq, rows, attention_factor, start)
     return RopeTable(np.concatenate([table.cos[:start], cos]), np.concatenate([table.sin[:start], sin]))
+
+
+def rope_table_by_position(
+    dim: int, max_seq_len: int, base: float, scaling: Mapping[str, Any], held: RopeTable | None = None
+) -> RopeTable:
+    """Row p is that of `rope_table` with seq_len p + 1, to the bit: tokens that come one by one, each the last of its
+    text. held: a table of this kind, of which only what is missing is computed."""
+    known = 0 if held is None else held.max_seq_len
+    parts = [] if held is None else [(held.cos, held.sin)]
+    for first, last in _stretches(scaling, known, max_seq_len):
+        inv_freq, attention_factor, _ = _frequencies(dim, last, base, scaling)
+        start = first // _BLOCK_ROWS * _BLOCK_ROWS
+        if last == first + 1:  # one row of its block
+            turn = attention_factor * np.exp(1j * ((first - start) * inv_freq)) * np.exp(1j * (start * inv_freq))
+            parts.append((turn.real[None].astype(np.float32), turn.imag[None].astype(np.float32)))
+        else:
+            cos, sin = cos_sin(inv_freq, last, attention_factor, start)
+            parts.append((cos[first - start :], sin[first - start :]))
+    return RopeTable(*(np.concatenate(tables) for tables in zip(*parts, strict=True)))
+
+
+def _stretches(scaling: Mapping[str, Any], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """first .. last - 1 cut into runs of positions at which texts that end there have the same angles."""
+    border = longest_short(scaling)
+    if first < border:
+        yield first, min(border, last)
+    beyond = max(first, border)
+    if scaling.get("rope_type") == "dynamic":
+        yield from ((p, p + 1) for p in range(beyond, last))
+    elif beyond < last:
+        yield beyond, last
+
+
+def longest_short(scaling: Mapping[str, Any]) -> int:
+    """The longest text with the angles of a short one; scaling has a rope_type that depends on the length."""
+    params = _Scaling(scaling)
+    return int(params.number("max_position_embeddings") if params.type == "dynamic" else params.original_length())
 
 
 def _frequencies(

@@ -334,6 +334,13 @@ def test_nan_logits_end_with_one_line_after_the_text(capsys, tmp_path):
     assert status == 2 and err.splitlines()[-1].endswith("the model's logits are NaN") and "Traceback" not in err
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_prompt_that_is_no_utf8(speaker, locale):
+    done = run("generate", "--model", speaker, "--prompt", "-", stdin=b"caf\xe9!", LC_ALL=locale)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "forge-c generate: stdin has byte 0xe9 at 3, expected UTF-8\n"
+
+
 @pytest.mark.parametrize(("arguments", "stdin", "changes"), [
     (["generate", "--prompt", "-"], b"\xff\xfe", {"PYTHONUTF8": "0", "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8"}),
     (["generate", "--model", "/no/such/folder"], None, {}), (["info"], None, {"FORGE_C_ISA": "mmx"}),

@@ -32,7 +32,8 @@ def test_chunks_and_single_tokens_give_the_bytes_of_the_whole_prompt(name: str, 
     whole = model(case.ids)
     for cuts in ([0, 3, 20, 21, seq], range(seq + 1)):
         cache = model.new_cache(batch, seq)
-        parts = [model(case.ids[:, a:b], cache) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        with cache.expecting(seq):
+            parts = [model(case.ids[:, a:b], cache) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         assert np.concatenate(parts, axis=1).tobytes() == whole.tobytes()
         assert cache.seq_len == seq
 

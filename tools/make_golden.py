@@ -1,4 +1,5 @@
-"""Write tests/golden/: small models of every family, and the logits that transformers computes for them.
+"""Write tests/golden/: small models of every family, and the logits that transformers computes for them; and
+tests/templates/prompts.json: conversations as it renders them.
 
     python tools/make_golden.py [CASE ...]       # needs transformers 5.23 and torch 2.13
 
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import chat_cases
 import golden_models
 
 SMALL = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -114,9 +117,27 @@ def make(name: str, family: str, changes: dict[str, Any], seq_len: int) -> None:
     print(f"{name}: logits {logits.shape}, scale {np.abs(logits).max():.3f}")
 
 
+def make_chats() -> None:
+    """Each conversation by each template; None where transformers raises an error."""
+    found: dict[str, dict[str, str | None]] = {}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(
+        tokenizers.models.BPE()), **chat_cases.SPECIAL)
+    for name, template in chat_cases.TEMPLATES.items():
+        found[name] = {}
+        for what, (messages, options) in chat_cases.CONVERSATIONS.items():
+            try:
+                text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+            except Exception as error:
+                print(f"{name}, {what}: {type(error).__name__}: {str(error)[:90]}")
+                text = None
+            found[name][what] = text
+    chat_cases.GOLDEN.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     golden_models.FOLDER.mkdir(exist_ok=True)
+    make_chats()
     for case, (family_name, difference, length) in CASES.items():
         if sys.argv[1:] and case not in sys.argv[1:]:
             continue

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.functional import LayeredModel, PackedWeight
+from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
 from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
 from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import ModelSpec, Rope
@@ -75,12 +75,12 @@ class Decoder:
             max_seq_len = min(self.spec.max_position_embeddings, DEFAULT_CONTEXT)
         rows, room = checked_size("new_cache", "batch", batch), checked_size("new_cache", "max_seq_len", max_seq_len)
         layers = [new_state(kind, rows, room, dtype) for kind in self.kinds]
-        tables = [self._tables.of(getattr(kind, "rope", None), room) for kind in self.kinds]
+        tables = [self._tables.of(getattr(kind, "rope", None)) for kind in self.kinds]
         return ModelCache(self.kinds, layers, tables, np.zeros(rows, np.int64), room)
 
     @property
     def angles_depend_on_length(self) -> bool:
-        """Whether a row's rotary angles depend on the room that its cache has."""
+        """Whether a token's rotary angles depend on how long its text is."""
         return any(depends_on_length(rope) for rope in self._ropes())
 
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
@@ -91,10 +91,47 @@ class Decoder:
         if logits and self.spec.head.absent:
             raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
                              "false: it was saved without its head, and gives hidden states alone")
-        with cache.locked(), cache.extending(ids, fresh) as start:
-            found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
-                                                hidden=hidden)
+        with cache.locked():
+            self.read_outdated(cache, ids.shape[1], fresh)
+            if not cache.agree(ids.shape[1], fresh):
+                return _stacked([self.forward(ids[i : i + 1], cache.row(i), logits=logits, last_only=last_only,
+                                              hidden=hidden, fresh=None if fresh is None else fresh[i : i + 1])
+                                 for i in range(len(ids))])
+            with cache.extending(ids, fresh) as start:
+                found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
+                                                    hidden=hidden)
         return None if found is None else self._finished(found), normed
+
+    def read_outdated(self, cache: ModelCache, tokens: int, fresh: NDArray[np.bool_] | None = None) -> None:
+        """Read again the rows whose tokens have the angles of a shorter or longer text than they are part of with
+        `tokens` more, as transformers does when a text outgrows longrope's original length."""
+        for i, length in cache.outdated(tokens, fresh).items():
+            with cache.rereading(i, length) as (row, ids):
+                for start in range(0, len(ids), KV_CHUNK):
+                    self.forward(ids[None, start : start + KV_CHUNK], row, logits=False)
+
+    def hidden(self, ids: NDArray[np.int64], cache: ModelCache, layer: int) -> Floats:
+        """(batch, n, H) of ids (batch, n <= KV_CHUNK): what goes into layer 0 .. n_layers - 1, or, for n_layers, what
+        comes out of the last norm."""
+        if layer == self.spec.n_layers:
+            found: Floats = self.forward(ids, cache, logits=False, hidden=True)[1]
+            return found
+        seen: list[Floats] = []
+
+        def look(x: Floats, state: None, start: NDArray[np.int64]) -> Floats:
+            seen.append(x)
+            return np.zeros_like(x)
+
+        m, states = self._model, cache.states.held
+        layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
+        model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale)
+        with cache.locked():
+            self.read_outdated(cache, ids.shape[1])
+            if not cache.agree(ids.shape[1]):
+                return np.concatenate([self.hidden(ids[i : i + 1], cache.row(i), layer) for i in range(len(ids))])
+            with cache.extending(ids) as start:
+                model.forward(ids, StateTable([*states[:layer], None, *states[layer:]]), start, logits=False)
+        return seen[0]
 
     def _finished(self, y: Floats) -> Floats:
         """Logits as the family scales and caps them, in place."""
@@ -128,3 +165,9 @@ def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
 
     table = packed("model.embed_tokens.weight")
     return table, table if spec.head.tied else packed("lm_head.weight")
+
+
+def _stacked(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Results of single rows as that of all."""
+    first, second = zip(*rows, strict=True)
+    return tuple(None if one[0] is None else np.concatenate(one) for one in (first, second))  # type: ignore[return-value]
