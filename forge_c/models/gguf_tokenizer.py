@@ -83,8 +83,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str = "the GGUF file") -
     vocabulary = _vocabulary(metadata, source, kind)
     ends = _ends(vocabulary)
     if kind == "gpt2" and vocabulary.pre not in PRE_TOKENIZERS:
-        return NoText(ValueError, f"models: {source} has tokenizer.ggml.pre {vocabulary.pre!r}, by which texts are cut, "
-                      f"expected one of {', '.join(sorted(PRE_TOKENIZERS))}; pass ids"), ends
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        return NoText(ValueError, f"models: {source} cuts texts as {vocabulary.pre!r} does (tokenizer.ggml.pre), "
+                      f"expected one of {known}; pass ids"), ends
     try:
         import tokenizers  # noqa: F401
     except ImportError:

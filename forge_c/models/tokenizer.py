@@ -280,7 +280,8 @@ def failures(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
-        raise ValueError(f"{what}: {error}") from None
+        problem = str(error).removeprefix(f"{what}: ")
+        raise ValueError(f"{what}: {problem}") from None
 
 
 def _is_bytes(token: str) -> bool:
