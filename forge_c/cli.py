@@ -40,7 +40,11 @@ def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
         "bench": add("bench", help="tokens per second of prompts and of generation")}
     for name, command in commands.items():
         which = command.add_mutually_exclusive_group()
-        which.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
+        which.add_argument("--model", metavar="DIR|FILE",
+                           help="a Hugging Face folder, a GGUF file, ORG/NAME, or what Model.save wrote (default: the "
+                                "embedded model)")
+        if name == "info":
+            which.add_argument("model", metavar="DIR|FILE", nargs="?", help="the same", default=argparse.SUPPRESS)
         if name == "bench":
             which.add_argument("--shape", metavar="NAME", help="random weights of that size, such as llama-1.1b")
         command.add_argument("--dtype", default="auto",

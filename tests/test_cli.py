@@ -17,6 +17,7 @@ import golden_models
 import numpy as np
 import pytest
 import tokenizers
+from gguf_models import write_gguf
 from model_folder import BYTES, following, small, tensors, write, write_chain, write_json
 
 from forge_c.cli import main
@@ -255,6 +256,17 @@ def test_info_about_a_tokenizer_and_a_saved_model(capsys, tmp_path):
         assert re.search(r"^chat template    default, tool_use$", out, re.M)
         assert re.search(r"^ends at          1, 3$", out, re.M)
         assert re.match(r"int8 \d+\.\d\d MiB, bfloat16 0.01 MiB, float32 0.00 MiB", found["weights"])
+
+
+@pytest.mark.parametrize("how", [["--model"], []])
+def test_info_about_a_gguf_file(capsys, tmp_path, how):
+    config = small()
+    path = write_gguf(tmp_path / "m.gguf", config, tensors(config), more={
+        "token_embd.weight": tensors(config)["model.embed_tokens.weight"].astype(np.float16)})
+    status, out, err = called(capsys, "info", *how, path)
+    assert (status, err) == (0, "") and re.search(rf"^model +{path}$", out, re.M)
+    assert re.search(r"^stored as F16 +1 tensors, 6208 bytes, held as float32$", out, re.M)
+    assert re.search(r"^stored as F32 +29 tensors, \d+ bytes, held as float32$", out, re.M)
 
 
 def test_info_about_the_embedded_model(capsys):

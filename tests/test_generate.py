@@ -190,7 +190,8 @@ def test_a_repetition_penalty_sees_prompt_and_answer(model):
 
 def fed(model: Model, ids: np.ndarray, chunk: int, **options: Any) -> bytes:
     cache = model.new_cache(*ids.shape, **options)
-    parts = [model(ids[:, at : at + chunk], cache) for at in range(0, ids.shape[1], chunk)]
+    with cache.expecting(ids.shape[1]):
+        parts = [model(ids[:, at : at + chunk], cache) for at in range(0, ids.shape[1], chunk)]
     assert cache.lengths.tolist() == [ids.shape[1]] * len(ids)
     return np.concatenate(parts, axis=1).tobytes()
 

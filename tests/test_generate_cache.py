@@ -79,7 +79,7 @@ def held(cache: ModelCache) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", [*FAMILIES, "dynamic"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore:generate")
 def test_turns_are_the_whole(model_of, read, name, options):
     """Each turn is what a call with everything before it gives, and reads no token twice."""
@@ -87,7 +87,7 @@ def test_turns_are_the_whole(model_of, read, name, options):
     cache, before = model.new_cache(1, 700), []
     for tokens, most in ((5, 4), (300, 7), (1, 1), (40, 0), (2, 3)):
         prompt = rng.integers(0, 97, tokens)
-        fresh = model.new_cache(1, 700)  # of the same room, on which the angles of dynamic depend
+        fresh = model.new_cache(1, 700)
         want = model.generate([*before, *prompt], most, cache=fresh, **options).tolist()
         read.clear()
         found = model.generate(prompt, most, cache=cache, **options).tolist()

@@ -165,9 +165,8 @@ class Generation:
         return groups, logits
 
     def _groups(self) -> list[list[int]]:
-        """Rows that decode together: all of them, or those of each prompt where its room changes its angles."""
-        rows, n = list(range(len(self.rows))), self.options.n
-        return [rows[i : i + n] for i in rows[::n]] if self.decoder.angles_depend_on_length else [rows]
+        """Rows that decode together: all of them."""
+        return [list(range(len(self.rows)))]
 
     def _forget_the_rest(self, cache: ModelCache) -> None:
         """Truncate each row to what its prompt begins with, and the prompt to what the row lacks, a token at least."""
@@ -294,10 +293,11 @@ def prefill(decoder: Decoder, ids: Ids, cache: ModelCache, *, logits: bool = Tru
     """Feed ids (n,), n >= 1, into a cache of one row -> the logits (vocab,) after its last token, or (0,). progress:
     called with how many have been read."""
     found: Any = None
-    for start in range(0, len(ids), KV_CHUNK):
-        stop = start + KV_CHUNK
-        found, _ = decoder.forward(ids[None, start:stop], cache, logits=logits and stop >= len(ids), last_only=True)
-        progress(min(stop, len(ids)))
+    with cache.expecting(len(ids)):
+        for start in range(0, len(ids), KV_CHUNK):
+            stop = start + KV_CHUNK
+            found, _ = decoder.forward(ids[None, start:stop], cache, logits=logits and stop >= len(ids), last_only=True)
+            progress(min(stop, len(ids)))
     return np.empty(0, np.float32) if found is None else found[0, 0]
 
 

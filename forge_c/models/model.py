@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,41 +13,57 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from forge_c.checks import short
 from forge_c.files import read_json
+from forge_c.formats.gguf import open_gguf
 from forge_c.functional import KV_CHUNK
-from forge_c.models.decoder import Decoder
+from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
+from forge_c.models.hub import find
 from forge_c.models.options import check_samples, checked_options, sampler_of
 from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or_ids
 from forge_c.models.sampling import Unsaid
 from forge_c.models.saved import is_saved, load_saved, save_model
 from forge_c.models.scoring import embedded, hidden_states, scored
-from forge_c.models.spec import Attention, ModelSpec, model_spec
+from forge_c.models.spec import Attention, Head, ModelSpec, model_spec
+from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer
 from forge_c.models.tokenizer_files import load_tokenizer
-from forge_c.models.weights import Checkpoint, RandomCheckpoint
+from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
+from forge_c.models.weights.foreign import check_folder
+from forge_c.models.weights.gguf import StoredType
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS
+from forge_c.packing import FORMATS, ROWS_OF, Format
 from forge_c.state import ModelCache
 from forge_c.state.model import all_or_nothing
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Model:
-    """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there; or what Model.save
-    wrote.
+def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None,
+         ignore: str | Collection[str] = ()) -> Model:
+    """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there), a GGUF file, or a
+    folder that Model.save wrote.
 
     Args:
-        path: the folder; None for the embedded model, which writes Python byte by byte.
+        path: the folder; or the file, by whatever name, or any file of those that a model is split into; or the model's
+            name on the Hugging Face Hub, "ORG/NAME": the snapshot in the local cache, or a download where the
+            huggingface_hub package is installed (a path that exists wins); None for the embedded model, which writes
+            Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
-            for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
-            last projection in int8, and both integer formats the embedding table in bfloat16.
+            for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
+            Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
+            embedding table in bfloat16, where that is another.
+        activations: how inputs of matrices of integers are rounded, "int8" or "int12" (see forge_c.pack); by default to
+            12 bits before those of 8 bits, which keeps what these know, and to 8 before those of fewer.
+        ignore: keys of config.json, or of a GGUF file, to take no notice of: there may be one that would be refused,
+            since it could change the maths, and does not.
 
-    Families: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, smollm3, granite. Nothing in the folder is executed.
+    Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
+    granite. Nothing in the folder or the file is executed.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing.
+        FileNotFoundError: no such folder, or a file is missing; it says what to get.
         ValueError: an unknown family, a configuration that is not understood, or a damaged file; it says which.
 
     >>> model = load()
@@ -52,23 +71,69 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     ('llama', 'bfloat16')
     """
     _check_dtype("load", dtype)
-    folder = EMBEDDED if path is None else Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
-    source = (None if path is None else str(folder.absolute()), dtype)
-    if is_saved(folder):
-        decoder, eos, settings = load_saved(folder, dtype)
-        return Model(decoder, load_tokenizer(folder), eos, generation_config=settings, source=source)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"load: {folder} has no config.json")
-    config = read_json(folder / "config.json")
-    spec = model_spec(config)
+    ignored = _names("load", "ignore", ignore)
+    if path is not None and os.path.exists(path) and not os.path.isdir(path):
+        return _load_gguf(Path(path), dtype, activations, ignored)
+    if path is not None and is_saved(Path(path)):
+        return _load_saved(Path(path), dtype, activations)
+    folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
+    spec = _spec(folder, ignored)
     checkpoint = Checkpoint(folder)
+    spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
+    _check_activations("load", activations, dtype)
     settings = _generation_config(folder)
-    return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(settings, spec),
-                 generation_config=settings, source=source)
+    again = partial(load, None if path is None else str(folder.absolute()), dtype, activations=activations,
+                    ignore=ignored)
+    return Model(Decoder(spec, checkpoint, dtype, _bar, activations), load_tokenizer(folder), _eos_ids(settings, spec),
+                 generation_config=settings, source=again)
+
+
+def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str]) -> Model:
+    """The model of a GGUF file; nothing but the file is read."""
+    file = open_gguf(path)
+    spec = gguf_spec(file, ignored)
+    checkpoint = GGUFCheckpoint(file, spec)
+    _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
+    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
+    stored = checkpoint.stored(None if dtype == "auto" else dtype)
+    again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored)
+    return Model(decoder, None, frozenset(spec.eos_token_ids), source=again, info=stored)
+
+
+def _load_saved(folder: Path, dtype: str, activations: str | None) -> Model:
+    """The model of a folder that Model.save wrote, as it was packed."""
+    if activations is not None:
+        raise ValueError(f"load: activations is {activations!r}, and {folder} was packed already; expected None")
+    decoder, eos, settings = load_saved(folder, dtype)
+    return Model(decoder, load_tokenizer(folder), eos, generation_config=settings,
+                 source=partial(load, str(folder.absolute()), dtype))
+
+
+def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
+    """What a folder's files say of the model, before its weights are read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load: {folder} is a file, expected the folder that it is in, {folder.parent}")
+    check_folder(folder, ignored)
+    return model_spec(read_json(folder / "config.json"), ignored)
+
+
+def _head(head: Head, checkpoint: Checkpoint) -> Head:
+    """What the file says of the head, corrected by what it holds."""
+    if head.tied and checkpoint.has_own_head:
+        warnings.warn(f"load: {checkpoint.folder} holds an lm_head.weight of its own, which is used, though "
+                      "config.json has tie_word_embeddings true", stacklevel=3)
+        return replace(head, tied=False)
+    return replace(head, absent=True) if checkpoint.is_headless and not head.tied else head
+
+
+def _names(function: str, argument: str, given: str | Collection[str]) -> frozenset[str]:
+    """One name or several."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Collection) or any(not isinstance(name, str) for name in names):
+        raise TypeError(f"{function}: {argument} is {short(given)}, expected names, such as (\"key\",)")
+    return frozenset(names)
 
 
 def _bar(layers: range) -> Iterable[int]:
@@ -76,12 +141,12 @@ def _bar(layers: range) -> Iterable[int]:
     return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
 
 
-def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
+def random_model(shape: str = "llama-1.1b", dtype: str = "auto", *, activations: str | None = None) -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
         shape: a name in forge_c.models.weights.random.SHAPES: "llama-1.1b" (1.1 billion weights), "llama-tiny", ...
-        dtype: as in load; "auto" is bfloat16.
+        dtype, activations: as in load; "auto" is bfloat16.
 
     Raises:
         ValueError: an unknown shape or dtype.
@@ -90,13 +155,19 @@ def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
     Model(model_type='llama', layers=2, hidden_size=64, heads=4/2, vocab_size=512, dtype='bfloat16')
     """
     _check_dtype("random_model", dtype)
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    _check_activations("random_model", activations, dtype)
     spec = model_spec(shape_config(shape))
-    return Model(Decoder(spec, RandomCheckpoint(), "bfloat16" if dtype == "auto" else dtype, _bar), None, frozenset())
+    return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
 
 
 def _check_dtype(function: str, dtype: str) -> None:
     if dtype not in ("auto", *FORMATS):
         raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+
+
+def _check_activations(function: str, activations: str | None, dtype: str) -> None:
+    Format.checked(function, dtype, None, ROWS_OF).checked_activations(function, activations)
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
@@ -121,20 +192,23 @@ class Model:
 
     Attributes:
         config: the ModelSpec.
-        dtype: how its matrices are packed.
+        dtype: how its matrices are packed; of a GGUF file's that are held as they are stored, how most bytes are.
         tokenizer: encode(text) -> ids and decode(ids) -> text, or None.
         eos_token_ids: the tokens that end a text.
         generation_config: what its makers say about generation: the folder's generation_config.json.
+        info: what a GGUF file stores: of each type how many tensors, their bytes in the file, and how they are held.
 
     copy.copy and copy.deepcopy make another model over the same weights. A pickle holds where a model was loaded from,
     and is loaded from there.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int], *,
-                 generation_config: Mapping[str, Any] | None = None, source: tuple[Any, ...] | None = None) -> None:
+                 generation_config: Mapping[str, Any] | None = None, source: Callable[[], Model] | None = None,
+                 info: tuple[StoredType, ...] = ()) -> None:
         self._decoder, self.tokenizer, self.eos_token_ids = decoder, tokenizer, eos_token_ids
         self.generation_config = dict(generation_config or {})
-        self._source = source  # the arguments of load that made it
+        self.info = info
+        self._source = source  # the call of load that made it
 
     @property
     def config(self) -> ModelSpec:
@@ -179,7 +253,7 @@ class Model:
 
     def __copy__(self) -> Model:
         return Model(self._decoder, self.tokenizer, self.eos_token_ids, generation_config=self.generation_config,
-                     source=self._source)
+                     source=self._source, info=self.info)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
         return self.__copy__()
@@ -188,7 +262,7 @@ class Model:
         if self._source is None:
             raise TypeError("Model: a model that was not loaded from a path is not pickled; save() it and load() that "
                             "in the other process, or make it there")
-        return load, self._source
+        return self._source, ()
 
     def __call__(self, ids: ArrayLike, cache: ModelCache | None = None, *,
                  last_only: bool = False) -> NDArray[np.float32]:
@@ -205,7 +279,7 @@ class Model:
         tokens, cache = self._fed("model", ids, cache)
         batch, seq = tokens.shape
         logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
-        with all_or_nothing(cache):
+        with all_or_nothing(cache, seq):
             for start in range(0, seq if batch else 0, KV_CHUNK):
                 chunk, wanted = slice(start, start + KV_CHUNK), not last_only or start + KV_CHUNK >= seq
                 found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)

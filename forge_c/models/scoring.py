@@ -31,7 +31,7 @@ def hidden_states(model: Model, ids: ArrayLike, cache: ModelCache | None, layer:
     at %= layers + 1
     batch, seq = tokens.shape
     found = np.empty((batch, seq, model.config.hidden_size), np.float32)
-    with all_or_nothing(cache):
+    with all_or_nothing(cache, seq):
         for start in range(0, seq if batch else 0, KV_CHUNK):
             chunk = slice(start, start + KV_CHUNK)
             found[:, chunk] = model._decoder.hidden(tokens[:, chunk], cache, at)
@@ -46,14 +46,15 @@ def embedded(model: Model, texts: Any, pooling: str, normalize: bool) -> NDArray
     found = np.zeros((len(rows), model.config.hidden_size), np.float64)
     for group, ids, lengths in _batches(model, rows):
         cache = model.new_cache(*ids.shape)
-        for start in range(0, ids.shape[1], KV_CHUNK):
-            part = model._decoder.hidden(ids[:, start : start + KV_CHUNK], cache, model.config.n_layers)
-            for i, h, length in zip(group, part, lengths, strict=True):
-                h = h[: max(0, length - start)]
-                if pooling == "mean":
-                    found[i] += h.sum(0, dtype=np.float64) / length
-                elif len(h) and start + KV_CHUNK >= length:
-                    found[i] = h[-1]
+        with cache.expecting(ids.shape[1]):
+            for start in range(0, ids.shape[1], KV_CHUNK):
+                part = model._decoder.hidden(ids[:, start : start + KV_CHUNK], cache, model.config.n_layers)
+                for i, h, length in zip(group, part, lengths, strict=True):
+                    h = h[: max(0, length - start)]
+                    if pooling == "mean":
+                        found[i] += h.sum(0, dtype=np.float64) / length
+                    elif len(h) and start + KV_CHUNK >= length:
+                        found[i] = h[-1]
     if normalize:
         found /= np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     return found.astype(np.float32)
@@ -66,12 +67,13 @@ def scored(model: Model, texts: Any) -> list[tuple[Ids, NDArray[np.float64]]]:
     for group, ids, lengths in _batches(model, rows):
         step = max(1, min(KV_CHUNK, _LOGITS // (model.config.vocab_size * len(group))))
         cache = model.new_cache(*ids.shape)
-        for start in range(0, ids.shape[1] - 1, step):
-            stop = min(start + step, ids.shape[1] - 1)
-            logits, _ = model._decoder.forward(ids[:, start:stop], cache)
-            for i, row, z, length in zip(group, ids, logits, lengths, strict=True):
-                for t in range(start, min(stop, length - 1)):
-                    found[i][t] = log_probabilities(z[t - start])[row[t + 1]]
+        with cache.expecting(ids.shape[1]):
+            for start in range(0, ids.shape[1] - 1, step):
+                stop = min(start + step, ids.shape[1] - 1)
+                logits, _ = model._decoder.forward(ids[:, start:stop], cache)
+                for i, row, z, length in zip(group, ids, logits, lengths, strict=True):
+                    for t in range(start, min(stop, length - 1)):
+                        found[i][t] = log_probabilities(z[t - start])[row[t + 1]]
     return list(zip(rows, found, strict=True))
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from forge_c.files import check_values, read_file, read_json
-from forge_c.models.tokenizer import ByteTokenizer, HuggingFaceTokenizer, NoText, Tokenizer, failures
+from forge_c.models.tokenizer import MAX_TEMPLATE, ByteTokenizer, HuggingFaceTokenizer, NoText, Tokenizer, failures
 
 # tokenizer.json: the largest of those that people publish has 262 144 tokens and 515 000 merges, 33 MB in all.
 _MAX_TOKENIZER = 64 << 20
 _MAX_ENTRIES, _MAX_KEYS = 5 << 19, 1 << 19
-_MAX_TEMPLATE = 1 << 18
+
 _MAX_TEMPLATES = 64
 _OTHER_FORMATS = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
                   "tiktoken.model", "vocab.json", "vocab.txt")
@@ -157,6 +157,6 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, 
 
 def _text(path: Path) -> str:
     try:
-        return read_file(path, _MAX_TEMPLATE).decode()
+        return read_file(path, MAX_TEMPLATE).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from None

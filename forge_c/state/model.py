@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from forge_c.checks import checked_size
 from forge_c.files import read_file, read_json
 from forge_c.functional import KV_CHUNK, AttentionState, StateTable, WriterLock, Writing
-from forge_c.rotary import RopeTable
+from forge_c.state.angles import Angles, TableOf
 from forge_c.state.file import open_pages
 from forge_c.state.kv import KVCache
 from forge_c.state.layer import Counts
@@ -31,7 +31,6 @@ _FORMAT, _VERSION = "forge_c.ModelCache", 2
 _MAX_HEADER = 1 << 26
 _UNKNOWN = -1  # the id of a token that did not come through a model
 
-TableOf = Callable[[int], RopeTable]  # a table for at least so many positions
 Kinds = tuple[Any, ...]  # each layer's mixer in a ModelSpec
 
 
@@ -51,6 +50,7 @@ class ModelCache:
         self._tables, self._lengths, self._lock = list(tables), lengths, WriterLock()
         self._reserved = np.zeros_like(lengths)  # tokens of a row that every layer has room for
         self._written = lengths.copy()  # the most that a row has ever held: in a ring older tokens are gone
+        self._angles = Angles(tables, [array("q") for _ in lengths], np.zeros_like(lengths))
         self._ids = [array("i") for _ in lengths]  # of each row, as far as they came through a model
         self._live = [s for s in self.layers if s is not None and not s.told_by_lengths]
         self._bind()
@@ -58,7 +58,9 @@ class ModelCache:
     def _bind(self) -> None:
         """What the forward pass takes of each layer; the lengths and the lock are one for all."""
         bound = [_bound(s, t) for s, t in zip(self.layers, self._tables, strict=True)]
-        self._rotating = [(s, t) for s, t in zip(bound, self._tables, strict=True) if t is not None]
+        rotating = [(s, t) for s, t in zip(bound, self._tables, strict=True) if t is not None]
+        self._rotating = [(s, t) for s, t in rotating if not t.depends_on_length]
+        self._by_length = [(s, t) for s, t in rotating if t.depends_on_length]
         self._rotated = min((s.positions for s, _ in self._rotating), default=sys.maxsize)
         self.states = StateTable(bound)
         for layer in self.layers:
@@ -111,17 +113,62 @@ class ModelCache:
             start[~fresh] -= ids.shape[1]
         stop = lengths_after("ModelCache", start, ids.shape[1], self.max_seq_len)
         self._reserve(start, stop)
+        if self._by_length:
+            length = self._angles.length_of_call(ids.shape[1], stop)
+            tables = {table_of: table_of(int(stop.max()), length) for table_of in self._angles.tables}
+            for state, table_of in self._by_length:
+                state.rotate_by(tables[table_of])
         try:
             yield start
             for state in self._live:
                 state.commit(stop)
             self._lengths[:] = stop
             self._record(ids, start)
+            self._angles.record(start, stop)
         except BaseException:
             for state in self._live:
                 state.rollback(start)
             self._lengths[:] = start if fresh is None else start + ids.shape[1] * ~fresh
             raise
+
+    @contextmanager
+    def expecting(self, tokens: int) -> Iterator[None]:
+        """Within the block every row becomes so many tokens longer, in several calls.
+
+        Models of rope types dynamic and longrope choose a token's angles by the length of its text: with this, those of
+        a text that is read piece by piece are those of the whole. A model's call and generate see to it themselves.
+        """
+        with self._angles.expecting(self._lengths + checked_size("ModelCache.expecting", "tokens", tokens, least=0)):
+            yield
+
+    @contextmanager
+    def rereading(self, i: int, length: int) -> Iterator[tuple[ModelCache, NDArray[np.int64]]]:
+        """(row i, which has become empty, and the tokens (n,) that it held), to be read with the angles of a text of
+        that length.
+
+        Raises:
+            ValueError: it holds tokens that did not come through a model.
+        """
+        row = self.row(i)
+        ids = row.ids[0]
+        if (ids == _UNKNOWN).any():
+            raise ValueError(f"ModelCache: row {i} must be read again, as its angles follow from its length, and holds "
+                             "tokens that did not come through a model")
+        row.truncate(0)
+        with row._angles.expecting(np.array([length]), exactly=True):
+            yield row, ids
+
+    def outdated(self, tokens: int, fresh: NDArray[np.bool_] | None = None) -> dict[int, int]:
+        """Rows that must be read again before a call of so many tokens, `fresh` as in extending, and for which length
+        their angles are to be chosen."""
+        return self._angles.outdated(self._lengths, self._stop(tokens, fresh)) if self._by_length else {}
+
+    def agree(self, tokens: int, fresh: NDArray[np.bool_] | None = None) -> bool:
+        """Whether one call can read so many tokens of every row: their angles are those of one table."""
+        return not self._by_length or self._angles.agree(tokens, self._stop(tokens, fresh))
+
+    def _stop(self, tokens: int, fresh: NDArray[np.bool_] | None) -> Counts:
+        return self._lengths + (tokens if fresh is None else tokens * fresh)
 
     @property
     def can_reread(self) -> bool:
@@ -180,6 +227,7 @@ class ModelCache:
             self._written[keep == 0] = 0
             self._reserved[:] = 0
             self._lengths[:] = keep
+            self._angles.truncate(keep)
             for row, kept in zip(self._ids, keep.tolist(), strict=True):
                 del row[kept:]
 
@@ -195,7 +243,7 @@ class ModelCache:
         twin.max_seq_len, twin._tables, twin._lock = self.max_seq_len, self._tables, self._lock
         one = slice(i, i + 1)
         twin._lengths, twin._reserved, twin._written = self._lengths[one], self._reserved[one], self._written[one]
-        twin._ids = self._ids[one]
+        twin._ids, twin._angles = self._ids[one], self._angles.row(i)
         twin._live = [s for s in twin.layers if s is not None and not s.told_by_lengths]
         twin._bind()
         return twin
@@ -223,6 +271,7 @@ class ModelCache:
         twin = ModelCache(self.kinds, layers, self._tables, self._lengths[rows], self.max_seq_len)
         twin._written[:] = self._written[rows]
         twin._ids = [self._ids[b][:] for b in rows]
+        twin._angles.of = [self._angles.of[b][:] for b in rows]
         return twin
 
     def __copy__(self) -> ModelCache:
@@ -234,7 +283,7 @@ class ModelCache:
     def __reduce__(self) -> Any:
         twin = self.copy()  # nobody else's, so that the layers, pickled one after the other, are of one moment
         return _unpickled, (twin.kinds, twin.layers, twin._tables, twin._lengths, twin._written, twin._ids,
-                            twin.max_seq_len)
+                            twin._angles.of, twin.max_seq_len)
 
     # ---- in files ----
 
@@ -257,6 +306,8 @@ class ModelCache:
                           "lengths": self._lengths.tolist(), "written": self._written.tolist(),
                           "max_seq_len": self.max_seq_len,
                           "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache)), "float32")}
+                if self._angles.tables:
+                    (half / "angles.i64").write_bytes(self._angles.tobytes(self._lengths))
                 (half / "ids.i32").write_bytes(b"".join(ids.astype("<i4").tobytes() for ids in self.ids))
                 (half / "cache.json").write_text(json.dumps(header))
             half.chmod(0o777 & ~_umask())
@@ -301,6 +352,8 @@ class ModelCache:
                                  f"tokens, expected {lengths.tolist()}")
         cache._lengths[:], cache._written[:] = lengths, written
         cache._ids = _read_ids(folder / "ids.i32", lengths, model.config.vocab_size)
+        if cache._angles.tables:
+            cache._angles.read(folder / "angles.i64", lengths)
         return cache
 
     # ---- one thread at a time ----
@@ -311,9 +364,10 @@ class ModelCache:
 
 
 @contextmanager
-def all_or_nothing(cache: ModelCache) -> Iterator[None]:
-    """Several passes as one: if the block raises, the cache forgets them. A ring may have overwritten what it needs."""
-    with cache.locked():
+def all_or_nothing(cache: ModelCache, tokens: int) -> Iterator[None]:
+    """Several passes over so many tokens as one: if the block raises, the cache forgets them. A ring may have
+    overwritten what that needs, or a row have been read again in part."""
+    with cache.locked(), cache.expecting(tokens):
         before = cache.lengths
         try:
             yield
@@ -321,8 +375,9 @@ def all_or_nothing(cache: ModelCache) -> Iterator[None]:
             try:
                 cache.truncate(before)
             except ValueError:
-                error.add_note(f"model: the cache holds {cache.lengths.tolist()} tokens: a layer with a window could "
-                               f"not go back to {before.tolist()}")
+                why = ("a row was being read again" if (cache.lengths < before).any() else
+                       f"a layer with a window could not go back to {before.tolist()}")
+                error.add_note(f"model: the cache holds {cache.lengths.tolist()} tokens: {why}")
             raise
 
 
@@ -334,9 +389,9 @@ def _bound(state: Any, table_of: TableOf | None) -> Any:
 
 
 def _unpickled(kinds: Kinds, layers: Sequence[Any], tables: Sequence[TableOf | None], lengths: Counts, written: Counts,
-               ids: list[array[int]], max_seq_len: int) -> ModelCache:
+               ids: list[array[int]], angles: list[array[int]], max_seq_len: int) -> ModelCache:
     cache = ModelCache(kinds, layers, tables, lengths, max_seq_len)
-    cache._written[:], cache._ids = written, ids
+    cache._written[:], cache._ids, cache._angles.of = written, ids, angles
     return cache
 
 
