@@ -31,6 +31,8 @@ def lines(model: Model) -> Iterator[str]:
     for name in ("model_type", "vocab_size", "hidden_size", "n_layers", "max_position_embeddings", "head", "embed",
                  "bos_token_id", "eos_token_ids"):
         yield f"{name:24} {_shown(getattr(spec, name))}"
+    for row in model.info:
+        yield f"{'stored as ' + row.type:24} {row.tensors} tensors, {row.nbytes} bytes, held as {row.held}"
     for layer in dict.fromkeys(spec.layers):
         yield f"{'layers ' + _numbers([i for i, one in enumerate(spec.layers) if one == layer]):24} {layer}"
 

@@ -106,8 +106,8 @@ def _load_saved(folder: Path, dtype: str, activations: str | None) -> Model:
     """The model of a folder that Model.save wrote, as it was packed."""
     if activations is not None:
         raise ValueError(f"load: activations is {activations!r}, and {folder} was packed already; expected None")
-    decoder, eos, settings = load_saved(folder, dtype)
-    return Model(decoder, load_tokenizer(folder), eos, generation_config=settings,
+    decoder, eos, settings, stored = load_saved(folder, dtype)
+    return Model(decoder, load_tokenizer(folder), eos, generation_config=settings, info=stored,
                  source=partial(load, str(folder.absolute()), dtype))
 
 

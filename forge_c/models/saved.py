@@ -31,6 +31,7 @@ from forge_c.models.decoder import Decoder
 from forge_c.models.spec import Attention, LayerSpec, ModelSpec
 from forge_c.models.spec.document import from_document, to_document
 from forge_c.models.tokenizer_files import save_tokenizer
+from forge_c.models.weights.gguf import StoredType
 from forge_c.version import __version__
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def save_model(model: Model, folder: str | os.PathLike[str]) -> None:
     document = {
         "format": _FORMAT, "version": VERSION, "written_by": __version__, "layout": _layout(packed_weights(made)),
         "spec": to_document(model.config), "dtype": model.dtype, "eos_token_ids": sorted(model.eos_token_ids),
-        "generation_config": model.generation_config,
+        "generation_config": model.generation_config, "stored": [list(row) for row in model.info],
         "model": [writer.value(part) for part in (made.embedding, made.held, made.norm, made.head)],
         "objects": writer.objects, "arrays": [[array.dtype.name, list(array.shape)] for array in writer.arrays]}
     half = Path(mkdtemp(prefix=".forge_c-", dir=to.absolute().parent))
@@ -161,8 +162,11 @@ def is_saved(folder: Path) -> bool:
     return (folder / HEADER).is_file()
 
 
-def load_saved(folder: Path, dtype: str) -> tuple[Decoder, frozenset[int], dict[str, Any]]:
-    """(decoder, end tokens, generation_config) of a folder that Model.save wrote.
+Loaded = tuple[Decoder, frozenset[int], dict[str, Any], tuple[StoredType, ...]]
+
+
+def load_saved(folder: Path, dtype: str) -> Loaded:
+    """(decoder, end tokens, generation_config, info) of a folder that Model.save wrote.
 
     Raises:
         OSError: a file cannot be read.
@@ -184,7 +188,7 @@ def load_saved(folder: Path, dtype: str) -> tuple[Decoder, frozenset[int], dict[
         raise ValueError(f"load: {folder} is damaged: {reason.removeprefix('load: ')}") from None
 
 
-def _loaded(folder: Path, document: dict[str, Any]) -> tuple[Decoder, frozenset[int], dict[str, Any]]:
+def _loaded(folder: Path, document: dict[str, Any]) -> Loaded:
     spec = from_document(document["spec"])
     arrays = _map(folder / WEIGHTS, document["arrays"])
     made: list[Any] = []
@@ -205,7 +209,10 @@ def _loaded(folder: Path, document: dict[str, Any]) -> tuple[Decoder, frozenset[
     eos, settings = document["eos_token_ids"], document["generation_config"]
     if not all(type(i) is int for i in eos) or not isinstance(settings, dict) or not isinstance(document["dtype"], str):
         raise ValueError(f"eos_token_ids is {eos!r} and generation_config {settings!r}")
-    return Decoder.of(spec, document["dtype"], model), frozenset(eos), settings
+    stored = tuple(StoredType(*row) for row in document["stored"])
+    if not all([type(value) for value in row] == [str, int, int, str] for row in stored):
+        raise ValueError(f"stored is {document['stored']}")
+    return Decoder.of(spec, document["dtype"], model), frozenset(eos), settings, stored
 
 
 def _map(path: Path, listed: Any) -> list[NDArray[Any]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from forge_c.checks import short
 from forge_c.models.spec.kinds import MLP, Attention, GatedMLP, ModelSpec
 from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
+from forge_c.rotary import rope_table
 
 _PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (Attention, GatedMLP, MLP)}
 _MOST = 1 << 40  # of any integer
@@ -46,6 +47,7 @@ def _check_attention(a: Attention, where: str) -> None:
     _check(a.window, a.window is None or a.window >= 1, f"{where}.window")
     if a.rope is not None:
         _check(a.rope.dim, 2 <= a.rope.dim <= a.head_dim, f"{where}.rope.dim")
+        rope_table(a.rope.dim, 1, a.rope.theta, scaling=a.rope.scaling)  # an impossible setting is an error here
 
 
 def _value(kind: Any, given: Any, where: str) -> Any:
