@@ -251,16 +251,24 @@ def test_the_content_decides_not_the_name(tmp_path):
         load(folder / "config.json")
 
 
-def test_tokens_that_end_a_text(tmp_path):
-    """Those that the file names, and the control tokens that are known to; ids that are none are none."""
+def test_text_goes_in_and_comes_out(tmp_path):
+    """By the file's own vocabulary. What ends a text are the tokens that the file names, and others known for it."""
     config, n = config_of("llama"), 97
-    words = vocabulary(n, bos=1, eos=2, eot=7, eom=97, unknown=-1)
-    words["tokenizer.ggml.tokens"][40:43] = ["<|im_end|>", "</s>", "<|endoftext|>"]
-    words["tokenizer.ggml.token_type"].value[40:43] = [3, 1, 3]
-    spec = load(write_gguf(tmp_path / "x.gguf", config, tensors(config), words))
-    assert spec.eos_token_ids == {2, 7, 40, 42} and spec.config.bos_token_id == 1
-    nothing = load(write_gguf(tmp_path / "x.gguf", config, tensors(config), vocabulary(n, bos=-1, eos=-1)))
-    assert nothing.eos_token_ids == set() and nothing.config.bos_token_id is None
+    words = vocabulary(n, bos=94, eos=95, eot=97)
+    words["tokenizer.ggml.tokens"] = [*map(chr, range(33, 127)), "</s>", "<|im_end|>", "Ġ"]
+    words["tokenizer.ggml.token_type"] = Typed(5, [1] * 94 + [1, 3, 1])
+    words |= {"tokenizer.ggml.merges": Typed(8, []), "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eos_token_id": 7}
+    model = load(write_gguf(tmp_path / "x.gguf", config, tensors(config), words))
+    assert model.eos_token_ids == {7, 95} and model.config.bos_token_id == 94 and model.config.eos_token_ids == (7,)
+    assert model.tokenizer.encode("ab c") == [64, 65, 96, 66]
+    assert model.tokenizer.decode([64, 65, 96, 66]) == "ab c"
+    assert model.generate("ab", 3) == model.tokenizer.decode(model.generate([64, 65], 3))
+
+
+def test_a_file_without_a_vocabulary_takes_ids(tmp_path):
+    config = config_of("llama")
+    model = load(write_gguf(tmp_path / "x.gguf", config, tensors(config), {"tokenizer.ggml.model": "none"}))
+    assert model.tokenizer is None and model.eos_token_ids == set() and len(model.generate([1, 2], 3)) == 3
 
 
 # ---- stored types ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from forge_c.formats.gguf import open_gguf
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
+from forge_c.models.gguf_tokenizer import gguf_tokenizer
 from forge_c.models.hub import find
 from forge_c.models.options import check_samples, checked_options, sampler_of
 from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or_ids
@@ -91,15 +92,16 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, act
 
 
 def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str]) -> Model:
-    """The model of a GGUF file; nothing but the file is read."""
+    """The model of a GGUF file: its own tokenizer too; nothing but the file is read."""
     file = open_gguf(path)
     spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
     _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
+    tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
     decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
     stored = checkpoint.stored(None if dtype == "auto" else dtype)
     again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored)
-    return Model(decoder, None, frozenset(spec.eos_token_ids), source=again, info=stored)
+    return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
 
 
 def _load_saved(folder: Path, dtype: str, activations: str | None) -> Model:

@@ -23,10 +23,6 @@ __all__ = ["ARCHITECTURES", "ROPE_TENSORS", "gguf_spec", "interleaved"]
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _MOST_CONTEXT = 1 << 40
-_CONTROL = 3  # a token's type
-# Texts of tokens that end a text, if they are control tokens.
-_ENDS = frozenset("""<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT>
-    [EOT] [EOS] <eos> <|end_of_text|> <end_of_utterance>""".split())
 _OTHER_KINDS = {
     "adapter": "an adapter (LoRA), which changes a model and is none; merge it into its model first",
     "mmproj": "an image or audio encoder (mmproj); load the file of its text model",
@@ -179,7 +175,7 @@ def _common(keys: Keys) -> Config:
         "vocab_size": _vocab_size(keys), "tie_word_embeddings": "output.weight" not in keys.file.tensors,
         "max_position_embeddings": context,
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "bos_token_id": _token_id(keys.file, "bos"), "eos_token_id": _end_ids(keys.file)}
+        "bos_token_id": _token_id(keys.file, "bos"), "eos_token_id": _token_id(keys.file, "eos")}
     return config | _rotation(keys, head_dim, context)
 
 
@@ -203,16 +199,6 @@ def _token_id(file: GGUF, which: str) -> int | None:
     value = file.metadata.get(f"tokenizer.ggml.{which}_token_id")
     most = len(file.metadata.get("tokenizer.ggml.tokens", ()))
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < most else None
-
-
-def _end_ids(file: GGUF) -> list[int]:
-    """Tokens that end a text: those that the file names, and control tokens that are known to."""
-    named = (_token_id(file, which) for which in ("eos", "eot", "eom"))
-    found = {i for i in named if i is not None}
-    tokens, types = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
-    if isinstance(tokens, Strings) and isinstance(types, np.ndarray):
-        found |= {int(i) for i in np.flatnonzero(types[:len(tokens)] == _CONTROL) if tokens[int(i)] in _ENDS}
-    return sorted(found)
 
 
 def _rotation(keys: Keys, head_dim: int, context: int) -> Config:
