@@ -1,6 +1,7 @@
 """What generate is asked for beyond a text: samples, seeds, log-probabilities, hooks, settings of a model's makers."""
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from model_folder import BYTES, small, tensors, write, write_json
 
 from forge_c.models import Completion, Model, load
+from forge_c.models.options import Wishes
 
 SAMPLED = {"temperature": 1.0, "seed": 7}
 
@@ -29,6 +31,15 @@ def texts(tmp_path_factory) -> Model:
 
 def lists(found: Any) -> Any:
     return [lists(one) for one in found] if isinstance(found, list) else found.tolist()
+
+
+def test_types_name_every_argument():
+    """What decides the type of the result stands in the overloads, the rest in one list."""
+    parameters = inspect.signature(Model.generate).parameters
+    deciding = {"self", "prompt", "max_new_tokens", "n", "logprobs", "stream", "details"}
+    assert set(Wishes.__annotations__) == parameters.keys() - deciding
+    defaults = {name: repr(parameters[name].default) for name in ("temperature", "repetition_penalty", "max_new_tokens")}
+    assert defaults == {"temperature": "0.0", "repetition_penalty": "1.0", "max_new_tokens": "128"}
 
 
 # ---- prompts ---------------------------------------------------------------------------------------

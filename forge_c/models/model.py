@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -22,7 +22,7 @@ from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
 from forge_c.models.gguf_tokenizer import gguf_tokenizer
 from forge_c.models.hub import find
-from forge_c.models.options import check_samples, checked_options, sampler_of
+from forge_c.models.options import Wishes, check_samples, checked_options, sampler_of
 from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or_ids
 from forge_c.models.sampling import Unsaid
 from forge_c.models.saved import is_saved, load_saved, save_model
@@ -362,6 +362,23 @@ class Model:
         (10, 9)
         """
         return scored(self, texts)
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int | None = ..., *, n: Literal[1] = ..., logprobs: Literal[0] = ...,
+                 stream: Literal[False] = ..., details: Literal[False] = ..., **options: Unpack[Wishes]) -> str: ...
+
+    @overload
+    def generate(self, prompt: list[str], max_new_tokens: int | None = ..., *, n: Literal[1] = ...,
+                 logprobs: Literal[0] = ..., stream: Literal[False] = ..., details: Literal[False] = ...,
+                 **options: Unpack[Wishes]) -> list[str]: ...
+
+    @overload
+    def generate(self, prompt: Any = ..., max_new_tokens: int | None = ..., *, stream: Literal[True], n: int = ...,
+                 logprobs: int = ..., details: bool = ..., **options: Unpack[Wishes]) -> Stream: ...
+
+    @overload
+    def generate(self, prompt: Any = ..., max_new_tokens: int | None = ..., *, n: int = ..., logprobs: int = ...,
+                 stream: bool = ..., details: bool = ..., **options: Unpack[Wishes]) -> Any: ...
 
     def generate(self, prompt: Any = None, max_new_tokens: int | None = 128, *, messages: Any = None, tools: Any = None,
                  temperature: float = _TEMPERATURE, top_k: int | None = None, top_p: float | None = None,
