@@ -38,8 +38,8 @@ def test_types_name_every_argument():
     parameters = inspect.signature(Model.generate).parameters
     deciding = {"self", "prompt", "max_new_tokens", "n", "logprobs", "stream", "details"}
     assert set(Wishes.__annotations__) == parameters.keys() - deciding
-    defaults = {name: repr(parameters[name].default) for name in ("temperature", "repetition_penalty", "max_new_tokens")}
-    assert defaults == {"temperature": "0.0", "repetition_penalty": "1.0", "max_new_tokens": "128"}
+    defaults = {"temperature": "0.0", "repetition_penalty": "1.0", "max_new_tokens": "128"}
+    assert {name: repr(parameters[name].default) for name in defaults} == defaults
 
 
 # ---- prompts ---------------------------------------------------------------------------------------

@@ -364,8 +364,9 @@ class Model:
         return scored(self, texts)
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int | None = ..., *, n: Literal[1] = ..., logprobs: Literal[0] = ...,
-                 stream: Literal[False] = ..., details: Literal[False] = ..., **options: Unpack[Wishes]) -> str: ...
+    def generate(self, prompt: str, max_new_tokens: int | None = ..., *, n: Literal[1] = ...,
+                 logprobs: Literal[0] = ..., stream: Literal[False] = ..., details: Literal[False] = ...,
+                 **options: Unpack[Wishes]) -> str: ...
 
     @overload
     def generate(self, prompt: list[str], max_new_tokens: int | None = ..., *, n: Literal[1] = ...,
