@@ -113,6 +113,20 @@ def test_samples_of_several_prompts(model):
     assert together == [lists(model.generate(row, 6, n=3, **SAMPLED)) for row in rows]
 
 
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    ("phi3", {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}})])
+def test_samples_whose_angles_depend_on_their_length(tmp_path, family, changes):
+    """Their prompts are shorter than the original length, and they outgrow it."""
+    model = load(write(tmp_path, small(family, **changes)))
+    rows = [np.arange(3), np.arange(20), np.arange(11)]
+    together = lists(model.generate(rows, 12, n=2, cache_dtype="bfloat16", **SAMPLED))
+    assert together == [lists(model.generate(row, 12, n=2, cache_dtype="bfloat16", **SAMPLED)) for row in rows]
+    alone = [model.generate(row, 12, cache_dtype="bfloat16", **SAMPLED).tolist() for row in rows]
+    assert alone == [samples[0] for samples in together]
+
+
 def test_a_sample_draws_by_its_own_seed(model):
     """SeedSequence(seed, spawn_key=(j,)) is what sample j draws from; a list has a seed for each prompt or sample."""
     alone = [model.generate([1, 2], 12, temperature=1.0, seed=seed).tolist() for seed in (3, 5, 8)]
