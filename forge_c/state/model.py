@@ -174,10 +174,11 @@ class ModelCache:
         return not self._live
 
     def _record(self, ids: NDArray[np.int64], start: Counts) -> None:
-        for row, new, before in zip(self._ids, ids.astype(np.int32), start.tolist(), strict=True):
-            del row[before:]
-            row.extend([_UNKNOWN] * (before - len(row)))
-            row.frombytes(new.tobytes())
+        for row, new, before in zip(self._ids, ids.tolist(), start.tolist(), strict=True):
+            if len(row) != before:
+                del row[before:]
+                row.extend([_UNKNOWN] * (before - len(row)))
+            row.fromlist(new)
 
     def _reserve(self, start: Counts, stop: Counts) -> None:
         if stop.max() > self._rotated:
