@@ -97,8 +97,9 @@ def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozens
     spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
     _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
-    tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
     decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
+    # Last: a large vocabulary takes as much memory meanwhile as the largest tensor does while it is packed.
+    tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
     stored = checkpoint.stored(None if dtype == "auto" else dtype)
     again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored)
     return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
