@@ -1,9 +1,6 @@
 """Model calls and generate: the same bits however a text is fed, and exactly the text that the tokens spell."""
 from __future__ import annotations
 
-import copy
-import multiprocessing
-import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -16,7 +13,7 @@ import pytest
 from model_folder import BYTES, FAMILIES, small, tensors, write
 
 from forge_c.functional import KV_CHUNK
-from forge_c.models import Model, load, random_model
+from forge_c.models import Model, load
 from forge_c.models.decoder import Decoder
 from forge_c.models.sampling import Sampler
 
@@ -367,45 +364,6 @@ def test_the_last_logits_alone_are_the_last_of_all(model):
         assert last.tobytes() == whole[:, -1:].tobytes()
         assert model([[1], [2]], caches[0]).tobytes() == model([[1], [2]], caches[1], last_only=True).tobytes()
     assert model(np.zeros((2, 0), int), last_only=True).shape == (2, 0, model.config.vocab_size)
-
-
-@pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy])
-def test_a_copied_model_has_the_same_weights(model, remake):
-    other = remake(model)
-    assert other is not model and other._decoder is model._decoder
-    assert other([[1, 2]]).tobytes() == model([[1, 2]]).tobytes()
-
-
-@pytest.mark.parametrize("made", [copy.copy, lambda model: model])
-def test_a_pickled_model_is_loaded_where_it_came_from(tmp_path, monkeypatch, made):
-    write(tmp_path / "m", small(vocab_size=256), tokenizer=BYTES)
-    monkeypatch.chdir(tmp_path)
-    model = made(load("m", "int8"))
-    text = pickle.dumps(model)
-    monkeypatch.chdir("/")
-    other = pickle.loads(text)
-    assert len(text) < 1000 and other.dtype == "int8" and other.tokenizer is not None
-    assert other([[1, 2]]).tobytes() == model([[1, 2]]).tobytes()
-    embedded = load()
-    assert pickle.loads(pickle.dumps(embedded)).generate("def ", 4) == embedded.generate("def ", 4)
-
-
-def test_a_model_from_nowhere_is_not_pickled():
-    for model in (random_model("llama-tiny"), copy.deepcopy(random_model("llama-tiny"))):
-        with pytest.raises(TypeError, match=r"^Model: a model that was not loaded from a path is not pickled"):
-            pickle.dumps(model)
-
-
-@pytest.mark.slow
-def test_models_and_caches_go_to_processes_that_are_spawned():
-    """As joblib, Ray and Dask do it."""
-    model = load()
-    cache = model.new_cache(1, 100)
-    model.generate("import ", 4, cache=cache)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(model.generate, ("a", 5), {"cache": cache})
-        assert pool.map(model.generate, ["def a"]) == [model.generate("def a")]
-    assert found == model.generate("a", 5, cache=cache)
 
 
 def test_a_rejected_call_leaves_the_cache_alone(model):

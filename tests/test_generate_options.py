@@ -1,6 +1,7 @@
 """What generate is asked for beyond a text: samples, seeds, log-probabilities, hooks, settings of a model's makers."""
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from model_folder import BYTES, small, tensors, write, write_json
 
 from forge_c.models import Completion, Model, load
+from forge_c.models.options import Wishes
 
 SAMPLED = {"temperature": 1.0, "seed": 7}
 
@@ -29,6 +31,15 @@ def texts(tmp_path_factory) -> Model:
 
 def lists(found: Any) -> Any:
     return [lists(one) for one in found] if isinstance(found, list) else found.tolist()
+
+
+def test_types_name_every_argument():
+    """What decides the type of the result stands in the overloads, the rest in one list."""
+    parameters = inspect.signature(Model.generate).parameters
+    deciding = {"self", "prompt", "max_new_tokens", "n", "logprobs", "stream", "details"}
+    assert set(Wishes.__annotations__) == parameters.keys() - deciding
+    defaults = {"temperature": "0.0", "repetition_penalty": "1.0", "max_new_tokens": "128"}
+    assert {name: repr(parameters[name].default) for name in defaults} == defaults
 
 
 # ---- prompts ---------------------------------------------------------------------------------------
@@ -100,6 +111,20 @@ def test_samples_of_several_prompts(model):
     together = lists(model.generate(rows, 6, n=3, **SAMPLED))
     assert [len(samples) for samples in together] == [3, 3]
     assert together == [lists(model.generate(row, 6, n=3, **SAMPLED)) for row in rows]
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    ("phi3", {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}})])
+def test_samples_whose_angles_depend_on_their_length(tmp_path, family, changes):
+    """Their prompts are shorter than the original length, and they outgrow it."""
+    model = load(write(tmp_path, small(family, **changes)))
+    rows = [np.arange(3), np.arange(20), np.arange(11)]
+    together = lists(model.generate(rows, 12, n=2, cache_dtype="bfloat16", **SAMPLED))
+    assert together == [lists(model.generate(row, 12, n=2, cache_dtype="bfloat16", **SAMPLED)) for row in rows]
+    alone = [model.generate(row, 12, cache_dtype="bfloat16", **SAMPLED).tolist() for row in rows]
+    assert alone == [samples[0] for samples in together]
 
 
 def test_a_sample_draws_by_its_own_seed(model):

@@ -343,6 +343,17 @@ def test_unknown_packing(folder, dtype):
     assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32, bfloat16, int8, int4"
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.dtype(np.float32), ml_dtypes.bfloat16, np.int8])
+def test_numpys_dtypes_are_dtypes(folder, dtype):
+    assert load(folder, dtype).dtype == np.dtype(dtype).name
+
+
+def test_the_package_lists_what_is_meant_for_users():
+    import forge_c.models
+
+    assert dir(forge_c.models) == sorted(forge_c.models.__all__) and "np" not in dir(forge_c.models)
+
+
 def test_how_inputs_of_integer_matrices_are_rounded(folder):
     """By default as pack has it, so the last projection of an int4 model, which is int8, to 12 bits."""
     exact = load(folder)(IDS)

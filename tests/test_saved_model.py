@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from ggml_blocks import QUANTIZED
 from model_folder import BYTES, FAMILIES, small, write, write_json
+from test_gguf_models import BLOCKS, of_blocks
 
 from forge_c.functional import CalledPart
 from forge_c.models import Model, ModelCache, load, random_model
@@ -50,6 +52,29 @@ def test_every_format(tmp_path, isa, dtype):
     found = saved(model, tmp_path / "s")
     assert found.dtype == dtype and found(IDS).tobytes() == model(IDS).tobytes()
     assert found.generate([1, 2], 9).tolist() == model.generate([1, 2], 9).tolist()
+
+
+@pytest.mark.parametrize("kinds", [{"other": kind} for kind in QUANTIZED] + [
+    {"other": "Q4_K", "attn_v": "Q6_K", "ffn_up": "Q8_0", "output": "Q6_K"},
+    {"other": "Q4_0", "attn_k": "F16", "ffn_down": "BF16", "token_embd": "Q8_0"}])
+def test_files_in_blocks(tmp_path, rng, kinds):
+    """Matrices that lie apart, each in a format of its own; what the file stored is still known."""
+    file, _ = of_blocks(tmp_path, rng, BLOCKS, kinds)
+    model = load(file)
+    found = saved(model, tmp_path / "s")
+    assert (found.dtype, found.nbytes, found.info) == (model.dtype, model.nbytes, model.info)
+    assert found.config == model.config
+    assert found(IDS[:, :12]).tobytes() == model(IDS[:, :12]).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("activations", ["int8", "int12"])
+def test_how_inputs_are_rounded(tmp_path, dtype, activations):
+    model = load(write(tmp_path / "m", small(hidden_size=64, intermediate_size=192)), dtype, activations=activations)
+    found = saved(model, tmp_path / "s")
+    assert found(IDS).tobytes() == model(IDS).tobytes()
+    with pytest.raises(ValueError, match="^load: activations is 'int8', and .* was packed already; expected None"):
+        load(tmp_path / "s", activations="int8")
 
 
 def test_a_random_model_and_one_that_was_loaded(tmp_path):
@@ -192,6 +217,7 @@ DAMAGE: list[tuple[str, Any]] = [
     ("spec.layers.0.parallel", 1), ("spec.embed.vocab_size", 96), ("spec.embed.vocab_size", 2 ** 50),
     ("spec.embed.width", 33), ("spec.max_position_embeddings", 0), ("spec.eos_token_ids", [-1]), ("spec.head", []),
     ("dtype", 3), ("eos_token_ids", None), ("eos_token_ids", ["a"]), ("generation_config", []), ("model", None),
+    ("stored", None), ("stored", [["Q4_K", "a", 3, "q4_k"]]), ("stored", [[1]]),
     ("model", []), ("model.1", []), ("model.1.0", []), ("model.1.0.0", None), ("model.1.0.3", 0.5), ("model.3", None),
     ("model.3", {"object": 10 ** 9}), ("model.3", {"object": -1}), ("model.3", {"object": "0"}),
     ("model.3", {"array": 0}), ("model.3", {"object": 0, "array": 0}), ("model.3", {"file": 0}), ("model.2", 5),

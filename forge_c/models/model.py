@@ -4,13 +4,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from tqdm import tqdm
 
 from forge_c.checks import short
@@ -21,7 +22,7 @@ from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
 from forge_c.models.gguf_tokenizer import gguf_tokenizer
 from forge_c.models.hub import find
-from forge_c.models.options import check_samples, checked_options, sampler_of
+from forge_c.models.options import Wishes, check_samples, checked_options, sampler_of
 from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or_ids
 from forge_c.models.sampling import Unsaid
 from forge_c.models.saved import is_saved, load_saved, save_model
@@ -41,7 +42,7 @@ from forge_c.state.model import all_or_nothing
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None,
+def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", *, activations: str | None = None,
          ignore: str | Collection[str] = ()) -> Model:
     """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there), a GGUF file, or a
     folder that Model.save wrote.
@@ -71,7 +72,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, act
     >>> model.config.model_type, model.dtype
     ('llama', 'bfloat16')
     """
-    _check_dtype("load", dtype)
+    dtype = _dtype_name("load", dtype)
     ignored = _names("load", "ignore", ignore)
     if path is not None and os.path.exists(path) and not os.path.isdir(path):
         return _load_gguf(Path(path), dtype, activations, ignored)
@@ -144,7 +145,7 @@ def _bar(layers: range) -> Iterable[int]:
     return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
 
 
-def random_model(shape: str = "llama-1.1b", dtype: str = "auto", *, activations: str | None = None) -> Model:
+def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *, activations: str | None = None) -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
@@ -157,16 +158,22 @@ def random_model(shape: str = "llama-1.1b", dtype: str = "auto", *, activations:
     >>> random_model("llama-tiny")
     Model(model_type='llama', layers=2, hidden_size=64, heads=4/2, vocab_size=512, dtype='bfloat16')
     """
-    _check_dtype("random_model", dtype)
+    dtype = _dtype_name("random_model", dtype)
     dtype = "bfloat16" if dtype == "auto" else dtype
     _check_activations("random_model", activations, dtype)
     spec = model_spec(shape_config(shape))
     return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
 
 
-def _check_dtype(function: str, dtype: str) -> None:
-    if dtype not in ("auto", *FORMATS):
+def _dtype_name(function: str, dtype: DTypeLike) -> str:
+    """ValueError if it is none, as a name or as NumPy has it."""
+    name: Any = dtype
+    if not isinstance(dtype, str) and dtype is not None:
+        with suppress(TypeError):
+            name = np.dtype(dtype).name
+    if not isinstance(name, str) or name not in ("auto", *FORMATS):
         raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+    return name
 
 
 def _check_activations(function: str, activations: str | None, dtype: str) -> None:
@@ -356,6 +363,24 @@ class Model:
         (10, 9)
         """
         return scored(self, texts)
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int | None = ..., *, n: Literal[1] = ...,
+                 logprobs: Literal[0] = ..., stream: Literal[False] = ..., details: Literal[False] = ...,
+                 **options: Unpack[Wishes]) -> str: ...
+
+    @overload
+    def generate(self, prompt: list[str], max_new_tokens: int | None = ..., *, n: Literal[1] = ...,
+                 logprobs: Literal[0] = ..., stream: Literal[False] = ..., details: Literal[False] = ...,
+                 **options: Unpack[Wishes]) -> list[str]: ...
+
+    @overload
+    def generate(self, prompt: Any = ..., max_new_tokens: int | None = ..., *, stream: Literal[True], n: int = ...,
+                 logprobs: int = ..., details: bool = ..., **options: Unpack[Wishes]) -> Stream: ...
+
+    @overload
+    def generate(self, prompt: Any = ..., max_new_tokens: int | None = ..., *, n: int = ..., logprobs: int = ...,
+                 stream: bool = ..., details: bool = ..., **options: Unpack[Wishes]) -> Any: ...
 
     def generate(self, prompt: Any = None, max_new_tokens: int | None = 128, *, messages: Any = None, tools: Any = None,
                  temperature: float = _TEMPERATURE, top_k: int | None = None, top_p: float | None = None,

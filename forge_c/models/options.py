@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -12,6 +12,26 @@ from forge_c.models.sampling import Sampler, Unsaid, model_sampling
 from forge_c.models.spec import Attention, ModelSpec
 from forge_c.models.tokenizer import Tokenizer
 from forge_c.state import ModelCache
+
+
+class Wishes(TypedDict, total=False):
+    """Arguments of generate that have no say in what it returns."""
+
+    messages: Any
+    tools: Any
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    sampling: Literal["model"] | None
+    seed: int | Sequence[int] | None
+    stop: str | Sequence[str] | None
+    cache: ModelCache | None
+    cache_dtype: str
+    logits_processor: LogitsProcessor | None
+    special_tokens: bool
+
 
 _CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
