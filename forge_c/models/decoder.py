@@ -31,18 +31,21 @@ class Decoder:
     """Packed weights and the forward pass; `forge_c.models.Model` adds text."""
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
-                 progress: Callable[[range], Iterable[int]] = iter) -> None:
+                 progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None) -> None:
         self.spec, self.dtype = spec, dtype
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
         self._tables = RopeTables()
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        head = table if spec.head.tied or spec.head.absent else checkpoint.take("lm_head.weight", table.shape)
-        # (vocab, H): rows are looked up, not multiplied, so the quantised formats keep them in bfloat16.
-        embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
-        packed = pack(head.T, _HEAD[dtype])  # (H, vocab)
+        serves = spec.head.tied or spec.head.absent  # the embedding, as head
+        head = table if serves else checkpoint.take("lm_head.weight", table.shape)
+        packed = pack(head.T, _HEAD[dtype], activations=activations)  # (H, vocab)
+        # Rows are looked up in what is multiplied, where that is the same; else (vocab, H), unless float32 in bfloat16.
+        embedding: Any = packed
+        if not serves:
+            embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
         del table, head
-        layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype))
-                  for i in progress(range(spec.n_layers))]
+        layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
+                                                          activations)) for i in progress(range(spec.n_layers))]
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(embedding, layers, norm, packed, embedding_scale=spec.embed.scale)
@@ -53,11 +56,12 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
-        return self._model.embedding.nbytes + self.step_nbytes
+        m = self._model
+        return self.step_nbytes + (0 if m.embedding is m.head else m.embedding.nbytes)
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes of weights that one step reads: all of them but the embedding, of which it reads a row a token."""
+        """Bytes of weights that one step reads: all but an embedding of its own, of which it reads a row a token."""
         m = self._model
         return sum(part.nbytes for part in m.parts) + m.norm.nbytes + m.head.nbytes
 

@@ -29,14 +29,14 @@ from forge_c.models.tokenizer_files import load_tokenizer
 from forge_c.models.weights import Checkpoint, RandomCheckpoint
 from forge_c.models.weights.foreign import check_folder
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS
+from forge_c.packing import FORMATS, Format
 from forge_c.state import ModelCache
 from forge_c.state.model import all_or_nothing
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
+def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None,
          ignore: str | Collection[str] = ()) -> Model:
     """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
 
@@ -46,7 +46,9 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
             model, which writes Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
-            last projection in int8, and both integer formats the embedding table in bfloat16.
+            last projection in int8, and both integer formats the embedding table in bfloat16, where that is another.
+        activations: how inputs of int8 and int4 matrices are rounded, "int8" or "int12" (see forge_c.pack); by default
+            to 12 bits before int8 matrices, which keeps what these know, and to 8 before int4 ones.
         ignore: keys of config.json to take no notice of: a file may hold one that would be refused, since it could
             change the maths, and does not.
 
@@ -69,10 +71,11 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *,
     spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
-    settings = _generation_config(folder)
-    return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(settings, spec),
-                 generation_config=settings,
-                 source=partial(load, None if path is None else str(folder.absolute()), dtype, ignore=ignored))
+    _check_activations("load", activations, dtype)
+    settings, decoder = _generation_config(folder), Decoder(spec, checkpoint, dtype, _bar, activations)
+    source = partial(load, None if path is None else str(folder.absolute()), dtype, activations=activations,
+                     ignore=ignored)
+    return Model(decoder, load_tokenizer(folder), _eos_ids(settings, spec), generation_config=settings, source=source)
 
 
 def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
@@ -105,12 +108,12 @@ def _bar(layers: range) -> Iterable[int]:
     return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
 
 
-def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
+def random_model(shape: str = "llama-1.1b", dtype: str = "auto", *, activations: str | None = None) -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
         shape: a name in forge_c.models.weights.random.SHAPES: "llama-1.1b" (1.1 billion weights), "llama-tiny", ...
-        dtype: as in load; "auto" is bfloat16.
+        dtype, activations: as in load; "auto" is bfloat16.
 
     Raises:
         ValueError: an unknown shape or dtype.
@@ -119,13 +122,19 @@ def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
     Model(model_type='llama', layers=2, hidden_size=64, heads=4/2, vocab_size=512, dtype='bfloat16')
     """
     _check_dtype("random_model", dtype)
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    _check_activations("random_model", activations, dtype)
     spec = model_spec(shape_config(shape))
-    return Model(Decoder(spec, RandomCheckpoint(), "bfloat16" if dtype == "auto" else dtype, _bar), None, frozenset())
+    return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
 
 
 def _check_dtype(function: str, dtype: str) -> None:
     if dtype not in ("auto", *FORMATS):
         raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+
+
+def _check_activations(function: str, activations: str | None, dtype: str) -> None:
+    Format.checked(function, dtype, None).checked_activations(function, activations)
 
 
 def _generation_config(folder: Path) -> Mapping[str, Any]:
