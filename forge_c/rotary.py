@@ -84,9 +84,10 @@ def rope_table(
         max_seq_len: number of positions.
         base: the frequency base, "rope_theta" in Hugging Face configs.
         scaling: a Hugging Face `rope_scaling` or `rope_parameters` dict. "rope_type" (formerly "type") is one
-            of default, linear, dynamic, yarn, longrope, llama3, proportional; "rope_theta" in it replaces the
-            default base; keys whose value is None count as absent. The config's `max_position_embeddings`
-            and `original_max_position_embeddings` may be added to the dict: dynamic needs the first, llama3,
+            of default, linear, dynamic, yarn, longrope, llama3, proportional, or divided: by "divisors", one for
+            each pair, as a GGUF file has them. "rope_theta" in it replaces the default base; keys whose value
+            is None count as absent. The config's `max_position_embeddings` and
+            `original_max_position_embeddings` may be added to the dict: dynamic needs the first, llama3,
             yarn and longrope the second (the first stands in for it), and yarn and longrope without a
             "factor" take it from their ratio.
         seq_len: the length of the text for which dynamic and longrope choose their angles; by default max_seq_len.
@@ -358,6 +359,11 @@ def _llama3(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray
     return (1.0 - keep) * inv_freq / factor + keep * inv_freq, 1.0
 
 
+def _divided(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    """Each pair has its own divisor, however long the sequence."""
+    return _inv_freq(dim, base) / params.vector("divisors", dim // 2), 1.0
+
+
 _RULES: dict[str, tuple[_Rule, frozenset[str]]] = {
     "default": (_default, frozenset()),
     "linear": (_linear, frozenset({"factor"})),
@@ -369,6 +375,7 @@ _RULES: dict[str, tuple[_Rule, frozenset[str]]] = {
     "longrope": (_longrope, frozenset("factor attention_factor short_factor long_factor".split())),
     "llama3": (_llama3, frozenset("factor low_freq_factor high_freq_factor".split())),
     "proportional": (_proportional, frozenset({"factor", "partial_rotary_factor"})),
+    "divided": (_divided, frozenset({"divisors"})),
 }
 
 

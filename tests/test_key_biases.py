@@ -98,3 +98,9 @@ def test_a_balance_of_another_size_is_refused():
     qkv, out = pack(np.zeros((8, 32), np.float32)), pack(np.zeros((16, 8), np.float32))
     with pytest.raises(ValueError, match="^AttentionPart: balance has 3 values, expected 24$"):
         AttentionPart(qkv, out, heads=2, kv_heads=1, head_dim=8, balance=np.ones(3, np.float32))
+
+
+def test_a_saved_model_is_balanced_too(biased, tmp_path):
+    model = load(biased)
+    model.save(tmp_path / "saved")
+    assert logits(load(tmp_path / "saved"), "int8").tobytes() == logits(model, "int8").tobytes()

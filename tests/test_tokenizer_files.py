@@ -266,4 +266,5 @@ def test_conversations_are_encoded_as_in_transformers(tmp_path, backend):
     for message in chat:
         text = message["content"]
         assert ours.encode(text, False) == theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, control_tokens=False) == theirs(text, split_special_tokens=True).input_ids
         assert ours.decode(ours.encode(text, control_tokens=False)).strip() == text.strip()

@@ -21,8 +21,8 @@ from jinja2.utils import Namespace, pass_environment
 
 from forge_c.models.chat_budget import ITEM, Budget, OverBudget, joined_nbytes, width
 from forge_c.models.chat_messages import Continued, plain, plain_documents, plain_messages, plain_tools
+from forge_c.models.tokenizer import MAX_TEMPLATE
 
-MAX_TEMPLATE = 1 << 18  # bytes
 _MAX_TOKENS = 20_000  # of the template; the longest that people publish have 5000
 _MAX_RENDERED = 64 << 20
 _MAX_INDENT = 64

@@ -2,25 +2,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, StateTable
-from forge_c.models.parts import LayerSource, build_layer, new_state
+from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
+from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
 from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import ModelSpec, Rope
-from forge_c.models.weights import Tensors
-from forge_c.packing import pack
+from forge_c.models.weights import StoredTensors, Tensors
+from forge_c.packing import pack, pack_blocks
 from forge_c.state import ModelCache
 
-__all__ = ["DEFAULT_CONTEXT", "Decoder"]
+__all__ = ["DEFAULT_CONTEXT", "STORED", "Decoder"]
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 
+STORED = "stored"  # the dtype of a model whose matrices are held as the file has them
 # The format of the last projection: its errors reach the probabilities directly, so int4 models hold it in int8.
 _HEAD = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
 
@@ -32,23 +33,29 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
                  progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None) -> None:
+        stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
+        self._describe(spec, dtype if stored is None else stored.mostly())
+        ends = (_ends(spec, checkpoint, dtype, activations) if stored is None
+                else _stored_ends(spec, stored, activations))
+        source = LayerSource if stored is None else StoredSource
+        layers = [build_layer(spec.layers[i], source(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
+                                                     activations)) for i in progress(range(spec.n_layers))]
+        norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
+        checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
+        self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale)
+
+    @classmethod
+    def of(cls, spec: ModelSpec, dtype: str, model: LayeredModel) -> Decoder:
+        """Of a model that is packed already."""
+        decoder = object.__new__(cls)
+        decoder._describe(spec, dtype)
+        decoder._model = model
+        return decoder
+
+    def _describe(self, spec: ModelSpec, dtype: str) -> None:
         self.spec, self.dtype = spec, dtype
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
         self._tables = RopeTables()
-        table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        serves = spec.head.tied or spec.head.absent  # the embedding, as head
-        head = table if serves else checkpoint.take("lm_head.weight", table.shape)
-        packed = pack(head.T, _HEAD[dtype], activations=activations)  # (H, vocab)
-        # Rows are looked up in what is multiplied, where that is the same; else (vocab, H), unless float32 in bfloat16.
-        embedding: Any = packed
-        if not serves:
-            embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
-        del table, head
-        layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
-                                                          activations)) for i in progress(range(spec.n_layers))]
-        norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
-        checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
-        self._model = LayeredModel(embedding, layers, norm, packed, embedding_scale=spec.embed.scale)
 
     def _ropes(self) -> list[Rope]:
         return [r for r in (getattr(layer.mixer, "rope", None) for layer in self.spec.layers) if r is not None]
@@ -148,6 +155,27 @@ class Decoder:
             np.tanh(y, out=y)
             y *= cap
         return y
+
+
+def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | None) -> tuple[Any, PackedWeight]:
+    """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
+    table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    if spec.head.tied or spec.head.absent:  # rows are looked up in what is multiplied
+        packed = pack(table.T, _HEAD[dtype], activations=activations)
+        return packed, packed
+    head = checkpoint.take("lm_head.weight", table.shape)
+    embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
+    return embedding, pack(head.T, _HEAD[dtype], activations=activations)
+
+
+def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
+                 activations: str | None) -> tuple[PackedWeight, PackedWeight]:
+    """The same as the file has them, both (H, vocab), and one where the model is tied."""
+    def packed(name: str) -> PackedWeight:
+        return pack_blocks(*checkpoint.take_raw(name, (spec.vocab_size, spec.hidden_size)), activations=activations)
+
+    table = packed("model.embed_tokens.weight")
+    return table, table if spec.head.tied else packed("lm_head.weight")
 
 
 def _stacked(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -90,6 +90,7 @@ class Generation:
         self.eos = options.eos | stop_ids(tokenizer, options.stop)
         self.prompt_tokens = self.new_tokens = 0
         self.prompt_seconds = self.decode_seconds = 0.0
+        self.progress: Callable[[int, int], None] = lambda read, total: None  # called as prompts are read
 
     def completions(self) -> list[Completion]:
         """What there is of each row."""
@@ -183,8 +184,15 @@ class Generation:
             row.before, row.prompt = row.prompt[:n], row.prompt[n:]
 
     def _prefill(self, row: Row, cache: ModelCache, wanted: bool) -> Logits:
+        before, total = self.prompt_tokens, self._to_read()
         self.prompt_tokens += len(row.prompt)
-        return prefill(self.decoder, row.prompt, cache, logits=wanted)
+        return prefill(self.decoder, row.prompt, cache, logits=wanted,
+                       progress=lambda read: self.progress(before + read, total))
+
+    def _to_read(self) -> int:
+        """Tokens of all prompts; samples share theirs, unless they have rows in a cache."""
+        rows = self.rows if self.options.cache is not None else self.rows[:: self.options.n]
+        return sum(len(row.prompt) for row in rows)
 
     def _read_last(self, group: list[int], cache: ModelCache, *, logits: bool = True) -> Any:
         """Have the cache read the last token of each row, where it has not -> logits (rows, vocab)."""
@@ -280,13 +288,16 @@ class Stream(Iterator[Any]):
         return self.run.completions()
 
 
-def prefill(decoder: Decoder, ids: Ids, cache: ModelCache, *, logits: bool = True) -> Logits:
-    """Feed ids (n,), n >= 1, into a cache of one row -> the logits (vocab,) after its last token, or (0,)."""
+def prefill(decoder: Decoder, ids: Ids, cache: ModelCache, *, logits: bool = True,
+            progress: Callable[[int], None] = lambda read: None) -> Logits:
+    """Feed ids (n,), n >= 1, into a cache of one row -> the logits (vocab,) after its last token, or (0,). progress:
+    called with how many have been read."""
     found: Any = None
     with cache.expecting(len(ids)):
         for start in range(0, len(ids), KV_CHUNK):
             stop = start + KV_CHUNK
             found, _ = decoder.forward(ids[None, start:stop], cache, logits=logits and stop >= len(ids), last_only=True)
+            progress(min(stop, len(ids)))
     return np.empty(0, np.float32) if found is None else found[0, 0]
 
 

@@ -15,21 +15,26 @@ from tqdm import tqdm
 
 from forge_c.checks import short
 from forge_c.files import read_json
+from forge_c.formats.gguf import open_gguf
 from forge_c.functional import KV_CHUNK
-from forge_c.models.decoder import Decoder
+from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
+from forge_c.models.gguf_tokenizer import gguf_tokenizer
 from forge_c.models.hub import find
 from forge_c.models.options import check_samples, checked_options, sampler_of
 from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or_ids
 from forge_c.models.sampling import Unsaid
+from forge_c.models.saved import is_saved, load_saved, save_model
 from forge_c.models.scoring import embedded, hidden_states, scored
 from forge_c.models.spec import Attention, Head, ModelSpec, model_spec
+from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer
 from forge_c.models.tokenizer_files import load_tokenizer
-from forge_c.models.weights import Checkpoint, RandomCheckpoint
+from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
 from forge_c.models.weights.foreign import check_folder
+from forge_c.models.weights.gguf import StoredType
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS, Format
+from forge_c.packing import FORMATS, ROWS_OF, Format
 from forge_c.state import ModelCache
 from forge_c.state.model import all_or_nothing
 
@@ -38,22 +43,25 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None,
          ignore: str | Collection[str] = ()) -> Model:
-    """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
+    """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there), a GGUF file, or a
+    folder that Model.save wrote.
 
     Args:
-        path: the folder, or the model's name on the Hugging Face Hub, "ORG/NAME": the snapshot in the local cache, or
-            a download where the huggingface_hub package is installed (a path that exists wins); None for the embedded
-            model, which writes Python byte by byte.
+        path: the folder; or the file, by whatever name, or any file of those that a model is split into; or the model's
+            name on the Hugging Face Hub, "ORG/NAME": the snapshot in the local cache, or a download where the
+            huggingface_hub package is installed (a path that exists wins); None for the embedded model, which writes
+            Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
-            for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
-            last projection in int8, and both integer formats the embedding table in bfloat16, where that is another.
-        activations: how inputs of int8 and int4 matrices are rounded, "int8" or "int12" (see forge_c.pack); by default
-            to 12 bits before int8 matrices, which keeps what these know, and to 8 before int4 ones.
-        ignore: keys of config.json to take no notice of: a file may hold one that would be refused, since it could
-            change the maths, and does not.
+            for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
+            Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
+            embedding table in bfloat16, where that is another.
+        activations: how inputs of matrices of integers are rounded, "int8" or "int12" (see forge_c.pack); by default to
+            12 bits before those of 8 bits, which keeps what these know, and to 8 before those of fewer.
+        ignore: keys of config.json, or of a GGUF file, to take no notice of: there may be one that would be refused,
+            since it could change the maths, and does not.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
-    granite. Nothing in the folder is executed.
+    granite. Nothing in the folder or the file is executed.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing; it says what to get.
@@ -65,6 +73,10 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, act
     """
     _check_dtype("load", dtype)
     ignored = _names("load", "ignore", ignore)
+    if path is not None and os.path.exists(path) and not os.path.isdir(path):
+        return _load_gguf(Path(path), dtype, activations, ignored)
+    if path is not None and is_saved(Path(path)):
+        return _load_saved(Path(path), dtype, activations)
     folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
     spec = _spec(folder, ignored)
     checkpoint = Checkpoint(folder)
@@ -72,16 +84,37 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, act
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     _check_activations("load", activations, dtype)
-    settings, decoder = _generation_config(folder), Decoder(spec, checkpoint, dtype, _bar, activations)
-    source = partial(load, None if path is None else str(folder.absolute()), dtype, activations=activations,
-                     ignore=ignored)
-    return Model(decoder, load_tokenizer(folder), _eos_ids(settings, spec), generation_config=settings, source=source)
+    settings = _generation_config(folder)
+    again = partial(load, None if path is None else str(folder.absolute()), dtype, activations=activations,
+                    ignore=ignored)
+    return Model(Decoder(spec, checkpoint, dtype, _bar, activations), load_tokenizer(folder), _eos_ids(settings, spec),
+                 generation_config=settings, source=again)
+
+
+def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str]) -> Model:
+    """The model of a GGUF file: its own tokenizer too; nothing but the file is read."""
+    file = open_gguf(path)
+    spec = gguf_spec(file, ignored)
+    checkpoint = GGUFCheckpoint(file, spec)
+    _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
+    tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
+    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
+    stored = checkpoint.stored(None if dtype == "auto" else dtype)
+    again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored)
+    return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
+
+
+def _load_saved(folder: Path, dtype: str, activations: str | None) -> Model:
+    """The model of a folder that Model.save wrote, as it was packed."""
+    if activations is not None:
+        raise ValueError(f"load: activations is {activations!r}, and {folder} was packed already; expected None")
+    decoder, eos, settings, stored = load_saved(folder, dtype)
+    return Model(decoder, load_tokenizer(folder), eos, generation_config=settings, info=stored,
+                 source=partial(load, str(folder.absolute()), dtype))
 
 
 def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
     """What a folder's files say of the model, before its weights are read."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load: {folder} is a file, expected the folder that it is in, {folder.parent}")
     check_folder(folder, ignored)
     return model_spec(read_json(folder / "config.json"), ignored)
 
@@ -134,10 +167,10 @@ def _check_dtype(function: str, dtype: str) -> None:
 
 
 def _check_activations(function: str, activations: str | None, dtype: str) -> None:
-    Format.checked(function, dtype, None).checked_activations(function, activations)
+    Format.checked(function, dtype, None, ROWS_OF).checked_activations(function, activations)
 
 
-def _generation_config(folder: Path) -> Mapping[str, Any]:
+def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     document = read_json(path) if path.exists() else {}
     return document if isinstance(document, dict) else {}
@@ -159,19 +192,22 @@ class Model:
 
     Attributes:
         config: the ModelSpec.
-        dtype: how its matrices are packed.
+        dtype: how its matrices are packed; of a GGUF file's that are held as they are stored, how most bytes are.
         tokenizer: encode(text) -> ids and decode(ids) -> text, or None.
         eos_token_ids: the tokens that end a text.
         generation_config: what its makers say about generation: the folder's generation_config.json.
+        info: what a GGUF file stores: of each type how many tensors, their bytes in the file, and how they are held.
 
     copy.copy and copy.deepcopy make another model over the same weights. A pickle holds where a model was loaded from,
     and is loaded from there.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int], *,
-                 generation_config: Mapping[str, Any] | None = None, source: Callable[[], Model] | None = None) -> None:
+                 generation_config: Mapping[str, Any] | None = None, source: Callable[[], Model] | None = None,
+                 info: tuple[StoredType, ...] = ()) -> None:
         self._decoder, self.tokenizer, self.eos_token_ids = decoder, tokenizer, eos_token_ids
         self.generation_config = dict(generation_config or {})
+        self.info = info
         self._source = source  # the call of load that made it
 
     @property
@@ -202,9 +238,22 @@ class Model:
         """
         return self._decoder.new_cache(batch, max_seq_len, dtype)
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model, packed as it is, to a new folder: `load` maps that in a fraction of the time.
+
+        What load maps are the bytes that the kernels read, on whatever x86 or Arm they run; a version of this library
+        that lays them out otherwise refuses the folder. It must not be changed while a model that was loaded from it
+        is in use. What does not come to its end leaves nothing.
+
+        Raises:
+            FileExistsError, OSError: the folder exists and is not empty, or cannot be written.
+            ValueError: the model has parts that no file holds.
+        """
+        save_model(self, folder)
+
     def __copy__(self) -> Model:
         return Model(self._decoder, self.tokenizer, self.eos_token_ids, generation_config=self.generation_config,
-                     source=self._source)
+                     source=self._source, info=self.info)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
         return self.__copy__()

@@ -6,20 +6,21 @@ none is made, and the text is read as the characters that it has: what a strange
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.models.plain_text import PlainText
+
+MAX_TEMPLATE = 1 << 18  # bytes
 _MAX_ID = (1 << 32) - 1
 _INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character
 _CONTEXT = 64  # tokens of a prompt that a stream decodes with the first new one
-_MARK, _UNMARK = "\ufdd0", "\ufdd1"  # stand around what is to be text. No character has these codes
-_MARKED = re.compile(f"{_MARK}([^{_MARK}{_UNMARK}]*){_UNMARK}|[{_MARK}{_UNMARK}]")
 _CHOICES = ("add_generation_prompt", "chat_template", "continue_final_message")
 
 
@@ -84,10 +85,13 @@ class HuggingFaceTokenizer:
         backend.no_truncation()  # training may have left both in the file
         backend.no_padding()
         self._source, self.backend, self.special, self.chat_template = source, backend, dict(special), chat_template
+        self._plain_texts: dict[str, PlainText] = {}
         added = backend.get_added_tokens_decoder()
-        self._added = {token.content: i for i, token in added.items()}
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
-        self._normalizes = any(token.normalized for token in added.values())
+        # Added tokens that a byte-level decoder takes for bytes: DeepSeek has one that is the letter ü itself.
+        self._literal = {i: token.content for i, token in added.items() if not token.special
+                         and not token.content.isascii() and _is_bytes(token.content)
+                         and type(backend.decoder).__name__ == "ByteLevel"}
 
     def encode(self, text: str, special_tokens: bool = True, *, control_tokens: bool = True) -> list[int]:
         """Token ids.
@@ -106,13 +110,17 @@ class HuggingFaceTokenizer:
             if control_tokens:
                 return self.backend.encode(str(text), add_special_tokens=around).ids
             before, after = self._around if around else ([], [])
-            return [*before, *self._encode_marked(self._marked(str(text), self._control())), *after]
+            return [*before, *self._plain_text().encode(str(text)), *after]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, without special tokens."""
         numbers = _checked_ids(ids, _MAX_ID)
         with failures(f"decode: {self._source} cannot decode the ids"):
-            return self.backend.decode(numbers, skip_special_tokens=True)
+            if self._literal.keys().isdisjoint(numbers):
+                return self.backend.decode(numbers, skip_special_tokens=True)
+            runs = groupby(numbers, self._literal.get)
+            return "".join(self.backend.decode(list(run), skip_special_tokens=True) if literal is None
+                           else literal * len(list(run)) for literal, run in runs)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None,
                             documents: Sequence[Mapping[str, Any]] | None = None, chat_template: str | None = None,
@@ -155,20 +163,17 @@ class HuggingFaceTokenizer:
         control_tokens=False: the template alone writes control tokens. What stands in messages, tools, documents and
         variables is text, whatever it spells.
         """
-        if not control_tokens:
-            from forge_c.models.chat_messages import plain, plain_messages, plain_tools
-
-            control = self._control(options.get("chat_template") or "")
-            given = options | {"messages": plain_messages(messages), "tools": plain_tools(options.get("tools"))}
-            options = {key: value if key in _CHOICES else self._marked(plain(value), control)
-                       for key, value in given.items()}
-            messages = options.pop("messages")
-        prompt = self.apply_chat_template(messages, **options)
         if control_tokens:
-            return self.encode(prompt)
+            return self.encode(self.apply_chat_template(messages, **options))
+        from forge_c.models.chat_messages import plain, plain_messages, plain_tools
+
+        how = self._plain_text(options.get("chat_template") or "")
+        given = options | {"messages": plain_messages(messages), "tools": plain_tools(options.get("tools"))}
+        prompt = self.apply_chat_template(**{
+            key: value if key in _CHOICES else how.mark(plain(value)) for key, value in given.items()})
         check_text("encode_chat: the prompt", prompt)
         with failures(f"encode_chat: {self._source} cannot encode the prompt"):
-            return self._encode_marked(str(prompt))
+            return how.encode_marked(str(prompt))
 
     def _template(self, chosen: str | None, tools: Any) -> str:
         """The text of the template that is to be used."""
@@ -187,67 +192,15 @@ class HuggingFaceTokenizer:
             raise ValueError("apply_chat_template: the model has no chat template")
         return have
 
-    # ---- text that makes no control tokens ----
-
-    def _control(self, template: str = "") -> re.Pattern[str]:
-        """What spells a control token: special tokens, and added ones that a chat template writes; the longest first.
-
-        Runs of spaces and line ends, which are added tokens too in some vocabularies, remain text.
-        """
-        have = self.chat_template
-        own = have.values() if isinstance(have, Mapping) else [have or ""]
-        written = "\0".join([*own, template])
-        control = [text for text in self._added
-                   if text and (text in self.special_ids or (text in written and not text.isspace()))]
-        return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
-
-    def _marked(self, value: Any, control: re.Pattern[str]) -> Any:
-        """Plain data with a mark before and after each control token in its texts; keys stay as they are."""
-        if isinstance(value, str):
-            text = value.replace(_MARK, "").replace(_UNMARK, "")
-            found = control.sub(rf"{_MARK}\g<0>{_UNMARK}", text)
-            if self._normalizes and text and not control.search(text):
-                # A normalizer may spell one too: of </S> it makes </s>, where capitals do not count.
-                ids = self.backend.encode(text, add_special_tokens=False).ids
-                spelt = {i for token, i in self._added.items() if control.fullmatch(token)}
-                return found if spelt.isdisjoint(ids) else f"{_MARK}{text}{_UNMARK}"
-            return found
-        if isinstance(value, dict):
-            return {key: self._marked(item, control) for key, item in value.items()}
-        return [self._marked(item, control) for item in value] if isinstance(value, list | tuple) else value
-
-    def _encode_marked(self, text: str) -> list[int]:
-        """Ids of a text in which what stands between marks makes no added token."""
-        first, *more = _MARKED.split(text)
-        ids: list[int] = self.backend.encode(first, add_special_tokens=False).ids
-        for at, piece in enumerate(more):
-            if piece:
-                ids += self._later(piece, is_text=at % 2 == 0)
-        return ids
-
-    def _later(self, piece: str, is_text: bool) -> list[int]:
-        """Ids of a piece from within a text: a line end before it keeps away the space that begins a text."""
-        def encode(text: str) -> list[int]:
-            return self._as_text(text) if is_text else self.backend.encode(text, add_special_tokens=False).ids
-
-        line_end = self.backend.encode("\n", add_special_tokens=False).ids
-        ids = encode("\n" + piece)
-        return ids[len(line_end) :] if ids[: len(line_end)] == line_end else encode(piece)
-
-    def _as_text(self, text: str) -> list[int]:
-        """Ids of a text by the vocabulary alone, without added tokens."""
-        backend = self.backend
-        normal = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
-        splits = [normal] if backend.pre_tokenizer is None else [
-            part for part, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
-        special = set(self.special_ids.values())
-        ids = [token.id for part in splits for token in backend.model.tokenize(part)]
-        if special.isdisjoint(ids):
-            return ids
-        ids = [token.id for part in splits for character in part for token in backend.model.tokenize(character)]
-        if special.isdisjoint(ids):
-            return ids
-        raise ValueError(f"{text!r} is nothing but a special token to this vocabulary")
+    def _plain_text(self, template: str = "") -> PlainText:
+        """How text is encoded that makes no control tokens, those of the template included."""
+        found = self._plain_texts.get(template)
+        if found is None:
+            have = self.chat_template
+            own = have.values() if isinstance(have, Mapping) else [have or ""]
+            found = PlainText(self.backend, "\0".join([*own, template]))
+            self._plain_texts = {template: found}  # one is enough: conversations go on with the same template
+        return found
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
@@ -327,7 +280,13 @@ def failures(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
-        raise ValueError(f"{what}: {error}") from None
+        problem = str(error).removeprefix(f"{what}: ")
+        raise ValueError(f"{what}: {problem}") from None
+
+
+def _is_bytes(token: str) -> bool:
+    """Whether each of its characters is one that a byte-level vocabulary writes for a byte."""
+    return all("!" <= c <= "~" or "\xa1" <= c <= "\u0143" and c != "\xad" for c in token)
 
 
 def check_text(argument: str, text: Any) -> None:

@@ -1,18 +1,19 @@
-"""A folder's tokenizer: tokenizer.json, the files beside it that say more about its tokens, and its chat templates."""
+"""A folder's tokenizer, read and written: tokenizer.json, files that say more about its tokens, and chat templates."""
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from forge_c.files import check_values, read_file, read_json
-from forge_c.models.tokenizer import ByteTokenizer, HuggingFaceTokenizer, NoText, Tokenizer, failures
+from forge_c.models.tokenizer import MAX_TEMPLATE, ByteTokenizer, HuggingFaceTokenizer, NoText, Tokenizer, failures
 
 # tokenizer.json: the largest of those that people publish has 262 144 tokens and 515 000 merges, 33 MB in all.
 _MAX_TOKENIZER = 64 << 20
 _MAX_ENTRIES, _MAX_KEYS = 5 << 19, 1 << 19
-_MAX_TEMPLATE = 1 << 18
+
 _MAX_TEMPLATES = 64
 _OTHER_FORMATS = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
                   "tiktoken.model", "vocab.json", "vocab.txt")
@@ -33,6 +34,24 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return None
     return NoText(ValueError, f"models: {folder} has {other}, and text needs tokenizer.json; get it from the model's "
                   "page, or write it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+
+
+def save_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Files from which load_tokenizer makes the same one. ValueError if it is of another kind than it makes."""
+    if isinstance(tokenizer, ByteTokenizer):
+        settings: dict[str, Any] = {"tokenizer_class": "ByteTokenizer"}
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
+        have = tokenizer.chat_template
+        template = have if have is None or isinstance(have, str) else [
+            {"name": name, "template": text} for name, text in have.items()]
+        settings = {"added_tokens_decoder": {}, "split_special_tokens": tokenizer.backend.encode_special_tokens,
+                    "chat_template": template, **tokenizer.special}
+    elif tokenizer is None or isinstance(tokenizer, NoText):
+        return
+    else:
+        raise ValueError(f"Model.save: the model has a {type(tokenizer).__name__} for a tokenizer, which no file holds")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _tokenizer(folder: Path, config: Mapping[str, Any]) -> HuggingFaceTokenizer:
@@ -138,6 +157,6 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, 
 
 def _text(path: Path) -> str:
     try:
-        return read_file(path, _MAX_TEMPLATE).decode()
+        return read_file(path, MAX_TEMPLATE).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from None
