@@ -1,5 +1,4 @@
-"""Mutated model folders and GGUF files of every family, and cache files: a ValueError or OSError, at once, in little
-memory.
+"""Mutated model folders, GGUF files, saved models and cache files: ValueError or OSError, at once, in little memory.
 
 What still loads is also used: logits, generation, text both ways, a chat. The process may take 4 GB.
 """
@@ -102,8 +101,10 @@ def case(seed: int) -> None:
         kind = rng.random()
         if kind < 0.2:
             mutated_cache(rng, folder, done)
-        elif kind < 0.5:
+        elif kind < 0.45:
             mutated_gguf(rng, folder, done)
+        elif kind < 0.6:
+            mutated_saved(rng, folder, done)
         else:
             mutated_model(rng, folder, done)
     except BaseException as error:
@@ -168,6 +169,31 @@ def mutated_gguf(rng: Rng, folder: Path, done: list[str]) -> None:
     if rng.random() < 0.05:
         special_file(rng, path, done)
     model = allowed("load", lambda: fc.models.load(path, pick(rng, ("auto", "auto", "float32", "int8"))))
+    if model is not None:
+        use(rng, model)
+
+
+@cache
+def base_saved(family: str, dtype: str) -> Files:
+    """What Model.save writes."""
+    folder = Path(os.environ["FUZZ_SCRATCH"]) / "saved"
+    fc.models.load(write(folder / "m", small(family)), dtype).save(folder / "s")
+    found = {path.name: path.read_bytes() for path in (folder / "s").iterdir()}
+    shutil.rmtree(folder)
+    return found
+
+
+def mutated_saved(rng: Rng, folder: Path, done: list[str]) -> None:
+    family, dtype = pick(rng, FAMILIES), pick(rng, ("float32", "bfloat16", "int8", "int4"))
+    done.append(f"{family} in {dtype}, saved")
+    files = dict(base_saved(family, dtype))
+    for _ in range(int(rng.integers(1, 4))):
+        change_file(rng, files, "weights.bin" if rng.random() < 0.2 else "forge_c.json", done)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if rng.random() < 0.05:
+        special_file(rng, folder / pick(rng, tuple(files)), done)
+    model = allowed("load", lambda: fc.models.load(folder))
     if model is not None:
         use(rng, model)
 
