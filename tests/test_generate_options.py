@@ -54,6 +54,22 @@ def test_arrays_of_other_libraries_are_prompts(model):
     assert lists(model.generate(torch.tensor([1, 2, 3]), 5)) == want[0]
 
 
+class Series:
+    """As pandas has it: an array that also has keys."""
+
+    ndim = 1
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.array([1, 2, 3])
+
+    def keys(self) -> range:
+        return range(3)
+
+
+def test_an_array_with_keys_is_an_array(model):
+    assert lists(model.generate(Series(), 5)) == lists(model.generate([1, 2, 3], 5))
+
+
 @pytest.mark.parametrize("kind", ["lists", "np", "pt"])
 def test_what_a_hugging_face_tokenizer_returns_is_a_prompt(model, kind):
     transformers = pytest.importorskip("transformers")
