@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,15 @@ def _cpu_flags() -> str:
     return ""
 
 
+def _cpu_name() -> str:
+    """As its makers call it, and the instruction set."""
+    try:
+        found = re.search(r"^(?:model name|Model)\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return f"{found[1].strip()}, {platform.machine()}" if found else platform.machine()
+
+
 def show_config() -> dict[str, object]:
     """Print and return what this build is and what it found: version, ISA, CPU features, threads, OpenMP, flags."""
     count, why = default_threads(functional._bound_cpus())
@@ -34,7 +44,7 @@ def show_config() -> dict[str, object]:
         "version": __version__,
         "isa": functional.isa(),
         "available_isas": functional.available_isas(),
-        "cpu": platform.machine(),
+        "cpu": _cpu_name(),
         "cpu_features": _cpu_flags(),
         "threads": get_num_threads(),
         "threads_default": f"{count} ({why})",

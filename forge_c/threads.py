@@ -70,6 +70,8 @@ def default_threads(bound: Set[int] = frozenset()) -> tuple[int, str]:
     """
     cpus = bound or (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1)))
     limits = {"physical cores": _physical_cores(cpus), "affinity": len(cpus)}
+    if len(cpus) < (os.cpu_count() or 1):  # the cores that are left are as many because of it
+        limits = {"affinity": limits["affinity"], **limits}
     quota = cgroup_quota()
     if quota is not None:
         limits["cgroup quota"] = quota

@@ -175,7 +175,7 @@ def test_a_context_of_two_billion_tokens_costs_nothing(tmp_path):
 
 # ---- what is missing or does not fit ---------------------------------------------------------------
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3", "qwen2", "qwen3"])
 def test_every_tensor_is_needed_and_checked(tmp_path, family):
     config = small(family, num_hidden_layers=1)
     weights = tensors(config)
@@ -251,8 +251,24 @@ def test_sizes_of_the_config_are_not_allocated(tmp_path):
     ({"rope_scaling": {"type": "linear", "factor": 10 ** 400}}, "factor"), ({"rope_theta": 1e308}, "base is 1e.308"),
 ], ids=repr)
 def test_impossible_rope_settings_are_errors_of_the_load(tmp_path, settings, message):
+    write(tmp_path, small(**settings))
+    (tmp_path / "model.safetensors").unlink()  # refused before anything else is read
     with pytest.raises(ValueError, match=message):
-        load(write(tmp_path, small(**settings)))
+        load(tmp_path)
+
+
+def test_a_key_that_is_refused_can_be_ignored(tmp_path):
+    plain, folder = write(tmp_path / "plain", small()), write(tmp_path / "model", small(surprise=1))
+    (tmp_path / "none").mkdir()
+    write_json(tmp_path / "none" / "config.json", small(surprise=1))
+    with pytest.raises(ValueError, match="^config.json: surprise is 1"):
+        load(tmp_path / "none")
+    for names in ("surprise", ["surprise"], {"other", "surprise"}):
+        assert logits(folder, ignore=names) == logits(plain)
+    for names in (5, None, [5], b"surprise"):
+        with pytest.raises(TypeError) as caught:
+            load(folder, ignore=names)
+        assert str(caught.value) == f'load: ignore is {names!r}, expected names, such as ("key",)'
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -277,13 +293,43 @@ def test_unknown_packing(folder, dtype):
     assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32, bfloat16, int8, int4"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.gguf"])
+@pytest.mark.parametrize("dtype", [np.float32, np.dtype(np.float32), ml_dtypes.bfloat16, np.int8])
+def test_numpys_dtypes_are_dtypes(folder, dtype):
+    assert load(folder, dtype).dtype == np.dtype(dtype).name
+
+
+def test_the_package_lists_what_is_meant_for_users():
+    import forge_c.models
+
+    assert dir(forge_c.models) == sorted(forge_c.models.__all__) and "np" not in dir(forge_c.models)
+
+
+def test_how_inputs_of_integer_matrices_are_rounded(folder):
+    """By default as pack has it, so the last projection of an int4 model, which is int8, to 12 bits."""
+    exact = load(folder)(IDS)
+    found = {(dtype, a): load(folder, dtype, activations=a)(IDS) for dtype in ("int8", "int4")
+             for a in (None, "int8", "int12")}
+    assert found["int8", None].tobytes() == found["int8", "int12"].tobytes()
+    assert len({found["int4", a].tobytes() for a in (None, "int8", "int12")}) == 3
+    rough, fine = (np.linalg.norm(found["int8", a] - exact) for a in ("int8", "int12"))
+    assert 0 < fine < rough < 0.1 * np.linalg.norm(exact)
+
+
+def test_a_rounding_that_does_not_fit(folder):
+    with pytest.raises(ValueError, match="^load: activations is 'int9', expected one of int8, int12$"):
+        load(folder, "int8", activations="int9")
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ValueError, match=f"^load: activations is 'int8', expected None for {dtype}$"):
+            load(folder, dtype, activations="int8")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_not_opened(folder, tmp_path, name):
     trace = tmp_path / "executed"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(f"cbuiltins\nopen\n(V{trace}\nVw\ntR.".encode())
     check_refused(folder, FileNotFoundError,
-            rf"model.safetensors: no such file; {name} is not read: only safetensors is safe to open$")
+            rf"model.safetensors: no such file; {name} is not read: only safetensors is safe to open; transformers ")
     assert not trace.exists()
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from forge_c.functional import get_num_threads, isa
 from forge_c.models import Model
 from forge_c.models.generation import prefill
 from forge_c.runtime import roofline
 
-_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops", "int8": "int8_gops", "int4": "int8_gops"}
+_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops"}  # every other format multiplies integers
 _WARM_UP = 8  # tokens decoded before the clock starts
 
 
@@ -47,7 +48,7 @@ def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch
     steps read over the read bandwidth of memory, both measured now; divided by the median time. A model that fits in
     cache can decode faster than the second.
     """
-    limits = roofline()
+    limits = _limits()
     yield f"| model | size | params | isa | threads | test | t/s | of limit |\n|{' --- |' * 8}"
     name = f"{model.config.model_type} {model.dtype}"
     columns = (f"| {name} | {model.nbytes / 2**20:.2f} MiB | {_params(model) / 1e6:.2f} M | {isa()} "
@@ -59,7 +60,7 @@ def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch
 
 def json_lines(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch: int = 1) -> Iterator[str]:
     """The tests of `table`, each as one JSON object; step_bytes are the weights that one step reads."""
-    limits = roofline()
+    limits = _limits()
     about = {"model": model.config.model_type, "dtype": model.dtype, "params": _params(model), "bytes": model.nbytes,
              "step_bytes": model._decoder.step_nbytes, "isa": isa(), "threads": get_num_threads()}
     measured = {name: value for name, value in limits.items() if isinstance(value, float)}
@@ -68,22 +69,28 @@ def json_lines(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, 
                           "limits": measured})
 
 
+def _limits() -> Mapping[str, Any]:
+    """Of this machine; a terminal says why nothing is seen meanwhile."""
+    with tqdm(desc="measuring this machine", bar_format="{desc}", disable=None, leave=False):
+        return roofline()
+
+
 def _tests(model: Model, limits: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int,
            batch: int) -> Iterator[Measured]:
     head = _head_params(model)
     blocks = _params(model) - head
-    peak = limits[_PEAK[model.dtype]] or limits["fp32_gflops"]
+    peak = limits[_PEAK.get(model.dtype, "int8_gops")] or limits["fp32_gflops"]
 
     def floor(tokens: int, heads: int, passes: int) -> float:
         flops = 2 * (blocks * tokens + head * heads)
         return max(flops / peak, passes * model._decoder.step_nbytes / limits["read_gbs"]) / 1e9
 
     prompt = _prompt(model, prompt_tokens)
-    yield Measured(f"pp{prompt_tokens}", prompt_tokens, _times(prompt, prompt, repeats), floor(prompt_tokens, 1, 1))
-    decoded = new_tokens * batch
-    seconds = _times(_decode(model, new_tokens, batch), _decode(model, min(new_tokens, _WARM_UP), batch), repeats)
-    yield Measured(f"tg{new_tokens}" + (f"x{batch}" if batch > 1 else ""), decoded, seconds,
-               floor(decoded, decoded, new_tokens))
+    name = f"pp{prompt_tokens}"
+    yield Measured(name, prompt_tokens, _times(name, prompt, prompt, repeats), floor(prompt_tokens, 1, 1))
+    name, decoded = f"tg{new_tokens}" + (f"x{batch}" if batch > 1 else ""), new_tokens * batch
+    seconds = _times(name, _decode(model, new_tokens, batch), _decode(model, min(new_tokens, _WARM_UP), batch), repeats)
+    yield Measured(name, decoded, seconds, floor(decoded, decoded, new_tokens))
 
 
 def _params(model: Model) -> int:
@@ -95,10 +102,14 @@ def _head_params(model: Model) -> int:
     return model.config.hidden_size * model.config.vocab_size
 
 
-def _times(work: Callable[[], None], warm_up: Callable[[], None], repeats: int) -> list[float]:
-    warm_up()
+def _times(name: str, work: Callable[[], None], warm_up: Callable[[], None], repeats: int) -> list[float]:
+    """Seconds of each run of `work`; a progress bar on a terminal, once that takes two."""
     seconds = []
-    for _ in range(repeats):
+    bar = tqdm(range(repeats + 1), desc=name, unit="run", disable=None, delay=2.0, leave=False)
+    for i in bar:
+        if i == 0:
+            warm_up()
+            continue
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)

@@ -1,5 +1,5 @@
-/* FC_ATTENTION: queries, keys and values by one product; norms of their heads; RoPE; keys and values into the cache's
- * pages; attention over what it holds; the output projection. */
+/* FC_ATTENTION: queries, keys and values by one product or more; norms of their heads; RoPE; keys and values into the
+ * cache's pages; attention over what it holds; the output projection. */
 #include "pass.h"
 
 struct attention_pass {
@@ -11,10 +11,31 @@ struct attention_pass {
     ptrdiff_t row, head; /* bytes of a row and of a head of qkv */
 };
 
+static fc_status project_qkv(const struct attention_pass *t, const float *x, const fc_norm *norm) {
+    const struct pass *p = t->p;
+    float *out = t->qkv;
+    fc_status status = FC_OK;
+    for (int i = 0; i < 3 && t->w->qkv_columns[i] && status == FC_OK; out += t->w->qkv_columns[i++])
+        status = project(p, out, t->row / 4, x, p->rows, p->hidden, &t->w->qkv[i], p->hidden, t->w->qkv_columns[i],
+                         norm, NULL);
+    return status;
+}
+
 static fc_status norm_heads(const struct attention_pass *t, const fc_norm *norm, ptrdiff_t first, ptrdiff_t heads) {
     float *from = t->qkv + first * t->w->head_dim;
     if (norm->kind == FC_NO_NORM) return FC_OK;
     return normalise(from, from, norm, t->p->rows, t->row / 4, heads, t->w->head_dim);
+}
+
+/* q, k *= balance: so that keys whose channels differ in size share a scale; what each score is a sum of stays. */
+static void balance(const struct attention_pass *t) {
+    const float *by = t->w->balance; /* (A + C) */
+    const ptrdiff_t n = (t->w->heads + t->w->kv_heads) * t->w->head_dim;
+    if (!by || t->s->kv->type != FC_KV_I8) return;
+    for (ptrdiff_t r = 0; r < t->p->rows; r++) {
+        float *qk = t->qkv + r * (t->row / 4);
+        for (ptrdiff_t c = 0; c < n; c++) qk[c] *= by[c];
+    }
 }
 
 /* Queries; keys are rotated on their way into the cache. */
@@ -59,14 +80,15 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)float_bytes(p->rows, all + queries))) return FC_NO_MEMORY;
     t.qkv = (float *)(void *)scratch.base;
     t.attn_out = t.qkv + p->rows * all;
-    fc_status status = project(p, t.qkv, x, p->rows, p->hidden, &w->qkv, p->hidden, all, &part->norm, NULL);
+    fc_status status = project_qkv(&t, x, &part->norm);
     if (status == FC_OK) status = norm_heads(&t, &w->q_norm, 0, w->heads);
     if (status == FC_OK) status = norm_heads(&t, &w->k_norm, w->heads, w->kv_heads);
+    balance(&t);
     if (status == FC_OK) status = rotate(&t);
     if (status == FC_OK) status = append(&t);
     if (status == FC_OK) status = attend(&t);
     if (status == FC_OK)
-        status = project(p, out, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
+        status = project(p, out, p->hidden, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
     fc_scratch_free(&scratch);
     return status;
 }
