@@ -419,10 +419,10 @@ def test_auto_holds_floats_as_they_are(tmp_path, stored, dtype):
 
 
 def check_refused(path: Path, message: str, kind: type[Exception] = ValueError) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(kind, match=message) as caught:
         load(path)
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     text = str(caught.value)
     assert caught.type is kind and text.startswith(str(path)) and len(text) < 600 + len(str(path))
 

@@ -136,9 +136,9 @@ def test_the_packages_own_writer(tmp_path, rng):
 def test_a_large_vocabulary_is_read_at_once(tmp_path):
     tokens = [f"▁token{i}" for i in range(262144)]
     path = written(tmp_path, gguf({"tokenizer.ggml.tokens": tokens}, {}))
-    start = time.perf_counter()
+    start = time.process_time()
     found = open_gguf(path).metadata["tokenizer.ggml.tokens"]
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert list(found) == tokens
 
 
@@ -316,11 +316,11 @@ def test_a_broken_file_is_refused_at_once(tmp_path, name):
     content, message = HOSTILE[name]
     path = written(tmp_path, content)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises(ValueError, match=message) as caught:
             open_gguf(path)
-        seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert caught.type is ValueError and str(caught.value).startswith(f"{path}: ")
