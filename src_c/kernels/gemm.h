@@ -310,6 +310,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     gemm_prefetch prefetch = prefetch_from(f, w, g->blocks * block, tile, tiles);
+    const int in_memory = mr > 1 || (two && FC_BYTES < 64); /* the registers are for acc */
     vf local[FC_MR][FC_NV_FEW], (*y)[FC_NV_FEW] = local;
     move_tile(mr, nv, y, g->accumulate ? c : NULL, g->ldc, 0);
     for (ptrdiff_t blocks = g->blocks; blocks > 0; blocks--, w += block)
@@ -318,7 +319,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
             const char *end = x + x_step - sizeof(struct fc_chunk), *line = w - in_line + chunks * lines * FC_LINE;
             vi acc[FC_MR + 1][FC_NV_FEW], start[FC_MR];
             vf scale[FC_NV_FEW];
-            if (mr > 1) __asm__ volatile("" : "+r"(y)); /* in memory: registers are for acc */
+            if (in_memory) __asm__ volatile("" : "+r"(y));
             if (minima && chunk == 0) {
                 int_scales(f, nv, scale, 1, line + min_line * FC_LINE, panel_stride, in_line);
                 add_minima(mr, nv, y, scale, end, ldx);
@@ -327,7 +328,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
             for (int i = 0; i < mr; i++) start[i] = (vi){0} + chunk_of_row(end, ldx, i)->start;
             int_chunk(f, two, mr, nv, acc, start, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, &prefetch);
             int_scales(f, nv, scale, which, line, panel_stride, in_line);
-            if (mr > 1) __asm__ volatile("" : "+r"(y));
+            if (in_memory) __asm__ volatile("" : "+r"(y));
             add_chunk(mr, nv, y, acc, scale, end, ldx);
         }
     move_tile(mr, nv, y, c, g->ldc, 1);
