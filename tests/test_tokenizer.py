@@ -126,7 +126,7 @@ class OnADevice:
     (np.array([0.5]), TypeError, "ids[0] is np.float64(0.5), expected an integer"),
     (np.array([2 ** 64 - 1], np.uint64), ValueError, "ids[0] is 18446744073709551615, expected 0 to {most}"),
     (OnADevice(), TypeError, "ids is a OnADevice that NumPy cannot read: call detach() first"),
-], ids=repr)
+], ids=["two axes", "no axis", "fractions", "beyond int64", "on a device"])
 def test_a_wrong_array_is_named(trained, ids, kind, problem):
     for tokenizer, most in ((ByteTokenizer(), 255), (hugging_face(trained), 2 ** 32 - 1)):
         with pytest.raises(kind) as caught:
