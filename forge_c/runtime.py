@@ -27,6 +27,17 @@ def _cpu_flags() -> str:
     return ""
 
 
+def _cpu_name() -> str:
+    """What the CPU calls itself, or its architecture where it does not (aarch64)."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
+    except OSError:
+        pass
+    return platform.machine()
+
+
 def show_config() -> dict[str, object]:
     """Print and return what this build is and what it found: version, ISA, CPU features, threads, OpenMP, flags."""
     count, why = default_threads(functional._bound_cpus())
@@ -34,7 +45,7 @@ def show_config() -> dict[str, object]:
         "version": __version__,
         "isa": functional.isa(),
         "available_isas": functional.available_isas(),
-        "cpu": platform.machine(),
+        "cpu": _cpu_name(),
         "cpu_features": _cpu_flags(),
         "threads": get_num_threads(),
         "threads_default": f"{count} ({why})",

@@ -69,7 +69,8 @@ def default_threads(bound: Set[int] = frozenset()) -> tuple[int, str]:
     bound this thread to one, which is all that the affinity still says.
     """
     cpus = bound or (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1)))
-    limits = {"physical cores": _physical_cores(cpus), "affinity": len(cpus)}
+    limits = {"physical cores": _physical_cores(set(range(os.cpu_count() or 1)) | cpus),
+              "affinity": _physical_cores(cpus)}
     quota = cgroup_quota()
     if quota is not None:
         limits["cgroup quota"] = quota
