@@ -4,3 +4,7 @@ from forge_c.models.spec import ModelSpec
 from forge_c.state import ModelCache
 
 __all__ = ["EMBEDDED", "Model", "ModelCache", "ModelSpec", "load", "random_model"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
