@@ -15,7 +15,7 @@ from forge_c.models import Model
 from forge_c.models.generation import prefill
 from forge_c.runtime import roofline
 
-_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops", "int8": "int8_gops", "int4": "int8_gops"}
+_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops", "int8": "int8_gops", "int4": "int4_gops"}
 _WARM_UP = 8  # tokens decoded before the clock starts
 
 
