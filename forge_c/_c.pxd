@@ -92,9 +92,26 @@ cdef extern from "forge.h" nogil:
         FC_PACKED_I8
         FC_PACKED_I4_SYMMETRIC
         FC_PACKED_I4_AFFINE
+        FC_PACKED_Q4_1
+        FC_PACKED_Q5_0
+        FC_PACKED_Q5_1
+        FC_PACKED_Q8_0
+        FC_PACKED_Q2_K
+        FC_PACKED_Q3_K
+        FC_PACKED_Q4_K
+        FC_PACKED_Q5_K
+        FC_PACKED_Q6_K
+        FC_PACKED_IQ4_NL
+        FC_PACKED_IQ4_XS
+        FC_PACKED_MXFP4
         FC_ROWS
         FC_COLS
         FC_LAYOUTS
+    fc_status fc_embedding_packed(fc_layout layout, ptrdiff_t group, fc_dtype out_type, void *out, const void *table,
+                                  const int64_t *ids, ptrdiff_t count, ptrdiff_t k, float scale)
+    ctypedef enum fc_rounds:
+        FC_ROUND_I8
+        FC_ROUND_I12
     ctypedef struct fc_linear_args:
         size_t size
         fc_dtype type
@@ -108,6 +125,7 @@ cdef extern from "forge.h" nogil:
         const void *weight
         ptrdiff_t ldw
         ptrdiff_t group
+        fc_rounds rounding
         const float *norm
         float norm_eps, norm_offset
         const float *bias
@@ -194,6 +212,7 @@ cdef extern from "forge.h" nogil:
         fc_layout layout
         const void *data
         ptrdiff_t group
+        fc_rounds rounding
         const float *bias
     ctypedef enum fc_part_kind:
         FC_NO_PART
@@ -213,7 +232,9 @@ cdef extern from "forge.h" nogil:
     ctypedef struct fc_attention_weights:
         ptrdiff_t heads, kv_heads, head_dim
         fc_norm q_norm, k_norm
-        fc_matrix qkv, out
+        fc_matrix qkv[3]
+        ptrdiff_t qkv_columns[3]
+        fc_matrix out
         float scale, softcap
         ptrdiff_t window
     ctypedef struct fc_attention_state:
@@ -223,7 +244,7 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t rotary_pairs
     ctypedef struct fc_mlp_weights:
         ptrdiff_t inner
-        fc_matrix up, down
+        fc_matrix up, gate, down
         fc_activation activation
     ctypedef fc_status fc_call(void *self, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
                                ptrdiff_t hidden, const int64_t *start) noexcept nogil
@@ -235,6 +256,7 @@ cdef extern from "forge.h" nogil:
         fc_dtype embedding_type
         const void *embedding
         ptrdiff_t ld_embedding
+        fc_matrix table
         float embedding_scale
         const fc_layer *layers
         ptrdiff_t n_layers

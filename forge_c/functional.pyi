@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -17,9 +17,10 @@ class PackedWeight:
     dtype: str
     gated: bool
     group_size: int | None
+    activations: str | None
     data: Array
     def __init__(self, data: Array, shape: tuple[int, int], dtype: str, gated: bool = False,
-                 group_size: int | None = None) -> None: ...
+                 group_size: int | None = None, activations: str | None = None) -> None: ...
     @property
     def nbytes(self) -> int: ...
     def unpack(self) -> NDArray[np.float32]: ...
@@ -50,6 +51,7 @@ class Norm:
     nbytes: int
     weight: NDArray[np.float32] | None
     bias: NDArray[np.float32] | None
+    arguments: dict[str, Any]
     def __init__(self, kind: str, n: int, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6,
                  offset: float = 0.0) -> None: ...
 
@@ -57,16 +59,17 @@ class Part:
     hidden: int
     nbytes: int
     params: int
+    arguments: dict[str, Any] | None
 
 class AttentionPart(Part):
-    def __init__(self, qkv: PackedWeight, out: PackedWeight, *, heads: int, kv_heads: int, head_dim: int,
-                 norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
+    def __init__(self, qkv: PackedWeight | Sequence[PackedWeight], out: PackedWeight, *, heads: int, kv_heads: int,
+                 head_dim: int, norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
                  k_norm: Norm | None = None, qkv_bias: Array | None = None, out_bias: Array | None = None,
                  scale: float = 1.0, softcap: float = 0.0, window: int | None = None) -> None: ...
 
 class MLPPart(Part):
-    def __init__(self, up: PackedWeight, down: PackedWeight, *, activation: str = "silu", norm: Norm | None = None,
-                 post_norm: Norm | None = None, up_bias: Array | None = None,
+    def __init__(self, up: PackedWeight | Sequence[PackedWeight], down: PackedWeight, *, activation: str = "silu",
+                 norm: Norm | None = None, post_norm: Norm | None = None, up_bias: Array | None = None,
                  down_bias: Array | None = None) -> None: ...
 
 class CalledPart(Part):
@@ -87,11 +90,12 @@ class StateTable:
 class LayeredModel:
     held: list[tuple[Part | None, Part | None, bool, float]]
     parts: list[Part]
-    embedding: Array
+    embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm
-    def __init__(self, embedding: Array, layers: list[tuple[Part | None, Part | None, bool, float]], norm: Norm,
-                 head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
+    def __init__(self, embedding: Array | PackedWeight,
+                 layers: list[tuple[Part | None, Part | None, bool, float]], norm: Norm, head: PackedWeight, *,
+                 embedding_scale: float = 1.0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
                 last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
 
@@ -125,7 +129,7 @@ def linear(x: Array, weight: Array | PackedWeight, bias: Array | None = None, *,
            out: Array | None = None) -> Array: ...
 def gated_linear(x: Array, weight: PackedWeight, bias: Array | None = None, *, activation: str = "silu",
                  out: Array | None = None) -> Array: ...
-def embedding(ids: ArrayLike, table: Array, *, scale: float = 1.0, dtype: DTypeLike | None = None,
+def embedding(ids: ArrayLike, table: Array | PackedWeight, *, scale: float = 1.0, dtype: DTypeLike | None = None,
               out: Array | None = None) -> Array: ...
 @overload
 def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: bool = False, scale: float | None = None,

@@ -2,15 +2,20 @@
 numbers in them."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forge_c.formats.layout import FORMATS, LINE, PANEL, Format
-from forge_c.formats.quantize import Bytes, Floats, fill, per_group, put_lines, take
+from forge_c.formats import ggml
+from forge_c.formats.blocks import DTYPE_OF
+from forge_c.formats.blocks import fill as fill_blocks
+from forge_c.formats.layout import FORMATS, LINE, PANEL, ROWS_OF, Format
+from forge_c.formats.quantize import Bytes, Floats, fill, take
 from forge_c.functional import PackedWeight
 
-__all__ = ["FORMATS", "Format", "from_q4_0", "pack", "pack_gated", "unpack"]
+__all__ = ["FORMATS", "Format", "from_q4_0", "pack", "pack_blocks", "pack_gated", "pack_gated_blocks", "unpack"]
 
 _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -33,7 +38,8 @@ def _aligned(panels: int, panel_bytes: int) -> Bytes:
     return raw[start:start + nbytes].reshape(panels, panel_bytes)
 
 
-def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = None) -> PackedWeight:
+def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
+         activations: str | None = None) -> PackedWeight:
     """Pack a weight (in_features, out_features) for `linear`.
 
     Args:
@@ -41,6 +47,10 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
         dtype: the stored format: "float32", "bfloat16" (round to nearest even), "int8" or "int4".
         group_size: rows of a column that share a scale: for int8 a multiple of 32, by default 128; for int4 either 32,
             symmetric as llama.cpp's Q4_0, or a multiple of 64, by default 64, with a minimum beside the scale.
+        activations: of int8 and int4, how `linear` rounds its input: "int8", to 127 steps on either side of zero whose
+            size is chosen for each 32 values, or "int12", to 2047 steps of one size for a row. By default int12 for
+            int8, int8 for int4. int12 is the more accurate, and slower for many rows where the processor multiplies
+            bytes.
 
     Packing copies; the original is not kept. 8.25 bits a weight for int8, 4.5 for int4 of group 32 and 64.
 
@@ -54,14 +64,15 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
     2304
     """
     f = Format.checked("pack", dtype, group_size)
+    activations = f.checked_activations("pack", activations)
     w = _matrix("pack", "weight", weight)
     panels = _aligned(-(-w.shape[1] // PANEL), f.panel_bytes(w.shape[0]))
     fill("pack", f, panels, w)
-    return PackedWeight(panels, w.shape, dtype, False, f.group)
+    return PackedWeight(panels, w.shape, dtype, False, f.group, activations)
 
 
-def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *,
-               group_size: int | None = None) -> PackedWeight:
+def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
+               activations: str | None = None) -> PackedWeight:
     """Pack the two matrices of a gated MLP, both (in_features, hidden), side by side for `gated_linear`.
 
     `gate` is the side that goes through the activation: LLaMA's gate_proj, transposed. The rest is as in `pack`.
@@ -71,16 +82,17 @@ def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *,
     PackedWeight(shape=(3, 6), dtype='float32', gated=True)
     """
     f = Format.checked("pack_gated", dtype, group_size)
+    activations = f.checked_activations("pack_gated", activations)
     a, b = _matrix("pack_gated", "gate", gate), _matrix("pack_gated", "up", up)
     if a.shape != b.shape:
         raise ValueError(f"pack_gated: up has shape {b.shape}, expected {a.shape}")
     panels = _aligned(-(-a.shape[1] // PANEL) * 2, f.panel_bytes(a.shape[0]))
     fill("pack_gated", f, panels[0::2], a)
     fill("pack_gated", f, panels[1::2], b)
-    return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), dtype, True, f.group)
+    return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), dtype, True, f.group, activations)
 
 
-def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
+def from_q4_0(blocks: ArrayLike, shape: tuple[int, int], *, activations: str | None = None) -> PackedWeight:
     """A weight of `shape` (in_features, out_features) from llama.cpp's Q4_0 bytes, value for value.
 
     blocks: uint8 (out_features, in_features / 32, 18): a float16 scale, then 16 bytes whose low nibbles are the values
@@ -94,17 +106,90 @@ def from_q4_0(blocks: ArrayLike, shape: tuple[int, int]) -> PackedWeight:
     if b.dtype != np.uint8 or b.shape != (n, k // 32, 18) or k % 32:
         raise ValueError(f"from_q4_0: blocks has dtype {b.dtype} and shape {b.shape}, expected uint8 "
                          f"({n}, {k} / 32, 18)")
-    f = Format("int4", 32)
-    panels, count = -(-n // PANEL), f.blocks(k)
-    u = np.full((panels * PANEL, count * 2, 32), f.row.zero, np.uint8)
-    scale = np.zeros((panels * PANEL, count * 2), np.float16)
-    u[:n, :k // 32, :16], u[:n, :k // 32, 16:] = b[:, :, 2:] & 15, b[:, :, 2:] >> 4
-    scale[:n, :k // 32] = np.ascontiguousarray(b[:, :, :2]).view(np.float16)[:, :, 0]
-    out = _aligned(panels, f.panel_bytes(k))
-    lines = out.reshape(panels, count, f.block_bytes)
-    put_lines(f, lines, u)
-    lines[:, :, -LINE:].view(np.float16).reshape(panels, count, 2, PANEL)[...] = per_group(f, lines, scale)
-    return PackedWeight(out, shape, "int4", False, f.group)
+    return _from_blocks("from_q4_0", "Q4_0", [b], activations)
+
+
+def pack_blocks(type_name: str, *raw: ArrayLike, activations: str | None = None) -> PackedWeight:
+    """A weight from ggml's bytes, value for value: of one matrix, or of several side by side along out_features.
+
+    Args:
+        type_name: the ggml type, such as "Q4_K". Floats become "float32" or "bfloat16", which hold them. Types whose
+            blocks no format holds (TQ1_0, TQ2_0, NVFP4) are rounded to "bfloat16", nothing else is.
+        raw: uint8 (out_features, bytes of a row), as a GGUF file has them.
+        activations: as in pack; floats take none.
+
+    Raises:
+        ValueError: an unknown type, rows that are no whole blocks or of different lengths, a scale that is not finite.
+
+    >>> pack_blocks("Q8_0", np.zeros((16, 68), np.uint8))
+    PackedWeight(shape=(64, 16), dtype='q8_0', group_size=32)
+    """
+    t, sides = _raw_sides("pack_blocks", type_name, raw)
+    if t.name not in DTYPE_OF:
+        return pack(np.concatenate([_floats(t, side) for side in raw]).T, dtype_of_blocks(t.name))
+    return _from_blocks("pack_blocks", t.name, sides, activations)
+
+
+def pack_gated_blocks(type_name: str, gate: ArrayLike, up: ArrayLike, *,
+                      activations: str | None = None) -> PackedWeight:
+    """A pair for `gated_linear` from ggml's bytes, as pack_gated and pack_blocks.
+
+    >>> rows = np.zeros((16, 68), np.uint8)
+    >>> pack_gated_blocks("Q8_0", rows, rows)
+    PackedWeight(shape=(64, 32), dtype='q8_0', group_size=32, gated=True)
+    """
+    t, sides = _raw_sides("pack_gated_blocks", type_name, (gate, up))
+    if sides[0].shape != sides[1].shape:
+        raise ValueError(f"pack_gated_blocks: up has {len(sides[1])} rows, expected {len(sides[0])}")
+    if t.name not in DTYPE_OF:
+        return pack_gated(_floats(t, gate).T, _floats(t, up).T, dtype_of_blocks(t.name))
+    return _from_blocks("pack_gated_blocks", t.name, sides, activations, True)
+
+
+def dtype_of_blocks(type_name: str) -> str:
+    """The dtype of what pack_blocks makes of that type."""
+    return DTYPE_OF.get(type_name) or _FLOATS_IN.get(type_name, "bfloat16")
+
+
+_FLOATS_IN = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}  # formats that hold ggml's floats
+
+
+def _floats(t: ggml.BlockType, raw: ArrayLike) -> NDArray:
+    dtype = np.float32 if _FLOATS_IN.get(t.name) == "float32" else ml_dtypes.bfloat16
+    return ggml.dequantize(t.name, raw, dtype=dtype, name="pack_blocks")
+
+
+def _raw_sides(name: str, type_name: str, raw: Sequence[ArrayLike]) -> tuple[ggml.BlockType, list[Bytes]]:
+    """The type, and each matrix as (out, blocks, bytes of a block); all rows are equally long."""
+    t = ggml.type_named(name, type_name)
+    sides = [ggml.raw_rows(name, t, side) for side in raw]
+    if not sides or any(side.shape[1] != sides[0].shape[1] for side in sides):
+        raise ValueError(f"{name}: raw has rows of {[side.shape[1] * t.nbytes for side in sides]} bytes, expected one "
+                         "or more matrices with equally long rows")
+    return t, sides
+
+
+def _from_blocks(name: str, type_name: str, sides: Sequence[Bytes], activations: str | None,
+                 gated: bool = False) -> PackedWeight:
+    """sides (out, blocks, bytes of a block) side by side, or the two of a gated pair panel by panel."""
+    t, dtype = ggml.TYPES[type_name], DTYPE_OF[type_name]
+    f = Format.checked(name, dtype, 32 if dtype == "int4" else None, ROWS_OF)
+    activations = f.checked_activations(name, activations)
+    k, n = sides[0].shape[1] * t.weights, sum(len(side) for side in sides)
+    if gated:
+        panels = _aligned(-(-len(sides[0]) // PANEL) * 2, f.panel_bytes(k))
+        for i, side in enumerate(sides):
+            fill_blocks(name, f, panels[i::2], side)
+        return PackedWeight(panels, (k, n), dtype, True, f.group, activations)
+    panels = _aligned(-(-n // PANEL), f.panel_bytes(k))
+    if any(len(side) % PANEL for side in sides[:-1]):
+        sides = [np.concatenate(list(sides))]
+    first = 0
+    for side in sides:
+        some = -(-len(side) // PANEL)
+        fill_blocks(name, f, panels[first:first + some], side)
+        first += some
+    return PackedWeight(panels, (k, n), dtype, False, f.group, activations)
 
 
 def unpack(packed: PackedWeight) -> Floats:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,14 +29,12 @@ def _cpu_flags() -> str:
 
 
 def _cpu_name() -> str:
-    """What the CPU calls itself, or its architecture where it does not (aarch64)."""
+    """As its makers call it, and the instruction set."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
+        found = re.search(r"^(?:model name|Model)\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
-        pass
-    return platform.machine()
+        found = None
+    return f"{found[1].strip()}, {platform.machine()}" if found else platform.machine()
 
 
 def show_config() -> dict[str, object]:
@@ -90,9 +89,9 @@ def roofline(seconds: float = 0.2, size: int = 256 << 20) -> dict[str, Any]:
     """This machine's limits, measured here and now with the ISA in use.
 
     Returns {"threads", "fp32_gflops", "bf16_gflops", "int8_gops", "int4_gops", "read_gbs", "copy_gbs", "by_threads"}:
-    multiply-add peaks (0 where the ISA has no such unit; int4 is nibbles by bytes, which AVX2 multiplies faster), DRAM read bandwidth and copy bandwidth (read plus written bytes) over
-    arrays of `size` bytes; by_threads has the same for 1 .. threads. Each figure is the best of repeats that fill
-    `seconds`.
+    multiply-add peaks (0 where the ISA has no such unit; int4 is nibbles by bytes, which AVX2 multiplies faster), DRAM
+    read bandwidth and copy bandwidth (read plus written bytes) over arrays of `size` bytes; by_threads has the same
+    for 1 .. threads. Each figure is the best of repeats that fill `seconds`.
     """
     threads = get_num_threads()
     by_threads = {}

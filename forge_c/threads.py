@@ -69,8 +69,9 @@ def default_threads(bound: Set[int] = frozenset()) -> tuple[int, str]:
     bound this thread to one, which is all that the affinity still says.
     """
     cpus = bound or (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1)))
-    limits = {"physical cores": _physical_cores(set(range(os.cpu_count() or 1)) | cpus),
-              "affinity": _physical_cores(cpus)}
+    limits = {"physical cores": _physical_cores(cpus), "affinity": len(cpus)}
+    if len(cpus) < (os.cpu_count() or 1):  # the cores that are left are as many because of it
+        limits = {"affinity": limits["affinity"], **limits}
     quota = cgroup_quota()
     if quota is not None:
         limits["cgroup quota"] = quota

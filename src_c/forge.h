@@ -114,9 +114,18 @@ fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const 
 /* How W lies in memory. FC_PACKED_*: formats.h defines the bytes. FC_ROWS: W[k][n], n contiguous, ld from k to k+1.
  * FC_COLS: k contiguous, ld from n to n+1 (a transposed view). */
 typedef enum {
-    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_ROWS, FC_COLS,
-    FC_LAYOUTS
+    FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_PACKED_Q4_1,
+    FC_PACKED_Q5_0, FC_PACKED_Q5_1, FC_PACKED_Q8_0, FC_PACKED_Q2_K, FC_PACKED_Q3_K, FC_PACKED_Q4_K, FC_PACKED_Q5_K,
+    FC_PACKED_Q6_K, FC_PACKED_IQ4_NL, FC_PACKED_IQ4_XS, FC_PACKED_MXFP4, FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
+
+/* fc_embedding from a packed matrix (K, N), group as in fc_linear_args:  out (count, K) = W[:, ids]^T * scale */
+fc_status fc_embedding_packed(fc_layout layout, ptrdiff_t group, fc_dtype out_type, void *out, const void *table,
+                              const int64_t *ids, ptrdiff_t count, ptrdiff_t k, float scale);
+
+/* How x is rounded for integer weights. FC_ROUND_I8: to -127..127, a scale for each 32 k (or a group of W, if that is
+ * less). FC_ROUND_I12: to -2047..2047, one scale for a row. */
+typedef enum { FC_ROUND_I8, FC_ROUND_I12 } fc_rounds;
 typedef struct {
     size_t size; /* sizeof(fc_linear_args) */
     fc_dtype type; /* of x, residual and out */
@@ -128,8 +137,8 @@ typedef struct {
     fc_dtype weight_type; /* of FC_ROWS and FC_COLS */
     const void *weight;
     ptrdiff_t ldw;
-    /* of FC_PACKED_I8 and FC_PACKED_I4_AFFINE: k that share a scale; x is quantised, a scale a row */
-    ptrdiff_t group;
+    ptrdiff_t group; /* of FC_PACKED_I8 and FC_PACKED_I4_AFFINE: k that share a scale */
+    fc_rounds rounding;
     const float *norm; /* (K) or NULL; else x stands for fc_rms_norm of it, with this weight, eps and offset */
     float norm_eps, norm_offset;
     const float *bias; /* (N) or NULL; gated: (2, N) */
@@ -230,6 +239,7 @@ typedef struct {
     fc_layout layout; /* one of FC_PACKED_* */
     const void *data;
     ptrdiff_t group;
+    fc_rounds rounding;
     const float *bias; /* as in fc_linear_args, or NULL */
 } fc_matrix;
 
@@ -245,11 +255,14 @@ typedef struct {
     float residual_scale;
 } fc_layer;
 
-/* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. */
+/* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. Queries,
+ * keys and values come from one matrix, or from two or three in formats of their own. */
 typedef struct {
     ptrdiff_t heads, kv_heads, head_dim;
     fc_norm q_norm, k_norm;
-    fc_matrix qkv, out; /* (hidden, A + 2 C), (A, hidden) */
+    fc_matrix qkv[3]; /* side by side (hidden, A + 2 C) */
+    ptrdiff_t qkv_columns[3]; /* of each; 0: there is none */
+    fc_matrix out; /* (A, hidden) */
     float scale, softcap;
     ptrdiff_t window; /* as in fc_attention_args */
 } fc_attention_weights;
@@ -263,6 +276,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t inner;
     fc_matrix up; /* gated: the pair (hidden, 2 inner), as fc_linear takes it, else (hidden, inner) */
+    fc_matrix gate; /* gated, with data: the pair is this and `up` (hidden, inner), in formats of their own */
     fc_matrix down; /* (inner, hidden) */
     fc_activation activation;
 } fc_mlp_weights;
@@ -278,8 +292,9 @@ typedef struct {
 typedef struct {
     ptrdiff_t hidden, vocab;
     fc_dtype embedding_type;
-    const void *embedding; /* (vocab, hidden), rows ld_embedding apart */
+    const void *embedding; /* (vocab, hidden), rows ld_embedding apart; or NULL: */
     ptrdiff_t ld_embedding;
+    fc_matrix table; /* its rows are the columns of this one (hidden, vocab), which may be the head */
     float embedding_scale;
     const fc_layer *layers;
     ptrdiff_t n_layers;

@@ -10,20 +10,46 @@
 
 static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
 
+/* k of a row of x that share a scale where it is rounded to int8, or as many as share one of W, if those are fewer */
+enum { FC_CHUNK = 32 };
+
+/* A chunk of a row of x as integers: x[k] ~ scale q[k]. */
+struct fc_chunk {
+    float scale;
+    union {
+        int32_t start; /* -zero times the sum of q: what the sum over u q begins with */
+        float sum;     /* if W has minima: of scale q over the group that begins with this chunk */
+    };
+};
+
+/* What `quantize` makes of x. */
+struct fc_rounding {
+    ptrdiff_t chunk, group; /* k of a chunk, and of a group of W: whole chunks */
+    int zero;               /* of W */
+    int minima;             /* whether W has them */
+    int wide;               /* int16, each four in the order 0 2 1 3 (see gemm.h), else int8 */
+    int planes;             /* int8: 2 for -2047..2047, high and low part of a chunk one after the other */
+    int by_row;             /* a scale for the row, which is given, instead of one a chunk */
+    float scale, inverse;
+};
+
 /* C[m][FC_PANEL * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in formats.h. */
 struct fc_gemm {
     float *c; /* whole panels, ldc from row to row */
     ptrdiff_t ldc;
     const void *x; /* of the a_type that the format multiplies */
     ptrdiff_t ldx;
-    const void *sums; /* integer formats: (m, groups) of 4 bytes, what `quantize` makes; ldsums elements */
-    ptrdiff_t ldsums;
+    const struct fc_chunk *chunks; /* integer formats: (m, chunks of k) of what `quantize` makes; ldchunks elements */
+    ptrdiff_t ldchunks;
     const void *w; /* panel p at p * panel_stride */
     ptrdiff_t panel_stride;
     ptrdiff_t m, panels;
-    ptrdiff_t lines;  /* float formats: all of them; integer formats: those of a group */
-    ptrdiff_t blocks; /* integer formats: blocks of a panel */
-    int accumulate;   /* add to C instead of writing it */
+    ptrdiff_t lines;        /* float formats: all of them; integer formats: those of a chunk */
+    ptrdiff_t group_chunks; /* integer formats: chunks of a group of W, */
+    ptrdiff_t blocks;       /* blocks of a panel, */
+    int planes;             /* of x, */
+    int minima;             /* and, of lines of bytes, whether a line of minima follows that of scales */
+    int accumulate;         /* add to C instead of writing it */
 };
 
 /* A row of scores, and what stands between them and their weights; NULL: nothing. */
@@ -74,22 +100,22 @@ struct fc_stream {
     X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float qmax), scale, inverse, x, n,    \
       qmax)                                                                                                            \
-    X(quantize, (void *q, void *sums, const void *x, float inverse, ptrdiff_t n, ptrdiff_t padded, ptrdiff_t group,    \
-                 int wide, int offset), q, sums, x, inverse, n, padded, group, wide, offset)                           \
+    X(quantize, (void *q, struct fc_chunk *chunks, const void *x, ptrdiff_t n, ptrdiff_t padded,                       \
+                 const struct fc_rounding *r), q, chunks, x, n, padded, r)                                             \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
       n)                                                                                                               \
-    X(linear_store, (void *out, const float *acc, float scale, const float *bias, float out_scale,                     \
-      const void *residual, ptrdiff_t n), out, acc, scale, bias, out_scale, residual, n)                               \
-    X(gated_store_relu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
-      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
-    X(gated_store_silu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
-      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
-    X(gated_store_gelu, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,            \
-      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
-    X(gated_store_gelu_tanh, (void *out, const float *acc, float scale, const float *bias, const float *bias_up,       \
-      ptrdiff_t n), out, acc, scale, bias, bias_up, n)                                                                 \
+    X(linear_store, (void *out, const float *acc, const float *bias, float out_scale, const void *residual,            \
+                     ptrdiff_t n), out, acc, bias, out_scale, residual, n)                                             \
+    X(gated_store_relu, (void *out, const float *acc, const float *bias, const float *bias_up, ptrdiff_t n), out, acc, \
+      bias, bias_up, n)                                                                                                \
+    X(gated_store_silu, (void *out, const float *acc, const float *bias, const float *bias_up, ptrdiff_t n), out, acc, \
+      bias, bias_up, n)                                                                                                \
+    X(gated_store_gelu, (void *out, const float *acc, const float *bias, const float *bias_up, ptrdiff_t n), out, acc, \
+      bias, bias_up, n)                                                                                                \
+    X(gated_store_gelu_tanh, (void *out, const float *acc, const float *bias, const float *bias_up, ptrdiff_t n), out, \
+      acc, bias, bias_up, n)                                                                                           \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
       weight_a, weight_b, n)
 
@@ -97,7 +123,8 @@ struct fc_stream {
     X(gemm_f32, (const struct fc_gemm *g))                                                                             \
     X(gemm_bf16, (const struct fc_gemm *g))                                                                            \
     X(gemm_s8, (const struct fc_gemm *g))                                                                              \
-    X(gemm_i8, (const struct fc_gemm *g))                                                                              \
+    X(gemm_u8, (const struct fc_gemm *g))                                                                              \
+    X(gemm_u6, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4_symmetric, (const struct fc_gemm *g))                                                                    \
     X(gemm_i4_affine, (const struct fc_gemm *g))                                                                       \
     X(stream_row, (struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next))          \
@@ -116,6 +143,20 @@ struct fc_stream {
     X(peak_i4, (float *sink, ptrdiff_t iterations))                                                                    \
     X(copy_stream, (float *out, const float *data, ptrdiff_t n))                                                       \
     X(read_sum, (float *sum, const float *data, ptrdiff_t n))
+
+/* Formats that expand, each with its leaf expand_<name>(out, block, blocks); see kernels/expand.h. */
+#define FC_EXPANSIONS(X)                                                                                               \
+    X(q5_0, FC_PACKED_Q5_0)                                                                                            \
+    X(q5_1, FC_PACKED_Q5_1)                                                                                            \
+    X(q8_0, FC_PACKED_Q8_0)                                                                                            \
+    X(q2_k, FC_PACKED_Q2_K)                                                                                            \
+    X(q3_k, FC_PACKED_Q3_K)                                                                                            \
+    X(q4_k, FC_PACKED_Q4_K)                                                                                            \
+    X(q5_k, FC_PACKED_Q5_K)                                                                                            \
+    X(q6_k, FC_PACKED_Q6_K)                                                                                            \
+    X(iq4_nl, FC_PACKED_IQ4_NL)                                                                                        \
+    X(iq4_xs, FC_PACKED_IQ4_XS)                                                                                        \
+    X(mxfp4, FC_PACKED_MXFP4)
 
 /* How ops/linear.c cuts a product: data that belongs to the registers and caches of an ISA's machines. No bit of a
  * result depends on it. */
@@ -144,6 +185,7 @@ struct fc_kernels {
 #define FC_MEMBER(name, params) void(*name) params;
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)
     FC_KERNELS(FC_MEMBER)
+    void (*expand[FC_LAYOUTS])(char *out, const char *block, ptrdiff_t blocks); /* NULL: as it is */
 #undef FC_TYPED_MEMBER
 #undef FC_MEMBER
 };

@@ -13,7 +13,7 @@ static const struct {
     double convert, convert_normed, row;
     double rms_norm, layer_norm, norm_residual, softmax, rope, rope_token, add_scaled;
     double activation[FC_ACTIVATIONS];
-    double merge, merge_row, lookup, lookup_row; /* of attentions' results; of a table's rows */
+    double merge, merge_row, lookup, lookup_packed, lookup_row; /* of attentions' results; of a table's rows */
     double pack, pack_panel;                        /* a row of a panel; a panel */
     double append, read;                            /* a channel of a token, into pages and out of them */
     double score_flop, page_byte, query_block;      /* of attention: a product's operation, a byte of pages, a block */
@@ -36,6 +36,7 @@ static const struct {
     .merge = 0.3,
     .merge_row = 40,
     .lookup = 0.3,
+    .lookup_packed = 2,
     .lookup_row = 50,
     .pack = 4,
     .pack_panel = 50,

@@ -60,6 +60,8 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vi_madd16(a, b)                int16 lanes: a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
  *   vi_add_madd16(acc, a, b)       acc + that; see below
  *   vi_put8, vi_put16       FC_N int32 lanes, small enough, as int8 or int16 at p
+ *   vi_from_u8              FC_N unsigned bytes at p as int32 lanes
+ *   vu_look_up(table, i)    byte lanes: table[i] of 16 bytes, i 0..15
  * and where the ISA has them
  *   FC_HAS_BF16_PAIR  vf_bf16_pair(a, b)      2 FC_N bfloat16 values, cheaper than one vector after the other
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs

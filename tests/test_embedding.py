@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ggml_blocks as blocks
 import numpy as np
 import pytest
 import reference as ref
@@ -11,6 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import forge_c as fc
+from forge_c import PackedWeight, pack, pack_gated
+from forge_c.formats.blocks import DTYPE_OF
+from forge_c.packing import pack_blocks
 
 LENGTHS = (*range(1, 67), 127, 128, 129, 511, 512, 513, 767, 768, 1024, 1025, 4096, 4099)
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64)
@@ -213,3 +217,52 @@ def test_any_shape(isa, assert_close, shape, rows, dim, source, target, power, s
     table, ids = rng.uniform(-1, 1, (rows, dim)).astype(DTYPES[source]), rng.integers(0, rows, shape)
     got = fc.embedding(ids, table, scale=2.0**power, dtype=DTYPES[target])
     assert_close("embedding", got, ref.embedding(ids, table, scale=2.0**power))
+
+
+# ---- of a packed matrix ----------------------------------------------------------------------------------------------
+
+PACKED = [("float32", None), ("bfloat16", None), ("int8", None), ("int8", 32), ("int8", 8192), ("int4", 32),
+          ("int4", None), ("int4", 192), *((name, None) for name in DTYPE_OF if name not in ("Q4_0",))]
+
+
+def packed_table(rng, name, group, k, n):
+    """A PackedWeight of about (k, n)."""
+    if name in DTYPE_OF:
+        weights = blocks.TYPES[name].weights
+        return pack_blocks(name, blocks.random_blocks(rng, name, n, -(-k // weights) * weights))
+    return pack(normal(rng, k, n, dtype=np.float32), name, group_size=group)
+
+
+@pytest.mark.parametrize(("name", "group"), PACKED)
+def test_rows_of_a_packed_matrix_are_those_of_what_it_unpacks_to(isa, rng, name, group, each_thread_count):
+    for k, n in ((1, 1), (133, 37), (1030, 16)):
+        table, ids = packed_table(rng, name, group, k, n), rng.integers(0, n, (3, 5))
+        rows = table.unpack().T
+        assert fc.embedding(ids, table).tobytes() == rows[ids].tobytes()
+        for target in DTYPES.values():
+            scaled = (rows[ids] * np.float32(45.25)).astype(target)
+            results = {fc.embedding(ids, table, scale=45.25, dtype=target).tobytes() for _ in each_thread_count()}
+            assert results == {scaled.tobytes()}
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(("name", "group"), PACKED)
+def test_no_byte_beyond_a_packed_matrix_is_read(isa, rng, name, group, at_end):
+    made = packed_table(rng, name, group, 133, 37)
+    table = PackedWeight(guarded_copy(made.data, at_end=at_end), made.shape, made.dtype, False, made.group_size)
+    ids = np.array([0, 36, 15, 16])
+    out = guarded_copy(np.zeros((4, made.shape[0]), np.float32), at_end=at_end)
+    fc.embedding(ids, table, out=out)
+    assert out.tobytes() == made.unpack().T[ids].tobytes()
+
+
+def test_what_a_packed_table_refuses(rng):
+    w = normal(rng, 40, 20, dtype=np.float32)
+    with pytest.raises(TypeError, match="^embedding: table is a pair from pack_gated, expected one matrix"):
+        fc.embedding([0], pack_gated(w, w))
+    for ids in ([20], [-1]):
+        with pytest.raises(IndexError, match=r"^embedding: id .* is outside the table of 20 rows"):
+            fc.embedding(ids, pack(w, "int8"))
+    with pytest.raises(ValueError, match=r"^embedding: out has shape \(1, 20\), expected \(1, 40\)"):
+        fc.embedding([0], pack(w), out=np.zeros((1, 20), np.float32))
+    assert fc.embedding(np.zeros((0, 3), int), pack(w)).shape == (0, 3, 40)

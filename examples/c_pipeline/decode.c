@@ -94,8 +94,8 @@ int main(int argc, char **argv) {
     void *states[LAYERS];
     for (int i = 0; i < LAYERS; i++) {
         attention[i] = (fc_attention_weights){
-            .heads = HEADS, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .qkv = matrix(HIDDEN, QUERIES + 2 * KEYS),
-            .out = matrix(QUERIES, HIDDEN), .scale = (float)(1 / sqrt(HEAD_DIM))};
+            .heads = HEADS, .kv_heads = KV_HEADS, .head_dim = HEAD_DIM, .qkv = {matrix(HIDDEN, QUERIES + 2 * KEYS)},
+            .qkv_columns = {QUERIES + 2 * KEYS}, .out = matrix(QUERIES, HIDDEN), .scale = (float)(1 / sqrt(HEAD_DIM))};
         mlp[i] = (fc_mlp_weights){.inner = INNER, .up = gated_pair(HIDDEN, INNER), .down = matrix(INNER, HIDDEN),
                                   .activation = FC_SILU};
         layers[i] = (fc_layer){.mixer = {.kind = FC_ATTENTION, .weights = &attention[i], .norm = norm},

@@ -33,7 +33,8 @@ cdef class Block:
         self.attention.heads, self.attention.kv_heads = heads, kv_heads
         self.attention.head_dim = qkv.shape[0] // (heads + 2 * kv_heads)
         self.attention.scale = <float>(self.attention.head_dim ** -0.5)
-        self.attention.qkv, self.attention.out = self.packed(qkv), self.packed(out)
+        self.attention.qkv[0], self.attention.qkv_columns[0] = self.packed(qkv), qkv.shape[0]
+        self.attention.out = self.packed(out)
         self.mlp.inner, self.mlp.activation = gate.shape[0], _c.FC_SILU
         self.mlp.up, self.mlp.down = self.packed(gate, up), self.packed(down)
         memset(&self.layer, 0, sizeof(self.layer))

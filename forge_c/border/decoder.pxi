@@ -12,16 +12,24 @@ cdef class Norm:
     cdef readonly ptrdiff_t n
     cdef readonly cnp.ndarray weight
     cdef readonly cnp.ndarray bias
+    cdef readonly dict arguments  # that make another
 
     def __init__(self, str kind not None, ptrdiff_t n, weight=None, bias=None, *, double eps=1e-6, double offset=0.0):
         self.n = n
         self.weight, self.bias = parameter("Norm", "weight", weight, n), parameter("Norm", "bias", bias, n)
         self.c.kind, self.c.eps, self.c.offset = NORMS[kind], <float>eps, <float>offset
         self.c.weight, self.c.bias = floats(self.weight), floats(self.bias)
+        self.arguments = {"kind": kind, "n": n, "weight": self.weight, "bias": self.bias, "eps": eps, "offset": offset}
 
     @property
     def nbytes(self):
         return sum([a.nbytes for a in (self.weight, self.bias) if a is not None])
+
+
+cdef fc_matrix matrix_of(PackedWeight w) noexcept:
+    cdef fc_matrix m
+    m.layout, m.data, m.group, m.rounding, m.bias = w.layout, cnp.PyArray_DATA(w.data), w.group, w.rounding, NULL
+    return m
 
 
 cdef class Part:
@@ -32,6 +40,7 @@ cdef class Part:
     cdef readonly ptrdiff_t hidden
     cdef readonly object nbytes
     cdef readonly object params  # weights of its matrices
+    cdef readonly dict arguments  # that make another; None where Python code computes it
 
     cdef int begin(self, fc_part_kind kind, const void *weights, ptrdiff_t hidden, Norm norm, Norm post_norm) except -1:
         self.c.kind, self.c.weights, self.hidden = kind, weights, hidden
@@ -54,6 +63,16 @@ cdef class Part:
         self.keep(norm)
         return norm.c
 
+    cdef tuple beside(self, str name, object given, int most):
+        """One PackedWeight, or a sequence of at most so many."""
+        if isinstance(given, PackedWeight):
+            return (given,)
+        if not isinstance(given, tuple | list) or not 0 < len(given) <= most or not all([
+                isinstance(w, PackedWeight) and (len(given) == 1 or not w.gated) for w in given]):
+            raise TypeError(f"{type(self).__name__}: {name} is {given!r}, expected a PackedWeight, or up to {most} of them "
+                            "side by side")
+        return tuple(given)
+
     cdef fc_matrix matrix(self, str name, PackedWeight w, tuple shape, object bias) except *:
         cdef fc_matrix m
         cdef cnp.ndarray b = None
@@ -64,38 +83,71 @@ cdef class Part:
             self.keep(b)
         self.keep(w)
         self.params += shape[0] * shape[1]
-        m.layout, m.data, m.group, m.bias = w.layout, cnp.PyArray_DATA(w.data), w.group, floats(b)
+        m = matrix_of(w)
+        m.bias = floats(b)
         return m
 
 
 cdef class AttentionPart(Part):
-    """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), out (heads head_dim, hidden); q_norm and
-    k_norm act on each head, before RoPE."""
+    """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
+    (heads head_dim, hidden); q_norm and k_norm act on each head, before RoPE."""
     cdef fc_attention_weights w
 
-    def __init__(self, PackedWeight qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
+    def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
                  qkv_bias=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None):
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_ATTENTION, &self.w, qkv.k, norm, post_norm)
+        self.begin(FC_ATTENTION, &self.w, out.n, norm, post_norm)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
-        self.w.qkv = self.matrix("qkv", qkv, (qkv.k, (heads + 2 * kv_heads) * head_dim), qkv_bias)
-        self.w.out = self.matrix("out", out, (heads * head_dim, qkv.k), out_bias)
+        self.project(self.beside("qkv", qkv, 3), (heads + 2 * kv_heads) * head_dim, qkv_bias)
+        self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
         self.w.q_norm, self.w.k_norm = self.normed("q_norm", q_norm, head_dim), self.normed("k_norm", k_norm, head_dim)
         self.w.scale, self.w.softcap, self.w.window = <float>scale, <float>softcap, window or 0
+        self.arguments = {"qkv": qkv, "out": out, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+                          "norm": norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm,
+                          "qkv_bias": qkv_bias, "out_bias": out_bias, "scale": scale, "softcap": softcap,
+                          "window": window}
+
+    cdef int project(self, tuple matrices, ptrdiff_t columns, object bias) except -1:
+        """The matrices into w.qkv, `columns` in all."""
+        cdef PackedWeight w
+        cdef ptrdiff_t first = 0
+        cdef object flat = None if bias is None else np.reshape(bias, -1)
+        if sum([(<PackedWeight>m).n for m in matrices]) != columns:
+            raise ValueError(f"AttentionPart: qkv has shapes {[m.shape for m in matrices]}, expected {columns} columns")
+        if flat is not None and len(flat) != columns:
+            raise ValueError(f"AttentionPart: qkv_bias has {len(flat)} values, expected {columns}")
+        for i, w in enumerate(matrices):
+            self.w.qkv[i] = self.matrix("qkv", w, (self.hidden, w.n), None if flat is None else flat[first:first + w.n])
+            self.w.qkv_columns[i] = w.n
+            first += w.n
+        return 0
 
 
 cdef class MLPPart(Part):
-    """down(f(gate) * up) if `up` is a pair from pack_gated, (hidden, 2 inner); else down(f(up)), (hidden, inner)."""
+    """down(f(gate) * up) if `up` is a pair from pack_gated, (hidden, 2 inner), or (gate, up), each (hidden, inner);
+    else down(f(up)), (hidden, inner)."""
     cdef fc_mlp_weights w
 
-    def __init__(self, PackedWeight up not None, PackedWeight down not None, *, str activation not None="silu",
+    def __init__(self, up not None, PackedWeight down not None, *, str activation not None="silu",
                  Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None):
+        cdef object biases = up_bias
+        cdef tuple sides = self.beside("up", up, 2)
+        cdef PackedWeight first = sides[0]
+        cdef tuple shape = (down.n, 2 * down.k if first.gated else down.k)
+        cdef bint gated = first.gated or len(sides) == 2
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_GATED_MLP if up.gated else FC_MLP, &self.w, up.k, norm, post_norm)
+        self.begin(FC_GATED_MLP if gated else FC_MLP, &self.w, down.n, norm, post_norm)
         self.w.inner, self.w.activation = down.k, GATES[activation]
-        self.w.up = self.matrix("up", up, (up.k, 2 * down.k if up.gated else down.k), up_bias)
-        self.w.down = self.matrix("down", down, (down.k, up.k), down_bias)
+        if len(sides) == 1:
+            self.w.up = self.matrix("up", first, shape, up_bias)
+        else:
+            gate_bias, up_bias = (None, None) if up_bias is None else np.reshape(up_bias, (2, -1))
+            self.w.gate = self.matrix("gate", first, shape, gate_bias)
+            self.w.up = self.matrix("up", sides[1], shape, up_bias)
+        self.w.down = self.matrix("down", down, (down.k, down.n), down_bias)
+        self.arguments = {"up": up, "down": down, "activation": activation, "norm": norm, "post_norm": post_norm,
+                          "up_bias": biases, "down_bias": down_bias}
 
 
 cdef class CalledPart(Part):
@@ -181,32 +233,26 @@ cdef class StateTable:
 
 cdef class LayeredModel:
     """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None;
-    embedding (vocab, hidden); head (hidden, vocab)."""
+    embedding (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
     cdef readonly list parts
-    cdef readonly cnp.ndarray embedding
+    cdef readonly object embedding
     cdef readonly PackedWeight head
     cdef readonly Norm norm
 
-    def __cinit__(self, cnp.ndarray embedding not None, list layers not None, Norm norm not None,
+    def __cinit__(self, embedding not None, list layers not None, Norm norm not None,
                   PackedWeight head not None, *, double embedding_scale=1.0):
         cdef ptrdiff_t i
-        cdef fc_matrix matrix
         self.held, self.parts = layers, [part for layer in layers for part in layer[:2] if part is not None]
         self.embedding, self.norm, self.head = embedding, norm, head
         self.c.hidden, self.c.vocab = norm.n, head.n
-        if shape_of(embedding) != (head.n, norm.n) or head.k != norm.n:
-            raise ValueError(f"LayeredModel: embedding has shape {shape_of(embedding)} and head {head.shape}, expected "
-                             f"(vocab, {norm.n}) and ({norm.n}, vocab)")
-        contiguous_last("LayeredModel", "embedding", embedding)
-        self.c.embedding_type = <fc_dtype>float_type("LayeredModel", "embedding", embedding)
-        self.c.embedding, self.c.ld_embedding = cnp.PyArray_DATA(embedding), cnp.PyArray_STRIDE(embedding, 0)
+        if head.k != norm.n:
+            raise ValueError(f"LayeredModel: head has shape {head.shape}, expected ({norm.n}, vocab)")
+        self.look_up(embedding)
         self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
-        matrix.layout, matrix.group, matrix.bias = head.layout, head.group, NULL
-        matrix.data = cnp.PyArray_DATA(head.data)
-        self.c.head = matrix
+        self.c.head = matrix_of(head)
         self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
         if self.layers == NULL:
             raise MemoryError("LayeredModel: no memory")
@@ -219,6 +265,22 @@ cdef class LayeredModel:
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
+
+    cdef int look_up(self, object embedding) except -1:
+        cdef cnp.ndarray rows
+        cdef tuple shape = embedding.shape[::-1] if isinstance(embedding, PackedWeight) else shape_of(embedding)
+        if shape != (self.c.vocab, self.c.hidden):
+            raise ValueError(f"LayeredModel: embedding has {shape[0]} rows of {shape[1:]}, expected {self.c.vocab} of "
+                             f"{self.c.hidden}")
+        if isinstance(embedding, PackedWeight):
+            one_matrix("LayeredModel", "embedding", embedding)
+            self.c.table = matrix_of(embedding)
+            return 0
+        rows = embedding
+        contiguous_last("LayeredModel", "embedding", rows)
+        self.c.embedding_type = <fc_dtype>float_type("LayeredModel", "embedding", rows)
+        self.c.embedding, self.c.ld_embedding = cnp.PyArray_DATA(rows), cnp.PyArray_STRIDE(rows, 0)
+        return 0
 
     def forward(self, cnp.ndarray ids not None, StateTable states not None, cnp.ndarray start not None, *,
                 bint logits=True, bint last_only=False, bint hidden=False):

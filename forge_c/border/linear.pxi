@@ -7,7 +7,7 @@ cdef extern from "formats.h" nogil:
         FC_ANY_GROUP
     struct fc_format:
         const char *name
-        int packed, bits, k_step, group, block_groups, scale_bytes, minimum_bytes, zero
+        int packed, bits, k_step, group, block_groups, scale_bytes, minimum_bytes, zero, block_lines
     const fc_format fc_formats[FC_LAYOUTS]
 
 cdef dict LAYOUTS = {fc_formats[i].name.decode(): i for i in range(FC_LAYOUTS) if fc_formats[i].packed}
@@ -20,7 +20,7 @@ def _weight_formats():
         f = fc_formats[<int>i]
         rows[name] = {"bits": f.bits, "k_step": f.k_step, "group": None if f.group == FC_ANY_GROUP else f.group,
                       "block_groups": f.block_groups, "scale_bytes": f.scale_bytes,
-                      "minimum_bytes": f.minimum_bytes, "zero": f.zero}
+                      "minimum_bytes": f.minimum_bytes, "zero": f.zero, "block_lines": f.block_lines}
     return {"panel": FC_PANEL, "line": FC_LINE, "rows": rows}
 
 
@@ -42,21 +42,23 @@ cdef class PackedWeight:
     """A weight matrix in the layout that the kernels stream; made by `pack` and `pack_gated`, opaque to everyone else.
 
     .shape (in_features, out_features), .dtype the format's name, .group_size (rows that share a scale, or None),
-    .gated, .nbytes, .unpack() -> float32 (in, out).
+    .activations (how inputs are rounded, see `pack`, or None), .gated, .nbytes, .unpack() -> float32 (in, out).
     """
     cdef readonly tuple shape
     cdef readonly str dtype
     cdef readonly bint gated
     cdef readonly object group_size
+    cdef readonly object activations
     cdef readonly cnp.ndarray data
     cdef fc_layout layout
+    cdef fc_rounds rounding
     cdef ptrdiff_t k, n, group
 
-    def __init__(self, data, shape, dtype, gated=False, group_size=None):
-        from forge_c.formats.layout import Format
+    def __init__(self, data, shape, dtype, gated=False, group_size=None, activations=None):
+        from forge_c.formats.layout import ROWS_OF, Format
         self.gated = flag("PackedWeight", "gated", gated)
         cdef ptrdiff_t sides = 2 if self.gated else 1
-        f = Format.checked("PackedWeight", dtype, group_size)
+        f = Format.checked("PackedWeight", dtype, group_size, ROWS_OF)
         self.layout = LAYOUTS[f.name]
         self.k, self.n = packed_shape(shape)
         if self.k < 0 or self.n < 0 or self.n % sides:
@@ -66,6 +68,8 @@ cdef class PackedWeight:
         self.dtype = dtype
         self.group_size = f.group
         self.group = f.group or 0
+        self.activations = f.checked_activations("PackedWeight", activations)
+        self.rounding = FC_ROUND_I12 if self.activations == "int12" else FC_ROUND_I8
         cdef ptrdiff_t panels = (self.n // sides + FC_PANEL - 1) // FC_PANEL * sides
         if not cnp.PyArray_Check(data):
             raise TypeError(f"PackedWeight: data is a {type(data).__name__}, expected a NumPy array")
@@ -85,11 +89,15 @@ cdef class PackedWeight:
         return unpack(self)
 
     def __reduce__(self):
-        return PackedWeight, (np.array(self.data), self.shape, self.dtype, self.gated, self.group_size)
+        return PackedWeight, (np.array(self.data), self.shape, self.dtype, self.gated, self.group_size,
+                              self.activations)
 
     def __repr__(self):
+        from forge_c.formats.layout import Format
+        usual = Format(self.dtype, self.group_size).checked_activations("PackedWeight", None)
         return (f"PackedWeight(shape={self.shape}, dtype='{self.dtype}'"
                 f"{f', group_size={self.group_size}' if self.group_size else ''}"
+                f"{f', activations={self.activations!r}' if self.activations != usual else ''}"
                 f"{', gated=True' if self.gated else ''})")
 
 
@@ -113,6 +121,7 @@ cdef cnp.ndarray linear_weight(str fn, object weight, fc_linear_args *a):
     if isinstance(weight, PackedWeight):
         packed = weight
         a.layout, a.k, a.n, a.group = packed.layout, packed.k, packed.n, packed.group
+        a.rounding = packed.rounding
         a.weight = cnp.PyArray_DATA(packed.data)
         return packed.data
     w = viewed(fn, "weight", weight)
@@ -196,9 +205,9 @@ def linear(x, weight, bias=None, *, residual=None, out=None):
     ndarray of any of these dtypes with one contiguous axis (so `w.T` of a torch weight works as it is); bias
     (out_features,) or None; residual and the result (..., out_features) in x's dtype. Accumulation is float32, each
     output one chain over in_features, so a row's bits do not depend on the other rows. With a bfloat16 PackedWeight,
-    x is rounded to bfloat16; with an int8 or int4 one, each row of x is quantised to int8 with a scale of its own, and
-    a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory with
-    anything else.
+    x is rounded to bfloat16; with an integer one, each row of x is rounded to integers as its `activations` say, see
+    pack, and a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory
+    with anything else.
 
     >>> linear(np.ones((2, 3), np.float32), np.eye(3, 2, dtype=np.float32), np.array([1, 2], np.float32))
     array([[2., 3.],
@@ -329,11 +338,18 @@ cdef int dtype_named(str fn, object dtype) except -1:
     return DTYPES.index(given)
 
 
+cdef int one_matrix(str fn, str arg, PackedWeight w) except -1:
+    if w.gated:
+        raise TypeError(f"{fn}: {arg} is a pair from pack_gated, expected one matrix")
+    return 0
+
+
 def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     """table[ids] * scale, checked: an id outside 0 .. num - 1 is an IndexError, never a wrap.
 
-    ids: integers of any shape; table (num, dim) float32, float16 or bfloat16; the result is ids.shape + (dim,) in
-    `dtype`, by default the table's.
+    ids: integers of any shape; table (num, dim) float32, float16 or bfloat16, or a PackedWeight of shape (dim, num), the
+    projection of tied weights, whose rows are then those of `table.unpack().T`; the result is ids.shape + (dim,) in
+    `dtype`, by default the table's, or float32 from a packed one.
 
     >>> embedding([1, 0], np.array([[1, 2], [3, 4]], np.float32))
     array([[3., 4.],
@@ -341,39 +357,52 @@ def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     """
     cdef cnp.ndarray ia = listed("embedding", "ids", ids)
     cdef cnp.ndarray given
-    cdef cnp.ndarray ta = viewed("embedding", "table", table)
-    cdef int t = float_type("embedding", "table", ta)
-    cdef int out_t = t
+    cdef cnp.ndarray ta
+    cdef PackedWeight packed = None
+    cdef int t = FC_F32
+    cdef int out_t
     cdef float factor = <float>number("embedding", "scale", scale)
     cdef cnp.ndarray y
     cdef fc_status status
     cdef cnp.npy_intp dims[MAX_AXES]
     cdef int i, nd
-    cdef ptrdiff_t count, n, ld
+    cdef ptrdiff_t count, n, rows, ld
+    if isinstance(table, PackedWeight):
+        packed = table
+        one_matrix("embedding", "table", packed)
+        ta, rows, n = packed.data, packed.n, packed.k
+    else:
+        ta = viewed("embedding", "table", table)
+        t = float_type("embedding", "table", ta)
+        if cnp.PyArray_NDIM(ta) != 2:
+            raise ValueError(f"embedding: table has shape {shape_of(ta)}, expected (num, dim)")
+        contiguous_last("embedding", "table", ta)
+        rows, n = cnp.PyArray_DIM(ta, 0), cnp.PyArray_DIM(ta, 1)
     if ia.dtype.kind not in "iu" and ia.size:
         raise TypeError(f"embedding: ids has dtype {ia.dtype}, expected integers")
-    if cnp.PyArray_NDIM(ta) != 2:
-        raise ValueError(f"embedding: table has shape {shape_of(ta)}, expected (num, dim)")
-    contiguous_last("embedding", "table", ta)
-    if dtype is not None:
-        out_t = dtype_named("embedding", dtype)
+    out_t = t if dtype is None else dtype_named("embedding", dtype)
     nd = cnp.PyArray_NDIM(ia)
     if nd >= MAX_AXES:
         raise ValueError(f"embedding: ids has {nd} axes, expected at most {MAX_AXES - 1}")
     given, ia = ia, private_ints(ia)
     for i in range(nd):
         dims[i] = cnp.PyArray_DIM(ia, i)
-    n = dims[nd] = cnp.PyArray_DIM(ta, 1)
+    dims[nd] = n
     count, ld = cnp.PyArray_SIZE(ia), cnp.PyArray_STRIDE(ta, 0)
     y = result("embedding", out, nd + 1, dims, out_t)
     if not cnp.PyArray_IS_C_CONTIGUOUS(y):
         raise ValueError("embedding: out is not C-contiguous")
     no_overlap("embedding", "out", y, "table", ta, False)
     no_overlap("embedding", "out", y, "ids", given, False)
-    ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, cnp.PyArray_DIM(ta, 0), shape_of(ia), given)
-    if cnp.PyArray_SIZE(y):
-        with nogil:
+    ids_inside(<const int64_t *>cnp.PyArray_DATA(ia), count, rows, shape_of(ia), given)
+    if cnp.PyArray_SIZE(y) == 0:
+        return y
+    with nogil:
+        if packed is not None:
+            status = fc_embedding_packed(packed.layout, packed.group, <fc_dtype>out_t, cnp.PyArray_DATA(y),
+                                         cnp.PyArray_DATA(ta), <const int64_t *>cnp.PyArray_DATA(ia), count, n, factor)
+        else:
             status = fc_embedding(<fc_dtype>t, <fc_dtype>out_t, cnp.PyArray_DATA(y), cnp.PyArray_DATA(ta),
                                   <const int64_t *>cnp.PyArray_DATA(ia), count, n, ld, factor)
-        check("embedding", status)
+    check("embedding", status)
     return y

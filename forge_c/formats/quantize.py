@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.formats import blocks
 from forge_c.formats.layout import LINE, PANEL, Format
 from forge_c.functional import get_num_threads, pack_columns
 
@@ -178,6 +179,8 @@ _PUT: dict[str, Callable[[str, Format, Bytes, NDArray], None]] = {
 
 def take(f: Format, panels: Bytes) -> Floats:
     """(panels * 16, k in whole blocks): columns of W as rows, from panels (panels, blocks, block bytes)."""
+    if f.dtype in blocks.LINES and f.dtype != "int4":
+        return blocks.take(f, panels)
     return _taken_floats(f, panels) if f.group is None else _taken_ints(f, panels)
 
 

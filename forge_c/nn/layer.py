@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c.functional import PackedWeight
-from forge_c.packing import pack, pack_gated
+from forge_c.packing import Format, pack, pack_gated
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -120,6 +120,7 @@ class Layer(metaclass=_Sealing):
         self._widths: dict[str, list[int]] = {}
         self._gated: frozenset[str] = frozenset()
         self._dtype: Dtype = "float32"
+        self._activations: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._sealed and not name.startswith("_") and name not in vars(self) and not hasattr(type(self), name):
@@ -173,7 +174,7 @@ class Layer(metaclass=_Sealing):
                                  f"(expected {', '.join(held)})")
         if missing := [wanted for wanted in held if wanted not in weights]:
             raise ValueError(f"{name}.load: weights lacks {', '.join(missing)}")
-        loaded = self.astype(self.dtype)  # so that what fails on the way leaves this one as it was
+        loaded = self.astype(self.dtype, activations=self._activations)  # so that what fails on the way leaves this one as it was
         for path, value in weights.items():
             *inner, last = path.split(".")
             layer = loaded
@@ -183,21 +184,28 @@ class Layer(metaclass=_Sealing):
         self._adopt(loaded)
         return self
 
-    def astype(self, dtype: Dtype) -> Self:
+    @property
+    def activations(self) -> str | None:
+        """How inputs of the layer's matrices are rounded, see forge_c.pack; None for float formats."""
+        return Format.checked("activations", self._dtype, None).checked_activations("activations", self._activations)
+
+    def astype(self, dtype: Dtype, *, activations: str | None = None) -> Self:
         """A new layer whose matrices are packed as `dtype`; vectors stay float32.
 
-        dtype is "float32", "bfloat16", "int8" or "int4", see forge_c.pack.
+        dtype is "float32", "bfloat16", "int8" or "int4", activations "int8", "int12" or None, see forge_c.pack.
 
         The two share only arrays that nothing can write to: assigning a weight of one leaves the other as it is.
         What a layer computes has the dtype of its input, whatever the format of its matrices.
         """
+        name = f"{type(self).__name__}.astype"
+        Format.checked(name, dtype, None).checked_activations(name, activations)
         other = copy.copy(self)
-        other._dtype = dtype
+        other._dtype, other._activations = dtype, activations
         other._vectors, other._matrices, other._widths = dict(self._vectors), dict(self._matrices), dict(self._widths)
         for packed in self._matrices:
             other._pack(packed, self._parts(packed))
         for name, child in self._children().items():
-            setattr(other, name, child.astype(dtype))
+            setattr(other, name, child.astype(dtype, activations=activations))
         return other
 
     def _children(self) -> dict[str, Layer]:
@@ -220,9 +228,10 @@ class Layer(metaclass=_Sealing):
         if gated:
             self._gated |= {packed}
         if packed in self._gated:
-            self._matrices[packed] = pack_gated(parts[0], parts[1], self._dtype)
+            self._matrices[packed] = pack_gated(parts[0], parts[1], self._dtype, activations=self._activations)
         else:
-            self._matrices[packed] = pack(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), self._dtype)
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            self._matrices[packed] = pack(whole, self._dtype, activations=self._activations)
 
     def _hold_vectors(self, **values: NDArray[np.float32] | None) -> None:
         self._vectors |= {name: None if value is None else read_only(value) for name, value in values.items()}

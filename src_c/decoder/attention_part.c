@@ -1,5 +1,5 @@
-/* FC_ATTENTION: queries, keys and values by one product; norms of their heads; RoPE; keys and values into the cache's
- * pages; attention over what it holds; the output projection. */
+/* FC_ATTENTION: queries, keys and values by one product or more; norms of their heads; RoPE; keys and values into the
+ * cache's pages; attention over what it holds; the output projection. */
 #include "pass.h"
 
 struct attention_pass {
@@ -10,6 +10,16 @@ struct attention_pass {
     float *attn_out; /* (M, A) */
     ptrdiff_t row, head; /* bytes of a row and of a head of qkv */
 };
+
+static fc_status project_qkv(const struct attention_pass *t, const float *x, const fc_norm *norm) {
+    const struct pass *p = t->p;
+    float *out = t->qkv;
+    fc_status status = FC_OK;
+    for (int i = 0; i < 3 && t->w->qkv_columns[i] && status == FC_OK; out += t->w->qkv_columns[i++])
+        status = project(p, out, t->row / 4, x, p->rows, p->hidden, &t->w->qkv[i], p->hidden, t->w->qkv_columns[i],
+                         norm, NULL);
+    return status;
+}
 
 static fc_status norm_heads(const struct attention_pass *t, const fc_norm *norm, ptrdiff_t first, ptrdiff_t heads) {
     float *from = t->qkv + first * t->w->head_dim;
@@ -59,14 +69,14 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)float_bytes(p->rows, all + queries))) return FC_NO_MEMORY;
     t.qkv = (float *)(void *)scratch.base;
     t.attn_out = t.qkv + p->rows * all;
-    fc_status status = project(p, t.qkv, x, p->rows, p->hidden, &w->qkv, p->hidden, all, &part->norm, NULL);
+    fc_status status = project_qkv(&t, x, &part->norm);
     if (status == FC_OK) status = norm_heads(&t, &w->q_norm, 0, w->heads);
     if (status == FC_OK) status = norm_heads(&t, &w->k_norm, w->heads, w->kv_heads);
     if (status == FC_OK) status = rotate(&t);
     if (status == FC_OK) status = append(&t);
     if (status == FC_OK) status = attend(&t);
     if (status == FC_OK)
-        status = project(p, out, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
+        status = project(p, out, p->hidden, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
     fc_scratch_free(&scratch);
     return status;
 }

@@ -33,7 +33,7 @@ static fc_status project_as(const struct pass *p, fc_linear_args *args, const fc
     fc_status status = FC_OK;
     fc_rows rows = *args->rows;
     args->type = FC_F32, args->layout = w->layout, args->weight = w->data, args->group = w->group, args->bias = w->bias;
-    args->workspace = p->workspace;
+    args->rounding = w->rounding, args->workspace = p->workspace;
     if (kind == FC_RMS_NORM && norm->weight) {
         args->norm = norm->weight, args->norm_eps = norm->eps, args->norm_offset = norm->offset;
     } else if (kind != FC_NO_NORM) {
@@ -48,9 +48,10 @@ static fc_status project_as(const struct pass *p, fc_linear_args *args, const fc
     return status;
 }
 
-fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride,
-                  const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual) {
-    const fc_rows each = rows_of(rows, n, x_stride, n);
+fc_status project(const struct pass *p, float *out, ptrdiff_t out_stride, const float *x, ptrdiff_t rows,
+                  ptrdiff_t x_stride, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm,
+                  const float *residual) {
+    const fc_rows each = rows_of(rows, out_stride, x_stride, out_stride);
     fc_linear_args args = {
         .size = sizeof args, .out = out, .x = x, .residual = residual, .rows = &each, .m = rows, .k = k, .n = n};
     return project_as(p, &args, w, norm);
@@ -135,6 +136,9 @@ struct forward {
 static fc_status embed(const struct forward *ctx) {
     const fc_model *m = ctx->args->model;
     if (!ctx->args->ids) return FC_OK;
+    if (!m->embedding)
+        return fc_embedding_packed(m->table.layout, m->table.group, FC_F32, ctx->x, m->table.data, ctx->args->ids,
+                                   ctx->p.rows, m->hidden, m->embedding_scale);
     return fc_embedding(m->embedding_type, FC_F32, ctx->x, m->embedding, ctx->args->ids, ctx->p.rows, m->hidden,
                         m->ld_embedding, m->embedding_scale);
 }
@@ -146,8 +150,8 @@ static fc_status results(const struct forward *ctx) {
     const ptrdiff_t every = args->last_only ? p->seq : 1;
     fc_status status = FC_OK;
     if (args->logits)
-        status = project(p, args->logits, ctx->x + (every - 1) * m->hidden, p->rows / every, every * m->hidden,
-                         &m->head, m->hidden, m->vocab, &m->norm, NULL);
+        status = project(p, args->logits, m->vocab, ctx->x + (every - 1) * m->hidden, p->rows / every,
+                         every * m->hidden, &m->head, m->hidden, m->vocab, &m->norm, NULL);
     if (status == FC_OK && args->hidden)
         status = normalise(args->hidden, ctx->x, &m->norm, p->rows, m->hidden, 1, m->hidden);
     return status;

@@ -23,10 +23,11 @@ typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void 
                                 const float *residual);
 part_of_layer attention_part, mlp_part, called_part;
 
-/* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of x x_stride floats apart; norm and residual may be NULL;
- * gated: out = f(..) * (..), see fc_linear */
-fc_status project(const struct pass *p, float *out, const float *x, ptrdiff_t rows, ptrdiff_t x_stride,
-                  const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm, const float *residual);
+/* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of out and residual out_stride floats apart, of x x_stride; norm
+ * and residual may be NULL; gated: out (M, n), contiguous, = f(..) * (..), see fc_linear */
+fc_status project(const struct pass *p, float *out, ptrdiff_t out_stride, const float *x, ptrdiff_t rows,
+                  ptrdiff_t x_stride, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n, const fc_norm *norm,
+                  const float *residual);
 fc_status project_gated(const struct pass *p, float *out, const float *x, const fc_matrix *w, ptrdiff_t k, ptrdiff_t n,
                         const fc_norm *norm, fc_activation activation);
 

@@ -9,14 +9,15 @@
  *                                                   float32 (rounded)           k, k+1
  *     s8         x[k] w[k] + x[k+1] w[k+1],         int16 pairs                 both at once; a line is 32 bytes
  *                w signed bytes
- *     i8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
+ *     u8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
  *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
  *     i4         the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
  *
- * float formats: an output is one chain over k in order. Integer formats: integer sums are exact, on every ISA the
- * same, and then  c += scale (sum - offset sum(x))  or  c += min sum(x) + scale sum,  group by group, or, s8,  c = sum
- * over all lines, which must fit; x's own scale belongs to whoever stores C. One row runs the arithmetic of many, hence
- * the same bits.
+ * float formats: an output is one chain over k in order. Integer formats: the sum over a chunk of k is exact, on every
+ * ISA the same, and then, chunk by chunk, with X the sum over q, see fc_chunk and fc_rounding,
+ *     c += (sum - zero X) (x's scale * W's scale)      and, with minima, before a group's first chunk,
+ *     c += (sum over the group of x's scale X) minimum
+ * s8:  c = sum over all lines, which must fit. One row runs the arithmetic of many, hence the same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
  *
  * While the rows of X pass over a block of W, the bytes after it are prefetched, so that memory and arithmetic overlap.
@@ -91,6 +92,7 @@ FC_INLINE gemm_prefetch prefetch_from(gemm_format f, const char *w, ptrdiff_t by
 }
 
 FC_INLINE void prefetch_line(gemm_prefetch *a, const int nv, ptrdiff_t panel_stride) {
+    if (!a) return;
 #pragma GCC unroll 4
     for (int j = 0; j < nv; j += FC_PER_PANEL)
         __builtin_prefetch(line_of(&fc_formats[FC_PACKED_F32], a->at, panel_stride, j), 0, 2);
@@ -203,32 +205,69 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
     }
 }
 
-/* Products of nibbles that maddubs makes are summed in 16 bits first: 8 of at most 2 * 15 * 127 fit, those of 4 lines.
+/* Products of nibbles that maddubs makes are summed in 16 bits first: 8 of at most 2 * 15 * 127 fit, those of a chunk.
  */
 #if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
-enum { SHORT_SUMS = 1, SHORT_LINES = 4 };
+enum { SHORT_SUMS = 1 };
 #else
-enum { SHORT_SUMS = 0, SHORT_LINES = 4 };
+enum { SHORT_SUMS = 0 };
 #endif
 
-/* A panel's scales, or (which 1) minima or the second group's scales, from `lane` on */
+/* A panel's scales, or (which 1, float16) minima or the second group's scales, from `lane` on */
 FC_INLINE vf int_scale(gemm_format f, int which, const char *line, ptrdiff_t lane) {
     if (f->scale_bytes == 4) return vf_load(line + lane * 4);
     return vf_from_f16((const uint16_t *)(const void *)line + which * FC_PANEL + lane);
 }
 
-/* A block is one chunk of lines, or several: its groups, or as much of a group as 16 bits sum. */
+FC_INLINE void int_start(const int mr, const int nv, vi acc[][FC_NV_FEW], const int32_t *start) {
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) acc[i][j] = (vi){0} + start[i];
+}
+
+/* acc = start + sum of u q over a chunk of k; with two planes  q = 128 h + l. One row takes both in one pass over W. */
+FC_INLINE void int_chunk(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const int32_t *start,
+                         const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t panel_stride, ptrdiff_t lines,
+                         const int two, gemm_prefetch *prefetch) {
+    const int shorts = SHORT_SUMS && f->bits == 4, both = two && mr == 1;
+    const ptrdiff_t plane = lines * f->k_step;
+    const int32_t none[FC_MR] = {0};
+    const vi ones = (vi){0} + 0x00010001;
+    vi high[FC_MR][FC_NV_FEW];
+    int_start(both ? 2 : mr, nv, acc, shorts || two ? none : start);
+    int_lines(f, both ? 2 : mr, nv, acc, x, both ? plane : ldx, w, panel_stride, lines, prefetch);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) {
+            const vi from = (vi){0} + start[i];
+            if (shorts) acc[i][j] = vi_add_madd16(two ? (vi){0} : from, acc[i][j], ones);
+            if (two) acc[i][j] = (acc[i][j] << 7) + from;
+            if (both) acc[i][j] = shorts ? vi_add_madd16(acc[i][j], acc[i + 1][j], ones) : acc[i][j] + acc[i + 1][j];
+            if (two && shorts && !both) high[i][j] = acc[i][j], acc[i][j] = (vi){0};
+        }
+    if (!two || both) return;
+    int_lines(f, mr, nv, acc, x + plane, ldx, w, panel_stride, lines, NULL);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++)
+            if (shorts) acc[i][j] = vi_add_madd16(high[i][j], acc[i][j], ones);
+}
+
 FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
                         ptrdiff_t vector, int tile, int tiles) {
-    const int shorts = SHORT_SUMS && f->bits == 4, groups = f->block_groups, affine = f->minimum_bytes > 0;
-    const ptrdiff_t group_lines = f->group == FC_ANY_GROUP ? g->lines : f->group / f->k_step;
-    const ptrdiff_t all_lines = group_lines * groups, lines = groups == 1 && shorts ? SHORT_LINES : group_lines;
-    const ptrdiff_t chunks = all_lines / lines, x_step = lines * f->k_step * int_x_bytes(f);
-    const ptrdiff_t ldx = g->ldx, ldc = g->ldc, ldsums = g->ldsums, panel_stride = g->panel_stride;
-    const ptrdiff_t block = (all_lines + fc_scale_lines(f)) * FC_LINE, in_line = vector % FC_PER_PANEL * FC_BYTES;
+    const int nibbles = f->bits == 4, planes = int_x_bytes(f) == 2 ? 1 : g->planes;
+    const int minima = nibbles ? f->minimum_bytes > 0 : g->minima, scale_lines = nibbles ? 1 : 1 + minima;
+    const ptrdiff_t lines = nibbles ? FC_CHUNK / f->k_step : g->lines;
+    const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
+    const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride;
+    const ptrdiff_t x_step = lines * f->k_step * (int_x_bytes(f) == 2 ? 2 : planes);
+    const ptrdiff_t block = (chunks * lines + scale_lines) * FC_LINE, in_line = vector % FC_PER_PANEL * FC_BYTES;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    const int32_t *start = (const int32_t *)g->sums + row * ldsums; /* affine: floats, the sums themselves */
+    const struct fc_chunk *at = g->chunks + row * g->ldchunks;
     gemm_prefetch prefetch = prefetch_from(f, w, g->blocks * block, tile, tiles);
     if (!g->accumulate) {
 #pragma GCC unroll 8
@@ -236,35 +275,37 @@ FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct 
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) vf_store(c + i * ldc + j * FC_BYTES, vf_zero());
     }
-    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block, start += groups)
-        for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
-            const int which = groups > 1 ? (int)chunk : 0;
-            vi acc[FC_MR][FC_NV_FEW];
+    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block)
+        for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step, at++) {
+            const int which = f->block_groups > 1 ? (int)(chunk / group_chunks) : 0;
+            vi acc[FC_MR + 1][FC_NV_FEW];
             vf scale[FC_NV_FEW], min[FC_NV_FEW];
+            int32_t start[FC_MR];
 #pragma GCC unroll 8
-            for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-                for (int j = 0; j < nv; j++)
-                    acc[i][j] = (vi){0} + (affine || shorts ? 0 : start[i * ldsums + which]);
-            int_lines(f, mr, nv, acc, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, &prefetch);
+            for (int i = 0; i < mr; i++) start[i] = minima ? 0 : at[i * g->ldchunks].start;
+            if (planes == 2)
+                int_chunk(f, mr, nv, acc, start, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, 1, &prefetch);
+            else
+                int_chunk(f, mr, nv, acc, start, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, 0, &prefetch);
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) {
-                const char *line = w - in_line + all_lines * FC_LINE + j / FC_PER_PANEL * panel_stride;
+                const char *line = w - in_line + chunks * lines * FC_LINE + j / FC_PER_PANEL * panel_stride;
                 const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
                 scale[j] = int_scale(f, which, line, lane);
-                min[j] = affine ? int_scale(f, 1, line, lane) : vf_zero();
+                min[j] = minima ? int_scale(f, 1, nibbles ? line : line + FC_LINE, lane) : vf_zero();
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < mr; i++)
+            for (int i = 0; i < mr; i++) {
+                const struct fc_chunk *of = at + i * g->ldchunks;
+                const vf x_scale = vf_load1(&of->scale);
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++) {
                     char *to = c + i * ldc + j * FC_BYTES;
-                    const vi from = (vi){0} + (affine ? 0 : start[i * ldsums + which]);
-                    const vi sum = shorts ? vi_add_madd16(from, acc[i][j], (vi){0} + 0x00010001) : acc[i][j];
                     vf y = vf_load(to);
-                    if (affine && chunk == 0) y = vf_fma(vf_set1(((const float *)start)[i * ldsums]), min[j], y);
-                    vf_store(to, vf_fma(vf_from_int(sum), scale[j], y));
+                    if (minima && chunk == 0) y = vf_fma(vf_load1(&of->sum), min[j], y);
+                    vf_store(to, vf_fma(vf_from_int(acc[i][j]), x_scale * scale[j], y));
                 }
+            }
         }
 }
 
@@ -350,6 +391,7 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
 FC_GEMM(gemm_f32, float, &fc_formats[FC_PACKED_F32])
 FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
-FC_GEMM(gemm_i8, int, &fc_formats[FC_PACKED_I8])
+FC_GEMM(gemm_u8, int, &fc_formats[FC_PACKED_I8])
+static void gemm_u6(const struct fc_gemm *g) { gemm_u8(g); }
 FC_GEMM(gemm_i4_symmetric, int, &fc_formats[FC_PACKED_I4_SYMMETRIC])
 FC_GEMM(gemm_i4_affine, int, &fc_formats[FC_PACKED_I4_AFFINE])

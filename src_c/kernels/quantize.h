@@ -1,9 +1,10 @@
-/* A row of activations for integer weights:  x[k] ~ scale q[k],  scale = max|x| / 127,  q in -127..127, round to
- * nearest even; sums[g] = -offset * sum of q over each group of k as int32, or with offset 0 the sum as float32, which
- * holds it exactly (a group has at most 2^16 values). q is int8, or, `wide`, int16 with each four in the order
- * 0 2 1 3 (see gemm.h). q and sums are zero from n to `padded`. A row with a NaN or an infinity gets the scale NaN; one
- * with nothing above 2^-100 counts as zero, so that 127 / max|x| is an ordinary number. qmax: 127, or what else q may
- * be. */
+/* Activations for integer weights, a row of x in chunks of k, see fc_rounding:
+ *     x[k] ~ scale q[k]     scale = max|x| / qmax,  q in -qmax..qmax, round to nearest even
+ * "int8": the maximum of the chunk, qmax 127; "int12": that of the row, qmax 2047. A chunk's integer sums are exact,
+ * whatever multiplies it, so it ends where a scale of x or of W does. q is int8; int8 in two planes, q = 128 h + l with
+ * l in 0..127; or, `wide`, int16. q and sums are zero from n to `padded`.
+ * A chunk (int12: a row) with a NaN or an infinity gets the scale NaN; one with nothing above 2^-100 counts as zero, so
+ * that qmax / max|x| is an ordinary number. */
 
 /* scale and its inverse, of a row whose largest magnitude is `largest`; poison: NaN if the row has a NaN or an infinity
  */
@@ -23,23 +24,95 @@ FC_INLINE void quantize_scale_any(fc_dtype t, float *scale, float *inverse, cons
     quantize_scales(scale, inverse, vf_hmax(top), vf_sum(poison), qmax);
 }
 
-/* Part of a row, from a group's first value on, with the row's inverse scale. */
-FC_INLINE void quantize_any(fc_dtype t, void *q, void *sums, const void *x, float inverse, ptrdiff_t n,
-                            ptrdiff_t padded, ptrdiff_t group, int wide, int offset) {
-    const vf factor = vf_set1(inverse), magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    char *to = sums;
-    for (ptrdiff_t from = 0; from < padded; from += group, to += 4) {
-        vi sum = {0};
-        for (ptrdiff_t i = from; i < from + group; i += FC_N) {
-            vi v = {0};
-            if (i < n && inverse > 0.0f) v = (vi)(vf_get_upto(t, x, i, n) * factor + magic) - 0x4b400000;
-            sum += v;
-            if (wide) vi_put16((int16_t *)q + i, vi_order_0213(v));
-            else vi_put8((int8_t *)q + i, v);
+/* The chunks at a time: so many that each lane of a vector belongs to one of them. Their maxima, and the sums of their
+ * integers, meet in a vector by way of a square of registers. */
+
+/* r[j] of chunk j, whose lanes are to be added: lane j of the result */
+FC_INLINE vi vi_sums_of_rows(vi r[FC_N]) {
+    vf square[FC_N];
+    vi sum = {0};
+    memcpy(square, r, sizeof square);
+    vf_transpose(square);
+#pragma GCC unroll 16
+    for (int j = 0; j < FC_N; j++) sum += (vi)square[j];
+    return sum;
+}
+
+FC_INLINE vf vf_maxima_of_rows(vf r[FC_N]) {
+    vf top = vf_zero();
+    vf_transpose(r);
+#pragma GCC unroll 16
+    for (int j = 0; j < FC_N; j++) top = vf_max(r[j], top);
+    return top;
+}
+
+/* Scales and inverses (FC_N) of `count` chunks of x from `from` on. */
+FC_INLINE void chunk_scales(fc_dtype t, float *scale, float *inverse, const void *x, ptrdiff_t from, ptrdiff_t n,
+                            ptrdiff_t chunk, int count) {
+    vf top[FC_N], poison = vf_zero();
+    const vf none = vf_zero(), qmax = vf_set1(127.0f);
+    for (int j = 0; j < FC_N; j++) top[j] = none;
+    for (int j = 0; j < count; j++, from += chunk)
+        for (ptrdiff_t i = from; i < from + chunk && i < n; i += FC_N) {
+            vf v = vf_get_upto(t, x, i, n);
+            top[j] = vf_max(vf_abs(v), top[j]);
+            poison += v * 0.0f;
         }
-        const int32_t total = vi_sum(sum), start = -offset * total;
-        const float as_float = (float)total;
-        memcpy(to, offset ? (const void *)&start : (const void *)&as_float, 4);
+    const vf largest = vf_maxima_of_rows(top), least = vf_set1(0x1p-100f);
+    vf_store(scale, vf_if_lt(least, largest, largest / qmax, none));
+    vf_store(inverse, vf_if_lt(least, largest, qmax / largest, none));
+    if (vf_sum(poison) == 0.0f) return;
+    for (int j = count - 1; j >= 0; j--) {
+        from -= chunk;
+        const ptrdiff_t left = n - from < chunk ? n - from : chunk;
+        quantize_scale_any(t, scale + j, inverse + j, (const char *)x + from * (t == FC_F32 ? 4 : 2), left, 127.0f);
+    }
+}
+
+/* A chunk of q, and in each lane a part of its sum. x[i] for i >= n counts as zero. */
+FC_INLINE vi quantize_chunk(fc_dtype t, char *q, const void *x, ptrdiff_t from, ptrdiff_t n, float inverse,
+                            const struct fc_rounding *r) {
+    const vf factor = vf_set1(inverse), magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    const ptrdiff_t chunk = r->chunk;
+    vi sum = {0};
+    for (ptrdiff_t i = 0; i < chunk; i += FC_N) {
+        vi v = {0};
+        if (from + i < n && inverse > 0.0f) v = (vi)(vf_get_upto(t, x, from + i, n) * factor + magic) - 0x4b400000;
+        sum += v;
+        if (r->wide) vi_put16((int16_t *)(void *)q + i, vi_order_0213(v));
+        else if (r->planes == 1) vi_put8((int8_t *)q + i, v);
+        else {
+            vi_put8((int8_t *)q + i, v >> 7);
+            vi_put8((int8_t *)q + chunk + i, v & 127);
+        }
+    }
+    return sum;
+}
+
+/* Part of a row, from a group's first value on */
+FC_INLINE void quantize_any(fc_dtype t, void *q, struct fc_chunk *chunks, const void *x, ptrdiff_t n, ptrdiff_t padded,
+                            const struct fc_rounding *r) {
+    const ptrdiff_t chunk = r->chunk, chunk_bytes = chunk * (r->wide ? 2 : r->planes), left = r->group / chunk;
+    float scale[FC_N], inverse[FC_N];
+    int32_t sum[FC_N];
+    struct fc_chunk *first = chunks; /* of a group */
+    for (int j = 0; j < FC_N; j++) scale[j] = r->scale, inverse[j] = r->inverse;
+    for (ptrdiff_t from = 0; from < padded; from += FC_N * chunk) {
+        const int count = (int)(padded - from < FC_N * chunk ? (padded - from) / chunk : FC_N);
+        vi sums[FC_N] = {0};
+        if (!r->by_row) chunk_scales(t, scale, inverse, x, from, n, chunk, count);
+        for (int j = 0; j < count; j++)
+            sums[j] = quantize_chunk(t, (char *)q + (from / chunk + j) * chunk_bytes, x, from + j * chunk, n,
+                                     inverse[j], r);
+        if (count == 1) sum[0] = vi_sum(sums[0]);
+        else vf_store(sum, (vf)vi_sums_of_rows(sums));
+        for (int j = 0; j < count; j++, chunks++) {
+            chunks->scale = scale[j];
+            chunks->start = -r->zero * sum[j];
+            if (!r->minima) continue;
+            if (chunks - first == left) first = chunks;
+            first->sum = (chunks == first ? 0.0f : first->sum) + (float)sum[j] * scale[j];
+        }
     }
 }
 

@@ -4,8 +4,8 @@
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
  * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M,
  * the threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are
- * streamed instead. Each format multiplies one type of x, the same for every M: float32; bfloat16; int8, one scale a
- * row. */
+ * streamed instead; formats that expand do so on the fly too. Each format multiplies one type of x, the same for every
+ * M: float32; bfloat16; integers in chunks of k, as the caller wants them rounded. */
 #include <stdint.h>
 #include <string.h>
 
@@ -20,37 +20,64 @@ enum {
 
 enum a_type { A_F32, A_BF16, A_ROUNDED, A_QUANTIZED }; /* A_ROUNDED: float32 with bfloat16 values */
 
+/* k of an exact sum: 255 * 2047 * 2^12 < 2^31 */
+enum { LONGEST_CHUNK = 1 << 12 };
+
 struct product {
     const struct fc_format *format;
     void (*gemm)(const struct fc_gemm *);
+    void (*expand)(char *out, const char *block, ptrdiff_t blocks); /* of a format that expands */
     enum a_type a_type;
-    ptrdiff_t x_size;               /* bytes of a value of x */
+    ptrdiff_t x_size;               /* bytes of a value of x, all planes of it */
     ptrdiff_t block_k, block_bytes; /* W comes in whole blocks of so many k */
-    ptrdiff_t group_k, group_lines; /* integer formats: a group, and its lines without the scales */
+    struct fc_rounding rounding;    /* A_QUANTIZED */
+    ptrdiff_t chunk_lines;
 };
+
+/* k that share a scale of x and of W, and an integer sum: of a row that is rounded by one scale, as many as may. */
+static ptrdiff_t chunk_of(const struct fc_format *format, ptrdiff_t group, int by_row) {
+    if (!by_row || format->bits < 8 || format->expands) return fc_smaller(group, FC_CHUNK);
+    if (group <= LONGEST_CHUNK) return group;
+    ptrdiff_t chunk = LONGEST_CHUNK;
+    while (group % chunk) chunk /= 2;
+    return chunk;
+}
+
+static struct fc_rounding rounding_of(const struct fc_format *format, const fc_linear_args *args, int x_bytes) {
+    struct fc_rounding r = {.group = fc_group_k(format, args->group), .zero = format->zero,
+                            .minima = format->minimum_bytes > 0, .by_row = args->rounding == FC_ROUND_I12};
+    r.chunk = chunk_of(format, r.group, r.by_row);
+    r.wide = x_bytes == 2;
+    r.planes = r.by_row && !r.wide ? 2 : 1;
+    return r;
+}
 
 static struct product product_of(const struct fc_kernels *kernels, const fc_linear_args *args) {
     void (*const gemm[FC_LAYOUTS])(const struct fc_gemm *) = {
         [FC_PACKED_F32] = kernels->gemm_f32,
         [FC_PACKED_BF16] = kernels->gemm_bf16,
-        [FC_PACKED_I8] = kernels->gemm_i8,
+        [FC_PACKED_I8] = kernels->gemm_u8,
         [FC_PACKED_I4_SYMMETRIC] = kernels->gemm_i4_symmetric,
         [FC_PACKED_I4_AFFINE] = kernels->gemm_i4_affine,
+        [FC_PACKED_Q4_1] = kernels->gemm_i4_affine,
         [FC_ROWS] = kernels->gemm_f32,
         [FC_COLS] = kernels->gemm_f32,
     };
     const struct fc_format *format = &fc_formats[args->layout];
-    struct product f = {.format = format, .gemm = gemm[args->layout], .a_type = A_F32, .x_size = 4};
+    struct product f = {.format = format, .gemm = gemm[args->layout],
+                        .expand = kernels->expand[args->layout], .a_type = A_F32, .x_size = 4};
+    if (format->expands) f.gemm = format->expands == FC_TO_U6 ? kernels->gemm_u6 : kernels->gemm_u8;
     f.block_k = fc_block_k(format, args->group);
     f.block_bytes = fc_block_bytes(format, args->group);
-    f.group_k = fc_group_k(format, args->group);
-    f.group_lines = f.group_k / format->k_step;
     if (format->a_type == FC_A_BF16) {
         f.a_type = kernels->bf16_x == FC_BF16 ? A_BF16 : A_ROUNDED;
         f.x_size = fc_size_of(kernels->bf16_x);
     } else if (format->a_type == FC_A_I8) {
         f.a_type = A_QUANTIZED;
-        f.x_size = format->bits == 8 ? kernels->i8_x : kernels->i4_x;
+        const int x_bytes = format->bits == 8 || format->expands ? kernels->i8_x : kernels->i4_x;
+        f.rounding = rounding_of(format, args, x_bytes);
+        f.x_size = x_bytes * f.rounding.planes;
+        f.chunk_lines = f.rounding.chunk / (format->expands ? 4 : format->k_step);
     }
     return f;
 }
@@ -62,21 +89,21 @@ struct linear {
     struct product product;
     const char *x; /* (k / kc, M, kc) of a_type: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
-    const char *sums; /* A_QUANTIZED: (M, groups) of 4 bytes */
-    const float *scales; /* A_QUANTIZED: (M); else NULL */
-    ptrdiff_t groups;
+    struct fc_chunk *chunks; /* A_QUANTIZED: (M, row_chunks) */
+    ptrdiff_t row_chunks;
     ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
     ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
-    size_t unpacked_bytes;
+    size_t unpacked_bytes; /* a thread's scratch of panels as they are multiplied, of a block of k */
     fc_scratch normed; /* a thread: one row of x after its norm */
     fc_scratch scratch; /* a thread: unpacked panels, then accumulators */
-    void (*gated)(void *, const float *, float, const float *, const float *, ptrdiff_t);
+    void (*gated)(void *, const float *, const float *, const float *, ptrdiff_t);
 };
 
 /* ---- x as the kernel eats it ---- */
 
 /* Row i, k0 .. k0 + kc - 1 of it, to where the kernel looks for it; zeros from K on. */
-static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i, ptrdiff_t k0, float inverse) {
+static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i, ptrdiff_t k0,
+                          const struct fc_rounding *r) {
     const fc_linear_args *args = ctx->args;
     const ptrdiff_t padded = fc_smaller(ctx->kc, ctx->k - k0), n = fc_smaller(padded, args->k - k0);
     const char *from = row + k0 * fc_size_of(args->type);
@@ -86,9 +113,7 @@ static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i
     case A_BF16: ctx->kernels->to_bf16[args->type](to, from, n); break;
     case A_ROUNDED: ctx->kernels->round_bf16[args->type](to, from, n); break;
     case A_QUANTIZED:
-        ctx->kernels->quantize[args->type](to, (char *)ctx->sums + (i * ctx->groups + k0 / ctx->product.group_k) * 4,
-                                           from, inverse, n, padded, ctx->product.group_k, ctx->product.x_size == 2,
-                                           ctx->product.format->zero);
+        ctx->kernels->quantize[args->type](to, ctx->chunks + i * ctx->row_chunks + k0 / r->chunk, from, n, padded, r);
         return;
     }
     if (n < padded) memset((char *)to + n * ctx->product.x_size, 0, (size_t)((padded - n) * ctx->product.x_size));
@@ -98,7 +123,7 @@ static void convert_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank
     const struct linear *ctx = context;
     const fc_linear_args *args = ctx->args;
     fc_cursor at;
-    float inverse = 0.0f;
+    struct fc_rounding r = ctx->product.rounding;
     fc_cursor_at(&at, args->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&at)) {
         const char *row = (const char *)args->x + at.at[1];
@@ -108,9 +133,8 @@ static void convert_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank
                                                args->norm_offset, NULL, NULL);
             row = normed;
         }
-        if (ctx->product.a_type == A_QUANTIZED)
-            ctx->kernels->quantize_scale[args->type]((float *)ctx->scales + i, &inverse, row, args->k, 127.0f);
-        for (ptrdiff_t k0 = 0; k0 < ctx->k; k0 += ctx->kc) convert_piece(ctx, row, i, k0, inverse);
+        if (r.by_row) ctx->kernels->quantize_scale[args->type](&r.scale, &r.inverse, row, args->k, 2047.0f);
+        for (ptrdiff_t k0 = 0; k0 < ctx->k; k0 += ctx->kc) convert_piece(ctx, row, i, k0, &r);
     }
 }
 
@@ -127,6 +151,7 @@ static int lies_ready(const struct linear *ctx) {
 static ptrdiff_t k_at_once(const struct linear *ctx) {
     const ptrdiff_t block = ctx->product.block_bytes;
     if (!ctx->product.format->packed) return ctx->sizes->unpacked_k;
+    if (ctx->product.expand) return fc_round_up(ctx->sizes->unpacked_k, ctx->product.block_k);
     if (ctx->args->m <= ctx->sizes->tile_rows) return ctx->k ? ctx->k : 1;
     return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
@@ -145,14 +170,12 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
     }
     ctx->ldx = fc_smaller(ctx->kc, ctx->k) * ctx->product.x_size;
     ctx->x_block = fc_times(args->m, ctx->ldx);
-    ctx->groups = ctx->product.a_type == A_QUANTIZED ? ctx->k / ctx->product.group_k : 0;
+    ctx->row_chunks = ctx->product.a_type == A_QUANTIZED ? ctx->k / ctx->product.rounding.chunk : 0;
     const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc),
-                    sums = fc_times(fc_times(args->m, ctx->groups), 4),
-                    scales = ctx->product.a_type == A_QUANTIZED ? fc_times(args->m, 4) : 0;
-    if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)fc_plus(fc_plus(values, sums), scales))) return FC_NO_MEMORY;
+                    chunks = fc_times(fc_times(args->m, ctx->row_chunks), sizeof(struct fc_chunk));
+    if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)fc_plus(values, chunks))) return FC_NO_MEMORY;
     ctx->x = copy->base;
-    ctx->sums = copy->base + values;
-    ctx->scales = scales ? (float *)(void *)(copy->base + values + sums) : NULL;
+    ctx->chunks = (struct fc_chunk *)(void *)(copy->base + values);
     const double ns = (double)args->k * (args->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(args->m, ns);
     if (args->norm &&
@@ -179,20 +202,35 @@ static void pack_unpacked(const struct linear *ctx, float *to, ptrdiff_t first, 
     }
 }
 
+/* The same panels of a format that expands. */
+static void expand_panels(const struct linear *ctx, char *to, const char *w, ptrdiff_t panel_bytes, ptrdiff_t count,
+                          ptrdiff_t kc) {
+    const struct product *f = &ctx->product;
+    const ptrdiff_t stride = kc / f->rounding.group * fc_expanded_bytes(f->format);
+    for (ptrdiff_t p = 0; p < count; p++) f->expand(to + p * stride, w + p * panel_bytes, kc / f->block_k);
+}
+
 static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrdiff_t panel, ptrdiff_t panels,
                      ptrdiff_t row, ptrdiff_t rows) {
     const struct product *f = &ctx->product;
+    const struct fc_rounding *r = &f->rounding;
     const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
-    struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx, .ldsums = ctx->groups,
-                        .panel_stride = panel_bytes, .m = rows, .panels = panels};
+    struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx, .ldchunks = ctx->row_chunks,
+                        .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes,
+                        .minima = r->minima, .group_chunks = r->chunk ? r->group / r->chunk : 0};
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
         ptrdiff_t kc = fc_smaller(ctx->kc, ctx->k - k0);
         g.x = ctx->x + k0 / ctx->kc * ctx->x_block + row * ctx->ldx;
         g.w = (const char *)ctx->args->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
         g.blocks = kc / f->block_k;
-        g.lines = f->a_type == A_QUANTIZED ? f->group_lines : g.blocks;
-        if (ctx->groups) g.sums = ctx->sums + (row * ctx->groups + k0 / f->group_k) * 4;
-        if (ctx->unpacked_bytes) {
+        g.lines = f->a_type == A_QUANTIZED ? f->chunk_lines : g.blocks;
+        if (ctx->row_chunks) g.chunks = ctx->chunks + row * ctx->row_chunks + k0 / r->chunk;
+        if (f->expand) {
+            expand_panels(ctx, (char *)unpacked, g.w, panel_bytes, panels, kc);
+            g.w = unpacked;
+            g.panel_stride = kc / r->group * fc_expanded_bytes(f->format);
+            g.blocks = kc / r->group;
+        } else if (ctx->unpacked_bytes) {
             pack_unpacked(ctx, unpacked, panel, panels, k0, kc);
             g.w = unpacked;
             g.panel_stride = kc * FC_PANEL * 4;
@@ -213,10 +251,9 @@ static void store(const struct linear *ctx, const float *acc, ptrdiff_t ld, ptrd
     for (ptrdiff_t i = row; i < row + rows; i++, fc_cursor_next(&at), acc += ld) {
         char *out = (char *)args->out + at.at[0] + skip;
         const char *residual = args->residual ? (const char *)args->residual + at.at[2] + skip : NULL;
-        const float scale = ctx->scales ? ctx->scales[i] : 1.0f,
-                    out_scale = args->out_scale ? args->out_scale[i] : 1.0f;
-        if (args->gated) ctx->gated(out, acc, scale, bias, bias ? bias + args->n : NULL, columns);
-        else ctx->kernels->linear_store[args->type](out, acc, scale, bias, out_scale, residual, columns);
+        const float out_scale = args->out_scale ? args->out_scale[i] : 1.0f;
+        if (args->gated) ctx->gated(out, acc, bias, bias ? bias + args->n : NULL, columns);
+        else ctx->kernels->linear_store[args->type](out, acc, bias, out_scale, residual, columns);
     }
 }
 
@@ -275,8 +312,11 @@ static fc_status by_tiles(struct linear *ctx) {
     const int sides = args->gated ? 2 : 1;
     ctx->panel_columns = FC_PANEL / sides;
     ctx->panels = fc_round_up(args->n, FC_PANEL) / FC_PANEL * sides;
-    ctx->unpacked_bytes =
-        ctx->product.format->packed ? 0 : (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
+    if (ctx->product.expand)
+        ctx->unpacked_bytes = (size_t)(ctx->kc / ctx->product.rounding.group * fc_expanded_bytes(ctx->product.format) *
+                                       ctx->sizes->many_panels);
+    else if (!ctx->product.format->packed)
+        ctx->unpacked_bytes = (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
     cut(ctx, 1);
     int threads = fc_threads_for(ctx->tiles * ctx->blocks / ctx->item_blocks * FINER, item_ns(ctx) / FINER);
     cut(ctx, threads);
@@ -333,7 +373,7 @@ fc_status fc_linear(const fc_linear_args *args) {
     const struct fc_kernels *kernels = fc_k;
     struct linear ctx = {.args = args, .kernels = kernels, .sizes = &kernels->blocks};
     fc_scratch copy = {0};
-    void (*const gated[FC_ACTIVATIONS])(void *, const float *, float, const float *, const float *, ptrdiff_t) = {
+    void (*const gated[FC_ACTIVATIONS])(void *, const float *, const float *, const float *, ptrdiff_t) = {
         [FC_RELU] = kernels->gated_store_relu[args->type],
         [FC_SILU] = kernels->gated_store_silu[args->type],
         [FC_GELU] = kernels->gated_store_gelu[args->type],

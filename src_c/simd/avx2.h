@@ -82,6 +82,10 @@ FC_INLINE vf vf_add_product(vf acc, vf a, vf b) {
     return acc;
 }
 FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
+FC_INLINE vi vi_from_u8(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+FC_INLINE vu vu_look_up(const uint8_t *table, vu i) {
+    return (vu)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)i);
+}
 FC_INLINE vi vi_madd16(vi a, vi b) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) {
     vi product;

@@ -24,6 +24,10 @@ FC_INLINE vf vf_from_bf16(const uint16_t *p) {
 }
 FC_INLINE vi vi_madd16(vi a, vi b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p)); }
+FC_INLINE vi vi_from_u8(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+FC_INLINE vu vu_look_up(const uint8_t *table, vu i) {
+    return (vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)i);
+}
 /* Round to nearest even in integers: vcvtneps2bf16 would flush denormals, and other ISAs would not. */
 FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
     __m512i u = (__m512i)a, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

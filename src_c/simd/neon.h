@@ -32,6 +32,12 @@ FC_INLINE void vf_transpose(vf r[4]) {
 
 FC_INLINE vf vf_add_product(vf acc, vf a, vf b) { return vf_fma(a, b, acc); }
 FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)vmovl_s8(vld1_s8(p)); }
+FC_INLINE vi vi_from_u8(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    return (vi)vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
+}
+FC_INLINE vu vu_look_up(const uint8_t *table, vu i) { return (vu)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)i); }
 FC_INLINE vi vi_madd16(vi a, vi b) {
     int16x8_t p = (int16x8_t)a, q = (int16x8_t)b;
     int32x4_t low = vmull_s16(vget_low_s16(p), vget_low_s16(q)), high = vmull_high_s16(p, q);

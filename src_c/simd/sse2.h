@@ -65,6 +65,21 @@ FC_INLINE vi vi_from_s8(const int8_t *p) {
     __m128i b = _mm_loadl_epi64((const void *)p);
     return (vi)_mm_srai_epi16(_mm_unpacklo_epi8(b, b), 8);
 }
+FC_INLINE vi vi_from_u8(const uint8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    __m128i zero = _mm_setzero_si128();
+    return (vi)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero);
+}
+/* SSE2 has no shuffle of bytes: each entry where it is asked for. */
+FC_INLINE vu vu_look_up(const uint8_t *table, vu i) {
+    __m128i found = _mm_setzero_si128();
+    for (int e = 0; e < 16; e++) {
+        __m128i here = _mm_cmpeq_epi8((__m128i)i, _mm_set1_epi8((char)e));
+        found = _mm_or_si128(found, _mm_and_si128(here, _mm_set1_epi8((char)table[e])));
+    }
+    return (vu)found;
+}
 FC_INLINE vi vi_madd16(vi a, vi b) { return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b); }
 FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + vi_madd16(a, b); }
 FC_INLINE void vi_put16(int16_t *p, vi a) { _mm_storel_epi64((void *)p, _mm_packs_epi32((__m128i)a, (__m128i)a)); }

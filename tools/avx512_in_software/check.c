@@ -174,6 +174,7 @@ static void check_moves(void) {
     __m128 four = (__m128)QUARTER(b, 0);
     HALVES("mask_broadcast_f32x4", _mm512_mask_broadcast_f32x4(A512, k, four),
            IF_MASK(h, _mm256_set_m128(four, four), PS(a, h)));
+    HALVES("broadcast_i32x4", _mm512_broadcast_i32x4((__m128i)four), (__m256)_mm256_set_m128(four, four));
     HALVES("mask_or_epi32", _mm512_mask_or_epi32(AI512, k, BI512, CI512),
            IF_MASK(h, (__m256)_mm256_or_si256(SI(b, h), SI(c, h)), PS(a, h)));
     HALVES("maskz_loadu_ps", _mm512_maskz_loadu_ps(k, &a), _mm256_maskload_ps(a.f + 8 * h, mask_lanes(h)));
