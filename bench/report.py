@@ -105,7 +105,8 @@ def table(rows: list[Row], limits: Limits) -> list[str]:
 
 def limits_table(limits: Limits) -> list[str]:
     names = {"fp32_gflops": "float32 multiply-add, GFLOP/s", "bf16_gflops": "bfloat16 dot product, GFLOP/s",
-             "int8_gops": "int8 dot product, GOP/s", "int4_gops": "int4 by int8 dot product, GOP/s", "read_gbs": "memory read, GB/s",
+             "int8_gops": "int8 dot product, GOP/s", "int4_gops": "int4 by int8 dot product, GOP/s",
+             "read_gbs": "memory read, GB/s",
              "copy_gbs": "memory copy, GB/s read and written"}
     return ["| limit | measured |", "| --- | --: |",
             *(f"| {title} | {limits[key]:.0f} |" for key, title in names.items())]

@@ -174,7 +174,7 @@ class Layer(metaclass=_Sealing):
                                  f"(expected {', '.join(held)})")
         if missing := [wanted for wanted in held if wanted not in weights]:
             raise ValueError(f"{name}.load: weights lacks {', '.join(missing)}")
-        loaded = self.astype(self.dtype, activations=self._activations)  # so that what fails on the way leaves this one as it was
+        loaded = self.astype(self.dtype, activations=self._activations)  # what fails on the way leaves self as it was
         for path, value in weights.items():
             *inner, last = path.split(".")
             layer = loaded
