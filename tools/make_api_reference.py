@@ -16,7 +16,8 @@ from forge_c.models.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 WIDTH = 118
 FUNCTIONS = {
-    "Norms, positions, activations": "rms_norm layer_norm rope rope_table RopeTable relu silu gelu swiglu geglu softmax",
+    "Norms, positions, activations": "rms_norm layer_norm rope rope_table RopeTable relu silu gelu swiglu geglu "
+                                     "softmax",
     "Products": "pack pack_gated PackedWeight linear gated_linear embedding packing.from_q4_0",
     "Attention and its cache": "attention merge_attention KVCache kv_cache_nbytes",
     "The machine": "isa available_isas use_isa get_num_threads set_num_threads show_config roofline get_include "
@@ -71,7 +72,8 @@ def under(prefix: str, package: ModuleType) -> dict[str, Any]:
 
 def page() -> str:
     lines = ["# API reference", "",
-             "Written by `tools/make_api_reference.py` from the docstrings, which `help()` shows too; `fc` is `forge_c`.",
+             "Written by `tools/make_api_reference.py` from the docstrings, which `help()` shows too; `fc` is "
+             "`forge_c`.",
              "[models.md](models.md) shows models at work, [mission.md](mission.md) functions and layers, and",
              "[conventions.md](conventions.md) says what holds of all of them. Types are in the stubs."]
     for title, names in FUNCTIONS.items():
