@@ -128,9 +128,9 @@ def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder:
              "and bytes over the memory rate, divided by the time; – where everything stays in cache and there is "
              "little to compute. A share over 100 % is memory's: others use this machine too, and its rate changes "
              "from second to second. Results go into memory that is there (`out=`, ONNX Runtime's bound buffers) "
-             "wherever an implementation's operation takes it: NumPy's and torch's activations, softmax and products "
-             "do, torch's norms and attention do not; a case that says *new result* makes a new array each call. *Times "
-             "NumPy* is NumPy's time for the same work, in float32, over this one, within a round.", "",
+             "wherever an implementation's operation takes it: NumPy's and torch's activations, softmax and "
+             "products do, torch's norms and attention do not; a case that says *new result* makes a new array each "
+             "call. *Times NumPy* is NumPy's time for the same work, in float32, over this one, within a round.", "",
              *limits_table(limits), "", *extra]
     for component, group in groupby(rows, key=lambda r: r.component):
         mine = list(group)

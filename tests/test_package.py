@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import forge_c
@@ -34,3 +35,11 @@ def test_source_that_is_not_compiled_says_so(tmp_path: Path, code: str) -> None:
     assert run.returncode == 1
     assert f"ImportError: forge_c: {tmp_path / 'forge_c'} is the source, where nothing is compiled; run `make` or" \
         in run.stderr.splitlines()[-1]
+
+
+def test_packed_weight_is_no_array_and_says_what_to_do() -> None:
+    packed = forge_c.pack(np.eye(3, dtype=np.float32))
+    x = np.ones((2, 3), np.float32)
+    for wrong in (lambda: np.asarray(packed), lambda: x @ packed, lambda: forge_c.relu(packed)):
+        with pytest.raises(TypeError, match=r"PackedWeight is no array: multiply by linear\(x, weight\)"):
+            wrong()

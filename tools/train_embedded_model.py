@@ -435,8 +435,9 @@ def overlap(args: argparse.Namespace) -> None:
     wanted = np.unique(np.concatenate(list(runs.values())))
     seen = np.zeros(len(wanted), bool)
     for path in training_files():
-        found = shingles(path.read_bytes())
-        seen |= np.isin(wanted, found[np.isin(found, wanted)])
+        found = np.sort(shingles(path.read_bytes()))
+        at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+        seen[at[wanted[at] == found]] = True
     for name, hashes in runs.items():
         covered = np.zeros(len(hashes) + SHINGLE - 1, bool)
         for i in np.flatnonzero(np.isin(hashes, wanted[seen])):
