@@ -235,6 +235,7 @@ cdef extern from "forge.h" nogil:
         fc_matrix qkv[3]
         ptrdiff_t qkv_columns[3]
         fc_matrix out
+        const float *balance
         float scale, softcap
         ptrdiff_t window
     ctypedef struct fc_attention_state:

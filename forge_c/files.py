@@ -1,11 +1,15 @@
-"""How files of others are opened and read: regular files only, never waiting for one, never more of it than a limit."""
+"""How files of others are opened and read: regular files only, never waiting for one, never more of it than a limit;
+and how a folder is written: all of it or nothing."""
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, BinaryIO
 
 _MAX_JSON = 16 << 20
@@ -71,3 +75,26 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return found
+
+
+@contextmanager
+def new_folder(function: str, path: PathLike) -> Iterator[Path]:
+    """A folder to write to, which has that name when the block has come to its end; otherwise nothing is left.
+    FileExistsError if there is something by that name, other than an empty folder."""
+    to = Path(path)
+    if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
+        raise FileExistsError(f"{function}: {to} exists")
+    half = Path(mkdtemp(prefix=".forge_c-", dir=to.absolute().parent))
+    try:
+        yield half
+        half.chmod(0o777 & ~_umask())
+        half.rename(to)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

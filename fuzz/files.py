@@ -1,5 +1,4 @@
-"""Mutated model folders and GGUF files of every family, and cache files: a ValueError or OSError, at once, in little
-memory.
+"""Mutated model folders, GGUF files, saved models and cache files: ValueError or OSError, at once, in little memory.
 
 What still loads is also used: logits, generation, text both ways, a chat. The process may take 4 GB.
 """
@@ -102,8 +101,10 @@ def case(seed: int) -> None:
         kind = rng.random()
         if kind < 0.2:
             mutated_cache(rng, folder, done)
-        elif kind < 0.5:
+        elif kind < 0.45:
             mutated_gguf(rng, folder, done)
+        elif kind < 0.6:
+            mutated_saved(rng, folder, done)
         else:
             mutated_model(rng, folder, done)
     except BaseException as error:
@@ -114,7 +115,7 @@ def case(seed: int) -> None:
 
 
 @cache
-def tokenizer_files() -> Files:
+def trained_tokenizer() -> bytes:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -122,22 +123,30 @@ def tokenizer_files() -> Files:
         vocab_size=270, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return backend.to_str().encode()
+
+
+def tokenizer_files(rng: Rng) -> Files:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": {"content": "</s>"},
-                "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"}
-    return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode(),
-            "generation_config.json": b'{"eos_token_id": [1]}'}
+                "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+                "extra_special_tokens": ["<e>"], "split_special_tokens": False}
+    if rng.random() < 0.5:
+        settings["added_tokens_decoder"] = {"270": {"content": "<think>", "special": False, "lstrip": False}}
+    return {"tokenizer.json": trained_tokenizer(), "tokenizer_config.json": json.dumps(settings).encode(),
+            "special_tokens_map.json": b'{"eos_token": {"content": "</s>"}, "unk_token": "<u>"}',
+            "added_tokens.json": b'{"<x>": 270}', "generation_config.json": b'{"eos_token_id": [1]}'}
 
 
 @cache
 def base_folder(family: str, shards: int) -> Files:
     folder = Path(os.environ["FUZZ_SCRATCH"]) / f"{family}{shards}"
     write(folder, small(family, num_hidden_layers=2, vocab_size=300), shards=shards)
-    return {path.name: path.read_bytes() for path in folder.iterdir()} | tokenizer_files()
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def mutated_model(rng: Rng, folder: Path, done: list[str]) -> None:
     family = pick(rng, FAMILIES)
-    files = dict(base_folder(family, pick(rng, (1, 1, 2))))
+    files = base_folder(family, pick(rng, (1, 1, 2))) | tokenizer_files(rng)
     done.append(family)
     for _ in range(int(rng.integers(1, 4))):
         name = pick(rng, ("config.json",) * 4 + ("tokenizer.json",) * 2 + tuple(files))
@@ -164,6 +173,31 @@ def mutated_gguf(rng: Rng, folder: Path, done: list[str]) -> None:
         use(rng, model)
 
 
+@cache
+def base_saved(family: str, dtype: str) -> Files:
+    """What Model.save writes."""
+    folder = Path(os.environ["FUZZ_SCRATCH"]) / "saved"
+    fc.models.load(write(folder / "m", small(family)), dtype).save(folder / "s")
+    found = {path.name: path.read_bytes() for path in (folder / "s").iterdir()}
+    shutil.rmtree(folder)
+    return found
+
+
+def mutated_saved(rng: Rng, folder: Path, done: list[str]) -> None:
+    family, dtype = pick(rng, FAMILIES), pick(rng, ("float32", "bfloat16", "int8", "int4"))
+    done.append(f"{family} in {dtype}, saved")
+    files = dict(base_saved(family, dtype))
+    for _ in range(int(rng.integers(1, 4))):
+        change_file(rng, files, "weights.bin" if rng.random() < 0.2 else "forge_c.json", done)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if rng.random() < 0.05:
+        special_file(rng, folder / pick(rng, tuple(files)), done)
+    model = allowed("load", lambda: fc.models.load(folder))
+    if model is not None:
+        use(rng, model)
+
+
 def use(rng: Rng, model: Any) -> None:
     ids = rng.integers(0, model.config.vocab_size, (1, 12))
     allowed("model", lambda: model(ids))
@@ -171,10 +205,12 @@ def use(rng: Rng, model: Any) -> None:
     if model.tokenizer is None:
         return
     found = allowed("encode", lambda: model.tokenizer.encode("the cat sat, the tokenizer"))
+    allowed("encode", lambda: model.tokenizer.encode("the cat</s> <think>", control_tokens=False))
     allowed("decode", lambda: model.tokenizer.decode(found or [1, 2, 3]))
     if hasattr(model.tokenizer, "apply_chat_template"):
         messages = [{"role": "user", "content": "hi"}]
         allowed("apply_chat_template", lambda: model.tokenizer.apply_chat_template(messages))
+        allowed("encode_chat", lambda: model.tokenizer.encode_chat(messages, control_tokens=False))
 
 
 def change_file(rng: Rng, files: Files, name: str, done: list[str]) -> None:

@@ -263,6 +263,7 @@ typedef struct {
     fc_matrix qkv[3]; /* side by side (hidden, A + 2 C) */
     ptrdiff_t qkv_columns[3]; /* of each; 0: there is none */
     fc_matrix out; /* (A, hidden) */
+    const float *balance; /* (A + C), or NULL: what q and k are multiplied by, before RoPE, for pages of int8 */
     float scale, softcap;
     ptrdiff_t window; /* as in fc_attention_args */
 } fc_attention_weights;

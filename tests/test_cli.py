@@ -19,6 +19,7 @@ import pytest
 import tokenizers
 from gguf_models import write_gguf
 from model_folder import BYTES, following, small, tensors, write, write_chain, write_json
+from test_gguf_models import BLOCKS, of_blocks
 
 from forge_c.cli import main
 from forge_c.models import load
@@ -334,6 +335,17 @@ def test_the_median_counts(capsys, monkeypatch, plain):
     status, out, _ = called(capsys, "bench", "--model", plain, *BENCH, "--repeats", 3)
     assert status == 0
     assert [cells(line)[6].split()[0] for line in out.splitlines()[2:]] == ["12.00", "3.00"]
+
+
+@pytest.mark.slow
+def test_bench_of_a_gguf_file_and_of_what_was_saved(capsys, each_thread_count, rng, tmp_path):
+    """The format that most of its bytes are in is one of integers."""
+    file, _ = of_blocks(tmp_path, rng, BLOCKS, {"other": "Q4_1"})
+    load(file).save(tmp_path / "s")
+    for path in (file, tmp_path / "s"):
+        status, out, err = called(capsys, "bench", "--model", path, *BENCH)
+        assert (status, err) == (0, "")
+        assert [cells(line)[0] for line in out.splitlines()[2:]] == ["llama q4_1"] * 2
 
 
 @pytest.mark.slow

@@ -166,6 +166,48 @@ def test_a_stream_that_is_closed_leaves_a_beginning(model):
     assert model.generate([ids[4]], 3, cache=cache).tolist() == model.generate([1, 2, 3, *ids], 3).tolist()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_an_interrupt_leaves_a_beginning(model, monkeypatch, call, stream):
+    """In the prompt's second chunk, after it, and among the new tokens; what is there can be gone on with."""
+    ids = np.arange(KV_CHUNK + 9) % 97
+    whole = [*ids, *model.generate(ids, 8).tolist()]
+    cache, left, forward = model.new_cache(1, 400), [call], Decoder.forward
+
+    def interrupted(self, *arguments, **options):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return forward(self, *arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Decoder, "forward", interrupted)
+        found = model.generate(ids, 8, cache=cache, stream=stream)
+        list(found)
+    assert held(cache) == [whole[: KV_CHUNK if call == 1 else KV_CHUNK + 7 + call]]
+    rest = whole[len(held(cache)[0]) :]
+    assert model.generate(rest[:1], len(rest) - 1, cache=cache).tolist() == rest[1:] or call == 1
+
+
+def test_the_reading_of_prompts_can_be_watched(tmp_path):
+    """Samples share their prompt; of a conversation only what is new is read."""
+    model, seen = chatting(tmp_path), []
+
+    def watched(*arguments: Any, **options: Any) -> list[tuple[int, int]]:
+        seen.clear()
+        stream = model.generate(*arguments, stream=True, max_new_tokens=2, **options)
+        stream.run.progress = lambda done, total: seen.append((done, total))
+        list(stream)
+        return seen
+
+    long = np.arange(2 * KV_CHUNK + 10) % 97
+    assert watched([long, [1, 2, 3]], n=2, temperature=1.0) == [(256, 525), (512, 525), (522, 525), (525, 525)]
+    cache, chat = model.new_cache(1, 100), [{"role": "user", "content": "w5 w6"}]
+    assert watched(messages=chat, cache=cache) == [(5, 5)]
+    chat += [{"role": "bot", "content": "w7"}, {"role": "user", "content": "w8"}]
+    assert watched(messages=chat, cache=cache) == [(6, 6)]
+
+
 def test_a_cache_that_something_else_uses_is_noticed(model):
     cache = model.new_cache(1, 50)
     stream = model.generate([1, 2, 3], 20, cache=cache, stream=True)

@@ -54,6 +54,22 @@ def test_arrays_of_other_libraries_are_prompts(model):
     assert lists(model.generate(torch.tensor([1, 2, 3]), 5)) == want[0]
 
 
+class Series:
+    """As pandas has it: an array that also has keys."""
+
+    ndim = 1
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.array([1, 2, 3])
+
+    def keys(self) -> range:
+        return range(3)
+
+
+def test_an_array_with_keys_is_an_array(model):
+    assert lists(model.generate(Series(), 5)) == lists(model.generate([1, 2, 3], 5))
+
+
 @pytest.mark.parametrize("kind", ["lists", "np", "pt"])
 def test_what_a_hugging_face_tokenizer_returns_is_a_prompt(model, kind):
     transformers = pytest.importorskip("transformers")
@@ -111,6 +127,20 @@ def test_samples_of_several_prompts(model):
     together = lists(model.generate(rows, 6, n=3, **SAMPLED))
     assert [len(samples) for samples in together] == [3, 3]
     assert together == [lists(model.generate(row, 6, n=3, **SAMPLED)) for row in rows]
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    ("phi3", {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}})])
+def test_samples_whose_angles_depend_on_their_length(tmp_path, family, changes):
+    """Their prompts are shorter than the original length, and they outgrow it."""
+    model = load(write(tmp_path, small(family, **changes)))
+    rows = [np.arange(3), np.arange(20), np.arange(11)]
+    together = lists(model.generate(rows, 12, n=2, cache_dtype="bfloat16", **SAMPLED))
+    assert together == [lists(model.generate(row, 12, n=2, cache_dtype="bfloat16", **SAMPLED)) for row in rows]
+    alone = [model.generate(row, 12, cache_dtype="bfloat16", **SAMPLED).tolist() for row in rows]
+    assert alone == [samples[0] for samples in together]
 
 
 def test_a_sample_draws_by_its_own_seed(model):

@@ -320,7 +320,8 @@ def changed(keys: vocabularies.Metadata, **more: Any) -> vocabularies.Metadata:
     (metadata("llama", ["a" * 513], [NORMAL]), "tokenizer.ggml.tokens[0] has 513 characters, expected at most 512"),
     (metadata("llama", ["<0xZZ>"], [BYTE]), "tokenizer.ggml.tokens[0] is '<0xZZ>', expected <0x00> to <0xFF> for a"),
     (metadata("llama", ["<0x0a>"], [BYTE]), "tokenizer.ggml.tokens[0] is '<0x0a>', expected <0x00> to <0xFF> for a"),
-    (metadata("llama", ["a" * (1 << 24) + "b"], [NORMAL]), "tokenizer.ggml.tokens has more than 16777216 characters"),
+    (metadata("gpt2", ["a" * (1 << 24) + "b"], [NORMAL]), "tokenizer.ggml.tokens has more than 16777216 characters"),
+    (metadata("llama", ["a" * (1 << 22) + "b"], [CONTROL]), "tokenizer.ggml.tokens has more than 4194304 characters"),
 ], ids=lambda v: v[:50] if isinstance(v, str) else "")
 def test_a_vocabulary_that_contradicts_itself_is_named(keys, message):
     with pytest.raises(ValueError) as caught:
@@ -350,3 +351,12 @@ def test_tokens_whose_hashes_meet_are_found_all_the_same(rng):
     merges = score_merges(tokens, scores, np.arange(len(tokens)))
     known = set(tokens)
     assert merges == [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if t[:i] in known and t[i:] in known]
+
+
+def test_tokens_that_are_made_to_meet_take_no_time(monkeypatch):
+    monkeypatch.setattr("forge_c.models.score_merges._Substrings.hashes",
+                        lambda self, starts, stops: np.zeros(len(starts), np.uint64))
+    tokens = [chr(0x4E00 + i) for i in range(5000)]
+    with pytest.raises(ValueError) as caught:
+        gguf_tokenizer(metadata("llama", tokens, [NORMAL] * 5000), "x.gguf")
+    assert str(caught.value) == "x.gguf: the tokens are chosen so that their hashes meet"

@@ -68,6 +68,11 @@ LEFT_BEHIND: dict[str, dict[str, Any]] = {
     "FastChat": {"max_sequence_length": 4096, "pad_token": "<unk>", "tokenizer_padding_side": "right"},
     "exporters": {"author": "x", "license": "mit", "_comment": "y", "onnx_version": "1.17", "neuron": {"a": [1]}},
     "generation settings": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "min_p": 0.1, "stop_strings": ["x"]},
+    "other programs": {"lora_r": 16, "lora_target_modules": ["q_proj"], "wandb_project": "x", "deepspeed": {"stage": 3},
+                       "axolotl_config": "x.yml", "training_args": {"lr": 1e-4}, "mergekit_version": "0.1"},
+    "the same by other names": {"n_layer": 3, "n_embd": 32, "num_heads": 4, "layer_norm_eps": 1e-6, "rope_base": 10000,
+                                "rms_norm_eps": 1e-6, "rope_theta": 1e4, "position_embedding_type": "rope",
+                                "norm_type": "rmsnorm"},
     "null": {"rope_scaling_type": None, "quantization": None, "quantization_config": None, "surprise": None},
     "off": {"num_local_experts": 0, "use_qk_norm": False, "lm_head_bias": False, "rotary_pct": 1.0, "is_causal": True},
 }
@@ -81,7 +86,9 @@ def test_what_programs_leave_behind_changes_nothing(case):
 
 
 @pytest.mark.parametrize("changes", [
-    {"sliding_window": 4096}, {"sliding_window": 4096, "use_sliding_window": True}, {"max_window_layers": 3},
+    {"n_layer": 4}, {"layer_norm_eps": 1e-3}, {"layer_norm_eps": 1e-3, "rms_norm_eps": 1e-6},
+    {"norm_type": "layer_norm"}, {"position_embedding_type": ["rope"]}, {"sliding_window": 4096},
+    {"sliding_window": 4096, "use_sliding_window": True}, {"max_window_layers": 3},
     {"alibi": True}, {"rope_scaling_factor": 2.0}, {"num_local_experts": 8}, {"is_causal": False},
     {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, {"layer_types": 5},
 ], ids=repr)

@@ -18,6 +18,10 @@ INSTEAD = ('which is not read: get the model that they were made from (bfloat16,
            "\"int4\" quantises it as it loads), or a GGUF file")
 
 
+def logits(folder: Path) -> bytes:
+    return load(folder)(IDS).tobytes()
+
+
 def refused(folder: Path, kind: type[Exception] = ValueError, **options: Any) -> str:
     """The message; nothing may be read of a weight, so that none needs to be there."""
     with pytest.raises(kind) as caught:
@@ -69,6 +73,58 @@ def test_a_model_saved_without_its_head_gives_hidden_states_and_no_logits(tmp_pa
     for one in (model, whole):
         hidden.append(one._decoder.forward(IDS, one.new_cache(2, 12), logits=False, hidden=True)[1])
     assert hidden[0].tobytes() == hidden[1].tobytes()
+
+
+# ---- where the tensors lie ---------------------------------------------------------------------------
+
+PLACES = {"without model.": {"model.": ""}, "language_model.model.": {"model.": "language_model.model."},
+          "with its head": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+          "model.language_model.": {"model.": "model.language_model."},
+          "language_model.": {"model.": "language_model."}}
+
+
+def renamed(weights: dict[str, Any], change: dict[str, str]) -> dict[str, Any]:
+    found = {}
+    for name, value in weights.items():
+        old = next((p for p in change if name.startswith(p)), "")
+        found[change.get(old, "") + name.removeprefix(old)] = value
+    return found
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_same_tensors_in_other_places_are_the_same_model(tmp_path, family, place):
+    weights = tensors(small(family))
+    moved = write(tmp_path / "moved", small(family), renamed(weights, PLACES[place]))
+    assert logits(moved) == logits(write(tmp_path / "usual", small(family), weights))
+
+
+@pytest.mark.parametrize("place", ["language_model.model.", "model.language_model."])
+def test_an_image_encoder_beside_the_text_model_is_not_read_and_named(tmp_path, place):
+    weights = tensors(small("gemma3_text"))
+    seen = {name: np.ones((2, 3), np.float32)
+            for name in ("vision_tower.vision_model.x", "model.vision_tower.y", "multi_modal_projector.z")}
+    config = {"model_type": "gemma3", "text_config": small("gemma3_text"), "vision_config": {"x": 1}}
+    whole = write(tmp_path / "whole", config, renamed(weights, {"model.": place}) | seen)
+    with pytest.warns(UserWarning, match="the text model alone is read; 3 tensors of multi_modal_projector, "
+                                         "vision_tower are not$") as caught:
+        model = load(whole)
+    assert caught[0].filename == __file__
+    assert model(IDS).tobytes() == logits(write(tmp_path / "text", small("gemma3_text"), weights))
+
+
+def test_a_tensor_without_a_place_is_refused_in_other_places_too(tmp_path):
+    for name, prefix in (("language_model.model.extra", "language_model.model."), ("layers.9.x", "")):
+        weights = renamed(tensors(small()), {"model.": prefix}) | {name: np.ones(3, np.float32)}
+        with pytest.raises(ValueError, match=f"1 tensors have no place in this model, the first is {name}$"):
+            load(write(tmp_path / name, small(), weights))
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path):
+    weights = tensors(small())
+    twice = renamed(weights, {"model.": ""}) | {"model.norm.weight": weights["model.norm.weight"]}
+    with pytest.raises(ValueError, match="tensors model.norm.weight and norm.weight have the same place in the model$"):
+        load(write(tmp_path, small(), twice))
 
 
 # ---- adapters and other formats --------------------------------------------------------------------

@@ -106,14 +106,6 @@ def test_what_is_no_name_is_no_folder(path):
     assert str(caught.value) == (f"load: {path} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
 
 
-def test_a_file_is_told_its_folder(tmp_path):
-    write(tmp_path / "model", small())
-    with pytest.raises(FileNotFoundError) as caught:
-        load(tmp_path / "model" / "model.safetensors")
-    assert str(caught.value) == (f"load: {tmp_path / 'model' / 'model.safetensors'} is a file, expected the folder "
-                                 f"that it is in, {tmp_path / 'model'}")
-
-
 # ---- downloads -------------------------------------------------------------------------------------
 
 @pytest.fixture

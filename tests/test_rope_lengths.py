@@ -240,6 +240,31 @@ def test_an_interruption_while_reading_again_says_what_is_left(models, name, mon
     assert cache.lengths.tolist() == [0] and model(text[None], cache).tobytes() == model(text[None]).tobytes()
 
 
+@pytest.mark.parametrize("name", LONGROPES)
+def test_turns_in_a_cache_are_the_whole(models, name):
+    model, rng = models[name], np.random.default_rng(3)
+    cache, before = model.new_cache(1, 200), []
+    for tokens, most in ((5, 4), (12, 7), (1, 30), (40, 0), (2, 3)):
+        prompt = rng.integers(0, 97, tokens)
+        want = model.generate([*before, *prompt], most).tolist()
+        assert model.generate(prompt, most, cache=cache).tolist() == want
+        before += [*prompt.tolist(), *want]
+        assert cache.ids[0].tolist() == before
+
+
+def test_turns_of_dynamic_in_a_cache_are_the_calls_one_by_one(models):
+    model, rng = models["dynamic"], np.random.default_rng(3)
+    cache, by_hand = model.new_cache(1, 200), model.new_cache(1, 200)
+    for tokens, most in ((5, 4), (12, 7), (1, 30), (40, 2)):
+        prompt = rng.integers(0, 97, tokens)
+        found, want = model.generate(prompt, most, cache=cache).tolist(), []
+        logits = model(prompt[None], by_hand, last_only=True)
+        for _ in range(most):
+            want.append(int(logits[0, 0].argmax()))
+            logits = model([want[-1:]], by_hand)
+        assert found == want
+
+
 # ---- tables ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("scaling", "border"), [

@@ -113,6 +113,35 @@ def test_ids_may_be_an_array(trained):
     assert tokenizer.decode(ids) == "the cat" and ByteTokenizer().decode(np.array([104, 105], np.uint8)) == "hi"
 
 
+class OnADevice:
+    """As a tensor that is not in this memory, or needs a gradient."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("call detach() first")
+
+
+@pytest.mark.parametrize(("ids", "kind", "problem"), [
+    (np.zeros((1, 2), int), ValueError, "ids has shape (1, 2), expected (n,)"),
+    (np.array(5), ValueError, "ids has shape (), expected (n,)"),
+    (np.array([0.5]), TypeError, "ids[0] is np.float64(0.5), expected an integer"),
+    (np.array([2 ** 64 - 1], np.uint64), ValueError, "ids[0] is 18446744073709551615, expected 0 to {most}"),
+    (OnADevice(), TypeError, "ids is a OnADevice that NumPy cannot read: call detach() first"),
+], ids=repr)
+def test_a_wrong_array_is_named(trained, ids, kind, problem):
+    for tokenizer, most in ((ByteTokenizer(), 255), (hugging_face(trained), 2 ** 32 - 1)):
+        with pytest.raises(kind) as caught:
+            tokenizer.decode(ids)
+        assert str(caught.value) == "decode: " + problem.format(most=most)
+
+
+def test_half_a_character_in_a_conversation_is_named(trained):
+    tokenizer = hugging_face(trained, chat_template="{{ messages[0].content }}")
+    for options, what in (({}, "encode: text"), ({"control_tokens": False}, "encode_chat: the prompt")):
+        with pytest.raises(ValueError) as caught:
+            tokenizer.encode_chat([{"role": "user", "content": "hi\ud83d"}], **options)
+        assert str(caught.value) == f"{what} has '\\ud83d' at 2, half of a surrogate pair; expected whole characters"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")))
 def test_bytes_round_trip(text):

@@ -90,23 +90,31 @@ cdef class Part:
 
 cdef class AttentionPart(Part):
     """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
-    (heads head_dim, hidden); q_norm and k_norm act on each head, before RoPE."""
+    (heads head_dim, hidden); q_norm and k_norm act on each head, before RoPE; so does balance, (heads + kv_heads,
+    head_dim), which queries and keys are multiplied by where the cache is int8."""
     cdef fc_attention_weights w
 
     def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
-                 qkv_bias=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None):
+                 qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None):
+        cdef cnp.ndarray by
         memset(&self.w, 0, sizeof(self.w))
         self.begin(FC_ATTENTION, &self.w, out.n, norm, post_norm)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
         self.project(self.beside("qkv", qkv, 3), (heads + 2 * kv_heads) * head_dim, qkv_bias)
         self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
         self.w.q_norm, self.w.k_norm = self.normed("q_norm", q_norm, head_dim), self.normed("k_norm", k_norm, head_dim)
+        if balance is not None:
+            by = np.ascontiguousarray(balance, np.float32)
+            if by.size != (heads + kv_heads) * head_dim:
+                raise ValueError(f"AttentionPart: balance has {by.size} values, expected {(heads + kv_heads) * head_dim}")
+            self.keep(by)
+            self.w.balance = floats(by)
         self.w.scale, self.w.softcap, self.w.window = <float>scale, <float>softcap, window or 0
         self.arguments = {"qkv": qkv, "out": out, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
                           "norm": norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm,
-                          "qkv_bias": qkv_bias, "out_bias": out_bias, "scale": scale, "softcap": softcap,
-                          "window": window}
+                          "qkv_bias": qkv_bias, "balance": balance, "out_bias": out_bias, "scale": scale,
+                          "softcap": softcap, "window": window}
 
     cdef int project(self, tuple matrices, ptrdiff_t columns, object bias) except -1:
         """The matrices into w.qkv, `columns` in all."""

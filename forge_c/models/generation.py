@@ -126,8 +126,8 @@ class Generation:
         seen = self._seen()
         self.prompt_seconds = time.perf_counter() - start
         start = time.perf_counter()
-        while not all(row.done for row in self.rows):
-            out = [(i, *self._advance(row, logits[i], seen[i])) for i, row in enumerate(self.rows) if not row.done]
+        while going := [i for i, row in enumerate(self.rows) if not row.done]:
+            out = [(i, *self._advance(self.rows[i], logits[i], seen[i])) for i in going]
             self.new_tokens += sum(token is not None for _, token, _ in out)
             self.decode_seconds = time.perf_counter() - start
             yield out

@@ -21,7 +21,8 @@ from forge_c.models.tokenizer import MAX_TEMPLATE, HuggingFaceTokenizer, NoText,
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token_type
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SPACE = "▁"
-_MAX_TEXT, _MAX_TOKEN = 1 << 24, 512  # characters of all tokens together, and of one that takes part in merges
+_MAX_TEXT = 1 << 24  # characters of all tokens together
+_MAX_SCORED, _MAX_TOKEN = 1 << 22, 512  # the same, and those of one token, where merges come from scores
 _COMPOSED = ("qwen2", "qwen35")
 _ALIASES = {"unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding"}  # as the keys are spelt
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -141,8 +142,9 @@ def _vocabulary(metadata: Mapping[str, Any], source: str, kind: str) -> Vocabula
         seen: set[str] = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
         raise ValueError(f"{source}: tokenizer.ggml.tokens has {short(twice)} twice")
-    if sum(map(len, tokens)) > _MAX_TEXT:
-        raise ValueError(f"{source}: tokenizer.ggml.tokens has more than {_MAX_TEXT} characters")
+    most = _MAX_SCORED if kind == "llama" else _MAX_TEXT
+    if sum(map(len, tokens)) > most:
+        raise ValueError(f"{source}: tokenizer.ggml.tokens has more than {most} characters")
     given = _numbers(metadata, "tokenizer.ggml.token_type", source, len(tokens), "iu")
     types = np.full(len(tokens), _NORMAL) if given is None else given.astype(np.int64)
     special = _special_ids(metadata, source, kind, types)

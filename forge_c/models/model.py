@@ -98,8 +98,9 @@ def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozens
     spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
     _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
-    tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
     decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
+    # Last: a large vocabulary takes as much memory meanwhile as the largest tensor does while it is packed.
+    tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
     stored = checkpoint.stored(None if dtype == "auto" else dtype)
     again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored)
     return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
@@ -116,8 +117,6 @@ def _load_saved(folder: Path, dtype: str, activations: str | None) -> Model:
 
 def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
     """What a folder's files say of the model, before its weights are read."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load: {folder} is a file, expected the folder that it is in, {folder.parent}")
     check_folder(folder, ignored)
     return model_spec(read_json(folder / "config.json"), ignored)
 
@@ -277,7 +276,8 @@ class Model:
                  last_only: bool = False) -> NDArray[np.float32]:
         """Logits (batch, seq, vocab) of ids (batch, seq); with a cache they come after what it holds, and join it.
 
-        The bits do not depend on how a text is cut into calls, nor on the other rows. last_only: those after the last
+        The bits do not depend on how a text is cut into calls, nor on the other rows; models of rope types dynamic and
+        longrope are told how long it will be by cache.expecting. last_only: those after the last
         token alone, (batch, 1, vocab), as for filling a cache. All tokens join the cache, or on any error none.
 
         Raises:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part
+from forge_c.models.balance import balance
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec
 from forge_c.models.spec import Norm as NormSpec
 from forge_c.models.weights import StoredTensors, Tensors
@@ -134,10 +135,11 @@ def _(kind: Attention, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     norm, post_norm = norms()
     q_norm, k_norm = (None if kind.qk_norm is None else source.norm(kind.qk_norm, f"self_attn.{p}_norm", kind.head_dim)
                       for p in "qk")
+    qkv_bias = source.bias(kind.qkv_bias, *((f"self_attn.{p}_proj", n) for p, n in sizes.items()))
     return AttentionPart(
         qkv, out, heads=kind.n_heads, kv_heads=kind.n_kv_heads, head_dim=kind.head_dim, norm=norm, post_norm=post_norm,
         q_norm=q_norm, k_norm=k_norm, scale=kind.scale, softcap=kind.softcap or 0.0, window=kind.window,
-        qkv_bias=source.bias(kind.qkv_bias, *((f"self_attn.{p}_proj", n) for p, n in sizes.items())),
+        qkv_bias=qkv_bias, balance=balance(kind, qkv_bias),
         out_bias=source.bias(kind.o_bias, ("self_attn.o_proj", source.hidden)))
 
 

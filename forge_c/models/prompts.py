@@ -90,7 +90,7 @@ def _rendered(function: str, chat: Sequence[Mapping[str, Any]], tools: Any, toke
 
 def _id_lists(function: str, prompt: Any) -> tuple[list[Any], bool]:
     """(ids of each prompt, whether there may be several)."""
-    if hasattr(prompt, "keys"):
+    if isinstance(prompt, Mapping):
         return _unpadded(function, prompt)
     if not isinstance(prompt, list | tuple) and np.ndim(prompt) > 1:
         return list(np.asarray(prompt)), True

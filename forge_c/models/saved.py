@@ -13,11 +13,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -25,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from forge_c.files import open_regular, read_json
+from forge_c.files import new_folder, open_regular, read_json
 from forge_c.functional import AttentionPart, LayeredModel, MLPPart, Norm, PackedWeight, _weight_formats
 from forge_c.models.decoder import Decoder
 from forge_c.models.spec import Attention, LayerSpec, ModelSpec
@@ -92,9 +90,6 @@ class _Writer:
 
 def save_model(model: Model, folder: str | os.PathLike[str]) -> None:
     """See Model.save."""
-    to = Path(folder)
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise FileExistsError(f"Model.save: {to} exists")
     writer, made = _Writer(), model._decoder._model
     document = {
         "format": _FORMAT, "version": VERSION, "written_by": __version__, "layout": _layout(packed_weights(made)),
@@ -102,16 +97,10 @@ def save_model(model: Model, folder: str | os.PathLike[str]) -> None:
         "generation_config": model.generation_config, "stored": [list(row) for row in model.info],
         "model": [writer.value(part) for part in (made.embedding, made.held, made.norm, made.head)],
         "objects": writer.objects, "arrays": [[array.dtype.name, list(array.shape)] for array in writer.arrays]}
-    half = Path(mkdtemp(prefix=".forge_c-", dir=to.absolute().parent))
-    try:
+    with new_folder("Model.save", folder) as half:
         _write_arrays(half / WEIGHTS, writer.arrays)
         save_tokenizer(model.tokenizer, half)
         (half / HEADER).write_text(json.dumps(document))
-        half.chmod(0o777 & ~_umask())
-        half.rename(to)
-    except BaseException:
-        shutil.rmtree(half, ignore_errors=True)
-        raise
 
 
 def _write_arrays(path: Path, arrays: list[NDArray[Any]]) -> None:
@@ -146,12 +135,6 @@ def _layout(weights: Iterator[PackedWeight]) -> dict[str, Any]:
     formats, used = _weight_formats(), {weight.dtype for weight in weights}
     rows = {name: row for name, row in formats["rows"].items() if name.split()[0] in used}
     return {"panel": formats["panel"], "line": formats["line"], "rows": rows}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---- loading ----

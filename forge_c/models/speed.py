@@ -16,7 +16,8 @@ from forge_c.models import Model
 from forge_c.models.generation import prefill
 from forge_c.runtime import roofline
 
-_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops", "int8": "int8_gops", "int4": "int4_gops"}
+_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops",  # every other format multiplies integers
+         **dict.fromkeys(("int4", "q4_0", "q4_1", "q4_k"), "int4_gops")}
 _WARM_UP = 8  # tokens decoded before the clock starts
 
 
@@ -48,7 +49,7 @@ def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch
     steps read over the read bandwidth of memory, both measured now; divided by the median time. A model that fits in
     cache can decode faster than the second.
     """
-    limits = roofline()
+    limits = _limits()
     yield f"| model | size | params | isa | threads | test | t/s | of limit |\n|{' --- |' * 8}"
     name = f"{model.config.model_type} {model.dtype}"
     columns = (f"| {name} | {model.nbytes / 2**20:.2f} MiB | {_params(model) / 1e6:.2f} M | {isa()} "
@@ -60,7 +61,7 @@ def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch
 
 def json_lines(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch: int = 1) -> Iterator[str]:
     """The tests of `table`, each as one JSON object; step_bytes are the weights that one step reads."""
-    limits = roofline()
+    limits = _limits()
     about = {"model": model.config.model_type, "dtype": model.dtype, "params": _params(model), "bytes": model.nbytes,
              "step_bytes": model._decoder.step_nbytes, "isa": isa(), "threads": get_num_threads()}
     measured = {name: value for name, value in limits.items() if isinstance(value, float)}
@@ -69,11 +70,17 @@ def json_lines(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, 
                           "limits": measured})
 
 
+def _limits() -> Mapping[str, Any]:
+    """Of this machine; a terminal says why nothing is seen meanwhile."""
+    with tqdm(desc="measuring this machine", bar_format="{desc}", disable=None, leave=False):
+        return roofline()
+
+
 def _tests(model: Model, limits: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int,
            batch: int) -> Iterator[Measured]:
     head = _head_params(model)
     blocks = _params(model) - head
-    peak = limits[_PEAK[model.dtype]] or limits["fp32_gflops"]
+    peak = limits[_PEAK.get(model.dtype, "int8_gops")] or limits["fp32_gflops"]
 
     def floor(tokens: int, heads: int, passes: int) -> float:
         flops = 2 * (blocks * tokens + head * heads)

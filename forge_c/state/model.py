@@ -3,20 +3,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c.checks import checked_size
-from forge_c.files import read_file, read_json
+from forge_c.files import new_folder, read_file, read_json
 from forge_c.functional import KV_CHUNK, AttentionState, StateTable, WriterLock, Writing
 from forge_c.state.angles import Angles, TableOf
 from forge_c.state.file import open_pages
@@ -176,10 +174,11 @@ class ModelCache:
         return not self._live
 
     def _record(self, ids: NDArray[np.int64], start: Counts) -> None:
-        for row, new, before in zip(self._ids, ids.astype(np.int32), start.tolist(), strict=True):
-            del row[before:]
-            row.extend([_UNKNOWN] * (before - len(row)))
-            row.frombytes(new.tobytes())
+        for row, new, before in zip(self._ids, ids.tolist(), start.tolist(), strict=True):
+            if len(row) != before:
+                del row[before:]
+                row.extend([_UNKNOWN] * (before - len(row)))
+            row.fromlist(new)
 
     def _reserve(self, start: Counts, stop: Counts) -> None:
         if stop.max() > self._rotated:
@@ -293,28 +292,18 @@ class ModelCache:
         Raises:
             FileExistsError, OSError: path exists or cannot be written.
         """
-        to = Path(path)
-        if to.exists():
-            raise FileExistsError(f"ModelCache.save: {to} exists")
-        half = Path(mkdtemp(prefix=".forge_c-", dir=to.parent))
-        try:
-            with self.locked():
-                for i, layer in enumerate(self.layers):
-                    if layer is not None:
-                        layer.save(_layer_file(half, i))
-                header = {"format": _FORMAT, "version": _VERSION, "kinds": list(map(repr, self.kinds)),
-                          "lengths": self._lengths.tolist(), "written": self._written.tolist(),
-                          "max_seq_len": self.max_seq_len,
-                          "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache)), "float32")}
-                if self._angles.tables:
-                    (half / "angles.i64").write_bytes(self._angles.tobytes(self._lengths))
-                (half / "ids.i32").write_bytes(b"".join(ids.astype("<i4").tobytes() for ids in self.ids))
-                (half / "cache.json").write_text(json.dumps(header))
-            half.chmod(0o777 & ~_umask())
-            half.rename(to)
-        except BaseException:
-            shutil.rmtree(half, ignore_errors=True)
-            raise
+        with new_folder("ModelCache.save", path) as half, self.locked():
+            for i, layer in enumerate(self.layers):
+                if layer is not None:
+                    layer.save(_layer_file(half, i))
+            header = {"format": _FORMAT, "version": _VERSION, "kinds": list(map(repr, self.kinds)),
+                      "lengths": self._lengths.tolist(), "written": self._written.tolist(),
+                      "max_seq_len": self.max_seq_len,
+                      "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache)), "float32")}
+            if self._angles.tables:
+                (half / "angles.i64").write_bytes(self._angles.tobytes(self._lengths))
+            (half / "ids.i32").write_bytes(b"".join(ids.astype("<i4").tobytes() for ids in self.ids))
+            (half / "cache.json").write_text(json.dumps(header))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model) -> ModelCache:
@@ -427,8 +416,3 @@ def _check_files(folder: Path, layers: Sequence[Any], rows: int, room: int) -> N
                 raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} has {len(held.lengths)} rows of "
                                  f"{held.max_seq_len} tokens, expected {rows} of {room}")
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -27,6 +27,17 @@ static fc_status norm_heads(const struct attention_pass *t, const fc_norm *norm,
     return normalise(from, from, norm, t->p->rows, t->row / 4, heads, t->w->head_dim);
 }
 
+/* q, k *= balance: so that keys whose channels differ in size share a scale; what each score is a sum of stays. */
+static void balance(const struct attention_pass *t) {
+    const float *by = t->w->balance; /* (A + C) */
+    const ptrdiff_t n = (t->w->heads + t->w->kv_heads) * t->w->head_dim;
+    if (!by || t->s->kv->type != FC_KV_I8) return;
+    for (ptrdiff_t r = 0; r < t->p->rows; r++) {
+        float *qk = t->qkv + r * (t->row / 4);
+        for (ptrdiff_t c = 0; c < n; c++) qk[c] *= by[c];
+    }
+}
+
 /* Queries; keys are rotated on their way into the cache. */
 static fc_status rotate(const struct attention_pass *t) {
     const struct pass *p = t->p;
@@ -72,6 +83,7 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     fc_status status = project_qkv(&t, x, &part->norm);
     if (status == FC_OK) status = norm_heads(&t, &w->q_norm, 0, w->heads);
     if (status == FC_OK) status = norm_heads(&t, &w->k_norm, w->heads, w->kv_heads);
+    balance(&t);
     if (status == FC_OK) status = rotate(&t);
     if (status == FC_OK) status = append(&t);
     if (status == FC_OK) status = attend(&t);

@@ -68,8 +68,8 @@ class GGUFCheckpoint:
         self._taken: set[str] = set()
         for name, tensor in file.tensors.items():
             if tensor.type.name not in TYPES:
-                raise ValueError(f"{tensor.path}: tensor {name} has type {tensor.type.name}, which is not read; "
-                                 f"expected one of {', '.join(TYPES)}")
+                raise ValueError(f"{tensor.path}: tensor {name} has type {tensor.type.name}, which is not read; get "
+                                 f"another quantisation, such as Q4_K_M; expected one of {', '.join(TYPES)}")
             if name in _TOP:
                 self._places[_TOP[name]] = _Place(tensor)
             elif name not in ROPE_TENSORS:
@@ -127,7 +127,7 @@ class GGUFCheckpoint:
         """Where it lies, and its rows, or all of a vector as one."""
         place = self._places.get(name)
         if place is None:
-            raise ValueError(f"{self.file.path}: tensor {name} is missing")
+            raise ValueError(f"{self.file.path}: tensor {self._stored_name(name)} is missing")
         if place.shape != shape:
             raise ValueError(f"{place.name} has shape {place.tensor.shape}, expected {shape} from the metadata")
         raw = place.tensor.read().reshape(place.tensor.shape[0], -1)
@@ -135,6 +135,16 @@ class GGUFCheckpoint:
             raw = raw[place.rows]
         self._taken.add(name)
         return place, raw if len(shape) > 1 else raw.reshape(1, -1)
+
+    def _stored_name(self, name: str) -> str:
+        """What a file calls the tensor that Hugging Face calls so."""
+        for theirs, ours in _TOP.items():
+            if ours == name:
+                return theirs
+        _, _, i, stem = name.split(".", 3)
+        stem, ending = stem.rsplit(".", 1)
+        return next(f"blk.{i}.{theirs}.{ending}" for theirs, ours in _names(self._spec.layers[int(i)]).items()
+                    if ours == stem)
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
         """Raise ValueError if the file holds a tensor that no one asked for: it would have changed the result."""
