@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {"forge_c": "#1b6ca8", "numpy": "#999999", "torch": "#d1495b", "onnxruntime": "#66a182",
             "llama.cpp": "#e39b2d"}
-_DASHES = {"float32": "-", "bfloat16": "--", "int8": ":"}
+_DASHES = {"float32": "-", "bfloat16": "--", "int8": ":", "int4": "-."}
 _MARKERS = "osD^vP*X"
 
 
@@ -86,10 +86,8 @@ def _factor_ticks(axes: Any, values: Sequence[float]) -> None:
 
 def _colour_legend(axes: Any, names: Collection[str]) -> None:
     """What each colour is, above the axes."""
-    for name, colour in _COLOURS.items():
-        if name in names:
-            axes.plot([], [], "o", color=colour, label=name)
-    axes.legend(frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1))
+    shown = [axes.plot([], [], "o", color=colour, label=name)[0] for name, colour in _COLOURS.items() if name in names]
+    axes.legend(handles=shown, frameon=False, ncols=len(shown), loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def curves(title: str, rows: Sequence[Row], limits: Limits, path: Path) -> bool:
@@ -155,8 +153,8 @@ def roofline(rows: Sequence[Row], limits: Limits, path: Path) -> bool:
     figure, ax = _pyplot().subplots(figsize=(8, 5))
     intensities = [row.work.flops / (row.work.read + row.work.written) for row in points]
     ends = min(0.25, *intensities), 2 * max(intensities)
-    for key, unit in (("fp32_gflops", "float32"), ("bf16_gflops", "bfloat16"), ("int8_gops", "int8")):
-        if limits[key]:
+    for key, unit in (("fp32_gflops", "float32"), ("bf16_gflops", "bfloat16"), ("int8_gops", "int8"), ("int4_gops", "int4")):
+        if limits[key] and (unit != "int4" or limits[key] > 1.1 * limits["int8_gops"]):
             knee = limits[key] / limits["read_gbs"]
             xs = (ends[0], knee, max(ends[1], 2 * knee))
             ax.plot(xs, [min(limits[key], x * limits["read_gbs"]) for x in xs], color="black", linewidth=0.8,
@@ -169,13 +167,13 @@ def roofline(rows: Sequence[Row], limits: Limits, path: Path) -> bool:
                 fillstyle="full" if row.variant.startswith("float32") else "none")
     for i, name in enumerate(components):
         ax.plot([], [], linestyle="", color="black", fillstyle="none", marker=_MARKERS[i % len(_MARKERS)], label=name)
-    ax.add_artist(ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.06, 1)))
+    ax.add_artist(ax.legend(frameon=False, fontsize=7, loc="lower right"))
     _colour_legend(ax, {row.impl for row in points})
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xlabel("operations a byte of inputs and results")
     ax.set_ylabel("GFLOP/s or GOP/s")
-    figure.suptitle("Roofline: lines are this machine's limits; filled marks are float32")
+    ax.set_title("Roofline: lines are this machine's limits; filled marks are float32", loc="left", pad=22)
     ax.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
     return True
