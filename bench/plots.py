@@ -153,7 +153,8 @@ def roofline(rows: Sequence[Row], limits: Limits, path: Path) -> bool:
     figure, ax = _pyplot().subplots(figsize=(8, 5))
     intensities = [row.work.flops / (row.work.read + row.work.written) for row in points]
     ends = min(0.25, *intensities), 2 * max(intensities)
-    for key, unit in (("fp32_gflops", "float32"), ("bf16_gflops", "bfloat16"), ("int8_gops", "int8"), ("int4_gops", "int4")):
+    for key, unit in (("fp32_gflops", "float32"), ("bf16_gflops", "bfloat16"), ("int8_gops", "int8"),
+                      ("int4_gops", "int4")):
         if limits[key] and (unit != "int4" or limits[key] > 1.1 * limits["int8_gops"]):
             knee = limits[key] / limits["read_gbs"]
             xs = (ends[0], knee, max(ends[1], 2 * knee))
