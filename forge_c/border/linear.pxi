@@ -210,9 +210,9 @@ def linear(x, weight, bias=None, *, residual=None, out=None):
     output one chain over in_features, so a row's bits do not depend on the other rows. A weight that is used more than
     once should be packed: a plain one is streamed past a few rows, or made into panels at every call, and is then up to
     a third slower than NumPy's BLAS from 8 rows on; w.T of torch's layout is the faster one up to 32 rows. With a
-    bfloat16 PackedWeight, x is rounded to bfloat16; with an integer one, each row of x is rounded to integers as its `activations` say, see
-    pack, and a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself, and shares no memory
-    with anything else.
+    bfloat16 PackedWeight, x is rounded to bfloat16; with an integer one, each row of x is rounded to integers as its
+    `activations` say, see pack, and a row that holds a NaN or an infinity gives NaN. `out` may be the residual itself,
+    and shares no memory with anything else.
 
     >>> linear(np.ones((2, 3), np.float32), np.eye(3, 2, dtype=np.float32), np.array([1, 2], np.float32))
     array([[2., 3.],
