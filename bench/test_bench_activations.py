@@ -21,3 +21,9 @@ def test_geglu(bench, normal, rows, dtype):
     nbytes = rows * 5632 * DTYPES[dtype]
     bench("geglu", normal(rows, 5632), normal(rows, 5632), case=f"geglu {rows} x 5632", dtype=dtype, read=2 * nbytes,
           written=nbytes, hot=rows == 1)
+
+
+@pytest.mark.large
+def test_new_gelu(bench, normal):
+    nbytes = 4096 * 5632 * 4
+    bench("new_gelu", normal(4096, 5632), case="gelu 4096 x 5632, new result", read=nbytes, written=nbytes)

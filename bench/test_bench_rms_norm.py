@@ -21,3 +21,10 @@ def test_rms_norm_residual(bench, normal, rows, dim, dtype):
     nbytes = rows * dim * DTYPES[dtype]
     bench("rms_norm_residual", normal(rows, dim), normal(rows, dim), normal(dim),
           case=f"rms_norm of a sum, {rows} x {dim}", dtype=dtype, read=2 * nbytes, written=2 * nbytes, hot=rows == 1)
+
+
+@pytest.mark.large
+def test_new_rms_norm(bench, normal):
+    nbytes = 8192 * 4096 * 4
+    bench("new_rms_norm", normal(8192, 4096), normal(4096), case="rms_norm 8192 x 4096, new result", read=nbytes,
+          written=nbytes)

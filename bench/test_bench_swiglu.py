@@ -22,3 +22,10 @@ def test_swiglu_mlp(bench, normal, rows, dtype):
     bench("swiglu_mlp", normal(rows, d), up, gate, normal(hidden, d, scale=hidden ** -0.5), dtype=dtype,
           case=f"SwiGLU MLP 2048 -> 5632, M {rows}", read=3 * d * hidden * DTYPES[dtype] + 4 * rows * d,
           written=4 * rows * d, flops=6 * rows * d * hidden)
+
+
+@pytest.mark.large
+def test_new_swiglu(bench, normal):
+    nbytes = 4096 * 5632 * 4
+    bench("new_swiglu", normal(4096, 5632), normal(4096, 5632), case="swiglu 4096 x 5632, new result",
+          read=2 * nbytes, written=nbytes)

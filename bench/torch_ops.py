@@ -1,4 +1,5 @@
-"""PyTorch on the CPU, as its users call it. Functions as in numpy_ops; OMP_NUM_THREADS sets its threads."""
+"""PyTorch on the CPU, results into memory that is there where an operation takes it (norms and attention do not; new_*:
+as its users call it). Functions as in numpy_ops; OMP_NUM_THREADS sets its threads."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 Array = np.ndarray
 Call = Callable[[], Any]
 DTYPES = ("float32", "bfloat16")
+_C = torch._C._nn  # what torch.nn.functional calls, and takes out=
 torch.set_grad_enabled(False)
 
 
@@ -34,6 +36,9 @@ def rms_norm(x: Array, weight: Array, *, dtype: str) -> Call:
     return lambda: F.rms_norm(t, w.shape, w, 1e-6)
 
 
+new_rms_norm = rms_norm
+
+
 def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     t, w, b = (_cast(a, dtype) for a in (x, weight, bias))
     return lambda: F.layer_norm(t, w.shape, w, b, 1e-5)
@@ -41,15 +46,23 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
 
 def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
     t, r, w = (_cast(a, dtype) for a in (x, residual, weight))
-    return lambda: F.rms_norm(t + r, w.shape, w, 1e-6)
+    h = torch.zeros_like(t)
+    return lambda: F.rms_norm(torch.add(t, r, out=h), w.shape, w, 1e-6)
 
 
 def layer_norm_residual(x: Array, residual: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     t, r, w, b = (_cast(a, dtype) for a in (x, residual, weight, bias))
-    return lambda: F.layer_norm(t + r, w.shape, w, b, 1e-5)
+    h = torch.zeros_like(t)
+    return lambda: F.layer_norm(torch.add(t, r, out=h), w.shape, w, b, 1e-5)
 
 
 def softmax(x: Array, *, dtype: str) -> Call:
+    t = _cast(x, dtype)
+    out = torch.zeros_like(t)
+    return lambda: torch.softmax(t, -1, out=out)
+
+
+def new_softmax(x: Array, *, dtype: str) -> Call:
     t = _cast(x, dtype)
     return lambda: F.softmax(t, dim=-1)
 
@@ -68,32 +81,48 @@ def _rope(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 
 def sinusoidal(x: Array, table: Array, *, dtype: str) -> Call:
     t, added = _cast(x, dtype), _cast(table[:x.shape[1]], dtype)
-    return lambda: t + added
+    out = torch.zeros_like(t)
+    return lambda: torch.add(t, added, out=out)
 
 
 def swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
+    a, b = _cast(gate, dtype), _cast(up, dtype)
+    out = torch.zeros_like(a)
+    return lambda: torch.mul(_C.silu(a, out=out), b, out=out)
+
+
+def new_swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
     a, b = _cast(gate, dtype), _cast(up, dtype)
     return lambda: F.silu(a) * b
 
 
 def silu(x: Array, *, dtype: str) -> Call:
     t = _cast(x, dtype)
-    return lambda: F.silu(t)
+    out = torch.zeros_like(t)
+    return lambda: _C.silu(t, out=out)
 
 
 def gelu(x: Array, *, dtype: str) -> Call:
+    t = _cast(x, dtype)
+    out = torch.zeros_like(t)
+    return lambda: _C.gelu(t, out=out)
+
+
+def new_gelu(x: Array, *, dtype: str) -> Call:
     t = _cast(x, dtype)
     return lambda: F.gelu(t)
 
 
 def gelu_tanh(x: Array, *, dtype: str) -> Call:
     t = _cast(x, dtype)
-    return lambda: F.gelu(t, approximate="tanh")
+    out = torch.zeros_like(t)
+    return lambda: _C.gelu(t, approximate="tanh", out=out)
 
 
 def geglu(gate: Array, up: Array, *, dtype: str) -> Call:
     a, b = _cast(gate, dtype), _cast(up, dtype)
-    return lambda: F.gelu(a) * b
+    out = torch.zeros_like(a)
+    return lambda: torch.mul(_C.gelu(a, out=out), b, out=out)
 
 
 def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
@@ -110,7 +139,8 @@ def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Cal
 
 def linear(x: Array, weight: Array, *, dtype: str) -> Call:
     t, w = _cast(x, dtype), _transposed(weight, dtype)
-    return lambda: F.linear(t, w)
+    out = torch.zeros((len(t), len(w)), dtype=t.dtype)
+    return lambda: torch.mm(t, w.T, out=out)
 
 
 def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:

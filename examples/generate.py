@@ -4,7 +4,7 @@
 """
 from __future__ import annotations
 
-import sys
+import argparse
 
 import forge_c as fc
 
@@ -12,7 +12,9 @@ PROMPTS = ["import os\n\n\ndef ", "class Queue:\n    def __init__(self", '"""Too
 
 
 def main() -> None:
-    model = fc.models.load(sys.argv[1] if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="a Hugging Face folder or a GGUF file (default: the embedded model)")
+    model = fc.models.load(parser.parse_args().folder)
     texts = list(PROMPTS)
     for row, piece in model.generate(PROMPTS, 96, temperature=0.7, top_p=0.95, seed=7, stop="\n\n\n", stream=True):
         texts[row] += piece

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from forge_c.version import __version__
@@ -24,18 +25,28 @@ _HOME = {
     }.items()
     for name in names.split()
 }
-_SUBPACKAGES = ("models", "nn")
+_SUBPACKAGES = ("integrations", "models", "nn", "packing")
 
 __all__ = ["__version__", "get_include", "get_library_dir", *_SUBPACKAGES, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return import_module(f"forge_c.{name}")
+    if name in (*_SUBPACKAGES, "functional"):
+        return _imported(name)
     if name not in _HOME:
         raise AttributeError(f"module 'forge_c' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"forge_c.{_HOME[name]}"), name)
+    value = globals()[name] = getattr(_imported(_HOME[name]), name)
     return value
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return import_module(f"forge_c.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "forge_c.functional":
+            raise
+        raise ImportError(f"forge_c: {Path(__file__).parent} is the source, where nothing is compiled; run `make` or "
+                          "`pip install -e .` in it, or start Python in another folder") from error
 
 
 def __dir__() -> list[str]:

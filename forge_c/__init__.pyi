@@ -1,5 +1,7 @@
+from forge_c import integrations as integrations
 from forge_c import models as models
 from forge_c import nn as nn
+from forge_c import packing as packing
 from forge_c.functional import PackedWeight as PackedWeight
 from forge_c.functional import attention as attention
 from forge_c.functional import available_isas as available_isas

@@ -281,6 +281,7 @@ cdef extern from "forge.h" nogil:
         FC_PEAK_F32
         FC_PEAK_BF16
         FC_PEAK_I8
+        FC_PEAK_I4
     double fc_peak_ops(fc_peak what, ptrdiff_t iterations)
     fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum)
     fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes)

@@ -61,7 +61,7 @@ def _add_generate(generate: _Parser) -> None:
     text.add_argument("text", nargs="?", metavar="TEXT", help="text to continue; without it, what is piped in")
     text.add_argument("--prompt", metavar="TEXT", help="the same; - reads all of stdin, also its last line end")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
-    _add_sampling(generate, "greedy")
+    _add_sampling(generate, None, "greedy; the embedded model: model")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--chat", action="store_true", help="the text is a user's message: use the chat template")
     generate.add_argument("--no-special-tokens", action="store_true", help="add none to the text")
@@ -72,13 +72,13 @@ def _add_chat(chat: _Parser) -> None:
     chat.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: until it ends)")
     chat.add_argument("--context", type=int, metavar="N", help="tokens of the conversation (default: the model's "
                                                                "context, at most 4096)")
-    _add_sampling(chat, "model")
+    _add_sampling(chat, "model", "model")
 
 
-def _add_sampling(command: _Parser, default: str) -> None:
+def _add_sampling(command: _Parser, default: str | None, shown: str) -> None:
     command.add_argument("--sampling", choices=("model", "greedy"), default=default,
                          help="what holds of the options below that are not given: the settings of the model's makers, "
-                              "or the best token (default: %(default)s)")
+                              f"or the best token (default: {shown})")
     command.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     command.add_argument("--top-k", type=int, metavar="K")
     command.add_argument("--top-p", type=float, metavar="P")
@@ -159,7 +159,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     Sampler(**given)
-    return given | {"sampling": "model" if args.sampling == "model" else None}
+    chosen = args.sampling or ("model" if args.model is None else "greedy")
+    return given | {"sampling": "model" if chosen == "model" else None}
 
 
 def _generate(args: argparse.Namespace) -> int:

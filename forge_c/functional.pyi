@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -19,6 +19,7 @@ class PackedWeight:
     group_size: int | None
     activations: str | None
     data: Array
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn: ...
     def __init__(self, data: Array, shape: tuple[int, int], dtype: str, gated: bool = False,
                  group_size: int | None = None, activations: str | None = None) -> None: ...
     @property

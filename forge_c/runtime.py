@@ -79,7 +79,7 @@ def _limits(seconds: float, size: int) -> dict[str, float]:
         return 2 * size
 
     rates = {f"{name}_{unit}": _best_rate(partial(functional._peak_ops, name, 200_000), seconds)
-             for name, unit in (("fp32", "gflops"), ("bf16", "gflops"), ("int8", "gops"))}
+             for name, unit in (("fp32", "gflops"), ("bf16", "gflops"), ("int8", "gops"), ("int4", "gops"))}
     rates["read_gbs"] = _best_rate(read, seconds)
     rates["copy_gbs"] = _best_rate(write, seconds)
     return rates
@@ -88,10 +88,10 @@ def _limits(seconds: float, size: int) -> dict[str, float]:
 def roofline(seconds: float = 0.2, size: int = 256 << 20) -> dict[str, Any]:
     """This machine's limits, measured here and now with the ISA in use.
 
-    Returns {"threads", "fp32_gflops", "bf16_gflops", "int8_gops", "read_gbs", "copy_gbs", "by_threads"}: multiply-add
-    peaks (0 where the ISA has no such unit), DRAM read bandwidth and copy bandwidth (read plus written bytes) over
-    arrays of `size` bytes; by_threads has the same for 1 .. threads. Each figure is the best of repeats that fill
-    `seconds`.
+    Returns {"threads", "fp32_gflops", "bf16_gflops", "int8_gops", "int4_gops", "read_gbs", "copy_gbs", "by_threads"}:
+    multiply-add peaks (0 where the ISA has no such unit; int4 is nibbles by bytes, which AVX2 multiplies faster), DRAM
+    read bandwidth and copy bandwidth (read plus written bytes) over arrays of `size` bytes; by_threads has the same
+    for 1 .. threads. Each figure is the best of repeats that fill `seconds`.
     """
     threads = get_num_threads()
     by_threads = {}

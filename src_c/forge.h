@@ -321,7 +321,7 @@ typedef struct {
 fc_status fc_forward(const fc_forward_args *args);
 
 /* ---- roofline: work of a known size for the clock, on fc_get_num_threads() threads ---- */
-typedef enum { FC_PEAK_F32, FC_PEAK_BF16, FC_PEAK_I8 } fc_peak;
+typedef enum { FC_PEAK_F32, FC_PEAK_BF16, FC_PEAK_I8, FC_PEAK_I4 } fc_peak;
 double fc_peak_ops(fc_peak what, ptrdiff_t iterations); /* operations done (multiply and add count 2); 0: no unit */
 fc_status fc_read_bytes(const void *data, ptrdiff_t bytes, float *sum);
 fc_status fc_copy_bytes(void *out, const void *data, ptrdiff_t bytes);

@@ -135,6 +135,7 @@ struct fc_stream {
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
     X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \
+    X(peak_i4, (float *sink, ptrdiff_t iterations))                                                                    \
     X(copy_stream, (float *out, const float *data, ptrdiff_t n))                                                       \
     X(read_sum, (float *sum, const float *data, ptrdiff_t n))
 
@@ -170,7 +171,7 @@ struct fc_blocks {
 struct fc_kernels {
     const char *isa;
     /* operations per iteration of the peak_* leaves; 0: the ISA has no such unit */
-    double ops_f32, ops_bf16, ops_i8;
+    double ops_f32, ops_bf16, ops_i8, ops_i4;
     /* the a_type of the ISA's products: float32 or bfloat16 against bfloat16 weights; bytes a value against
      * integer ones */
     fc_dtype bf16_x;

@@ -102,6 +102,14 @@ def test_help_lists_every_option(capsys, command, options):
 
 # ---- generate --------------------------------------------------------------------------------------
 
+def test_the_embedded_model_draws_as_its_makers_say_unless_told(capsys):
+    """Another folder is greedy by default: the same text each time."""
+    options = ("generate", "def ", "--max-new-tokens", 40, "--seed", 3)
+    default, said, greedy = (called(capsys, *options, *more)[1]
+                             for more in ((), ("--sampling", "model"), ("--sampling", "greedy")))
+    assert default == said != greedy
+
+
 def test_the_embedded_model_by_default():
     done = run("generate", "--prompt", "def add(a, b):", "--max-new-tokens", 12)
     assert done.returncode == 0 and done.stdout.startswith("def add(a, b):") and done.stdout.endswith("\n")

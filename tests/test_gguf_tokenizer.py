@@ -270,7 +270,7 @@ def test_without_the_library_ids_go_through(monkeypatch):
     assert ends == {2}
     with pytest.raises(ImportError) as caught:
         found.encode("a")
-    assert str(caught.value) == "models: text needs the tokenizers library: pip install 'forge_c[hf]'"
+    assert str(caught.value) == "models: text needs the tokenizers library: pip install tokenizers"
 
 
 @pytest.mark.parametrize("keys", [{}, {"tokenizer.ggml.model": "none"}, {"tokenizer.ggml.model": "no_vocab"}])

@@ -1,18 +1,22 @@
 """Train, measure and sample the embedded model: a byte-level LLaMA of under 4 MB that writes Python.
 
-    python tools/train_embedded_model.py train --minutes 70 --out /tmp/tiny_python
+    python tools/train_embedded_model.py train --device cuda --minutes 7 --tokens 65536 --out /tmp/tiny_python
     python tools/train_embedded_model.py eval                # the table of the model card, from the shipped files
     python tools/train_embedded_model.py sample --prompt "def "
     python tools/train_embedded_model.py overlap             # the share of each held-out file that training has
+    python tools/train_embedded_model.py parses              # the share of samples that are valid Python
 
-The data are the standard library's own .py files of the running Python; `heldout.json` beside the model names
-the modules that are never trained on. A token is a byte; byte 0, which no source file holds, stands before and
-after every file (it is both BOS and EOS). Needs torch, numpy and safetensors; transformers is not used.
+The data are .py files: the standard library of the running Python (or $STDLIB) and packages beside it (in site-packages
+or $SITE_PACKAGES). `heldout.json` beside the model names the packages, and the modules that are never trained on. A
+token is a byte; byte 0, which no source file holds, stands before and after every file (it is both BOS and EOS). Needs
+torch, numpy and safetensors (`parses`: forge_c); transformers is not used.
 """
 from __future__ import annotations
 
 import argparse
+import ast
 import bz2
+import codeop
 import fnmatch
 import gzip
 import json
@@ -21,6 +25,7 @@ import math
 import os
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +40,16 @@ SHIPPED = Path(__file__).resolve().parent.parent / "forge_c" / "assets" / "tiny_
 BOUNDARY = 0  # BOS and EOS: the byte before the first and after the last of a file
 WINDOW, STRIDE = 1024, 512  # evaluation: at least STRIDE bytes of context, except near the start of a file
 QUERY_CHUNK = 256
+LARGEST = 200_000  # bytes of a package's file: larger ones are tables
 SHINGLE = 64  # bytes that must agree before `overlap` calls two places the same
+PROMPTS = ["def ", "class ", '"""', "def fibonacci(n):\n", "for i in range(10):\n", "import json\n\ndef load(path):\n",
+           "import os\nimport sys\n\nclass Stack:\n", "from collections import deque\n\n\nclass Queue:\n"]
+SAMPLINGS: list[dict[str, float]] = [
+    {"temperature": 0.0}, {"temperature": 0.3}, {"temperature": 0.5}, {"temperature": 0.7}, {"temperature": 1.0},
+    {"temperature": 0.6, "min_p": 0.1}, {"temperature": 0.7, "min_p": 0.05}, {"temperature": 0.8, "min_p": 0.05},
+    {"temperature": 0.8, "min_p": 0.1}, {"temperature": 1.0, "min_p": 0.1}, {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 0.6, "top_p": 0.9},
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ class RMSNorm(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by plain matrix products, which torch.compile fuses well on a CPU (its flash kernel is slower here).
+    """On a CPU by plain matrix products, which torch.compile fuses well (its flash kernel is slower here).
 
     q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim); cut into QUERY_CHUNK queries, so
     that most of the masked upper triangle is never computed.
@@ -81,6 +95,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, seq, head_dim = q.shape
     kv_heads = k.shape[1]
     rep = heads // kv_heads
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     q = (q * head_dim**-0.5).view(batch, kv_heads, rep, seq, head_dim)
     position = torch.arange(seq)
     parts = []
@@ -181,7 +197,11 @@ class Decoder(nn.Module):
 
 
 def stdlib() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
+    return Path(os.environ.get("STDLIB") or sysconfig.get_paths()["stdlib"])
+
+
+def site_packages() -> Path:
+    return Path(os.environ.get("SITE_PACKAGES") or sysconfig.get_paths()["purelib"])
 
 
 def lists() -> dict[str, list[str]]:
@@ -189,27 +209,32 @@ def lists() -> dict[str, list[str]]:
 
 
 def training_files() -> list[Path]:
-    """Every .py of the standard library that is neither held out, nor its test, nor mere data."""
+    """Every .py of the standard library that is neither held out, nor its test, nor mere data; and of the packages,
+    but for generated files of data."""
     spared = lists()["heldout"] + lists()["not_trained_on"] + ["site-packages/*", "*/__pycache__/*"]
     root = stdlib()
     files = sorted(p for p in root.rglob("*.py") if p.is_file())
-    return [p for p in files if not any(fnmatch.fnmatch(p.relative_to(root).as_posix(), s) for s in spared)]
+    kept = [p for p in files if not any(fnmatch.fnmatch(p.relative_to(root).as_posix(), s) for s in spared)]
+    folders = [site_packages() / name for name in lists()["packages"]]
+    beside = [p for folder in folders for p in sorted(folder.rglob("*.py")) if p.stat().st_size < LARGEST]
+    return kept + beside
 
 
 def training_bytes(seed: int) -> Tensor:
     """All training files in a random order, a BOUNDARY byte around each: (n,) uint8."""
-    files = training_files()
+    files = [p for p in training_files() if p.stat().st_size]
     order = np.random.default_rng(seed).permutation(len(files))
     joined = b"\0".join(files[i].read_bytes().replace(b"\0", b"") for i in order)
     return torch.frombuffer(bytearray(b"\0" + joined + b"\0"), dtype=torch.uint8)
 
 
 def batches(data: Tensor, tokens: int, seq_len: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random windows: (ids, next ids), each (tokens / seq_len, seq_len) int64."""
-    generator = torch.Generator().manual_seed(seed)
+    """Endless random windows: (ids, next ids), each (tokens / seq_len, seq_len) int64, where data is."""
+    generator = torch.Generator(data.device).manual_seed(seed)
+    offsets = torch.arange(seq_len + 1, device=data.device)
     while True:
-        starts = torch.randint(len(data) - seq_len - 1, (tokens // seq_len,), generator=generator)
-        window = data[starts[:, None] + torch.arange(seq_len + 1)].long()
+        starts = torch.randint(len(data) - seq_len - 1, (tokens // seq_len, 1), generator=generator, device=data.device)
+        window = data[starts + offsets].long()
         yield window[:, :-1], window[:, 1:]
 
 
@@ -217,10 +242,10 @@ def batches(data: Tensor, tokens: int, seq_len: int, seed: int) -> Iterator[tupl
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix, as in the Muon optimiser."""
+    """Newton-Schulz iteration of each matrix of g (n, out, in) towards the nearest semi-orthogonal one, as in Muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = g.shape[0] > g.shape[1]
-    x = (g.mT if tall else g) / (g.norm() + 1e-7)
+    tall = g.shape[1] > g.shape[2]
+    x = (g.mT if tall else g) / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
@@ -236,12 +261,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
-                p.mul_(1 - group["lr"] * 0.01)
-                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+            for shape in {p.shape for p in group["params"]}:  # matrices of one shape at once: few and large kernels
+                params = [p for p in group["params"] if p.shape == shape]
+                grads = torch.stack([p.grad for p in params])
+                buffer = self.state[params[0]].setdefault("buffer", torch.zeros_like(grads))
+                buffer.lerp_(grads, 1 - group["momentum"])
+                updates = orthogonalise(grads.lerp(buffer, group["momentum"]))
+                torch._foreach_mul_(params, 1 - group["lr"] * 0.01)
+                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5)
 
 
 def optimisers(model: Decoder) -> list[torch.optim.Optimizer]:
@@ -256,7 +283,7 @@ def optimisers(model: Decoder) -> list[torch.optim.Optimizer]:
 
 def stage(progress: float) -> int:
     """Sequence length at a share of the budget: short windows are cheap, the second stage learns the whole context."""
-    return 512 if progress < 0.6 else 1024
+    return 512 if progress < 0.4 else 1024
 
 
 def schedule(progress: float) -> float:
@@ -264,48 +291,65 @@ def schedule(progress: float) -> float:
     return min(1.0, progress / 0.01) if progress < 0.4 else 1.0 - 0.98 * (progress - 0.4) / 0.6
 
 
+def heldout_windows(device: str) -> tuple[Tensor, Tensor]:
+    """A fixed sample of the held-out files, to watch while training."""
+    source = b"\0".join((stdlib() / name).read_bytes() for name in lists()["heldout"])
+    return next(batches(torch.frombuffer(bytearray(source), dtype=torch.uint8).to(device), 1 << 17, WINDOW, 0))
+
+
+def bits_a_byte(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1)) / math.log(2)
+
+
 def train(args: argparse.Namespace) -> None:
-    """The budget is CPU time, so that pausing the process or sharing the machine does not change the schedule."""
+    """On a CPU the budget is CPU time, so that pausing the process or sharing the machine does not change the
+    schedule; on a GPU it is time."""
+    gpu = args.device != "cpu"
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
     model = Decoder(Shape())
     model.initialise(args.seed)
     if args.resume:
         model.load_state_dict(load(args.resume).state_dict())
+    model.to(args.device)
     found = optimisers(model)
-    data = training_bytes(args.seed)
+    data, watched = training_bytes(args.seed).to(args.device), heldout_windows(args.device)
     print(f"{len(data) / 1e6:.1f} MB of source, {sum(p.numel() for p in model.parameters())} parameters", flush=True)
-    forward = torch.compile(model, dynamic=False)
-    budget, start, saved, step, seen = args.minutes * 60 * args.threads, time.process_time(), 0.0, 0, 0
-    seq_len, smooth, source = 0, 5.5, iter(())
+    forward, clock = torch.compile(model, dynamic=False), time.monotonic if gpu else time.process_time
+    budget, start, saved, step, seen = args.minutes * 60 * (1 if gpu else args.threads), clock(), clock(), 0, 0
+    seq_len, smooth, source = 0, torch.tensor(5.5, device=args.device), iter(())
     start -= args.start * budget
-    while (progress := (time.process_time() - start) / budget) < 1:
+    while (progress := (clock() - start) / budget) < 1:
         if stage(progress) != seq_len:
             seq_len = stage(progress)
             source = batches(data, args.tokens, seq_len, args.seed + seq_len)
         ids, targets = next(source)
         for group in (g for o in found for g in o.param_groups):
             group["lr"] = group["peak"] * schedule(progress)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(ids)
-        loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = bits_a_byte(forward(ids), targets)
         loss.backward()
         for optimiser in found:
             optimiser.step()
             optimiser.zero_grad()
-        step, seen, smooth = step + 1, seen + ids.numel(), smooth + 0.03 * (loss.item() / math.log(2) - smooth)
-        if step % 50 == 0:
-            print(f"step {step} {seen / 1e6:.1f} MB {progress:.3f} bits/byte {smooth:.4f} seq {seq_len}", flush=True)
-        if time.process_time() - saved > 600:
-            saved = time.process_time()
+        step, seen = step + 1, seen + ids.numel()
+        smooth.lerp_(loss.detach(), 0.03)
+        if step % args.report == 0:
+            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+                heldout = bits_a_byte(model(watched[0]), watched[1]).item() if gpu else math.nan
+            print(f"step {step} {seen / 1e6:.1f} MB {progress:.3f} seq {seq_len} bits/byte {smooth.item():.4f} "
+                  f"held out {heldout:.4f}", flush=True)
+        if clock() - saved > 600:
+            saved = clock()
             export(model, args.out, {"steps": step, "bytes_seen": seen})
-    export(model, args.out, {"steps": step, "bytes_seen": seen, "cpu_minutes": round(budget / 60)})
+    export(model, args.out, {"steps": step, "bytes_seen": seen, "minutes": round(budget / 60)})
 
 
 def export(model: Decoder, out: Path, recipe: dict[str, int]) -> None:
     """Write a Hugging Face folder: model.safetensors in bfloat16 and config.json."""
     out.mkdir(parents=True, exist_ok=True)
-    weights = {f"model.{n}": p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}
+    weights = {f"model.{n}": p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -375,18 +419,29 @@ def print_row(name: str, row: dict[str, float]) -> None:
     print(f"| {name} | {length:.0f} | {cells} |", flush=True)
 
 
+def shingles(source: bytes) -> np.ndarray:
+    """A hash of each run of SHINGLE bytes: its 8-byte words times odd numbers, summed modulo 2**64."""
+    if len(source) < SHINGLE:
+        return np.zeros(0, np.uint64)
+    odd = np.random.default_rng(0).integers(1 << 63, size=SHINGLE // 8, dtype=np.uint64) * 2 + 1
+    words = np.ndarray(len(source) - 7, np.uint64, source, strides=(1,))
+    runs = len(source) - SHINGLE + 1
+    return sum(words[8 * i : 8 * i + runs] * odd[i] for i in range(len(odd)))
+
+
 def overlap(args: argparse.Namespace) -> None:
     """Print, for each held-out file, the share of its bytes inside a SHINGLE-byte run that also stands in training."""
-    seen = set()
+    runs = {name: shingles((stdlib() / name).read_bytes()) for name in lists()["heldout"]}
+    wanted = np.unique(np.concatenate(list(runs.values())))
+    seen = np.zeros(len(wanted), bool)
     for path in training_files():
-        source = path.read_bytes()
-        seen.update(hash(source[i : i + SHINGLE]) for i in range(len(source) - SHINGLE + 1))
-    for name in lists()["heldout"]:
-        source = (stdlib() / name).read_bytes()
-        covered = np.zeros(len(source), bool)
-        for i in range(len(source) - SHINGLE + 1):
-            if hash(source[i : i + SHINGLE]) in seen:
-                covered[i : i + SHINGLE] = True
+        found = np.sort(shingles(path.read_bytes()))
+        at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+        seen[at[wanted[at] == found]] = True
+    for name, hashes in runs.items():
+        covered = np.zeros(len(hashes) + SHINGLE - 1, bool)
+        for i in np.flatnonzero(np.isin(hashes, wanted[seen])):
+            covered[i : i + SHINGLE] = True
         print(f"{name}: {100 * covered.mean():.1f} %")
 
 
@@ -401,15 +456,49 @@ def sample(args: argparse.Namespace) -> None:
     print(bytes(ids[1:]).decode(errors="replace"))
 
 
+def is_valid_so_far(text: str) -> bool:
+    """Whether the complete lines of a text, which was cut somewhere, are a module or the beginning of one."""
+    lines = text[: text.rfind("\n") + 1]
+    flags = ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT | codeop.PyCF_DONT_IMPLY_DEDENT
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            compile(lines, "sample", "exec", flags)
+    except (SyntaxError, ValueError) as error:
+        return "incomplete input" in str(error)
+    return True
+
+
+def parses(args: argparse.Namespace) -> None:
+    """Print, for each sampling, the share of samples whose complete lines are valid Python so far, and of those that
+    are valid for half their length."""
+    import forge_c
+
+    model = forge_c.models.load(args.folder)
+    print("| sampling | valid Python | for half its length | of 8 bytes, seen before in it |\n|---|---|---|---|")
+    for sampling in SAMPLINGS:
+        texts = []
+        for seed in range(args.seed, args.seed + (args.samples if sampling["temperature"] else 1)):
+            drawn = model.generate(PROMPTS, args.length, seed=seed, **sampling)
+            texts += [prompt + text for prompt, text in zip(PROMPTS, drawn, strict=True)]
+        whole = np.mean([is_valid_so_far(t) for t in texts])
+        half = np.mean([is_valid_so_far(t[: len(t) // 2]) for t in texts])
+        repeated = np.mean([1 - len({t[i : i + 8] for i in range(len(t) - 7)}) / (len(t) - 7) for t in texts])
+        name = ", ".join(f"{k} {v}" for k, v in sampling.items())
+        print(f"| {name} | {100 * whole:.0f} % | {100 * half:.0f} % | {100 * repeated:.0f} % |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, run in [("train", train), ("eval", evaluate), ("sample", sample), ("overlap", overlap)]:
+    for name, run in [("train", train), ("eval", evaluate), ("sample", sample), ("overlap", overlap),
+                      ("parses", parses)]:
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         command.add_argument("--seed", type=int, default=0)
         if name == "train":
-            command.add_argument("--minutes", type=float, default=50, help="per thread, of CPU time")
+            command.add_argument("--minutes", type=float, default=50, help="of CPU time a thread, or on a GPU of time")
+            command.add_argument("--device", default="cpu", help="cpu or cuda")
+            command.add_argument("--report", type=int, default=50, help="steps between two lines")
             command.add_argument("--threads", type=int, default=os.cpu_count())
             command.add_argument("--tokens", type=int, default=8192, help="bytes in a batch")
             command.add_argument("--out", type=Path, required=True)
@@ -419,7 +508,10 @@ def main() -> None:
             command.add_argument("--folder", type=Path, default=SHIPPED)
         if name == "sample":
             command.add_argument("--prompt", default="def ")
+        if name in ("sample", "parses"):
             command.add_argument("--length", type=int, default=400)
+        if name == "parses":
+            command.add_argument("--samples", type=int, default=10, help="of each prompt")
     args = parser.parse_args()
     args.run(args)
 

@@ -81,6 +81,10 @@ static double seconds(void) {
 }
 
 int main(int argc, char **argv) {
+    if (argc > 2 || (argc > 1 && argv[1][0] == '-')) {
+        fprintf(stderr, "usage: %s [FILE]\n", argv[0]);
+        return 2;
+    }
     float *ones = zeros(HIDDEN * 4), *cosine = zeros(TOKENS * HALF * 4), *sine = zeros(TOKENS * HALF * 4);
     for (ptrdiff_t i = 0; i < HIDDEN; i++) ones[i] = 1;
     angles(cosine, sine, TOKENS);

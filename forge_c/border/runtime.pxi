@@ -75,7 +75,7 @@ def _build() -> str:
 
 def _peak_ops(str what not None, ptrdiff_t iterations) -> float:
     """Run `iterations` of the peak loop on every thread; the number of operations done, 0 where there is no unit."""
-    cdef fc_peak peak = {"fp32": FC_PEAK_F32, "bf16": FC_PEAK_BF16, "int8": FC_PEAK_I8}[what]
+    cdef fc_peak peak = {"fp32": FC_PEAK_F32, "bf16": FC_PEAK_BF16, "int8": FC_PEAK_I8, "int4": FC_PEAK_I4}[what]
     cdef double ops
     with nogil:
         ops = fc_peak_ops(peak, iterations)

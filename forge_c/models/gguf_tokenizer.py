@@ -90,7 +90,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str = "the GGUF file") -
     try:
         import tokenizers  # noqa: F401
     except ImportError:
-        return NoText(ImportError, "models: text needs the tokenizers library: pip install 'forge_c[hf]'"), ends
+        return NoText(ImportError, "models: text needs the tokenizers library: pip install tokenizers"), ends
     build = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece_with_merges}[kind]
     with failures(source):
         backend = build(vocabulary)

@@ -16,7 +16,8 @@ from forge_c.models import Model
 from forge_c.models.generation import prefill
 from forge_c.runtime import roofline
 
-_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops"}  # every other format multiplies integers
+_PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops",  # every other format multiplies integers
+         **dict.fromkeys(("int4", "q4_0", "q4_1", "q4_k"), "int4_gops")}
 _WARM_UP = 8  # tokens decoded before the clock starts
 
 

@@ -151,7 +151,7 @@ class HuggingFaceTokenizer:
 
             from forge_c.models.chat_template import render_chat
         except ImportError:
-            raise ImportError("apply_chat_template needs jinja2: pip install 'forge_c[hf]'") from None
+            raise ImportError("apply_chat_template needs jinja2: pip install jinja2") from None
         prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         return ChatPrompt(render_chat(template, messages, tools, documents, continue_final_message,
                                       {"add_generation_prompt": prompt, **self.special, **variables}))

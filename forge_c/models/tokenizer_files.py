@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         try:
             return _tokenizer(folder, config)
         except ImportError:
-            return NoText(ImportError, "models: text needs the tokenizers library: pip install 'forge_c[hf]'")
+            return NoText(ImportError, "models: text needs the tokenizers library: pip install tokenizers")
     other = next((name for name in _OTHER_FORMATS if (folder / name).exists()), None)
     if other is None:
         return None

@@ -13,3 +13,7 @@ __all__ = [
     "MultiHeadAttention", "MultiQueryAttention", "RMSNorm", "ReLU", "RotaryPositionalEmbedding",
     "SinusoidalPositionalEncoding", "SwiGLU", "Swish",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,7 +1,7 @@
 """ReLU and GELU."""
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -15,6 +15,9 @@ class ReLU(Layer):
     def forward(self, x: ArrayLike) -> NDArray[Any]:
         return functional.relu(cast_input(self, "x", x))
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class GELU(Layer):
     """x * Phi(x), elementwise; approximate="tanh" is the tanh form (arXiv 1606.08415)."""
@@ -27,3 +30,6 @@ class GELU(Layer):
 
     def forward(self, x: ArrayLike) -> NDArray[Any]:
         return functional.gelu(cast_input(self, "x", x), self.approximate)
+
+    if TYPE_CHECKING:
+        __call__ = forward

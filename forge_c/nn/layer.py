@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, Self
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +21,7 @@ from forge_c.packing import Format, pack, pack_gated
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 Seed = int | np.random.Generator | None
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]  # the formats of packed matrices
 
 
 def cast_input(layer: Layer, name: str, x: ArrayLike) -> NDArray[Any]:
@@ -51,6 +54,13 @@ def uniform(rng: np.random.Generator, fan_in: int, shape: tuple[int, ...]) -> ND
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the usual start of a linear layer."""
     bound = np.float32(1.0 / math.sqrt(max(fan_in, 1)))
     return bound * (2 * rng.random(shape, np.float32) - 1)
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """"; did you mean W_q?", or nothing."""
+    spelt = {one.lower().replace("_", ""): one for one in known if not one.startswith("_")}
+    close = get_close_matches(str(name).lower().replace("_", ""), spelt, 1)
+    return f"; did you mean {spelt[close[0]]}?" if close else ""
 
 
 class Vector:
@@ -90,16 +100,40 @@ class Matrix:
         layer._pack(self.packed, parts)
 
 
-class Layer:
+class _Sealing(type):
+    """Seals a layer once it is made, so that a misspelt weight is not taken for a new attribute."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        layer = super().__call__(*args, **kwargs)
+        layer._sealed = True
+        return layer
+
+
+class Layer(metaclass=_Sealing):
     """Weights, and a forward that is little more than functional calls. Calling a layer is its forward."""
+
+    _sealed = False
 
     def __init__(self) -> None:
         self._vectors: dict[str, NDArray[np.float32] | None] = {}
         self._matrices: dict[str, PackedWeight] = {}
         self._widths: dict[str, list[int]] = {}
         self._gated: frozenset[str] = frozenset()
-        self._dtype = "float32"
+        self._dtype: Dtype = "float32"
         self._activations: str | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._sealed and not name.startswith("_") and name not in vars(self) and not hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{_suggestion(name, dir(self))}")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        sizes = [f"{name}={value!r}" for name, value in vars(self).items()
+                 if not name.startswith("_") and isinstance(value, int | float | str)]
+        sizes += [f"dtype={self._dtype!r}"] if self._matrices else []
+        inner = [f"{name}: {child!r}".replace("\n", "\n  ") for name, child in self._children().items()]
+        line = type(self).__name__ + (f"({', '.join(sizes)})" if sizes or not inner else ":")
+        return "\n  ".join([line, *inner])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} has no forward")
@@ -108,7 +142,7 @@ class Layer:
         return self.forward(*args, **kwargs)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         """The format of the layer's matrices."""
         return self._dtype
 
@@ -121,12 +155,41 @@ class Layer:
             found |= {f"{prefix}.{name}": value for name, value in child.parameters().items()}
         return found
 
+    def load(self, weights: Mapping[str, ArrayLike]) -> Self:
+        """Take every parameter from a mapping with the names and shapes of `parameters()`; the layer itself.
+
+        A missing name, one too many or a wrong shape is an error, and the layer stays as it was.
+
+        >>> from forge_c.nn import RMSNorm
+        >>> print(RMSNorm(2, eps=0.0).load({"weight": [1.0, 2.0]})([3.0, 4.0]).round(4))
+        [0.8485 2.2627]
+        """
+        name, held = type(self).__name__, self.parameters()
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"{name}.load: weights is a {type(weights).__name__}, expected a mapping of names to "
+                            "arrays")
+        for odd in weights:
+            if odd not in held:
+                raise ValueError(f"{name}.load: weights has {odd!r}{_suggestion(odd, held)} "
+                                 f"(expected {', '.join(held)})")
+        if missing := [wanted for wanted in held if wanted not in weights]:
+            raise ValueError(f"{name}.load: weights lacks {', '.join(missing)}")
+        loaded = self.astype(self.dtype, activations=self._activations)  # what fails on the way leaves self as it was
+        for path, value in weights.items():
+            *inner, last = path.split(".")
+            layer = loaded
+            for part in inner:
+                layer = getattr(layer, part)
+            setattr(layer, last, parameter_array(layer, path, value, held[path].shape))
+        self._adopt(loaded)
+        return self
+
     @property
     def activations(self) -> str | None:
         """How inputs of the layer's matrices are rounded, see forge_c.pack; None for float formats."""
         return Format.checked("activations", self._dtype, None).checked_activations("activations", self._activations)
 
-    def astype(self, dtype: str, *, activations: str | None = None) -> Self:
+    def astype(self, dtype: Dtype, *, activations: str | None = None) -> Self:
         """A new layer whose matrices are packed as `dtype`; vectors stay float32.
 
         dtype is "float32", "bfloat16", "int8" or "int4", activations "int8", "int12" or None, see forge_c.pack.
@@ -147,6 +210,14 @@ class Layer:
 
     def _children(self) -> dict[str, Layer]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
+
+    def _adopt(self, other: Layer) -> None:
+        """Hold what another layer of the same making holds; inner layers stay the objects that they are."""
+        for name, value in vars(other).items():
+            if isinstance(value, Layer):
+                getattr(self, name)._adopt(value)
+            else:
+                vars(self)[name] = value
 
     def _parts(self, packed: str) -> list[NDArray[np.float32]]:
         return np.split(self._matrices[packed].unpack(), np.cumsum(self._widths[packed])[:-1], axis=1)

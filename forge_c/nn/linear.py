@@ -1,14 +1,14 @@
 """Linear and Embedding."""
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c import functional
-from forge_c.nn.layer import Layer, Matrix, Seed, Vector, cast_input, parameter_array, read_only, uniform
+from forge_c.nn.layer import Dtype, Layer, Matrix, Seed, Vector, cast_input, parameter_array, read_only, uniform
 
 # Rows are looked up, not multiplied: next to quantised matrices the table is kept in bfloat16.
 _TABLE_DTYPES = {"float32": np.dtype(np.float32)} | dict.fromkeys(("bfloat16", "int8", "int4"),
@@ -38,6 +38,9 @@ class Linear(Layer):
         """x (..., in_features) -> (..., out_features), plus `residual` where given."""
         return functional.linear(cast_input(self, "x", x), self._matrices["weight"], self._vectors["bias"],
                                  residual=residual)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class _Table:
@@ -69,7 +72,7 @@ class Embedding(Layer):
     def parameters(self) -> dict[str, NDArray[Any]]:
         return {"weight": self.weight}
 
-    def astype(self, dtype: str, *, activations: str | None = None) -> Self:
+    def astype(self, dtype: Dtype, *, activations: str | None = None) -> Self:
         other = super().astype(dtype, activations=activations)
         other._table = read_only(self._table.astype(_TABLE_DTYPES[dtype]))
         return other
@@ -77,3 +80,6 @@ class Embedding(Layer):
     def forward(self, ids: ArrayLike) -> NDArray[np.float32]:
         """ids, integers of any shape -> ids.shape + (dim,)."""
         return functional.embedding(ids, self._table, dtype=np.float32)
+
+    if TYPE_CHECKING:
+        __call__ = forward

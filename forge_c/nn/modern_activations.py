@@ -5,7 +5,7 @@ LLaMA checkpoints name the two sides the other way round; `from_llama` does the 
 """
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,9 @@ class Swish(Layer):
 
     def forward(self, x: ArrayLike) -> NDArray[Any]:
         return functional.silu(cast_input(self, "x", x))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class _GatedMLP(Layer):
@@ -64,6 +67,7 @@ class _GatedMLP(Layer):
         gate = parameter_array(layer, "gate_proj", gate_proj, (hidden, width))
         up = parameter_array(layer, "up_proj", up_proj, (hidden, width))
         layer._hold(gate.T, up.T, parameter_array(layer, "down_proj", down_proj, (width, hidden)).T, bias=False)
+        layer._sealed = True
         return layer
 
     def forward(self, x: ArrayLike, *, residual: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -73,9 +77,15 @@ class _GatedMLP(Layer):
                                          None if bias is None else bias.reshape(2, -1), activation=self._activation)
         return functional.linear(hidden, self._matrices["down"], self._vectors["b_down"], residual=residual)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class SwiGLU(_GatedMLP):
     """((x W_gate + b_gate) * swish(x W_up + b_up)) W_down + b_down; hidden_dim defaults to int(8 * input_dim / 3).
+
+    The names are not LLaMA's: what goes through the activation is called W_up here, gate_proj in LLaMA and in
+    Hugging Face, and `gate` in `forge_c.swiglu` and `pack_gated`; W_gate is their up_proj. `from_llama` takes theirs.
 
     W_gate, W_up (input_dim, hidden_dim) and W_down (hidden_dim, input_dim) start uniform in +-1/sqrt(in), biases at
     zero; with bias=False they are None.

@@ -1,7 +1,7 @@
 """Grouped-query (arXiv 2305.13245) and multi-query (arXiv 1911.02150) attention."""
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import ml_dtypes
 import numpy as np
@@ -71,6 +71,16 @@ class GroupedQueryAttention(Layer):
         itself never does this: its queries read the shared heads."""
         return np.repeat(np.asarray(kv), self.n_rep, axis=2)
 
+    @overload
+    def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: Literal[False] = False,
+                kv_cache: None = None, *,
+                residual: NDArray[Any] | None = None) -> NDArray[Any]: ...
+
+    @overload
+    def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
+                kv_cache: KVCache | None = None, *,
+                residual: NDArray[Any] | None = None) -> Any: ...
+
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
                 kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None) -> Any:
         """x (batch, seq, d_model) -> (batch, seq, d_model), plus `residual` where given.
@@ -95,6 +105,9 @@ class GroupedQueryAttention(Layer):
             except BaseException:
                 cache.truncate(past)
                 raise
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _project(self, x: NDArray[Any], past: int | NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
         """q (batch, seq, n_heads, head_dim), k and v (.., n_kv_heads, ..) of tokens that come after `past` others."""
@@ -148,7 +161,20 @@ class MultiQueryAttention(Layer):
         super().__init__()
         self.gqa = GroupedQueryAttention(d_model, n_heads, 1, dropout, bias, **options)
 
+    @overload
+    def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: Literal[False] = False,
+                kv_cache: None = None, *,
+                residual: NDArray[Any] | None = None) -> NDArray[Any]: ...
+
+    @overload
+    def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
+                kv_cache: KVCache | None = None, *,
+                residual: NDArray[Any] | None = None) -> Any: ...
+
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
                 kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None) -> Any:
         """As GroupedQueryAttention."""
         return self.gqa(x, mask, use_cache, kv_cache, residual=residual)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm."""
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,9 @@ class RMSNorm(Layer):
     def forward(self, x: ArrayLike) -> NDArray[Any]:
         return functional.rms_norm(cast_input(self, "x", x), self._vectors["weight"], self.eps)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class LayerNorm(Layer):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450); they start at 1 and 0.
@@ -45,3 +48,6 @@ class LayerNorm(Layer):
 
     def forward(self, x: ArrayLike) -> NDArray[Any]:
         return functional.layer_norm(cast_input(self, "x", x), self._vectors["weight"], self._vectors["bias"], self.eps)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +34,7 @@ class RotaryPositionalEmbedding(Layer):
         """The layer over a table that exists already."""
         layer = cls.__new__(cls)
         layer._hold(table, interleaved)
+        layer._sealed = True
         return layer
 
     def _hold(self, table: RopeTable, interleaved: bool) -> None:
@@ -44,6 +45,9 @@ class RotaryPositionalEmbedding(Layer):
         """(query, key), both turned as positions start_pos, start_pos + 1, ..."""
         q, k = cast_input(self, "query", query), cast_input(self, "key", key)
         return self.rotate(q, start_pos), self.rotate(k, start_pos)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def rotate(self, x: NDArray[Any], start_pos: int = 0, *, positions: NDArray[np.int64] | None = None,
                out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -79,3 +83,6 @@ class SinusoidalPositionalEncoding(Layer):
             raise IndexError(f"SinusoidalPositionalEncoding: positions {start_pos} to {stop - 1} are outside the "
                              f"table of {self.max_len} positions")
         return (a + self.table[start_pos:stop]).astype(a.dtype, copy=False)
+
+    if TYPE_CHECKING:
+        __call__ = forward

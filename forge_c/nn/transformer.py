@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from forge_c.nn.layer import Layer, Seed, cast_input
 from forge_c.nn.modern_activations import SwiGLU
@@ -13,6 +13,13 @@ from forge_c.nn.modern_attention import GroupedQueryAttention
 from forge_c.nn.normalization import RMSNorm
 from forge_c.nn.positional import RotaryPositionalEmbedding
 from forge_c.state.kv import KVCache
+
+# Hugging Face's names in a LLaMA layer, and ours. What it calls gate_proj goes through the activation: our W_up.
+_LLAMA = {
+    "input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight",
+    "mlp.gate_proj.weight": "ffn.W_up", "mlp.up_proj.weight": "ffn.W_gate", "mlp.down_proj.weight": "ffn.W_down",
+} | {f"self_attn.{x}_proj.{theirs}": f"attention.{ours}_{x}" for x in "qkvo"
+     for theirs, ours in (("weight", "W"), ("bias", "b"))}
 
 
 class ModernTransformerBlock(Layer):
@@ -38,6 +45,37 @@ class ModernTransformerBlock(Layer):
                                                seed=rng)
         self.ffn = SwiGLU(d_model, hidden_dim, bias, seed=rng)
 
+    @classmethod
+    def from_llama(cls, weights: Mapping[str, ArrayLike], n_heads: int, n_kv_heads: int, *, prefix: str = "",
+                   **options: Any) -> Self:
+        """A block with the weights of a LLaMA layer as Hugging Face names and stores them, (out_features, in_features).
+
+        weights: any mapping that holds prefix + "self_attn.q_proj.weight" and so on, such as a state dict with the
+        prefix "model.layers.0."; what else it holds is left alone. Biases of attention are taken where there are any.
+        options: max_seq_len, base, scaling, eps and causal, as for the class.
+        """
+        got = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if lacking := [name for name in _LLAMA if name not in got and not name.endswith("bias")]:
+            raise ValueError(f"{cls.__name__}.from_llama: weights lacks {prefix}{lacking[0]}")
+        shape = np.shape(got["mlp.gate_proj.weight"])
+        if len(shape) != 2:
+            raise ValueError(f"{cls.__name__}.from_llama: {prefix}mlp.gate_proj.weight has shape {shape}, expected "
+                             "(hidden, in)")
+        hidden, width = shape
+        biased = any(name in got for name in _LLAMA if name.endswith("bias"))
+        block = cls(width, n_heads, n_kv_heads, hidden_dim=hidden, bias=biased, seed=0, **options)
+        taken = {ours: np.transpose(got[name]) for name, ours in _LLAMA.items() if name in got}
+        zeros = {name: np.zeros_like(value) for name, value in block.parameters().items() if ".b_" in name}
+        return block.load(zeros | taken)
+
+    @overload
+    def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: Literal[False] = False,
+                kv_cache: None = None) -> NDArray[Any]: ...
+
+    @overload
+    def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
+                kv_cache: KVCache | None = None) -> Any: ...
+
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
                 kv_cache: KVCache | None = None) -> Any:
         """x (batch, seq, d_model) -> the same shape; mask and cache as in GroupedQueryAttention."""
@@ -47,3 +85,6 @@ class ModernTransformerBlock(Layer):
             h, kv_cache = h
             return self.ffn(self.norm2(h), residual=h), kv_cache
         return self.ffn(self.norm2(h), residual=h)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -44,6 +44,7 @@ const struct fc_kernels FC_TABLE = {
     .ops_f32 = FC_OPS_F32,
     .ops_bf16 = FC_OPS_BF16,
     .ops_i8 = FC_OPS_I8,
+    .ops_i4 = FC_OPS_I4,
     .bf16_x = FC_BF16_X,
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,

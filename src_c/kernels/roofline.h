@@ -15,6 +15,11 @@ enum { PEAK_CHAINS = FC_BYTES == 64 ? 16 : 12 };
 #else
 #define FC_OPS_I8 (4.0 * FC_N * PEAK_CHAINS) /* int16 pairs: the exact int8 product of an ISA without the unit */
 #endif
+#if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
+#define FC_OPS_I4 (8.0 * FC_N * PEAK_CHAINS) /* nibbles by bytes: sums of pairs fit int16 */
+#else
+#define FC_OPS_I4 FC_OPS_I8
+#endif
 
 /* sink[0..2] in: factor, addend, start; sink[3] out */
 static void peak_f32(float *sink, ptrdiff_t iterations) {
@@ -70,6 +75,22 @@ static void peak_i8(float *sink, ptrdiff_t iterations) {
 #pragma GCC unroll 16
     for (int j = 0; j < PEAK_CHAINS; j++) total += (vu)acc[j];
     sink[3] = (float)(int)total[0];
+}
+
+static void peak_i4(float *sink, ptrdiff_t iterations) {
+#if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
+    vi acc[PEAK_CHAINS], factor = (vi)vf_set1(sink[0]), x = (vi)vf_set1(sink[1]), total = {0};
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = (vi)vf_set1(sink[2] * (float)(j + 1));
+    for (; iterations > 0; iterations--)
+#pragma GCC unroll 16
+        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vi_add_maddubs(acc[j], factor, x);
+#pragma GCC unroll 16
+    for (int j = 0; j < PEAK_CHAINS; j++) total ^= acc[j];
+    sink[3] = (float)total[0];
+#else
+    peak_i8(sink, iterations);
+#endif
 }
 
 static void read_sum(float *sum, const float *data, ptrdiff_t n) {

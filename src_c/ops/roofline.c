@@ -22,8 +22,8 @@ static void run_peak(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
 
 double fc_peak_ops(fc_peak what, ptrdiff_t iterations) {
     const struct fc_kernels *k = fc_k;
-    void (*const leaf[])(float *, ptrdiff_t) = {k->peak_f32, k->peak_bf16, k->peak_i8};
-    const double ops[] = {k->ops_f32, k->ops_bf16, k->ops_i8};
+    void (*const leaf[])(float *, ptrdiff_t) = {k->peak_f32, k->peak_bf16, k->peak_i8, k->peak_i4};
+    const double ops[] = {k->ops_f32, k->ops_bf16, k->ops_i8, k->ops_i4};
     struct peak p = {leaf[what], iterations};
     int threads = fc_get_num_threads();
     if (ops[what] > 0) fc_static(threads, threads, LONG_NS, run_peak, &p);
