@@ -117,8 +117,8 @@ typedef enum {
     FC_PACKED_F32, FC_PACKED_BF16, FC_PACKED_I8, FC_PACKED_I4_SYMMETRIC, FC_PACKED_I4_AFFINE, FC_PACKED_Q8_0,
     FC_ROWS, FC_COLS, FC_LAYOUTS
 } fc_layout;
-/* How x is rounded for integer weights. FC_ROUND_I8: to -127..127, a scale for each 32 k (or a group of W, if that is
- * less). FC_ROUND_I12: to -2047..2047, one scale for a row. */
+/* How x is rounded for integer weights, a scale for each 32 k or, if that is less, group of W. FC_ROUND_I8: to
+ * -127..127. FC_ROUND_I12: to -2047..2047; against weights of 8 bits a scale serves a whole group, up to 4096 k. */
 typedef enum { FC_ROUND_I8, FC_ROUND_I12 } fc_rounds;
 typedef struct {
     size_t size; /* sizeof(fc_linear_args) */
