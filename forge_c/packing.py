@@ -47,10 +47,10 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
         dtype: the stored format: "float32", "bfloat16" (round to nearest even), "int8" or "int4".
         group_size: rows of a column that share a scale: for int8 a multiple of 32, by default 128; for int4 either 32,
             symmetric as llama.cpp's Q4_0, or a multiple of 64, by default 64, with a minimum beside the scale.
-        activations: of int8 and int4, how `linear` rounds its input: "int8", to 127 steps on either side of zero whose
-            size is chosen for each 32 values, or "int12", to 2047 steps of one size for a row. By default int12 for
-            int8, int8 for int4. int12 is the more accurate, and slower for many rows where the processor multiplies
-            bytes.
+        activations: of int8 and int4, how `linear` rounds its input: "int8", to 127 steps on either side of zero, or
+            "int12", to 2047; their size is chosen for each 32 values, with int12 before int8 for each group of the
+            weight. By default int12 for int8, int8 for int4. int12 is the more accurate, and slower for many rows where
+            the processor multiplies bytes.
 
     Packing copies; the original is not kept. 8.25 bits a weight for int8, 4.5 for int4 of group 32 and 64.
 

@@ -261,7 +261,8 @@ def linear_integers(rng: Rng) -> Call:
     x, k, n = _x(rng)
     stored, group = pick(rng, (("int8", None), ("int8", 32), ("int4", None), ("int4", 32), ("int4", 128)))
     w = values(rng, (k, n), pick(rng, DTYPES), pick(rng, ("normal", "constant", "zero", "large")))
-    packed, arrays = fc.pack(w, stored, group_size=group), {"x": x}
+    packed = fc.pack(w, stored, group_size=group, activations=pick(rng, (None, "int8", "int12")))
+    arrays = {"x": x}
     _more(rng, arrays, n)
     return Call(f"linear_{stored}", arrays, partial(fc.linear, weight=packed),
                 partial(_check_integers, packed.unpack()), alias=("residual",))
@@ -276,7 +277,7 @@ def linear_blocks(rng: Rng) -> Call:
 
 
 def _check_integers(w: Array, got: tuple[Array, ...], a: dict[str, Array]) -> None:
-    """Whatever the grain in which x is rounded to 8 bits: half a step of max|x| / 127 for each value, and float32."""
+    """Whatever the grain in which x is rounded: half a step of max|x| / 127 for each value at most, and float32."""
     x, sides = ref.f64(a["x"]), [a.get("bias"), a.get("residual")]
     rows = np.isfinite(x).all(-1, keepdims=True)
     x = np.where(rows, x, 0)
@@ -287,8 +288,8 @@ def _check_integers(w: Array, got: tuple[Array, ...], a: dict[str, Array]) -> No
     largest = min(OVERFLOW, float(ml_dtypes.finfo(got[0].dtype).max))
     total = ref.linear(np.abs(x) + step * 127, absolute + absolute.max(initial=0), sizes[0], residual=sizes[1])
     compare("quantized_linear", got[0], ref.linear(x, weight, sides[0], residual=sides[1]),
-            rows & (step > 1e-30) & (total < largest), magnitude=total, n=2 * len(w),
-            more=0.5 * step * absolute.sum(0) * (1 + 2.0**-10))
+            rows & (step > 2e-30) & (total < largest) & (np.abs(x).sum(-1, keepdims=True) < OVERFLOW),
+            magnitude=total, n=2 * len(w), more=0.5 * step * absolute.sum(0) * (1 + 2.0**-10))
 
 
 def gated(rng: Rng) -> Call:

@@ -123,8 +123,8 @@ typedef enum {
 fc_status fc_embedding_packed(fc_layout layout, ptrdiff_t group, fc_dtype out_type, void *out, const void *table,
                               const int64_t *ids, ptrdiff_t count, ptrdiff_t k, float scale);
 
-/* How x is rounded for integer weights. FC_ROUND_I8: to -127..127, a scale for each 32 k (or a group of W, if that is
- * less). FC_ROUND_I12: to -2047..2047, one scale for a row. */
+/* How x is rounded for integer weights, a scale for each 32 k or, if that is less, group of W. FC_ROUND_I8: to
+ * -127..127. FC_ROUND_I12: to -2047..2047; against weights of 8 bits a scale serves a whole group, up to 4096 k. */
 typedef enum { FC_ROUND_I8, FC_ROUND_I12 } fc_rounds;
 typedef struct {
     size_t size; /* sizeof(fc_linear_args) */

@@ -21,7 +21,7 @@ enum { FC_ANY_GROUP = -1 };           /* the weight says how many rows share a s
 typedef enum {
     FC_A_F32,
     FC_A_BF16, /* x rounded to bfloat16 */
-    FC_A_I8,   /* integers -127..127 and a scale a row of x */
+    FC_A_I8,   /* integers and a scale for each chunk of k, as the caller wants x rounded */
     FC_A_I16   /* integers that whoever multiplies has made */
 } fc_a_type;
 

@@ -10,7 +10,7 @@
 
 static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 2; }
 
-/* k of a row of x that share a scale where it is rounded to int8, or as many as share one of W, if those are fewer */
+/* k of a row of x that share a scale, or as many as share one of W, if those are fewer */
 enum { FC_CHUNK = 32 };
 
 /* A chunk of a row of x as integers: x[k] ~ scale q[k]. It follows its q, and is followed by the next chunk's. */
@@ -26,8 +26,7 @@ struct fc_rounding {
     int zero;               /* of W */
     int wide;               /* int16, each four in the order 0 2 1 3 (see gemm.h), else int8 */
     int planes;             /* int8: 2 for -2047..2047, high and low part of a chunk one after the other */
-    int by_row;             /* a scale for the row, which is given, instead of one a chunk */
-    float scale, inverse;
+    float qmax;             /* 127 or 2047 */
 };
 
 /* C[m][FC_PANEL * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in formats.h. */
@@ -93,8 +92,6 @@ struct fc_stream {
     X(from_f32, (void *out, const float *x, ptrdiff_t n, float scale), out, x, n, scale)                               \
     X(to_bf16, (uint16_t *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
-    X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float qmax), scale, inverse, x, n,    \
-      qmax)                                                                                                            \
     X(quantize, (void *q, const void *x, ptrdiff_t n, ptrdiff_t padded, const struct fc_rounding *r), q, x, n, padded, \
       r)                                                                                                               \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \

@@ -147,10 +147,10 @@ def steady(x: Array) -> Array:
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).copy()
     while True:
         wide, close = np.abs(reference.f64(flat)), np.zeros(flat.shape, bool)
-        for activations, steps in STEPS.items():
-            scale = np.repeat(reference.quantized(wide, activations, 32)[1], 32, axis=1)[:, :wide.shape[1]]
+        for activations, chunk in (("int8", 32), *(("int12", chunk) for chunk in (32, 64, 96, 128, 4096))):
+            scale = np.repeat(reference.quantized(wide, activations, chunk)[1], chunk, axis=1)[:, :wide.shape[1]]
             q = wide / np.where(scale == 0, 1.0, scale)
-            close |= np.abs(q % 1 - 0.5) < steps * 2.0**-23
+            close |= np.abs(q % 1 - 0.5) < STEPS[activations] * 2.0**-23
         if not close.any():
             return flat.reshape(x.shape)
         flat[close] = 0

@@ -187,15 +187,13 @@ def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, *,
 def quantized(x: ArrayLike, activations: str, chunk: int) -> tuple[F64, F64]:
     """(q (rows, k), scale (rows, chunks)) of rows x (rows, k) ~ scale q, q the nearest whole number, ties to even.
 
-    "int8": scale = max|x| / 127 of each chunk; "int12": max|x| / 2047 of the row, for every chunk of it.
+    scale = max|x| / 127 of each chunk, "int12": max|x| / 2047.
     """
     rows, k = np.shape(x)
     chunks = -(-k // chunk)
     padded = np.zeros((rows, chunks, chunk))
     padded.reshape(rows, chunks * chunk)[:, :k] = f64(x)
     largest = np.max(np.abs(padded), axis=2, keepdims=True, initial=0.0)
-    if activations == "int12":
-        largest = np.broadcast_to(np.max(largest, axis=1, keepdims=True, initial=0.0), largest.shape)
     steps = {"int8": 127, "int12": 2047}[activations]
     q = np.rint(padded * steps / np.where(largest == 0, 1.0, largest))
     return q.reshape(rows, chunks * chunk)[:, :k], largest[:, :, 0] / steps

@@ -1,13 +1,12 @@
 /* Activations for integer weights, a row of x in chunks of k, see fc_rounding:
- *     x[k] ~ scale q[k]     scale = max|x| / qmax,  q in -qmax..qmax, round to nearest even
- * "int8": the maximum of the chunk, qmax 127; "int12": that of the row, qmax 2047. A chunk's integer sums are exact,
- * whatever multiplies it, so it ends where a scale of x or of W does. q is int8; int8 in two planes, q = 128 h + l with
- * l in 0..127; or, `wide`, int16. q and sums are zero from n to `padded`.
- * A chunk (int12: a row) with a NaN or an infinity gets the scale NaN; one with nothing above 2^-100 counts as zero, so
- * that qmax / max|x| is an ordinary number. */
+ *     x[k] ~ scale q[k]     scale = max|x| / qmax of the chunk,  q in -qmax..qmax, round to nearest even
+ * A chunk's integer sums are exact, whatever multiplies it, so it ends where a scale of W does. q is int8; int8 in two
+ * planes, q = 128 h + l with l in 0..127; or, `wide`, int16. q and sums are zero from n to `padded`.
+ * A chunk with a NaN or an infinity gets the scale NaN; one with nothing above 2^-100 counts as zero, so that
+ * qmax / max|x| is an ordinary number. */
 
-/* scale and its inverse, of a row whose largest magnitude is `largest`; poison: NaN if the row has a NaN or an infinity
- */
+/* scale and its inverse, of values whose largest magnitude is `largest`; poison: NaN if there is a NaN or an
+ * infinity */
 FC_INLINE void quantize_scales(float *scale, float *inverse, float largest, float poison, float qmax) {
     const int usable = poison == 0.0f && largest > 0x1p-100f;
     *inverse = usable ? qmax / largest : 0.0f;
@@ -48,7 +47,7 @@ FC_INLINE vf vf_maxima_of_rows(vf r[FC_N]) {
 
 /* Scales and inverses (FC_N) of `count` chunks of x from `from` on. */
 FC_INLINE void chunk_scales(fc_dtype t, float *scale, float *inverse, const void *x, ptrdiff_t from, ptrdiff_t n,
-                            ptrdiff_t chunk, int count) {
+                            ptrdiff_t chunk, int count, float qmax) {
     vf top[FC_N] = {0}, poison = vf_zero();
     for (int j = 0; j < count; j++) {
         vf largest = vf_zero();
@@ -59,13 +58,13 @@ FC_INLINE void chunk_scales(fc_dtype t, float *scale, float *inverse, const void
         }
         top[j] = largest;
     }
-    const vf largest = vf_maxima_of_rows(top), least = vf_set1(0x1p-100f), qmax = vf_set1(127.0f);
-    vf_store(scale, vf_if_lt(least, largest, largest / qmax, vf_zero()));
-    vf_store(inverse, vf_if_lt(least, largest, qmax / largest, vf_zero()));
+    const vf largest = vf_maxima_of_rows(top), least = vf_set1(0x1p-100f), steps = vf_set1(qmax);
+    vf_store(scale, vf_if_lt(least, largest, largest / steps, vf_zero()));
+    vf_store(inverse, vf_if_lt(least, largest, steps / largest, vf_zero()));
     if (vf_sum(poison) == 0.0f) return;
     for (int j = 0; j < count; j++, from += chunk) {
         const ptrdiff_t left = n - from < chunk ? n - from : chunk;
-        quantize_scale_any(t, scale + j, inverse + j, (const char *)x + from * (t == FC_F32 ? 4 : 2), left, 127.0f);
+        quantize_scale_any(t, scale + j, inverse + j, (const char *)x + from * (t == FC_F32 ? 4 : 2), left, qmax);
     }
 }
 
@@ -98,11 +97,10 @@ FC_INLINE void quantize_as(fc_dtype t, const int wide, const int planes, char *q
     float scale[FC_N], inverse[FC_N], whole = 0.0f;
     int32_t sum[FC_N];
     char *first = q; /* what follows the q of a group's first chunk */
-    for (int j = 0; j < FC_N; j++) scale[j] = r->scale, inverse[j] = r->inverse;
     for (ptrdiff_t from = 0; from < padded; from += FC_N * chunk) {
         const int count = (int)(padded - from < FC_N * chunk ? (padded - from) / chunk : FC_N);
         vi sums[FC_N] = {0};
-        if (!r->by_row) chunk_scales(t, scale, inverse, x, from, n, chunk, count);
+        chunk_scales(t, scale, inverse, x, from, n, chunk, count, r->qmax);
         for (int j = 0; j < count; j++)
             sums[j] = quantize_chunk(t, wide, planes, q + j * (q_bytes + (ptrdiff_t)sizeof(struct fc_chunk)), x,
                                      from + j * chunk, n, chunk, inverse[j]);

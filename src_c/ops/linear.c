@@ -34,9 +34,9 @@ struct product {
     ptrdiff_t chunk_lines;
 };
 
-/* k that share a scale of x and of W, and an integer sum: of a row that is rounded by one scale, as many as may. */
-static ptrdiff_t chunk_of(const struct fc_format *format, ptrdiff_t group, int by_row) {
-    if (!by_row || format->bits < 8 || format->expands) return fc_smaller(group, FC_CHUNK);
+/* k that share a scale of x and of W, and an integer sum: with 12 bits against 8, as many as may. */
+static ptrdiff_t chunk_of(const struct fc_format *format, ptrdiff_t group, fc_rounds rounding) {
+    if (rounding == FC_ROUND_I8 || format->bits < 8 || format->expands) return fc_smaller(group, FC_CHUNK);
     if (group <= LONGEST_CHUNK) return group;
     ptrdiff_t chunk = LONGEST_CHUNK;
     while (group % chunk) chunk /= 2;
@@ -44,11 +44,11 @@ static ptrdiff_t chunk_of(const struct fc_format *format, ptrdiff_t group, int b
 }
 
 static struct fc_rounding rounding_of(const struct fc_format *format, const fc_linear_args *args, int x_bytes) {
-    struct fc_rounding r = {.group = fc_group_k(format, args->group), .zero = format->zero,
-                            .by_row = args->rounding == FC_ROUND_I12};
-    r.chunk = chunk_of(format, r.group, r.by_row);
-    r.wide = x_bytes == 2;
-    r.planes = r.by_row && !r.wide ? 2 : 1;
+    const int fine = args->rounding == FC_ROUND_I12;
+    struct fc_rounding r = {.group = fc_group_k(format, args->group), .zero = format->zero, .wide = x_bytes == 2,
+                            .qmax = fine ? 2047.0f : 127.0f};
+    r.chunk = chunk_of(format, r.group, args->rounding);
+    r.planes = fine && !r.wide ? 2 : 1;
     return r;
 }
 
@@ -101,8 +101,7 @@ struct linear {
 /* ---- x as the kernel eats it ---- */
 
 /* Row i, k0 .. k0 + kc - 1 of it, to where the kernel looks for it; zeros from K on. */
-static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i, ptrdiff_t k0,
-                          const struct fc_rounding *r) {
+static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i, ptrdiff_t k0) {
     const fc_linear_args *args = ctx->args;
     const ptrdiff_t padded = fc_smaller(ctx->kc, ctx->k - k0), n = fc_smaller(padded, args->k - k0);
     const char *from = row + k0 * fc_size_of(args->type);
@@ -112,7 +111,7 @@ static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i
     case A_BF16: ctx->kernels->to_bf16[args->type](to, from, n); break;
     case A_ROUNDED: ctx->kernels->round_bf16[args->type](to, from, n); break;
     case A_QUANTIZED:
-        ctx->kernels->quantize[args->type](to, from, n, padded, r);
+        ctx->kernels->quantize[args->type](to, from, n, padded, &ctx->product.rounding);
         return;
     }
     if (n < padded) memset((char *)to + n * ctx->product.x_bytes, 0, (size_t)((padded - n) * ctx->product.x_bytes));
@@ -122,7 +121,6 @@ static void convert_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank
     const struct linear *ctx = context;
     const fc_linear_args *args = ctx->args;
     fc_cursor at;
-    struct fc_rounding r = ctx->product.rounding;
     fc_cursor_at(&at, args->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&at)) {
         const char *row = (const char *)args->x + at.at[1];
@@ -132,8 +130,7 @@ static void convert_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank
                                                args->norm_offset, NULL, NULL);
             row = normed;
         }
-        if (r.by_row) ctx->kernels->quantize_scale[args->type](&r.scale, &r.inverse, row, args->k, 2047.0f);
-        for (ptrdiff_t k0 = 0; k0 < ctx->k; k0 += ctx->kc) convert_piece(ctx, row, i, k0, &r);
+        for (ptrdiff_t k0 = 0; k0 < ctx->k; k0 += ctx->kc) convert_piece(ctx, row, i, k0);
     }
 }
 

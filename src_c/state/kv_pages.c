@@ -58,15 +58,16 @@ static void scatter(char *to, ptrdiff_t step, const char *from, ptrdiff_t size, 
 /* row (n) of one token as the cache's type, in `to`; its scale, or 1 */
 static float encode(const struct fc_kernels *kernels, fc_kv_type type, void *to, fc_dtype from_type, const void *from,
                     ptrdiff_t n) {
-    struct fc_rounding r = {.group = fc_round_up(n, 64), .by_row = 1, .planes = 1, .scale = 1.0f};
+    const ptrdiff_t padded = fc_round_up(n, 64);
+    const struct fc_rounding r = {.chunk = padded, .group = padded, .planes = 1, .qmax = 127.0f};
+    struct fc_chunk whole;
     if (type != FC_KV_I8) {
         fc_convert_row(kernels, type == FC_KV_F32 ? FC_F32 : FC_BF16, to, from_type, from, n, 1.0f);
-        return r.scale;
+        return 1.0f;
     }
-    r.chunk = r.group;
-    kernels->quantize_scale[from_type](&r.scale, &r.inverse, from, n, 127.0f);
-    kernels->quantize[from_type](to, from, n, r.group, &r);
-    return r.scale;
+    kernels->quantize[from_type](to, from, n, padded, &r);
+    memcpy(&whole, (const char *)to + padded, sizeof whole);
+    return whole.scale;
 }
 
 /* The key (D) of one token: where it lies, or rotated in `stage`, rounded to the dtype of k as fc_rope does */
