@@ -88,12 +88,12 @@ def test_numpy_is_not_imported_before_there_is_work(arguments):
 
 
 @pytest.mark.parametrize(("command", "options"), [
-    ("generate", "--model --dtype --threads --prompt --max-new-tokens --temperature --top-k --top-p --min-p "
+    ("generate", "--model --dtype --activations --threads --prompt --max-new-tokens --temperature --top-k --top-p --min-p "
                  "--repetition-penalty --seed --stop --chat --sampling --cache-dtype --no-special-tokens"),
-    ("chat", "--model --dtype --threads --system --max-new-tokens --context --sampling --temperature --top-k --top-p "
+    ("chat", "--model --dtype --activations --threads --system --max-new-tokens --context --sampling --temperature --top-k --top-p "
              "--min-p --repetition-penalty --seed --cache-dtype"),
-    ("info", "--model --dtype --threads"),
-    ("bench", "--model --shape --dtype --threads --prompt-tokens --new-tokens --batch --repeats --json"),
+    ("info", "--model --dtype --activations --threads"),
+    ("bench", "--model --shape --dtype --activations --threads --prompt-tokens --new-tokens --batch --repeats --json"),
 ])
 def test_help_lists_every_option(capsys, command, options):
     status, out, _ = called(capsys, command, "--help")
@@ -377,6 +377,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["info", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
     (["bench", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
     (["generate", "--model", "/no\nsuch\n\nfolder"], "load: /no such folder is not a folder"),
+    (["generate", "--activations", "int12"], "load: activations is 'int12', expected None for bfloat16"),
     (["generate", "--dtype", "int3"], "load: dtype is 'int3', expected auto, float32, bfloat16, int8, int4"),
     (["generate", "--temperature", "-1"], "temperature is -1.0, expected a number >= 0"),
     (["generate", "--temperature", "nan"], "temperature is nan, expected a number >= 0"),
