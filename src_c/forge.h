@@ -154,10 +154,11 @@ fc_status fc_linear(const fc_linear_args *args);
 fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
                           ptrdiff_t n);
 
-/* Scales and minima for columns (n, k) that become integers u = 0..top, ldw bytes apart, in blocks of `groups` groups of
- * `group` k; see kernels/search.h. out (n, k / (group groups), lines) float32. One group to a block: a scale and a
+/* Scales and minima for columns (n, k) that become integers u = 0..top, ldw bytes apart, in blocks of `groups` groups
+ * of `group` k; see kernels/search.h. out (n, k / (group groups), lines) float32. One group to a block: a scale and a
  * minimum, 2 lines. Several: float16 factors d and m, then the integer scale and minimum of each, 2 + 2 groups lines:
- *     W = scale u + minimum      W = (d scale) u - (m minimum)      without minima: W = scale (u - zero), (d scale) (u - zero) */
+ *     W = scale u + minimum      W = (d scale) u - (m minimum)
+ * and without minima  W = scale (u - zero),  W = (d scale) (u - zero). */
 typedef struct {
     size_t size; /* sizeof(fc_search_args) */
     float *out;

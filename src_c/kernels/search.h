@@ -203,8 +203,10 @@ FC_INLINE void fit_factors(vf *d, vf *m, const struct fc_search *s, const struct
         return;
     }
     const vf determinant = f->pp * f->qq - f->pq * f->pq, least = f->pp * f->qq * vf_set1(1e-5f);
-    const vf new_d = (f->pw * f->qq - f->qw * f->pq) / determinant, new_m = (f->pp * f->qw - f->pq * f->pw) / determinant;
-    const vf usable = vf_if_lt(least, determinant, vf_if_lt(none, new_d, vf_if_lt(none, new_m, new_d, none), none), none);
+    const vf new_d = (f->pw * f->qq - f->qw * f->pq) / determinant;
+    const vf new_m = (f->pp * f->qw - f->pq * f->pw) / determinant;
+    vf usable = vf_if_lt(none, new_d, new_m, none);
+    usable = vf_if_lt(least, determinant, usable, none);
     *m = vf_half(vf_if_lt(none, usable, new_m, *m));
     *d = vf_half(vf_if_lt(none, usable, new_d, *d));
 }
