@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import reference as ref
 from conftest import check_close, flushed
+from ggml_blocks import random_blocks
 from test_activations import REFERENCE, magnitude
 from test_attention import check_pair, expected, multiplies_pairs
 from test_attention_cache import integer_roundings
@@ -20,6 +21,9 @@ from test_linear import check_gated, rounded
 from test_rope import pair_length
 
 import forge_c as fc
+from forge_c.formats.blocks import DTYPE_OF
+from forge_c.formats.ggml import TYPES
+from forge_c.packing import pack_blocks
 from fuzz.arrays import DTYPES, KINDS, Array, values
 
 F32, BF16 = DTYPES[0], DTYPES[2]
@@ -187,12 +191,35 @@ def embedding(rng: Rng) -> Call:
     return Call("embedding", arrays, partial(_embedding, scale, dtype), check, any_stride=("ids",))
 
 
-def _embedding(scale: float, dtype: Any, ids: Array, table: Array, out: Any = None) -> Any:
+def _embedding(scale: float, dtype: Any, ids: Array, table: Array | fc.PackedWeight, out: Any = None) -> Any:
     if out is not None and not out.flags.c_contiguous:  # the one op whose out must be dense
         dense = np.empty(out.shape, out.dtype)
         out[...] = fc.embedding(ids, table, scale=scale, dtype=dtype, out=dense)
         return out
     return fc.embedding(ids, table, scale=scale, dtype=dtype, out=out)
+
+
+def embedding_packed(rng: Rng) -> Call:
+    table = _blocks(rng) if rng.random() < 0.5 else fc.pack(
+        values(rng, (pick(rng, LENGTHS), int(rng.integers(1, 30))), pick(rng, DTYPES), "normal"),
+        pick(rng, ("float32", "bfloat16", "int8", "int4")))
+    ids = rng.integers(0, table.shape[1], lead(rng)).astype(pick(rng, (np.int64, np.int32, np.uint8)))
+    scale, dtype = float(pick(rng, (1.0, 1.5, 32.0))), pick(rng, (None, *DTYPES))
+
+    def check(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+        with np.errstate(over="ignore"):
+            want = (table.unpack().T[a["ids"]] * np.float32(scale)).astype(dtype or F32)
+        assert got[0].tobytes() == want.tobytes()
+
+    return Call(f"embedding_{table.dtype}", {"ids": ids}, partial(_embedding, scale, dtype, table=table), check,
+                any_stride=("ids",))
+
+
+def _blocks(rng: Rng) -> fc.PackedWeight:
+    """Of a random ggml type and shape, at least one column wide."""
+    name = pick(rng, tuple(DTYPE_OF))
+    k, n = TYPES[name].weights * int(rng.integers(0, 4)), int(rng.integers(1, 70))
+    return pack_blocks(name, random_blocks(rng, name, n, k), activations=pick(rng, (None, "int8", "int12")))
 
 
 # ---- products ---------------------------------------------------------------------------------------
@@ -237,6 +264,14 @@ def linear_integers(rng: Rng) -> Call:
     packed, arrays = fc.pack(w, stored, group_size=group), {"x": x}
     _more(rng, arrays, n)
     return Call(f"linear_{stored}", arrays, partial(fc.linear, weight=packed),
+                partial(_check_integers, packed.unpack()), alias=("residual",))
+
+
+def linear_blocks(rng: Rng) -> Call:
+    packed = _blocks(rng)
+    arrays = {"x": values(rng, (*lead(rng), packed.shape[0]), pick(rng, DTYPES), pick(rng, KINDS))}
+    _more(rng, arrays, packed.shape[1])
+    return Call(f"linear_{packed.dtype}", arrays, partial(fc.linear, weight=packed),
                 partial(_check_integers, packed.unpack()), alias=("residual",))
 
 
@@ -445,5 +480,5 @@ def merge_attention(rng: Rng) -> Call:
     return Call("merge_attention", arrays, fc.merge_attention, check, 0, any_stride=tuple(arrays))
 
 
-FORMS = (rms_norm, layer_norm, softmax, activation, activation, rope, embedding, linear, linear, linear_packed,
-         linear_integers, gated, attention, attention, attention_cache, merge_attention)
+FORMS = (rms_norm, layer_norm, softmax, activation, activation, rope, embedding, embedding_packed, linear, linear,
+         linear_packed, linear_integers, linear_blocks, gated, attention, attention, attention_cache, merge_attention)

@@ -97,9 +97,9 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Call
     # The two products' bounds carry through act' <= 1.13 and the other factor. magnitude and what else there is: see
     # test_linear.
     "gated_linear": (lambda n, d, s: 1.13 * (n + 2) + 10, SMALLEST_NORMAL),
-    # n steps that add a group's exact sum to the chain, each one rounding or, unfused, one more for its product; a sum
-    # beyond 2^24 as float32; x's scale, and the product by it; bias, residual. magnitude: scale of x times the sum over
-    # groups of |scale sum(x u)| + |minimum sum(x)|, + |bias| + |residual|.
+    # n steps that add a chunk's exact sum to the chain, each one rounding or, unfused, one more for its product; a sum
+    # beyond 2^24 as float32; x's scale, and its product by W's; bias, residual. magnitude: the sum over chunks of scale
+    # of x times |scale sum(x u)| + |minimum sum(x)|, + |bias| + |residual|.
     "quantized_linear": (lambda n, d, s: n + 6, 2.0**-149),
     # As gated_linear, from the line above.
     "quantized_gated_linear": (lambda n, d, s: 1.13 * (n + 6) + 10, 128 * SMALLEST_NORMAL),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,33 @@ FORMATS: dict[str, tuple[str, int | None, int]] = {
     "int8-8192": ("int8", 8192, 8192), "int4": ("int4", None, 64), "int4-32": ("int4", 32, 32),
     "int4-128": ("int4", 128, 128), "int4-192": ("int4", 192, 192), "int4-8192": ("int4", 8192, 8192),
 }
+# The same with inputs rounded the other way, after the slash.
+PRODUCTS = FORMATS | {name: FORMATS[name.partition("/")[0]] for name in (
+    "int8/int8", "int8-96/int8", "int8-8192/int8", "int4/int12", "int4-32/int12", "int4-192/int12", "int4-8192/int12")}
 SMALL_GROUPS = [name for name, (_, _, group) in FORMATS.items() if group < 8192]
+SMALL_PRODUCTS = [name for name, (_, _, group) in PRODUCTS.items() if group < 8192]
 ZERO = {"int8": 128, "int4": 8}
+STEPS = {"int8": 127, "int12": 2047}
+
+
+def activations_of(name: str) -> str:
+    """Of a name in PRODUCTS."""
+    return name.partition("/")[2] or ("int12" if name.startswith("int8") else "int8")
 
 
 @once
 def packed_as(name: str, *sides: Array) -> PackedWeight:
-    """One matrix, or the two of a gated pair, in a format of FORMATS."""
-    dtype, group_size, _ = FORMATS[name]
-    return (pack if len(sides) == 1 else pack_gated)(*sides, dtype, group_size=group_size)
+    """One matrix, or the two of a gated pair, in a format of PRODUCTS."""
+    dtype, group_size, _ = PRODUCTS[name]
+    return (pack if len(sides) == 1 else pack_gated)(*sides, dtype, group_size=group_size,
+                                                     activations=name.partition("/")[2] or None)
+
+
+def chunk_of(dtype: str, group: int, activations: str) -> int:
+    """Rows that share a scale of x and of W, and an exact sum."""
+    if activations == "int8" or dtype != "int8":
+        return 32
+    return group if group <= 4096 else math.gcd(group, 4096)
 
 
 def has_minimum(dtype: str, group: int) -> bool:
@@ -65,13 +84,14 @@ def places(dtype: str, group: int, k: int, n: int, *, sides: int = 1, side: int 
 
 @dataclass(frozen=True)
 class Parts:
-    """W = scale ints + minimum, group by group, or piece by piece; ints (groups, group, n), scale and minimum
-    (groups, n), all float64."""
+    """W = scale ints + minimum, chunk of rows by chunk; ints (chunks, chunk, n), scale and minimum (chunks, n), all
+    float64."""
 
     ints: Array
     scale: Array
     minimum: Array
     k: int
+    activations: str
 
     @property
     def weight(self) -> Array:
@@ -97,14 +117,13 @@ def parts(packed: PackedWeight, side: int = 0) -> Parts:
     scale = read(at.scale)
     minimum = np.zeros(scale.shape) if at.minimum is None else read(at.minimum)
     ints = u.astype(np.float64) - (ZERO[dtype] if at.minimum is None else 0)
-    # An ISA that sums nibbles in 16 bits adds a group to the chain in pieces of 32: more roundings, of their size.
-    piece = min(group, 32) if dtype == "int4" else group
-    scale, minimum = (np.repeat(a, group // piece, axis=0) for a in (scale, minimum))
-    return Parts(ints.reshape(len(scale), piece, n), scale, minimum, k)
+    chunk = chunk_of(dtype, group, packed.activations)
+    scale, minimum = (np.repeat(a, group // chunk, axis=0) for a in (scale, minimum))
+    return Parts(ints.reshape(len(scale), chunk, n), scale, minimum, k, packed.activations)
 
 
-def from_parts(dtype: str, group: int, u: ArrayLike, scale: ArrayLike,
-               minimum: ArrayLike | None = None) -> PackedWeight:
+def from_parts(dtype: str, group: int, u: ArrayLike, scale: ArrayLike, minimum: ArrayLike | None = None,
+               activations: str | None = None) -> PackedWeight:
     """A weight of these bytes: u (k, n), k in whole groups; scale and minimum (groups, n)."""
     u, param = np.asarray(u, np.uint8), np.float32 if dtype == "int8" else np.float16
     k, n = u.shape
@@ -118,16 +137,23 @@ def from_parts(dtype: str, group: int, u: ArrayLike, scale: ArrayLike,
             held = np.zeros(offsets.shape, param)
             held[:k // group] = values
             data[offsets[..., None] + np.arange(param().itemsize)] = held[..., None].view(np.uint8)
-    return PackedWeight(data, (k, n), dtype, False, group)
+    return PackedWeight(data, (k, n), dtype, False, group, activations)
 
 
 def steady(x: Array) -> Array:
-    """x without the values whose rounding the kernel's float32 may decide otherwise than the reference: x 127 / max|x|
-    is off by two roundings there, 127 * 2^-23 at most, and those so close to halfway between whole numbers are 0."""
-    wide = reference.f64(x)
-    largest = np.max(np.abs(wide), axis=-1, keepdims=True, initial=0.0)
-    steps = np.abs(wide) * 127 / np.where(largest == 0, 1.0, largest)
-    return np.where(np.abs(steps % 1 - 0.5) < 127 * 2.0**-23, 0, x).astype(x.dtype)
+    """x (..., k) without the values whose rounding the kernel's float32 may decide otherwise than the reference, with
+    either rounding: x steps / max|x| is off by two roundings there, and those so close to halfway between whole numbers
+    are 0. Where that was a chunk's maximum, the others are looked at again."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).copy()
+    while True:
+        wide, close = np.abs(reference.f64(flat)), np.zeros(flat.shape, bool)
+        for activations, steps in STEPS.items():
+            scale = np.repeat(reference.quantized(wide, activations, 32)[1], 32, axis=1)[:, :wide.shape[1]]
+            q = wide / np.where(scale == 0, 1.0, scale)
+            close |= np.abs(q % 1 - 0.5) < steps * 2.0**-23
+        if not close.any():
+            return flat.reshape(x.shape)
+        flat[close] = 0
 
 
 def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> Array:
@@ -146,21 +172,23 @@ class Product:
 
 @once
 def product(x: Array, w: Parts, bias: Array | None = None, residual: Array | None = None) -> Product:
-    q, scale = reference.quantized(x)
-    terms = reference.group_terms(q, w.ints, w.scale, w.minimum)
-    magnitude = scale * (np.abs(terms).sum(axis=(0, 1)) + SMALLEST_NORMAL)
+    q, scale = reference.quantized(x, w.activations, w.ints.shape[1])
+    terms = scale.T[:, :, None] * np.abs(reference.group_terms(q, w.ints, w.scale, w.minimum))
+    magnitude = terms.sum(axis=(0, 1)) + scale.max(axis=1, initial=0, keepdims=True) * SMALLEST_NORMAL
     for term in (bias, residual):
         magnitude = magnitude if term is None else magnitude + np.abs(reference.f64(term))
-    value = reference.quantized_linear(x, w.ints, w.scale, w.minimum, bias, residual=residual)
+    value = reference.quantized_linear(x, w.ints, w.scale, w.minimum, bias, activations=w.activations,
+                                       residual=residual)
     return Product(value, magnitude, len(w.ints) * (2 if w.minimum.any() else 1))
 
 
 @once
 def unrounded(x: Array, w: Parts, bias: Array | None = None, residual: Array | None = None) -> Product:
     """As product, with x as it came."""
-    y = product(x, w, bias, residual)
+    y, chunk = product(x, w, bias, residual), w.ints.shape[1]
     # Half a step for each value of x; as magnitude, in roundings of 2^-24.
-    half_step = 0.5 * reference.quantized(x)[1] * np.abs(w.weight).sum(axis=0) * (1 + 127 * 2.0**-22)
+    step = np.repeat(reference.quantized(x, w.activations, chunk)[1], chunk, axis=1)[:, :w.k]
+    half_step = 0.5 * step @ np.abs(w.weight) * (1 + STEPS[w.activations] * 2.0**-22)
     return Product(reference.linear(x, w.weight, bias, residual=residual),
                    y.magnitude + half_step * 2.0**24 / (y.steps + 6), y.steps)
 

@@ -184,10 +184,21 @@ def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, *,
         return y if residual is None else y + f64(residual)
 
 
-def quantized(x: ArrayLike) -> tuple[F64, F64]:
-    """(q, scale) of rows x (..., k) ~ scale q: scale = max|x| / 127, q the nearest whole number, ties to even."""
-    largest = np.max(np.abs(f64(x)), axis=-1, keepdims=True, initial=0.0)
-    return np.rint(f64(x) * 127 / np.where(largest == 0, 1.0, largest)), largest / 127
+def quantized(x: ArrayLike, activations: str, chunk: int) -> tuple[F64, F64]:
+    """(q (rows, k), scale (rows, chunks)) of rows x (rows, k) ~ scale q, q the nearest whole number, ties to even.
+
+    "int8": scale = max|x| / 127 of each chunk; "int12": max|x| / 2047 of the row, for every chunk of it.
+    """
+    rows, k = np.shape(x)
+    chunks = -(-k // chunk)
+    padded = np.zeros((rows, chunks, chunk))
+    padded.reshape(rows, chunks * chunk)[:, :k] = f64(x)
+    largest = np.max(np.abs(padded), axis=2, keepdims=True, initial=0.0)
+    if activations == "int12":
+        largest = np.broadcast_to(np.max(largest, axis=1, keepdims=True, initial=0.0), largest.shape)
+    steps = {"int8": 127, "int12": 2047}[activations]
+    q = np.rint(padded * steps / np.where(largest == 0, 1.0, largest))
+    return q.reshape(rows, chunks * chunk)[:, :k], largest[:, :, 0] / steps
 
 
 def group_terms(q: ArrayLike, ints: ArrayLike, scale: ArrayLike, minimum: ArrayLike) -> F64:
@@ -205,10 +216,10 @@ def group_terms(q: ArrayLike, ints: ArrayLike, scale: ArrayLike, minimum: ArrayL
 
 
 def quantized_linear(x: ArrayLike, ints: ArrayLike, weight_scale: ArrayLike, minimum: ArrayLike,
-                     bias: ArrayLike | None = None, *, residual: ArrayLike | None = None) -> F64:
-    """x W + bias + residual with x quantised row by row and W in groups, see group_terms."""
-    q, scale = quantized(x)
-    y = scale * group_terms(q, ints, weight_scale, minimum).sum(axis=(0, 1))
+                     bias: ArrayLike | None = None, *, activations: str, residual: ArrayLike | None = None) -> F64:
+    """x W + bias + residual with x quantised and W in groups, which are x's chunks too, see group_terms."""
+    q, scale = quantized(x, activations, np.shape(ints)[1])
+    y = (scale.T[:, :, None] * group_terms(q, ints, weight_scale, minimum)).sum(axis=(0, 1))
     y = y if bias is None else y + f64(bias)
     return y if residual is None else y + f64(residual)
 

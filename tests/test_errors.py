@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 import forge_c as fc
 from forge_c import nn
+from forge_c.formats.layout import ROWS_OF
 
 F32, F16, BF16, F64 = np.float32, np.float16, ml_dtypes.bfloat16, np.float64
+HELD = ", ".join(ROWS_OF)  # formats of a PackedWeight
 DTYPES_HINT = "expected float32, float16 or bfloat16; pass {}.astype(np.float32)"
 
 
@@ -343,7 +345,7 @@ LAYERS = [
     Wrong(lambda o: nn.GeGLU(4, 3, approximate="fast"), ValueError,
           "GeGLU: approximate is 'fast', expected 'none' or 'tanh'"),
     Wrong(lambda o: nn.SwiGLU(4).astype("float64"), ValueError,
-          "pack_gated: dtype is 'float64', expected one of float32, bfloat16, int8, int4"),
+          "SwiGLU.astype: dtype is 'float64', expected one of float32, bfloat16, int8, int4"),
     Wrong(lambda o: nn.SwiGLU.from_llama(a(5, 3), a(5, 4), a(3, 5)), ValueError,
           "SwiGLU: up_proj has shape (5, 4), expected (5, 3)"),
     Wrong(lambda o: nn.GroupedQueryAttention(8, 4, 3), ValueError,
@@ -375,7 +377,7 @@ RUNTIME = [
     Wrong(lambda o: fc.PackedWeight(np.zeros(512, np.uint8), (16, 16), "int8", False, 0), ValueError,
           "PackedWeight: group_size is 0, expected a multiple of 32 up to 65536 for int8"),
     Wrong(lambda o: fc.PackedWeight(np.zeros(512, np.uint8), (16, 16), "int5"), ValueError,
-          "PackedWeight: dtype is 'int5', expected one of float32, bfloat16, int8, int4"),
+          f"PackedWeight: dtype is 'int5', expected one of {HELD}"),
     Wrong(lambda o: fc.use_isa("mmx"), ValueError,
           f"use_isa: 'mmx' does not run here, expected one of {', '.join(fc.available_isas())}"),
 ]
@@ -414,7 +416,7 @@ OPTIONS = [
     Wrong(lambda o: fc.PackedWeight(PACKED.data, (4, 2**64), "float32"), ValueError,
           f"PackedWeight: shape is (4, {2**64}), which cannot be addressed"),
     Wrong(lambda o: fc.PackedWeight(PACKED.data, (4, 3), None), ValueError,
-          "PackedWeight: dtype is None, expected one of float32, bfloat16, int8, int4"),
+          f"PackedWeight: dtype is None, expected one of {HELD}"),
     Wrong(lambda o: fc.PackedWeight(PACKED.data, (4, 3), "float32", THREE), TypeError,
           "PackedWeight: gated is array([1., 1., 1.]), expected True or False"),
     Wrong(lambda o: attend(o, scale="x"), TypeError, "attention: scale is 'x', expected a number", BTSD),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import struct
 
 import ggml_blocks as blocks
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from forge_c import PackedWeight
 from forge_c.formats.blocks import DTYPE_OF
 from forge_c.formats.ggml import TYPES, dequantize
 from forge_c.packing import pack, pack_blocks, pack_gated_blocks
@@ -164,3 +166,19 @@ def test_what_cannot_be_packed():
         pack_blocks("Q4_0", bad)
     with pytest.raises(ValueError, match="^pack: dtype is 'q4_k', expected one of float32"):
         pack(np.zeros((4, 4), np.float32), "q4_k")
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_pickle_and_the_bytes_alone(rng, name):
+    packed = pack_blocks(name, blocks.random_blocks(rng, name, 20, several(name, (3, 1))), activations="int12")
+    group, rounded = 16 if TYPES[name].sub == 16 else 32, "" if name == "Q8_0" else ", activations='int12'"
+    assert repr(packed) == (f"PackedWeight(shape={packed.shape}, dtype='{DTYPE_OF[name]}', group_size={group}"
+                            f"{rounded})")
+    twin = pickle.loads(pickle.dumps(packed))
+    assert (twin.shape, twin.dtype, twin.group_size) == (packed.shape, packed.dtype, packed.group_size)
+    again = PackedWeight(np.array(packed.data), packed.shape, packed.dtype, group_size=packed.group_size)
+    assert twin.unpack().tobytes() == again.unpack().tobytes() == packed.unpack().tobytes()
+    with pytest.raises(ValueError, match="^PackedWeight: data has .* bytes, expected those that pack"):
+        PackedWeight(np.array(packed.data)[:, 64:].copy(), packed.shape, packed.dtype, group_size=packed.group_size)
+    with pytest.raises(ValueError, match="^PackedWeight: group_size is 48, expected"):
+        PackedWeight(np.array(packed.data), packed.shape, packed.dtype, group_size=48)

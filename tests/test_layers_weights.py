@@ -260,6 +260,33 @@ def test_an_integer_layer_computes_nearly_the_same(rng, name, dtype):
     assert 0 < np.linalg.norm(whole - exact) < 6 * (of_w + of_x) * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("name", MULTIPLYING)
+def test_astype_says_how_inputs_are_rounded(rng, name):
+    layer = LAYERS[name](seed=0)
+    x = example(layer, rng)
+    exact = layer(x)
+    for dtype, usual in (("int8", "int12"), ("int4", "int8")):
+        twins = {a: layer.astype(dtype, activations=a) for a in ("int8", "int12")}
+        assert layer.astype(dtype).activations == usual and layer.activations is None
+        assert layer.astype(dtype)(x).tobytes() == twins[usual](x).tobytes()
+        for activations, twin in twins.items():
+            assert twin.activations == activations
+            assert {w.activations for w in twin._matrices.values()} <= {activations}
+            for other in (copy.copy(twin), pickle.loads(pickle.dumps(twin))):
+                assert other(x).tobytes() == twin(x).tobytes()
+            for key, value in twin.parameters().items():  # packed again
+                setattr(*owner_of(twin, key), value)
+            assert {w.activations for w in twin._matrices.values()} <= {activations}
+        assert twins["int8"](x).tobytes() != twins["int12"](x).tobytes()
+        if dtype == "int8":
+            rough, fine = (np.linalg.norm(twin(x) - exact) for twin in twins.values())
+            assert fine < rough
+    with pytest.raises(ValueError, match=rf"^{type(layer).__name__}\.astype: activations is 'int9', expected one of"):
+        layer.astype("int8", activations="int9")
+    with pytest.raises(ValueError, match="astype: activations is 'int8', expected None for float32"):
+        layer.astype("float32", activations="int8")
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_a_table_of_embeddings_beside_integer_formats_is_bfloat16(dtype):
     table = nn.Embedding(5, 3, seed=0).astype(dtype)
@@ -331,7 +358,7 @@ WRONG = [
     (lambda: nn.Embedding(9, 5).astype("int3"), ValueError,
      "Embedding.astype: dtype is 'int3', expected one of float32, bfloat16, int8, int4"),
     (lambda: nn.Linear(4, 3).astype("int3"), ValueError,
-     "pack: dtype is 'int3', expected one of float32, bfloat16, int8, int4"),
+     "Linear.astype: dtype is 'int3', expected one of float32, bfloat16, int8, int4"),
     (lambda: nn.GELU("quick"), ValueError, "GELU: approximate is 'quick', expected 'none' or 'tanh'"),
     (lambda: nn.GeGLU(4, approximate="quick"), ValueError, "GeGLU: approximate is 'quick', expected 'none' or 'tanh'"),
     (lambda: nn.SwiGLU.from_llama(np.ones((6, 4)), np.ones((4, 6)), np.ones((4, 6))), ValueError,

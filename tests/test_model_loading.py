@@ -277,6 +277,25 @@ def test_unknown_packing(folder, dtype):
     assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32, bfloat16, int8, int4"
 
 
+def test_how_inputs_of_integer_matrices_are_rounded(folder):
+    """By default as pack has it, so the last projection of an int4 model, which is int8, to 12 bits."""
+    exact = load(folder)(IDS)
+    found = {(dtype, a): load(folder, dtype, activations=a)(IDS) for dtype in ("int8", "int4")
+             for a in (None, "int8", "int12")}
+    assert found["int8", None].tobytes() == found["int8", "int12"].tobytes()
+    assert len({found["int4", a].tobytes() for a in (None, "int8", "int12")}) == 3
+    rough, fine = (np.linalg.norm(found["int8", a] - exact) for a in ("int8", "int12"))
+    assert 0 < fine < rough < 0.1 * np.linalg.norm(exact)
+
+
+def test_a_rounding_that_does_not_fit(folder):
+    with pytest.raises(ValueError, match="^load: activations is 'int9', expected one of int8, int12$"):
+        load(folder, "int8", activations="int9")
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ValueError, match=f"^load: activations is 'int8', expected None for {dtype}$"):
+            load(folder, dtype, activations="int8")
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.gguf"])
 def test_pickles_are_not_opened(folder, tmp_path, name):
     trace = tmp_path / "executed"

@@ -349,10 +349,33 @@ def test_pickle_and_copy(isa, rng, name, gated):
     multiply = gated_linear if gated else linear
     twins = [pickle.loads(pickle.dumps(packed, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     for twin in (*twins, copy.copy(packed), copy.deepcopy(packed)):
-        for attribute in ("shape", "dtype", "gated", "nbytes", "group_size"):
+        for attribute in ("shape", "dtype", "gated", "nbytes", "group_size", "activations"):
             assert getattr(twin, attribute) == getattr(packed, attribute)
         assert twin.data.tobytes() == packed.data.tobytes() and not twin.data.flags.writeable
         assert multiply(x, twin).tobytes() == multiply(x, packed).tobytes()
+
+
+def test_how_inputs_are_rounded():
+    """int8 weights deserve 12 bits; what is held is shown where it is not what one gets without asking."""
+    w = np.ones((64, 16), np.float32)
+    for dtype, usual, other in (("int8", "int12", "int8"), ("int4", "int8", "int12")):
+        packed, asked = pack(w, dtype), pack(w, dtype, activations=other)
+        assert (packed.activations, asked.activations) == (usual, other)
+        assert pack(w, dtype, activations=usual).activations == usual
+        assert pack_gated(w, w, dtype, activations=other).activations == other
+        assert repr(packed) == f"PackedWeight(shape=(64, 16), dtype='{dtype}', group_size={packed.group_size})"
+        assert repr(asked) == (f"PackedWeight(shape=(64, 16), dtype='{dtype}', group_size={packed.group_size}, "
+                               f"activations='{other}')")
+        assert pickle.loads(pickle.dumps(asked)).activations == other and copy.copy(asked).activations == other
+        assert asked.data.tobytes() == packed.data.tobytes()
+        with pytest.raises(AttributeError):
+            packed.activations = other
+        # 11 states of x that 127 steps cannot tell apart, 2047 can
+        x = np.linspace(100, 100.4, 11, dtype=np.float32)[:, None] * np.eye(1, 64, 3, dtype=np.float32)
+        x[:, 0] = 127
+        assert len(np.unique(linear(x, pack(w, dtype, activations="int8"))[:, 0])) < 3
+        assert len(np.unique(linear(x, pack(w, dtype, activations="int12"))[:, 0])) > 5
+    assert pack(w).activations is None and pack(w, "bfloat16").activations is None
 
 
 # ---- what is refused ------------------------------------------------------------------------------------
@@ -421,6 +444,20 @@ def test_float_formats_have_no_groups(dtype):
 def test_a_group_size_of_any_whole_number_type(kind):
     packed = pack(W, "int4", group_size=kind(64))
     assert packed.group_size == 64 and type(packed.group_size) is int
+
+
+@pytest.mark.parametrize("activations", ["int9", "float32", 8, True, b"int8"])
+def test_another_rounding_of_inputs(activations):
+    packed = pack(W, "int8")
+    for call, name in ((lambda: pack(W, "int8", activations=activations), "pack"),
+                       (lambda: pack_gated(W, W, "int4", activations=activations), "pack_gated"),
+                       (lambda: PackedWeight(packed.data, packed.shape, "int8", False, 128, activations),
+                        "PackedWeight")):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == f"{name}: activations is {activations!r}, expected one of int8, int12"
+    with pytest.raises(ValueError, match="^pack: activations is 'int8', expected None for bfloat16$"):
+        pack(W, "bfloat16", activations="int8")
 
 
 def test_data_of_another_size():

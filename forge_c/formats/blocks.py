@@ -103,7 +103,7 @@ def _put(name: str, f: Format, panels: Bytes, rows: Bytes) -> None:
 def put_numbers(f: Format, panels: Bytes, numbers: ggml.Numbers) -> None:
     """panels (n, panel bytes) <- the numbers of all their ggml blocks, those of a column one after the other."""
     lines, blocks = LINES[f.dtype], panels.shape[1] // f.block_bytes
-    out = np.empty((len(panels), blocks, f.block_bytes), np.uint8)
+    out = panels.reshape(len(panels), blocks, f.block_bytes)
     at = _put_plane(out, 0, numbers.u, f.row.bits, 0)
     at = _put_plane(out, at, numbers.u, lines.upper, f.row.bits)
     for of in lines.rest:
@@ -113,7 +113,6 @@ def put_numbers(f: Format, panels: Bytes, numbers: ggml.Numbers) -> None:
         out[:, :, at:at + size] = np.ascontiguousarray(by_block).view(np.uint8).reshape(len(out), blocks, size)
         at += size
     out[:, :, at:] = 0
-    panels[...] = out.reshape(panels.shape)
 
 
 def _mask(bits: int) -> np.uint32:
@@ -127,7 +126,7 @@ def _put_plane(out: Bytes, at: int, u: Bytes, bits: int, above: int) -> int:
         return at
     steps, (panels, blocks, _) = 8 // bits, out.shape
     fours = u.view(np.uint32).reshape(panels, PANEL, blocks, -1, steps)
-    plane = fours[..., 0] >> np.uint32(above) & _mask(bits)
+    plane = fours[..., 0] if bits == 8 else fours[..., 0] >> np.uint32(above) & _mask(bits)
     for step in range(1, steps):
         few = fours[..., step] >> np.uint32(above)
         few &= _mask(bits)

@@ -135,9 +135,9 @@ class Format:
             raise ValueError(f"{name}: group_size is {group_size}, expected None for {dtype}")
         integer = isinstance(group_size, int | np.integer) and not isinstance(group_size, bool)
         if not integer or not any(group_size in groups for groups in choices):
-            *others, most = sorted(choices, key=lambda groups: groups.largest)
-            raise ValueError(f"{name}: group_size is {group_size}, expected {''.join(f'{g.unit} or ' for g in others)}"
-                             f"a multiple of {most.unit} up to {most.largest} for {dtype}")
+            kinds = [str(g.unit) if g.unit == g.largest else f"a multiple of {g.unit} up to {g.largest}"
+                     for g in sorted(choices, key=lambda groups: groups.largest)]
+            raise ValueError(f"{name}: group_size is {group_size}, expected {' or '.join(kinds)} for {dtype}")
         return Format(dtype, int(group_size))
 
     def checked_activations(self, name: str, activations: str | None) -> str | None:

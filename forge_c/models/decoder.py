@@ -33,20 +33,20 @@ class Decoder:
     """Packed weights and the forward pass; `forge_c.models.Model` adds text."""
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
-                 progress: Callable[[range], Iterable[int]] = iter) -> None:
+                 progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None) -> None:
         self.spec, self.dtype = spec, dtype
         self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
         self._tables: list[tuple[Rope, RopeTable]] = []
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
-        packed = pack(head.T, _HEAD[dtype])  # (H, vocab)
+        packed = pack(head.T, _HEAD[dtype], activations=activations)  # (H, vocab)
         # Rows are looked up in what is multiplied, where that is the same; else (vocab, H), unless float32 in bfloat16.
         embedding: Any = packed
         if not spec.head.tied:
             embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
         del table, head
-        layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype))
-                  for i in progress(range(spec.n_layers))]
+        layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
+                                                          activations)) for i in progress(range(spec.n_layers))]
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(embedding, layers, norm, packed, embedding_scale=spec.embed.scale)

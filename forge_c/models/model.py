@@ -20,13 +20,13 @@ from forge_c.models.spec import Attention, ModelSpec, model_spec
 from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
 from forge_c.models.weights import Checkpoint, RandomCheckpoint
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS
+from forge_c.packing import FORMATS, Format
 from forge_c.state import ModelCache
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Model:
+def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None) -> Model:
     """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
 
     Args:
@@ -34,6 +34,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
             for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
             last projection in int8, and both integer formats the embedding table in bfloat16, where that is another.
+        activations: how inputs of int8 and int4 matrices are rounded, "int8" or "int12" (see forge_c.pack); by default
+            to 12 bits before int8 matrices, which keeps what these know, and to 8 before int4 ones.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, smollm3, granite. Nothing in the folder is executed.
 
@@ -56,7 +58,9 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto") -> Mod
     checkpoint = Checkpoint(folder)
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
-    return Model(Decoder(spec, checkpoint, dtype, _bar), load_tokenizer(folder), _eos_ids(folder, spec))
+    _check_activations("load", activations, dtype)
+    decoder = Decoder(spec, checkpoint, dtype, _bar, activations)
+    return Model(decoder, load_tokenizer(folder), _eos_ids(folder, spec))
 
 
 def _bar(layers: range) -> Iterable[int]:
@@ -64,12 +68,12 @@ def _bar(layers: range) -> Iterable[int]:
     return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
 
 
-def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
+def random_model(shape: str = "llama-1.1b", dtype: str = "auto", *, activations: str | None = None) -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
         shape: a name in forge_c.models.weights.random.SHAPES: "llama-1.1b" (1.1 billion weights), "llama-tiny", ...
-        dtype: as in load; "auto" is bfloat16.
+        dtype, activations: as in load; "auto" is bfloat16.
 
     Raises:
         ValueError: an unknown shape or dtype.
@@ -78,13 +82,19 @@ def random_model(shape: str = "llama-1.1b", dtype: str = "auto") -> Model:
     Model(model_type='llama', layers=2, hidden_size=64, heads=4/2, vocab_size=512, dtype='bfloat16')
     """
     _check_dtype("random_model", dtype)
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    _check_activations("random_model", activations, dtype)
     spec = model_spec(shape_config(shape))
-    return Model(Decoder(spec, RandomCheckpoint(), "bfloat16" if dtype == "auto" else dtype, _bar), None, frozenset())
+    return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
 
 
 def _check_dtype(function: str, dtype: str) -> None:
     if dtype not in ("auto", *FORMATS):
         raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+
+
+def _check_activations(function: str, activations: str | None, dtype: str) -> None:
+    Format.checked(function, dtype, None).checked_activations(function, activations)
 
 
 def _eos_ids(folder: Path, spec: ModelSpec) -> frozenset[int]:

@@ -25,8 +25,10 @@ class LayerSource:
     """The tensors of one layer by the names that Hugging Face gives them; matrices are (out, in) there. A matrix is let
     go as soon as it is packed."""
 
-    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str) -> None:
+    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str,
+                 activations: str | None = None) -> None:
         self.checkpoint, self.prefix, self.hidden, self.dtype = checkpoint, prefix, hidden, dtype
+        self.activations = activations  # as in pack
 
     def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
         """(out, in) as the file has it."""
@@ -34,7 +36,7 @@ class LayerSource:
 
     def packed(self, name: str, rows: int, columns: int) -> PackedWeight:
         """The same as (in, out), packed."""
-        return pack(self.matrix(name, rows, columns).T, self.dtype)
+        return pack(self.matrix(name, rows, columns).T, self.dtype, activations=self.activations)
 
     def bias(self, wanted: bool, *parts: tuple[str, int]) -> Floats | None:
         """Biases end to end, or None where they are not wanted."""
@@ -81,7 +83,7 @@ def _(kind: Attention, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         qkv = source.packed("self_attn.qkv_proj", queries + 2 * keys, source.hidden)
     else:
         parts = [source.matrix(f"self_attn.{p}_proj", n, source.hidden) for p, n in sizes.items()]
-        qkv = pack(np.concatenate(parts).T, source.dtype)
+        qkv = pack(np.concatenate(parts).T, source.dtype, activations=source.activations)
         del parts
     out = source.packed("self_attn.o_proj", source.hidden, queries)
     norm, post_norm = norms()
@@ -106,7 +108,7 @@ def _(kind: GatedMLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         gate, up = np.split(source.matrix("mlp.gate_up_proj", 2 * width, hidden), 2)
     else:
         gate, up = source.matrix("mlp.gate_proj", width, hidden), source.matrix("mlp.up_proj", width, hidden)
-    pair = pack_gated(gate.T, up.T, source.dtype)
+    pair = pack_gated(gate.T, up.T, source.dtype, activations=source.activations)
     del gate, up
     down = source.packed("mlp.down_proj", hidden, width)
     norm, post_norm = norms()

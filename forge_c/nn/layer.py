@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c.functional import PackedWeight
-from forge_c.packing import pack, pack_gated
+from forge_c.packing import Format, pack, pack_gated
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -99,6 +99,7 @@ class Layer:
         self._widths: dict[str, list[int]] = {}
         self._gated: frozenset[str] = frozenset()
         self._dtype = "float32"
+        self._activations: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} has no forward")
@@ -120,21 +121,28 @@ class Layer:
             found |= {f"{prefix}.{name}": value for name, value in child.parameters().items()}
         return found
 
-    def astype(self, dtype: str) -> Self:
+    @property
+    def activations(self) -> str | None:
+        """How inputs of the layer's matrices are rounded, see forge_c.pack; None for float formats."""
+        return Format.checked("activations", self._dtype, None).checked_activations("activations", self._activations)
+
+    def astype(self, dtype: str, *, activations: str | None = None) -> Self:
         """A new layer whose matrices are packed as `dtype`; vectors stay float32.
 
-        dtype is "float32", "bfloat16", "int8" or "int4", see forge_c.pack.
+        dtype is "float32", "bfloat16", "int8" or "int4", activations "int8", "int12" or None, see forge_c.pack.
 
         The two share only arrays that nothing can write to: assigning a weight of one leaves the other as it is.
         What a layer computes has the dtype of its input, whatever the format of its matrices.
         """
+        name = f"{type(self).__name__}.astype"
+        Format.checked(name, dtype, None).checked_activations(name, activations)
         other = copy.copy(self)
-        other._dtype = dtype
+        other._dtype, other._activations = dtype, activations
         other._vectors, other._matrices, other._widths = dict(self._vectors), dict(self._matrices), dict(self._widths)
         for packed in self._matrices:
             other._pack(packed, self._parts(packed))
         for name, child in self._children().items():
-            setattr(other, name, child.astype(dtype))
+            setattr(other, name, child.astype(dtype, activations=activations))
         return other
 
     def _children(self) -> dict[str, Layer]:
@@ -149,9 +157,10 @@ class Layer:
         if gated:
             self._gated |= {packed}
         if packed in self._gated:
-            self._matrices[packed] = pack_gated(parts[0], parts[1], self._dtype)
+            self._matrices[packed] = pack_gated(parts[0], parts[1], self._dtype, activations=self._activations)
         else:
-            self._matrices[packed] = pack(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), self._dtype)
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            self._matrices[packed] = pack(whole, self._dtype, activations=self._activations)
 
     def _hold_vectors(self, **values: NDArray[np.float32] | None) -> None:
         self._vectors |= {name: None if value is None else read_only(value) for name, value in values.items()}

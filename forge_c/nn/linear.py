@@ -69,10 +69,8 @@ class Embedding(Layer):
     def parameters(self) -> dict[str, NDArray[Any]]:
         return {"weight": self.weight}
 
-    def astype(self, dtype: str) -> Self:
-        if dtype not in _TABLE_DTYPES:
-            raise ValueError(f"Embedding.astype: dtype is {dtype!r}, expected one of {', '.join(_TABLE_DTYPES)}")
-        other = super().astype(dtype)
+    def astype(self, dtype: str, *, activations: str | None = None) -> Self:
+        other = super().astype(dtype, activations=activations)
         other._table = read_only(self._table.astype(_TABLE_DTYPES[dtype]))
         return other
 

@@ -40,7 +40,7 @@ FC_INLINE void expand_products(char *out, const char *d, const char *bytes, cons
                                const int bits, const int negative) {
     for (int j = 0; j < FC_PANEL; j += FC_N) {
         vi n = vi_from_u8((const uint8_t *)bytes + j);
-        n = is_signed ? (n ^ 128) - 128 : (n >> from) & ((1 << bits) - 1);
+        n = is_signed ? (n ^ 128) - 128 : (n >> from) & (0xff >> (8 - bits));
         const vf product = halves_at(d, j) * vf_from_int(n);
         vf_store(out + j * 4, negative ? -product : product);
     }
