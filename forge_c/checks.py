@@ -7,11 +7,13 @@ from typing import Any
 
 
 def integer(function: str, name: str, value: int) -> int:
-    """TypeError if it is no integer."""
+    """TypeError if it is no integer; True and False are none."""
     try:
-        return index(value)
+        if not isinstance(value, bool):
+            return index(value)
     except TypeError:
-        raise TypeError(f"{function}: {name} is {value!r}, expected an integer") from None
+        pass
+    raise TypeError(f"{function}: {name} is {short(value)}, expected an integer")
 
 
 def checked_size(function: str, name: str, value: int, *, least: int = 1, most: float = sys.maxsize) -> int:

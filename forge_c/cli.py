@@ -1,74 +1,120 @@
-"""forge-c generate | info | bench. A user's mistake is one line on stderr and exit status 2."""
+"""forge-c generate | chat | info | bench. A user's mistake is one line on stderr and exit status 2."""
 from __future__ import annotations
 
 import argparse
 import os
+import stat
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from forge_c.chat import Conversation, run, utf8_stdin
+from forge_c.version import __version__
 
 if TYPE_CHECKING:  # NumPy is imported only once there is work: --help answers at once
     from forge_c.models import Model
-    from forge_c.models.generation import Generation
+    from forge_c.models.generation import Generation, Stream
 
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _USER_ERRORS = (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError, FloatingPointError)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="forge-c", description="Run LLaMA-family models on the CPU.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | info | bench")
-    generate = commands.add_parser("generate", help="continue a prompt, as a stream")
-    info = commands.add_parser("info", help="what this build, this machine and a model are")
-    bench = commands.add_parser("bench", help="tokens per second of prompts and of generation")
-    for command in (generate, info, bench):
+def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
+    """The whole one, and that of each command."""
+    parser = _Parser(prog="forge-c", description="Run LLaMA-family models on the CPU.",
+                     epilog="Exit status: 0, 2 after a mistake, 130 after Ctrl-C.")
+    parser.add_argument("--version", action="version", version=f"forge-c {__version__}")
+    add = parser.add_subparsers(dest="command", required=True, metavar="generate | chat | info | bench").add_parser
+    commands: dict[str, _Parser] = {
+        "generate": add("generate", help="continue a text, as a stream"),
+        "chat": add("chat", help="hold a conversation with a model that has a chat template"),
+        "info": add("info", help="what this build, this machine and a model are"),
+        "bench": add("bench", help="tokens per second of prompts and of generation")}
+    for name, command in commands.items():
         which = command.add_mutually_exclusive_group()
-        which.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: the embedded model)")
-        if command is bench:
+        which.add_argument("--model", metavar="DIR|FILE",
+                           help="a Hugging Face folder, a GGUF file, ORG/NAME, or what Model.save wrote (default: the "
+                                "embedded model)")
+        if name == "info":
+            which.add_argument("model", metavar="DIR|FILE", nargs="?", help="the same", default=argparse.SUPPRESS)
+        if name == "bench":
             which.add_argument("--shape", metavar="NAME", help="random weights of that size, such as llama-1.1b")
         command.add_argument("--dtype", default="auto",
                              help="auto, float32, bfloat16, int8 or int4 (default: %(default)s)")
         command.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
-    generate.add_argument("--prompt", default=None, help="text to continue; - reads it from stdin")
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    generate.add_argument("--top-k", type=int, metavar="K")
-    generate.add_argument("--top-p", type=float, metavar="P")
-    generate.add_argument("--min-p", type=float, metavar="P")
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    generate.add_argument("--seed", type=int)
+    _add_generate(commands["generate"])
+    _add_chat(commands["chat"])
+    _add_bench(commands["bench"])
+    return parser, commands
+
+
+def _add_generate(generate: _Parser) -> None:
+    text = generate.add_mutually_exclusive_group()
+    text.add_argument("text", nargs="?", metavar="TEXT", help="text to continue; without it, what is piped in")
+    text.add_argument("--prompt", metavar="TEXT", help="the same; - reads all of stdin, also its last line end")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    _add_sampling(generate, "greedy")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    generate.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
+    generate.add_argument("--chat", action="store_true", help="the text is a user's message: use the chat template")
+    generate.add_argument("--no-special-tokens", action="store_true", help="add none to the text")
+
+
+def _add_chat(chat: _Parser) -> None:
+    chat.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
+    chat.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: until it ends)")
+    chat.add_argument("--context", type=int, metavar="N", help="tokens of the conversation (default: the model's "
+                                                               "context, at most 4096)")
+    _add_sampling(chat, "model")
+
+
+def _add_sampling(command: _Parser, default: str) -> None:
+    command.add_argument("--sampling", choices=("model", "greedy"), default=default,
+                         help="what holds of the options below that are not given: the settings of the model's makers, "
+                              "or the best token (default: %(default)s)")
+    command.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    command.add_argument("--top-k", type=int, metavar="K")
+    command.add_argument("--top-p", type=float, metavar="P")
+    command.add_argument("--min-p", type=float, metavar="P")
+    command.add_argument("--repetition-penalty", type=float, metavar="R")
+    command.add_argument("--seed", type=int)
+    command.add_argument("--cache-dtype", default="float32", help="float32, bfloat16 or int8 (default: %(default)s)")
+
+
+def _add_bench(bench: _Parser) -> None:
     bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
     bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="texts that decode at a time (default: 1)")
     bench.add_argument("--repeats", type=int, default=5, metavar="R", help="default: %(default)s")
     bench.add_argument("--json", action="store_true", help="one JSON object a test instead of a table")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     name = "forge-c"
-    warnings.showwarning = _warn
     try:
         try:
-            args = _parser().parse_args(argv)
+            parser, commands = _parser()
+            args, unknown = parser.parse_known_args(argv)
+            if unknown:
+                commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
             name = f"forge-c {args.command}"
-            return {"generate": _generate, "info": _info, "bench": _bench}[args.command](args)
+            warnings.showwarning = partial(_warn, name)
+            return {"generate": _generate, "chat": _chat, "info": _info, "bench": _bench}[args.command](args)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         _drop_output()
         return 0
     except _USER_ERRORS as error:
-        reason = " ".join(str(error).split()).removeprefix(f"{name.split()[-1]}: ") or type(error).__name__
-        print(f"{name}: {reason}", file=sys.stderr)
+        print(_line(name, str(error) or type(error).__name__), file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:
@@ -78,8 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"forge-c: {message}", file=sys.stderr)
+def _line(name: str, message: str) -> str:
+    """One line of what went wrong; the command's name stands in it once, and no method's that it calls."""
+    return f"{name}: {' '.join(message.split()).removeprefix(f'{name.split()[-1]}: ').removeprefix('generate: ')}"
+
+
+def _warn(name: str, message: Warning | str, *_: object, **__: object) -> None:
+    print(_line(name, str(message)), file=sys.stderr)
 
 
 def _drop_output() -> None:
@@ -90,37 +141,96 @@ def _drop_output() -> None:
 def _load(args: argparse.Namespace) -> Model:
     from forge_c import set_num_threads
     from forge_c.models import load, random_model
+    from forge_c.threads import default_threads
 
     if args.threads is not None:
         set_num_threads(args.threads)
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if args.threads > cpus:
+            warnings.warn(f"--threads is {args.threads}, and this process may use {cpus} CPUs: that is slower than "
+                          f"{default_threads()[0]}", stacklevel=1)
     shape = getattr(args, "shape", None)
     return load(args.model, args.dtype) if shape is None else random_model(shape, args.dtype)
 
 
-def _generate(args: argparse.Namespace) -> int:
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of generate that decide how tokens are drawn. ValueError if they cannot be."""
     from forge_c.models.sampling import Sampler
 
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    Sampler(**given)
+    return given | {"sampling": "model" if args.sampling == "model" else None}
+
+
+def _generate(args: argparse.Namespace) -> int:
+    sampling = _sampling(args)
     model = _load(args)
-    prompt = "def " if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
-    shown = "" if args.chat else prompt
-    if args.chat:
-        template: Any = getattr(model.tokenizer, "apply_chat_template", None)
-        if template is None:
-            raise ValueError("--chat: the model has no chat template")
-        prompt = template([{"role": "user", "content": prompt}])
-    rows, _, _ = model._prompts(prompt)
-    run = model._generation(rows, args.max_new_tokens, sampler, args.seed, args.stop)
-    sys.stdout.write(shown)
+    text = _text(args)
+    if args.chat and getattr(model.tokenizer, "chat_template", None) is None:
+        raise ValueError("--chat: the model has no chat template")
+    prompt = {"messages": [{"role": "user", "content": text}]} if args.chat else {"prompt": text}
+    stream = model.generate(**prompt, max_new_tokens=args.max_new_tokens, seed=args.seed, stop=args.stop, stream=True,
+                            cache_dtype=args.cache_dtype, special_tokens=not args.no_special_tokens, **sampling)
+    sys.stdout.write("" if args.chat else text)
     try:
-        for step in run.steps():
-            sys.stdout.write("".join(text for _, _, text in step))
-            sys.stdout.flush()
+        with _reading(stream):
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     finally:
         sys.stdout.write("\n")
         sys.stdout.flush()
-        _print_speed(run)
+        _print_speed(stream.run)
     return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    options = _sampling(args) | {"max_new_tokens": args.max_new_tokens, "seed": args.seed,
+                                 "cache_dtype": args.cache_dtype}
+    return run(Conversation(_load(args), args.system, args.context, options), _reading)
+
+
+@contextmanager
+def _reading(stream: Stream) -> Iterator[None]:
+    """A progress bar on a terminal for a prompt that takes over two seconds to read, gone when it is read."""
+    from tqdm import tqdm
+
+    with tqdm(desc="reading", unit="token", disable=None, delay=2.0, leave=False) as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+        stream.run.progress = progress
+        yield
+
+
+def _text(args: argparse.Namespace) -> str:
+    """What is to be continued: an argument, or what is piped in, without its last line end, as a shell's $(...)."""
+    if args.prompt == "-":
+        return _stdin()
+    if args.prompt is not None or args.text is not None:
+        return str(args.text if args.prompt is None else args.prompt)
+    piped = _stdin().removesuffix("\n") if _is_piped() else ""
+    if not piped and args.model is not None:
+        raise ValueError("no text: give it as an argument, or pipe it in")
+    return piped or "def "
+
+
+def _is_piped() -> bool:
+    """Whether stdin is a pipe or a file; a terminal, /dev/null or nothing is neither."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def _stdin() -> str:
+    """All of it."""
+    with utf8_stdin() as file:
+        return file.read()
 
 
 def _print_speed(run: Generation) -> None:
@@ -132,25 +242,15 @@ def _print_speed(run: Generation) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
+    from forge_c.models.about import lines
     from forge_c.runtime import show_config
 
     model = _load(args)
     show_config()
-    print(f"{'model':16} {args.model or 'embedded'}\n{'dtype':16} {model.dtype}\n{'bytes':16} {model.nbytes}")
-    spec = model.config
-    for name in ("model_type", "vocab_size", "hidden_size", "n_layers", "max_position_embeddings", "head", "embed",
-                 "bos_token_id", "eos_token_ids"):
-        print(f"{name:24} {getattr(spec, name)}")
-    for layer in dict.fromkeys(spec.layers):
-        print(f"{'layers ' + _numbers([i for i, one in enumerate(spec.layers) if one == layer]):24} {layer}")
+    print(f"{'model':16} {args.model or 'embedded'}")
+    for line in lines(model):
+        print(line)
     return 0
-
-
-def _numbers(ids: list[int]) -> str:
-    """Ascending numbers, runs of them as first-last: 0-3,5."""
-    starts = [i for i in ids if i - 1 not in ids]
-    stops = [i for i in ids if i + 1 not in ids]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -51,6 +51,7 @@ class Norm:
     nbytes: int
     weight: NDArray[np.float32] | None
     bias: NDArray[np.float32] | None
+    arguments: dict[str, Any]
     def __init__(self, kind: str, n: int, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6,
                  offset: float = 0.0) -> None: ...
 
@@ -58,6 +59,7 @@ class Part:
     hidden: int
     nbytes: int
     params: int
+    arguments: dict[str, Any] | None
 
 class AttentionPart(Part):
     def __init__(self, qkv: PackedWeight | Sequence[PackedWeight], out: PackedWeight, *, heads: int, kv_heads: int,

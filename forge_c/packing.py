@@ -134,7 +134,7 @@ def pack_blocks(type_name: str, *raw: ArrayLike, activations: str | None = None)
     """
     t, sides = _raw_sides("pack_blocks", type_name, raw)
     if t.name not in DTYPE_OF:
-        return pack(np.concatenate([_floats(t, side) for side in raw]).T, _FLOATS_IN.get(t.name, "bfloat16"))
+        return pack(np.concatenate([_floats(t, side) for side in raw]).T, dtype_of_blocks(t.name))
     return _from_blocks("pack_blocks", t.name, sides, activations)
 
 
@@ -150,8 +150,13 @@ def pack_gated_blocks(type_name: str, gate: ArrayLike, up: ArrayLike, *,
     if sides[0].shape != sides[1].shape:
         raise ValueError(f"pack_gated_blocks: up has {len(sides[1])} rows, expected {len(sides[0])}")
     if t.name not in DTYPE_OF:
-        return pack_gated(_floats(t, gate).T, _floats(t, up).T, _FLOATS_IN.get(t.name, "bfloat16"))
+        return pack_gated(_floats(t, gate).T, _floats(t, up).T, dtype_of_blocks(t.name))
     return _from_blocks("pack_gated_blocks", t.name, sides, activations, True)
+
+
+def dtype_of_blocks(type_name: str) -> str:
+    """The dtype of what pack_blocks makes of that type."""
+    return DTYPE_OF.get(type_name) or _FLOATS_IN.get(type_name, "bfloat16")
 
 
 _FLOATS_IN = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}  # formats that hold ggml's floats

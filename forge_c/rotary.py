@@ -10,7 +10,7 @@ pair i turns through the angle p * inv_i.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ _MOST, _MOST_FACTOR, _MOST_DIM, _MOST_ROWS = 2.0**64, 2.0**20, 1 << 16, 1 << 45
 _ANY_TYPE = frozenset(
     "rope_type type rope_theta max_position_embeddings original_max_position_embeddings".split()
 )
+# Written beside yarn by its authors and read by other programs: as in transformers they change nothing.
+_YARN_UNREAD = frozenset({"finetuned", "attn_factor", "extrapolation_factor"})
 
 
 class RopeTable:
@@ -72,7 +74,8 @@ class RopeTable:
 
 
 def rope_table(
-    dim: int, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None
+    dim: int, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None,
+    seq_len: int | None = None
 ) -> RopeTable:
     """Build the table for positions 0 .. max_seq_len - 1.
 
@@ -81,14 +84,15 @@ def rope_table(
         max_seq_len: number of positions.
         base: the frequency base, "rope_theta" in Hugging Face configs.
         scaling: a Hugging Face `rope_scaling` or `rope_parameters` dict. "rope_type" (formerly "type") is one
-            of default, linear, dynamic, yarn, longrope, llama3, proportional; "rope_theta" in it replaces the
-            default base; keys whose value is None count as absent. The config's `max_position_embeddings`
-            and `original_max_position_embeddings` may be added to the dict: dynamic needs the first, llama3,
+            of default, linear, dynamic, yarn, longrope, llama3, proportional, or divided: by "divisors", one for
+            each pair, as a GGUF file has them. "rope_theta" in it replaces the default base; keys whose value
+            is None count as absent. The config's `max_position_embeddings` and
+            `original_max_position_embeddings` may be added to the dict: dynamic needs the first, llama3,
             yarn and longrope the second (the first stands in for it), and yarn and longrope without a
             "factor" take it from their ratio.
+        seq_len: the length of the text for which dynamic and longrope choose their angles; by default max_seq_len.
 
-    dynamic and longrope depend on how long the sequence will be. The table's max_seq_len is taken as that
-    length, so that keys already in a cache never change their angles.
+    With yarn, finetuned, attn_factor and extrapolation_factor are not read, as in transformers.
 
     Raises:
         ValueError: a size or number out of range, an unknown rope_type, or a key that the type does not know
@@ -102,32 +106,74 @@ def rope_table(
      [0.9093 0.1987]]
     """
     rows = checked_size("rope_table", "max_seq_len", max_seq_len, most=_MOST_ROWS)
-    inv_freq, attention_factor, _ = _frequencies(dim, rows, base, scaling)
+    length = rows if seq_len is None else checked_size("rope_table", "seq_len", seq_len, most=_MOST_ROWS)
+    inv_freq, attention_factor, _ = _frequencies(dim, length, base, scaling)
     return RopeTable(*cos_sin(inv_freq, rows, attention_factor))
 
 
 def extend_rope_table(
-    table: RopeTable, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None
+    table: RopeTable, max_seq_len: int, base: float = 10000.0, *, scaling: Mapping[str, Any] | None = None,
+    seq_len: int | None = None
 ) -> RopeTable:
-    """`rope_table(table.dim, max_seq_len, base, scaling=scaling)`, of which `table` is the beginning, to the bit.
+    """`rope_table(table.dim, max_seq_len, base, scaling=scaling, seq_len=seq_len)`, of which `table` is the beginning,
+    to the bit.
 
     Only the new positions are computed. A table that already has that many is returned as it is.
 
     Raises:
-        ValueError: as rope_table, and for rope types dynamic and longrope, where all angles depend on max_seq_len.
+        ValueError: as rope_table, and for rope types dynamic and longrope without seq_len, whose angles would all
+            depend on max_seq_len.
 
     >>> extend_rope_table(rope_table(128, 4096), 8192)
     RopeTable(dim=128, max_seq_len=8192)
     """
     rows = checked_size("rope_table", "max_seq_len", max_seq_len, most=_MOST_ROWS)
-    inv_freq, attention_factor, kind = _frequencies(table.dim, rows, base, scaling)
-    if kind in DEPEND_ON_LENGTH:
+    length = rows if seq_len is None else checked_size("extend_rope_table", "seq_len", seq_len, most=_MOST_ROWS)
+    inv_freq, attention_factor, kind = _frequencies(table.dim, length, base, scaling)
+    if kind in DEPEND_ON_LENGTH and seq_len is None:
         raise ValueError(f"extend_rope_table: rope_type {kind} depends on max_seq_len, expected another or a new table")
     if rows <= table.max_seq_len:
         return table
     start = table.max_seq_len // _BLOCK_ROWS * _BLOCK_ROWS
     cos, sin = cos_sin(inv_freq, rows, attention_factor, start)
     return RopeTable(np.concatenate([table.cos[:start], cos]), np.concatenate([table.sin[:start], sin]))
+
+
+def rope_table_by_position(
+    dim: int, max_seq_len: int, base: float, scaling: Mapping[str, Any], held: RopeTable | None = None
+) -> RopeTable:
+    """Row p is that of `rope_table` with seq_len p + 1, to the bit: tokens that come one by one, each the last of its
+    text. held: a table of this kind, of which only what is missing is computed."""
+    known = 0 if held is None else held.max_seq_len
+    parts = [] if held is None else [(held.cos, held.sin)]
+    for first, last in _stretches(scaling, known, max_seq_len):
+        inv_freq, attention_factor, _ = _frequencies(dim, last, base, scaling)
+        start = first // _BLOCK_ROWS * _BLOCK_ROWS
+        if last == first + 1:  # one row of its block
+            turn = attention_factor * np.exp(1j * ((first - start) * inv_freq)) * np.exp(1j * (start * inv_freq))
+            parts.append((turn.real[None].astype(np.float32), turn.imag[None].astype(np.float32)))
+        else:
+            cos, sin = cos_sin(inv_freq, last, attention_factor, start)
+            parts.append((cos[first - start :], sin[first - start :]))
+    return RopeTable(*(np.concatenate(tables) for tables in zip(*parts, strict=True)))
+
+
+def _stretches(scaling: Mapping[str, Any], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """first .. last - 1 cut into runs of positions at which texts that end there have the same angles."""
+    border = longest_short(scaling)
+    if first < border:
+        yield first, min(border, last)
+    beyond = max(first, border)
+    if scaling.get("rope_type") == "dynamic":
+        yield from ((p, p + 1) for p in range(beyond, last))
+    elif beyond < last:
+        yield beyond, last
+
+
+def longest_short(scaling: Mapping[str, Any]) -> int:
+    """The longest text with the angles of a short one; scaling has a rope_type that depends on the length."""
+    params = _Scaling(scaling)
+    return int(params.number("max_position_embeddings") if params.type == "dynamic" else params.original_length())
 
 
 def _frequencies(
@@ -168,7 +214,7 @@ class _Scaling:
             )
             raise ValueError(
                 f"rope_table: scaling has {', '.join(unknown)}, which rope_type {self.type} does not know: "
-                f"expected only {', '.join(sorted(known))}{partial}"
+                f"expected only {', '.join(sorted(known - _YARN_UNREAD))}{partial}"
             )
 
     def checked_base(self, base: float) -> float:
@@ -313,17 +359,23 @@ def _llama3(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray
     return (1.0 - keep) * inv_freq / factor + keep * inv_freq, 1.0
 
 
+def _divided(params: _Scaling, dim: int, rows: int, base: float) -> tuple[NDArray[np.float64], float]:
+    """Each pair has its own divisor, however long the sequence."""
+    return _inv_freq(dim, base) / params.vector("divisors", dim // 2), 1.0
+
+
 _RULES: dict[str, tuple[_Rule, frozenset[str]]] = {
     "default": (_default, frozenset()),
     "linear": (_linear, frozenset({"factor"})),
     "dynamic": (_dynamic, frozenset({"factor"})),
     "yarn": (
         _yarn,
-        frozenset("factor attention_factor mscale mscale_all_dim beta_fast beta_slow truncate".split()),
+        frozenset("factor attention_factor mscale mscale_all_dim beta_fast beta_slow truncate".split()) | _YARN_UNREAD,
     ),
     "longrope": (_longrope, frozenset("factor attention_factor short_factor long_factor".split())),
     "llama3": (_llama3, frozenset("factor low_freq_factor high_freq_factor".split())),
     "proportional": (_proportional, frozenset({"factor", "partial_rotary_factor"})),
+    "divided": (_divided, frozenset({"divisors"})),
 }
 
 

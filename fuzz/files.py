@@ -1,6 +1,7 @@
-"""Mutated model folders of every family, and cache files: a ValueError or OSError, at once, in little memory.
+"""Mutated model folders and GGUF files of every family, and cache files: a ValueError or OSError, at once, in little
+memory.
 
-A folder that still loads is also used: logits, generation, text both ways, a chat. The process may take 4 GB.
+What still loads is also used: logits, generation, text both ways, a chat. The process may take 4 GB.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model_folder import FAMILIES, small, write
 from tokenizers import decoders, pre_tokenizers, processors, trainers
 
 import forge_c as fc
-from fuzz import doing
+from fuzz import doing, gguf_model
 
 SECONDS = 5.0  # of CPU time; as much of waiting is a hang
 ALLOWED = (ValueError, OSError)
@@ -98,8 +99,11 @@ def case(seed: int) -> None:
     folder.mkdir()
     done: list[str] = []
     try:
-        if rng.random() < 0.25:
+        kind = rng.random()
+        if kind < 0.2:
             mutated_cache(rng, folder, done)
+        elif kind < 0.5:
+            mutated_gguf(rng, folder, done)
         else:
             mutated_model(rng, folder, done)
     except BaseException as error:
@@ -148,10 +152,22 @@ def mutated_model(rng: Rng, folder: Path, done: list[str]) -> None:
         use(rng, model)
 
 
+def mutated_gguf(rng: Rng, folder: Path, done: list[str]) -> None:
+    family = pick(rng, gguf_model.FAMILIES)
+    done.append(f"{family} as GGUF")
+    path = folder / pick(rng, ("model.gguf", "blob", "m-00001-of-00002.gguf"))
+    path.write_bytes(gguf_model.written(rng, family, changed_bytes, done))
+    if rng.random() < 0.05:
+        special_file(rng, path, done)
+    model = allowed("load", lambda: fc.models.load(path, pick(rng, ("auto", "auto", "float32", "int8"))))
+    if model is not None:
+        use(rng, model)
+
+
 def use(rng: Rng, model: Any) -> None:
     ids = rng.integers(0, model.config.vocab_size, (1, 12))
     allowed("model", lambda: model(ids))
-    allowed("generate", lambda: model.generate(ids[0], 3))
+    allowed("generate", lambda: model.generate(ids[0], 3), FloatingPointError)
     if model.tokenizer is None:
         return
     found = allowed("encode", lambda: model.tokenizer.encode("the cat sat, the tokenizer"))

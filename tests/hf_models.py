@@ -45,6 +45,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "qwen3": ("Qwen3", {}, 4, 4),
     "gemma": ("Gemma", {}, 2, 4),
     "gemma2": ("Gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}, 4, 4),
+    "gemma3_text": ("Gemma3", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16,
+                               "layer_types": ["sliding_attention", "full_attention"]}, 6, 4),
     "phi3": ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                           "partial_rotary_factor": 0.5}}, 2, 2),
     "smollm3": ("SmolLM3", {}, 2, 4),
@@ -59,7 +61,8 @@ COMMON = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hid
 def tiny(family: str, dtype: Any = torch.float32, seed: int = 0, **options: Any) -> Any:
     """A random model of the family; norm weights are random too."""
     prefix, own = FAMILIES[family][:2] if family in FAMILIES else (family, {})
-    config = getattr(transformers, f"{prefix}Config")(**COMMON | own | options)
+    config_class = getattr(transformers, f"{prefix}TextConfig", None) or getattr(transformers, f"{prefix}Config")
+    config = config_class(**COMMON | own | options)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     for name, weight in model.named_parameters():

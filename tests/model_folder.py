@@ -22,13 +22,15 @@ _OWN: dict[str, Config] = {
     "qwen3": {"head_dim": 12},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 10, "sliding_window": 7, "query_pre_attn_scalar": 11},
+    "gemma3_text": {"head_dim": 10, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 11},
     "phi3": {},
     "smollm3": {"num_hidden_layers": 4},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5,
                 "logits_scaling": 0.25},
 }
 FAMILIES = tuple(_OWN)
-_TIED = ("gemma", "gemma2", "smollm3")
+_GEMMAS = ("gemma", "gemma2", "gemma3_text")
+_TIED = (*_GEMMAS, "smollm3")
 BYTES = {"tokenizer_class": "ByteTokenizer"}
 
 
@@ -53,7 +55,7 @@ def tensors(config: Mapping[str, Any], seed: int = 0, dtype: DTypeLike = np.floa
             found[f"{name}.bias"] = rng.standard_normal(rows) * 0.3
 
     def norm(name: str, n: int = hidden) -> None:
-        found[f"{name}.weight"] = rng.uniform(0.6, 1.4, n) - (family in ("gemma", "gemma2"))
+        found[f"{name}.weight"] = rng.uniform(0.6, 1.4, n) - (family in _GEMMAS)
 
     # Small next to what the layers add, so that a tied model does not just repeat its last token.
     found["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], hidden)) * 0.1
@@ -61,7 +63,7 @@ def tensors(config: Mapping[str, Any], seed: int = 0, dtype: DTypeLike = np.floa
         layer = f"model.layers.{i}"
         norm(f"{layer}.input_layernorm")
         norm(f"{layer}.post_attention_layernorm")
-        if family == "gemma2":
+        if family in ("gemma2", "gemma3_text"):
             norm(f"{layer}.pre_feedforward_layernorm")
             norm(f"{layer}.post_feedforward_layernorm")
         if family == "phi3":
@@ -73,7 +75,7 @@ def tensors(config: Mapping[str, Any], seed: int = 0, dtype: DTypeLike = np.floa
                 matrix(f"{layer}.self_attn.{name}_proj", rows, hidden, biased)
             for name in ("gate", "up"):
                 matrix(f"{layer}.mlp.{name}_proj", inner, hidden, config.get("mlp_bias", False))
-        if family == "qwen3":
+        if family in ("qwen3", "gemma3_text"):
             norm(f"{layer}.self_attn.q_norm", head_dim)
             norm(f"{layer}.self_attn.k_norm", head_dim)
         matrix(f"{layer}.self_attn.o_proj", hidden, queries, config.get("attention_bias", False))

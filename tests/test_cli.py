@@ -17,6 +17,7 @@ import golden_models
 import numpy as np
 import pytest
 import tokenizers
+from gguf_models import write_gguf
 from model_folder import BYTES, following, small, tensors, write, write_chain, write_json
 
 from forge_c.cli import main
@@ -73,7 +74,7 @@ def test_help_answers_at_once():
         done = run("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0 and done.stderr == "" and "generate | info | bench" in done.stdout
+        assert done.returncode == 0 and done.stderr == "" and "generate | chat | info | bench" in done.stdout
     assert statistics.median(seconds) < 0.2
 
 
@@ -87,7 +88,9 @@ def test_numpy_is_not_imported_before_there_is_work(arguments):
 
 @pytest.mark.parametrize(("command", "options"), [
     ("generate", "--model --dtype --threads --prompt --max-new-tokens --temperature --top-k --top-p --min-p "
-                 "--repetition-penalty --seed --stop --chat"),
+                 "--repetition-penalty --seed --stop --chat --sampling --cache-dtype --no-special-tokens"),
+    ("chat", "--model --dtype --threads --system --max-new-tokens --context --sampling --temperature --top-k --top-p "
+             "--min-p --repetition-penalty --seed --cache-dtype"),
     ("info", "--model --dtype --threads"),
     ("bench", "--model --shape --dtype --threads --prompt-tokens --new-tokens --batch --repeats --json"),
 ])
@@ -148,6 +151,68 @@ def test_a_chat(capsys, tmp_path):
     assert re.fullmatch(SPEED.format(3, 3), err)
 
 
+@pytest.mark.parametrize("arguments", [["H"], ["--prompt", "H"], ["--max-new-tokens", "50", "H"]])
+def test_the_text_is_an_argument(capsys, speaker, arguments):
+    assert called(capsys, "generate", "--model", speaker, *arguments)[:2] == (0, "Hé, world!\n")
+
+
+@pytest.mark.parametrize("stdin", ["so, é, w", "so, é, w\n"])
+def test_the_text_may_be_piped_in(speaker, stdin, tmp_path):
+    """Without its last line end, which echo adds. A file is as good as a pipe."""
+    assert run("generate", "--model", speaker, stdin=stdin).stdout == "so, é, world!\n"
+    (tmp_path / "text").write_text(stdin)
+    with open(tmp_path / "text") as file:
+        done = subprocess.run([*COMMAND, "generate", "--model", speaker], stdin=file, capture_output=True, check=True)
+    assert done.stdout.decode() == "so, é, world!\n"
+
+
+def test_no_text_at_all(speaker):
+    for stdin in (b"", None):
+        done = subprocess.run([*COMMAND, "generate", "--model", speaker], capture_output=True, check=False,
+                              **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}))
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert done.stderr == b"forge-c generate: no text: give it as an argument, or pipe it in\n"
+    done = subprocess.run([*COMMAND, "generate", "--max-new-tokens", "3"], stdin=subprocess.DEVNULL, check=True,
+                          capture_output=True)
+    assert done.stdout.startswith(b"def ")
+
+
+def test_special_tokens_may_be_left_out(capsys, speaker):
+    _, _, err = called(capsys, "generate", "--model", speaker, "H", "--no-special-tokens")
+    assert re.fullmatch(SPEED.format(1, 11), err)
+
+
+def test_the_models_own_sampling(capsys, tmp_path):
+    write(tmp_path, small(vocab_size=256), tokenizer=BYTES)
+    write_json(tmp_path / "generation_config.json", {"do_sample": True, "temperature": 1.5, "top_k": 9})
+
+    def text(*options: Any) -> str:
+        return called(capsys, "generate", "--model", tmp_path, "x", "--seed", 3, "--max-new-tokens", 20, *options)[1]
+
+    assert text("--sampling", "model") == text("--temperature", 1.5, "--top-k", 9) != text()
+    assert text("--sampling", "model", "--temperature", 0) == text() == text("--sampling", "greedy")
+
+
+@pytest.mark.parametrize("command", [COMMAND, [sys.executable, "-m", "forge_c"]])
+def test_the_version(command):
+    import forge_c
+
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"forge-c {forge_c.__version__}\n", "")
+
+
+def test_more_threads_than_the_machine_has_are_a_warning(capsys, each_thread_count, speaker):
+    status, out, err = called(capsys, "generate", "--model", speaker, "H", "--threads", 200)
+    assert (status, out) == (0, "Hé, world!\n")
+    assert re.match(r"forge-c generate: --threads is 200, and this process may use \d+ CPUs: that is slower", err)
+
+
+def test_a_warning_begins_as_an_error_does(capsys, tmp_path):
+    write(tmp_path, small(vocab_size=256, max_position_embeddings=8), tokenizer=BYTES)
+    status, _, err = called(capsys, "generate", "--model", tmp_path, "H", "--max-new-tokens", 20)
+    assert status == 0 and err.startswith("forge-c generate: 22 tokens exceed the 8 that the model was made for\n")
+
+
 # ---- info and bench --------------------------------------------------------------------------------
 
 def test_info(capsys, plain):
@@ -159,6 +224,12 @@ def test_info(capsys, plain):
     assert found["threads"] == str(forge_c.get_num_threads()) and found["model"] == str(plain)
     assert (found["dtype"], found["model_type"], found["vocab_size"]) == ("bfloat16", "llama", "256")
     assert int(found["bytes"]) > 2 * 256 * 32
+    norms = 3 * 32
+    assert found["parameters"] == f"{(2 * 256 * 32 + 64 * 32 + 32 * 32 + 3 * 32 * 40 + norms) / 1e6:.2f} M"
+    assert found["weights"] == f"bfloat16 {(int(found['bytes']) - 4 * norms) / 2**20:.2f} MiB, float32 0.00 MiB"
+    assert (found["context"], found["tokenizer"]) == ("1024 tokens", "bytes")
+    assert re.search(r"^chat template    none$", out, re.M) and re.search(r"^ends at          no token$", out, re.M)
+    assert found["sampling"] == "the best token" and found["eos_token_ids"] == "none"
     assert re.search(r"^layers 0 +LayerSpec\(mixer=Attention\(.*window=None", out, re.M)
 
 
@@ -168,6 +239,34 @@ def test_info_names_the_layers_of_each_kind(capsys, tmp_path):
     assert status == 0
     lines = [re.match(r"layers (\S+) .*window=(\w+)", line) for line in out.splitlines() if line.startswith("layers")]
     assert [line.groups() for line in lines if line] == [("0,2", "6"), ("1", "None")]
+
+
+def test_info_about_a_tokenizer_and_a_saved_model(capsys, tmp_path):
+    write(tmp_path / "m", small(eos_token_id=[3, 1]), tokenizer={"bos_token": "<s>", "chat_template": [
+        {"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]})
+    write_json(tmp_path / "m" / "generation_config.json", {"do_sample": True, "top_p": 0.9, "eos_token_id": [3, 1]})
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend.save(str(tmp_path / "m" / "tokenizer.json"))
+    load(tmp_path / "m", "int8").save(tmp_path / "s")
+    for folder, dtype in (("m", "int8"), ("s", "auto")):
+        status, out, _ = called(capsys, "info", "--model", tmp_path / folder, "--dtype", dtype)
+        found = dict(line.split(None, 1) for line in out.splitlines() if " " in line)
+        assert status == 0 and found["tokenizer"] == "WordLevel, 3 tokens, 1 of them special"
+        assert (found["sampling"], found["eos_token_ids"]) == ("temperature 1.0, top_p 0.9", "3, 1")
+        assert re.search(r"^chat template    default, tool_use$", out, re.M)
+        assert re.search(r"^ends at          1, 3$", out, re.M)
+        assert re.match(r"int8 \d+\.\d\d MiB, bfloat16 0.01 MiB, float32 0.00 MiB", found["weights"])
+
+
+@pytest.mark.parametrize("how", [["--model"], []])
+def test_info_about_a_gguf_file(capsys, tmp_path, how):
+    config = small()
+    path = write_gguf(tmp_path / "m.gguf", config, tensors(config), more={
+        "token_embd.weight": tensors(config)["model.embed_tokens.weight"].astype(np.float16)})
+    status, out, err = called(capsys, "info", *how, path)
+    assert (status, err) == (0, "") and re.search(rf"^model +{path}$", out, re.M)
+    assert re.search(r"^stored as F16 +1 tensors, 6208 bytes, held as float32$", out, re.M)
+    assert re.search(r"^stored as F32 +29 tensors, \d+ bytes, held as float32$", out, re.M)
 
 
 def test_info_about_the_embedded_model(capsys):
@@ -275,7 +374,13 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["bench", "--batch", "0"], "--batch is 0, expected at least 1"),
     (["bench", "--shape", "llama-tiny", "--model", "x"], "argument --model: not allowed with argument --shape"),
     (["bench", "--shape", "llama"], "random_model: shape is 'llama', expected one of llama-1.1b, "),
-    (["generate", "--shape", "llama-tiny"], "unrecognized arguments: --shape llama-tiny"),
+    (["generate", "--shape", "llama-tiny"], "generate: unrecognized arguments: --shape (see forge-c generate --help)"),
+    (["generate", "a", "--prompt", "b"], "argument --prompt: not allowed with argument TEXT"),
+    (["generate", "--cache-dtype", "int4"], "cache_dtype is 'int4', expected one of float32, bfloat16, int8"),
+    (["generate", "--sampling", "hot"], "invalid choice: 'hot'"),
+    (["generate", "--model", "/no/such/folder", "x"], "load: /no/such/folder is not a folder"),
+    (["chat"], "forge-c chat: the model has no chat template; forge-c generate continues a text"),
+    (["chat", "--temperature", "-1"], "temperature is -1.0, expected a number >= 0"),
 ]
 
 
@@ -320,6 +425,13 @@ def test_nan_logits_end_with_one_line_after_the_text(capsys, tmp_path):
     damaged(tmp_path, "nan")
     status, _, err = called(capsys, "generate", "--model", tmp_path, "--prompt", "x")
     assert status == 2 and err.splitlines()[-1].endswith("the model's logits are NaN") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_prompt_that_is_no_utf8(speaker, locale):
+    done = run("generate", "--model", speaker, "--prompt", "-", stdin=b"caf\xe9!", LC_ALL=locale)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "forge-c generate: stdin has byte 0xe9 at 3, expected UTF-8\n"
 
 
 @pytest.mark.parametrize(("arguments", "stdin", "changes"), [

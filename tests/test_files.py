@@ -13,7 +13,7 @@ from child import run_script
 from model_folder import BYTES, container, small, tensors, write
 
 from forge_c.files import open_regular, read_file, read_json
-from forge_c.models.tokenizer import load_tokenizer
+from forge_c.models.tokenizer_files import load_tokenizer
 from forge_c.models.weights.hf import Checkpoint
 
 CHILD = """

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 import threading
 import warnings
@@ -15,7 +16,7 @@ import pytest
 from model_folder import BYTES, FAMILIES, small, tensors, write
 
 from forge_c.functional import KV_CHUNK
-from forge_c.models import Model, load
+from forge_c.models import Model, load, random_model
 from forge_c.models.decoder import Decoder
 from forge_c.models.sampling import Sampler
 
@@ -189,7 +190,8 @@ def test_a_repetition_penalty_sees_prompt_and_answer(model):
 
 def fed(model: Model, ids: np.ndarray, chunk: int, **options: Any) -> bytes:
     cache = model.new_cache(*ids.shape, **options)
-    parts = [model(ids[:, at : at + chunk], cache) for at in range(0, ids.shape[1], chunk)]
+    with cache.expecting(ids.shape[1]):
+        parts = [model(ids[:, at : at + chunk], cache) for at in range(0, ids.shape[1], chunk)]
     assert cache.lengths.tolist() == [ids.shape[1]] * len(ids)
     return np.concatenate(parts, axis=1).tobytes()
 
@@ -302,6 +304,8 @@ def test_new_cache(model_of):
     ((1, 0), ValueError, "new_cache: max_seq_len is 0, expected at least 1"),
     ((1, -5), ValueError, "new_cache: max_seq_len is -5, expected at least 1"),
     ((1, 1.5), TypeError, "new_cache: max_seq_len is 1.5, expected an integer"),
+    ((True, 5), TypeError, "new_cache: batch is True, expected an integer"),
+    ((1, False), TypeError, "new_cache: max_seq_len is False, expected an integer"),
     ((1, 2 ** 62), ValueError, "KVCache: 18014398509481984 pages of 49152 bytes cannot be addressed"),
 ])
 def test_new_cache_checks_its_arguments(model, arguments, kind, message):
@@ -365,11 +369,43 @@ def test_the_last_logits_alone_are_the_last_of_all(model):
     assert model(np.zeros((2, 0), int), last_only=True).shape == (2, 0, model.config.vocab_size)
 
 
-def test_a_model_is_copied_with_its_weights_and_not_pickled(model):
-    other = copy.deepcopy(model)
-    assert other is not model and other([[1, 2]]).tobytes() == model([[1, 2]]).tobytes()
-    with pytest.raises(TypeError, match=r"Model: .*load\(\) the same folder"):
-        pickle.dumps(model)
+@pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy])
+def test_a_copied_model_has_the_same_weights(model, remake):
+    other = remake(model)
+    assert other is not model and other._decoder is model._decoder
+    assert other([[1, 2]]).tobytes() == model([[1, 2]]).tobytes()
+
+
+@pytest.mark.parametrize("made", [copy.copy, lambda model: model])
+def test_a_pickled_model_is_loaded_where_it_came_from(tmp_path, monkeypatch, made):
+    write(tmp_path / "m", small(vocab_size=256), tokenizer=BYTES)
+    monkeypatch.chdir(tmp_path)
+    model = made(load("m", "int8"))
+    text = pickle.dumps(model)
+    monkeypatch.chdir("/")
+    other = pickle.loads(text)
+    assert len(text) < 1000 and other.dtype == "int8" and other.tokenizer is not None
+    assert other([[1, 2]]).tobytes() == model([[1, 2]]).tobytes()
+    embedded = load()
+    assert pickle.loads(pickle.dumps(embedded)).generate("def ", 4) == embedded.generate("def ", 4)
+
+
+def test_a_model_from_nowhere_is_not_pickled():
+    for model in (random_model("llama-tiny"), copy.deepcopy(random_model("llama-tiny"))):
+        with pytest.raises(TypeError, match=r"^Model: a model that was not loaded from a path is not pickled"):
+            pickle.dumps(model)
+
+
+@pytest.mark.slow
+def test_models_and_caches_go_to_processes_that_are_spawned():
+    """As joblib, Ray and Dask do it."""
+    model = load()
+    cache = model.new_cache(1, 100)
+    model.generate("import ", 4, cache=cache)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(model.generate, ("a", 5), {"cache": cache})
+        assert pool.map(model.generate, ["def a"]) == [model.generate("def a")]
+    assert found == model.generate("a", 5, cache=cache)
 
 
 def test_a_rejected_call_leaves_the_cache_alone(model):
@@ -544,7 +580,16 @@ ARGUMENTS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (np.zeros((1, 1, 1), int), {}, ValueError, "generate: ids has shape (1, 1), expected (n,)"),
     ([1.0], {}, TypeError, "generate: ids has dtype float64, expected integers"),
     ([True], {}, TypeError, "generate: ids has dtype bool, expected integers"),
-    (None, {}, TypeError, "generate: ids has dtype object, expected integers"),
+    (None, {}, TypeError, "generate: neither prompt nor messages given, expected one of them"),
+    ([1], {"messages": [{"role": "user", "content": "hi"}]}, TypeError,
+     "generate: both prompt and messages given, expected one of them"),
+    ([1], {"tools": []}, TypeError, "generate: tools are given without messages, whose template would name them"),
+    ([{"role": "user", "content": "hi"}], {}, TypeError,
+     "generate: prompt is a list of dict, expected a text or ids; pass a conversation as messages="),
+    ({"ids": [1]}, {}, TypeError, "generate: prompt is a dict without input_ids, expected a text, ids, or what a "
+     "Hugging Face tokenizer returns"),
+    ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, {}, ValueError,
+     "generate: prompt has an attention_mask of another shape than its input_ids"),
     (["a", 1], {}, TypeError, "generate: ids has dtype <U21, expected integers"),
     ("text", {}, ValueError, f"generate: a text prompt {NO_TOKENIZER}; pass ids"),
     (["a", "b"], {}, ValueError, f"generate: a text prompt {NO_TOKENIZER}; pass ids"),
@@ -552,14 +597,14 @@ ARGUMENTS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([1], {"stop": ""}, ValueError, "generate: stop is '', expected texts that are not empty"),
     ([1], {"stop": ["a", ""]}, ValueError, "generate: stop is ['a', ''], expected texts that are not empty"),
     ([1], {"stop": [b"a"]}, ValueError, "generate: stop is [b'a'], expected texts that are not empty"),
-    ([1], {"max_new_tokens": -1}, ValueError, "generate: max_new_tokens is -1, expected an integer >= 0"),
-    ([1], {"max_new_tokens": True}, ValueError, "generate: max_new_tokens is True, expected an integer >= 0"),
-    ([1], {"max_new_tokens": 1.0}, ValueError, "generate: max_new_tokens is 1.0, expected an integer >= 0"),
-    ([1], {"max_new_tokens": None}, ValueError, "generate: max_new_tokens is None, expected an integer >= 0"),
+    *(([1], {"max_new_tokens": most}, ValueError,
+       f"generate: max_new_tokens is {most}, expected an integer >= 0, or None for no limit")
+      for most in (-1, True, 1.0)),
     ([1], {"temperature": -0.1}, ValueError, "generate: temperature is -0.1, expected a number >= 0"),
-    ([1], {"top_k": 0}, ValueError, "generate: top_k is 0, expected an integer >= 1"),
-    ([1], {"top_p": 1.1}, ValueError, "generate: top_p is 1.1, expected a number above 0 and at most 1"),
-    ([1], {"min_p": 2}, ValueError, "generate: min_p is 2, expected a number from 0 to 1"),
+    ([1], {"top_k": 0}, ValueError, "generate: top_k is 0, expected an integer >= 1, or None for all tokens"),
+    ([1], {"top_p": 1.1}, ValueError, "generate: top_p is 1.1, expected a number above 0 and at most 1, or None for "
+     "all tokens"),
+    ([1], {"min_p": 2}, ValueError, "generate: min_p is 2, expected a number from 0 to 1, or None"),
     ([1], {"repetition_penalty": 0}, ValueError, "generate: repetition_penalty is 0, expected a number > 0"),
 ]
 

@@ -1,11 +1,13 @@
-"""The key/value cache: sizes whose products pass 2**63, copies by copy and deepcopy, and what is not pickled."""
+"""The key/value cache: sizes whose products pass 2**63, copies by copy, deepcopy and pickle."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -89,9 +91,10 @@ def test_numbers_of_forks_and_copies_beyond_every_address():
 # ---- copy, deepcopy, pickle ----
 
 
-@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, lambda cache: copy.deepcopy({"a": [cache]})["a"][0]])
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, lambda cache: copy.deepcopy({"a": [cache]})["a"][0],
+                                  lambda cache: pickle.loads(pickle.dumps(cache))])
 @pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"window": 40}])
-def test_copy_and_deepcopy_make_a_cache_of_its_own(rng, made, options):
+def test_copy_deepcopy_and_pickle_make_a_cache_of_its_own(rng, made, options):
     k = tokens(rng, 2, 250, 1, 4)
     cache = KVCache(2, 1000, 1, 4, **options)
     for _ in range(3):
@@ -108,21 +111,36 @@ def test_a_deep_copy_of_a_row_or_a_mapped_cache_lies_in_memory(rng, tmp_path):
     k = tokens(rng, 2, 250, 1, 4)
     cache = KVCache(2, 1000, 1, 4, path=tmp_path / "c.npy")
     cache.append(k, k)
-    for one in (cache, cache.row(1)):
-        twin = copy.deepcopy(one)
+    for one, made in itertools.product((cache, cache.row(1)),
+                                       (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)))):
+        twin = made(one)
         assert snapshot(twin) == snapshot(one) and twin._file is None
         twin.append(k[: twin.batch], k[: twin.batch])
         assert cache.lengths.tolist() == [250, 250]
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_what_is_not_pickled_says_what_to_do(protocol):
+def test_a_pickle_holds_the_pages_in_use(rng, protocol):
+    """Not the room for a million tokens; and an empty cache holds none."""
+    cache = KVCache(2, 1 << 20, 1, 4)
+    assert pickle.loads(pickle.dumps(cache, protocol)).seq_len == 0
+    cache.append(tokens(rng, 2, 300, 1, 4), tokens(rng, 2, 300, 1, 4), lens=[300, 2])
+    found = pickle.dumps(cache.fork(2), protocol)
+    assert len(found) < 9 * cache._pages.page_nbytes  # the first protocols write a byte as two
+    twin = pickle.loads(found)
+    assert twin.lengths.tolist() == [300, 300, 2, 2] and snapshot(twin.row(1)) == snapshot(cache.row(0))
+
+
+def test_a_cache_that_is_written_to_is_not_pickled(rng):
     cache = KVCache(1, 8, 1, 4)
-    for one in (cache, cache.row(0), [cache]):
-        with pytest.raises(TypeError, match=r"KVCache: .*save\(\).*load\(\).*copy\(\)"):
-            pickle.dumps(one, protocol)
-    for work in (lambda: pickle.dumps(cache._pages, protocol), lambda: copy.copy(cache._pages),
-                 lambda: copy.deepcopy(cache._pages)):
+    with ThreadPoolExecutor(1) as pool, cache.writing(), pytest.raises(RuntimeError, match="another thread"):
+        pool.submit(pickle.dumps, cache).result()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pages_alone_are_not_pickled(protocol):
+    pages = KVCache(1, 8, 1, 4)._pages
+    for work in (lambda: pickle.dumps(pages, protocol), lambda: copy.copy(pages), lambda: copy.deepcopy(pages)):
         with pytest.raises(TypeError, match=r"KVPages: .*KVCache.copy\(\).*KVCache.save\(\)"):
             work()
 

@@ -126,6 +126,56 @@ def test_buffers_of_older_exporters_are_ignored(tmp_path):
     assert logits(write(tmp_path / "a", small(), weights | extra)) == logits(write(tmp_path / "b", small(), weights))
 
 
+PLACES = {"without model.": {"model.": ""}, "language_model.model.": {"model.": "language_model.model."},
+          "with its head": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+          "model.language_model.": {"model.": "model.language_model."},
+          "language_model.": {"model.": "language_model."}}
+
+
+def renamed(weights: dict[str, Any], change: dict[str, str]) -> dict[str, Any]:
+    found = {}
+    for name, value in weights.items():
+        old = next((p for p in change if name.startswith(p)), "")
+        found[change.get(old, "") + name.removeprefix(old)] = value
+    return found
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_same_tensors_in_other_places_are_the_same_model(tmp_path, family, place):
+    weights = tensors(small(family))
+    moved = write(tmp_path / "moved", small(family), renamed(weights, PLACES[place]))
+    assert logits(moved) == logits(write(tmp_path / "usual", small(family), weights))
+
+
+@pytest.mark.parametrize("place", ["language_model.model.", "model.language_model."])
+def test_an_image_encoder_beside_the_text_model_is_not_read_and_named(tmp_path, place):
+    weights = tensors(small("gemma3_text"))
+    seen = {name: np.ones((2, 3), np.float32)
+            for name in ("vision_tower.vision_model.x", "model.vision_tower.y", "multi_modal_projector.z")}
+    config = {"model_type": "gemma3", "text_config": small("gemma3_text"), "vision_config": {"x": 1}}
+    whole = write(tmp_path / "whole", config, renamed(weights, {"model.": place}) | seen)
+    with pytest.warns(UserWarning, match="the text model alone is read; 3 tensors of multi_modal_projector, "
+                                         "vision_tower are not$") as caught:
+        model = load(whole)
+    assert caught[0].filename == __file__
+    assert model(IDS).tobytes() == logits(write(tmp_path / "text", small("gemma3_text"), weights))
+
+
+def test_a_tensor_without_a_place_is_refused_in_other_places_too(tmp_path):
+    for name, prefix in (("language_model.model.extra", "language_model.model."), ("layers.9.x", "")):
+        weights = renamed(tensors(small()), {"model.": prefix}) | {name: np.ones(3, np.float32)}
+        with pytest.raises(ValueError, match=f"1 tensors have no place in this model, the first is {name}$"):
+            load(write(tmp_path / name, small(), weights))
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path):
+    weights = tensors(small())
+    twice = renamed(weights, {"model.": ""}) | {"model.norm.weight": weights["model.norm.weight"]}
+    with pytest.raises(ValueError, match="tensors model.norm.weight and norm.weight have the same place in the model$"):
+        load(write(tmp_path, small(), twice))
+
+
 def test_header_padding_and_metadata(folder):
     data = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -175,7 +225,7 @@ def test_a_context_of_two_billion_tokens_costs_nothing(tmp_path):
 
 # ---- what is missing or does not fit ---------------------------------------------------------------
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3", "qwen2", "qwen3"])
 def test_every_tensor_is_needed_and_checked(tmp_path, family):
     config = small(family, num_hidden_layers=1)
     weights = tensors(config)
@@ -251,8 +301,24 @@ def test_sizes_of_the_config_are_not_allocated(tmp_path):
     ({"rope_scaling": {"type": "linear", "factor": 10 ** 400}}, "factor"), ({"rope_theta": 1e308}, "base is 1e.308"),
 ], ids=repr)
 def test_impossible_rope_settings_are_errors_of_the_load(tmp_path, settings, message):
+    write(tmp_path, small(**settings))
+    (tmp_path / "model.safetensors").unlink()  # refused before anything else is read
     with pytest.raises(ValueError, match=message):
-        load(write(tmp_path, small(**settings)))
+        load(tmp_path)
+
+
+def test_a_key_that_is_refused_can_be_ignored(tmp_path):
+    plain, folder = write(tmp_path / "plain", small()), write(tmp_path / "model", small(surprise=1))
+    (tmp_path / "none").mkdir()
+    write_json(tmp_path / "none" / "config.json", small(surprise=1))
+    with pytest.raises(ValueError, match="^config.json: surprise is 1"):
+        load(tmp_path / "none")
+    for names in ("surprise", ["surprise"], {"other", "surprise"}):
+        assert logits(folder, ignore=names) == logits(plain)
+    for names in (5, None, [5], b"surprise"):
+        with pytest.raises(TypeError) as caught:
+            load(folder, ignore=names)
+        assert str(caught.value) == f'load: ignore is {names!r}, expected names, such as ("key",)'
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -296,13 +362,13 @@ def test_a_rounding_that_does_not_fit(folder):
             load(folder, dtype, activations="int8")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.gguf"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_not_opened(folder, tmp_path, name):
     trace = tmp_path / "executed"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(f"cbuiltins\nopen\n(V{trace}\nVw\ntR.".encode())
     check_refused(folder, FileNotFoundError,
-            rf"model.safetensors: no such file; {name} is not read: only safetensors is safe to open$")
+            rf"model.safetensors: no such file; {name} is not read: only safetensors is safe to open; transformers ")
     assert not trace.exists()
 
 

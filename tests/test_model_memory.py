@@ -8,8 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from child import run_script
+from ggml_blocks import random_blocks
+from gguf_files import Raw, gguf
+from gguf_models import metadata
+from model_folder import small
 from safetensors.numpy import save_file
 
 from forge_c.models import model as models
@@ -53,6 +58,27 @@ def test_the_peak_is_little_more_than_the_packed_weights(folder, dtype):
     peak, held = map(int, run_script(CHILD.format(folder=str(folder), dtype=dtype)).split())
     assert held <= (folder / "model.safetensors").stat().st_size * 1.01
     assert peak <= 1.1 * held + 100e6, f"{peak / 1e6:.0f} MB for {held / 1e6:.0f} MB of weights"
+
+
+def test_a_gguf_file_takes_its_packed_weights_and_a_tensor_more(tmp_path):
+    """Its blocks are packed tensor by tensor; no tensor is made into floats."""
+    rng, path = np.random.default_rng(0), tmp_path / "x.gguf"
+    config = small(hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, vocab_size=4 * VOCAB,
+                   num_attention_heads=16, num_key_value_heads=4)
+    sizes = {"attn_q": (WIDTH, WIDTH), "attn_k": (KEYS, WIDTH), "attn_v": (KEYS, WIDTH), "attn_output": (WIDTH, WIDTH),
+             "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}
+    tensors = {name: np.ones(WIDTH, np.float32) for name in ("output_norm.weight", *(
+        f"blk.{i}.{norm}_norm.weight" for i in range(LAYERS) for norm in ("attn", "ffn")))}
+    for i in range(LAYERS):
+        for stem, (rows, columns) in sizes.items():
+            raw = random_blocks(rng, "Q4_K", rows, columns)
+            tensors[f"blk.{i}.{stem}.weight"] = Raw(12, (rows, columns), raw.tobytes())
+    table = random_blocks(rng, "Q6_K", 4 * VOCAB, WIDTH)
+    tensors["token_embd.weight"] = Raw(14, (4 * VOCAB, WIDTH), table.tobytes())
+    path.write_bytes(gguf(metadata(config), tensors))
+    peak, held = map(int, run_script(CHILD.format(folder=str(path), dtype="auto")).split())
+    assert held <= path.stat().st_size * 1.03
+    assert peak <= held + table.nbytes + 100e6, f"{peak / 1e6:.0f} MB for {held / 1e6:.0f} MB of weights"
 
 
 class Terminal(io.StringIO):

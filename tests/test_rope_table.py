@@ -116,6 +116,7 @@ NUMBERS = {
     "longrope": LONGROPE | {"factor": 4.0, "attention_factor": 1.0},
     "llama3": LLAMA3,
     "proportional": {"factor": 2.0, "partial_rotary_factor": 0.5},
+    "divided": {"divisors": [1.0, 1.5, 4.0, 8.0]},
 }
 
 
@@ -128,7 +129,7 @@ def test_a_number_beyond_any_model_is_refused_or_gives_a_finite_table(kind):
     keys = {*NUMBERS[kind], "rope_theta", "max_position_embeddings", "original_max_position_embeddings"}
     for key in keys - {"rope_type"}:
         for value in hostile:
-            given = {"rope_type": kind} | NUMBERS[kind] | {key: [value] * 4 if key.endswith("_factor") and isinstance(
+            given = {"rope_type": kind} | NUMBERS[kind] | {key: [value] * 4 if isinstance(
                 NUMBERS[kind].get(key), list) else value}
             without = {k: v for k, v in given.items() if k == key or k not in ("factor", "attention_factor")}
             for scaling in (given, without):
@@ -284,6 +285,14 @@ def test_proportional_factor_divides():
     np.testing.assert_allclose(frequencies(rope_table(16, 2, scaling=scaling)), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [2, 100])
+def test_divided_has_a_divisor_for_each_pair_at_any_length(length):
+    divisors = [1.0, 1.5, 4.0, 8.0]
+    table = rope_table(8, length, scaling={"rope_type": "divided", "divisors": divisors})
+    np.testing.assert_allclose(frequencies(table), plain_frequencies(8, 10000.0) / divisors, rtol=1e-6)
+    assert attention_factor(table) == pytest.approx(1.0, abs=1e-6)
+
+
 def test_old_and_new_spellings_are_one():
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0, "partial_rotary_factor": 1.0}
     old = {"type": "linear", "factor": 2.0}
@@ -392,7 +401,7 @@ WRONG_SCALING = [
     (
         {"rope_type": "su"},
         "unknown rope_type 'su', expected one of default, linear, dynamic, yarn, longrope, llama3, "
-        "proportional",
+        "proportional, divided",
     ),
     ({"rope_type": "yarn", "type": "linear"}, "rope_type 'yarn' but type 'linear'"),
     (
@@ -438,6 +447,12 @@ WRONG_SCALING = [
         {"rope_type": "proportional", "partial_rotary_factor": 1.5},
         "scaling['partial_rotary_factor'] is 1.5, expected at most 1",
     ),
+    (
+        {"rope_type": "divided", "divisors": [1.0, 2.0]},
+        "scaling['divisors'] is [1.0, 2.0], expected dim / 2 = 4 numbers",
+    ),
+    ({"rope_type": "divided", "divisors": [1.0, 0.0, 1.0, 1.0]},
+     "scaling['divisors'] is 0.0, expected a finite number above 0"),
 ]
 
 

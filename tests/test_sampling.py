@@ -219,9 +219,10 @@ BAD = [True, "1", None, math.nan, math.inf, -1, -math.inf, [1.0]]
 
 @pytest.mark.parametrize(("name", "expected", "values"), [
     ("temperature", "a number >= 0", [*BAD, -1e-9]), ("repetition_penalty", "a number > 0", [*BAD, 0, -0.5]),
-    ("top_k", "an integer >= 1", [True, "1", 0, -1, 1.0, math.nan, [1]]),
-    ("top_p", "a number above 0 and at most 1", [True, "1", 0, -0.1, 1.0001, math.nan, math.inf, [0.5]]),
-    ("min_p", "a number from 0 to 1", [True, "1", -0.1, 1.0001, math.nan, math.inf, [0.5]]),
+    ("top_k", "an integer >= 1, or None for all tokens", [True, "1", 0, -1, 1.0, math.nan, [1]]),
+    ("top_p", "a number above 0 and at most 1, or None for all tokens",
+     [True, "1", 0, -0.1, 1.0001, math.nan, math.inf, [0.5]]),
+    ("min_p", "a number from 0 to 1, or None", [True, "1", -0.1, 1.0001, math.nan, math.inf, [0.5]]),
 ])
 def test_settings_are_checked(name, expected, values):
     for value in values:

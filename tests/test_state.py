@@ -11,6 +11,7 @@ from typing import Any
 import golden_models
 import numpy as np
 import pytest
+from model_folder import small, write
 from numpy.typing import NDArray
 
 from forge_c.functional import AttentionState, CalledPart, LayeredModel, Part, StateTable
@@ -232,7 +233,8 @@ DAMAGED: dict[str, Any] = {
     "format": {"format": "x"}, "version": {"version": 7}, "no lengths": {"lengths": None}, "texts": {"lengths": ["a"]},
     "negative": {"lengths": [-1, 3]}, "too long": {"lengths": [999, 3]}, "rows": {"lengths": [1, 2, 3]},
     "no rows": {"lengths": [], "written": []}, "room": {"max_seq_len": "x"}, "huge": {"lengths": [2 ** 70, 1]},
-    "fraction": {"max_seq_len": 300.5}, "truth": {"lengths": [False, 0]},
+    "fraction": {"max_seq_len": 300.5}, "other room": {"max_seq_len": 301}, "endless": {"max_seq_len": 2 ** 40},
+    "other rows": {"lengths": [0] * 3, "written": [0] * 3}, "truth": {"lengths": [False, 0]},
     "not what the layers hold": {"lengths": [9, 9], "written": [9, 9]}, "nor have held": {"written": [9, 9]}}
 
 
@@ -264,9 +266,87 @@ def test_a_saved_cache_knows_its_angles(tmp_path):
         ModelCache.load(tmp_path / "cache", other)
 
 
-def test_a_cache_is_not_pickled(model):
-    with pytest.raises(TypeError, match=r"save\(\) it and ModelCache.load"):
-        pickle.dumps(model.new_cache())
+@pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_copy_goes_its_own_way(name, remake, tmp_path):
+    model, ids = golden(name, tmp_path)
+    cache = model.new_cache(len(ids), 400, dtype="int8")
+    model(ids, cache)
+    twin, before = remake(cache), cache.ids
+    assert repr(twin) == repr(cache) and twin.layers[0] is not cache.layers[0]
+    more = model(ids[:, :300 - ids.shape[1]][:, ::-1], cache)
+    assert twin.lengths.tolist() == [ids.shape[1]] * len(ids)
+    assert [row.tolist() for row in twin.ids] == [row.tolist() for row in before]
+    assert model(ids[:, :300 - ids.shape[1]][:, ::-1], twin).tobytes() == more.tobytes()
+
+
+def test_a_pickled_toy_goes_on(model, ids):
+    cache = model.new_cache(2, 300)
+    model(ids[:, :30], cache)
+    found = pickle.loads(pickle.dumps(cache))
+    assert model(ids[:, 30:], found).tobytes() == model(ids)[:, 30:].tobytes()
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    ("phi3", {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}})])
+def test_a_copys_angles_are_those_of_the_same_room(family, changes, tmp_path):
+    model = load(write(tmp_path, small(family, **changes)))
+    cache, ids = model.new_cache(1, 100), np.arange(50)[None]
+    model(ids, cache)
+    twin = pickle.loads(pickle.dumps(cache))
+    assert model(ids, twin).tobytes() == model(ids, cache).tobytes()
+
+
+def test_a_cache_knows_its_tokens(model, ids, tmp_path):
+    """Through calls, rows, truncation, forks, copies and files."""
+    cache = model.new_cache(2, 300)
+    assert [row.tolist() for row in cache.ids] == [[], []]
+    model(ids[:, :20], cache)
+    model(ids[:1, 20:30], cache.row(0))
+    cache.truncate([25, 10])
+    want = [ids[0, :25].tolist(), ids[1, :10].tolist()]
+    assert [row.tolist() for row in cache.ids] == want and cache.ids[0].dtype == np.int64
+    assert [row.tolist() for row in cache.row(1).ids] == want[1:]
+    cache.save(tmp_path / "cache")
+    for other in (cache.copy(), pickle.loads(pickle.dumps(cache)), ModelCache.load(tmp_path / "cache", model)):
+        model(ids[:, :3], other)
+        assert [row.tolist() for row in other.ids] == [w + ids[b, :3].tolist() for b, w in enumerate(want)]
+    assert [row.tolist() for row in cache.fork(2).ids] == [want[0], want[0], want[1], want[1]]
+    assert [row.tolist() for row in cache.ids] == want
+
+
+def test_tokens_that_came_by_a_layers_hand_are_unknown():
+    model = load()
+    cache = model.new_cache(1, 300)
+    layer = cache.layers[0]
+    k = np.ones((1, 3, layer.n_kv_heads, layer.head_dim), np.float32)
+    layer.append(k, k)
+    assert cache.ids[0].tolist() == [-1] * 3
+    model([[7]], cache)
+    assert cache.ids[0].tolist() == [-1] * 3 + [7]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 119, b"\0" * 124, b"\xff\xff\xff\x7f" * 30, b"\xfe\xff\xff\xff" * 30])
+def test_damaged_tokens_are_an_error(model, ids, content, tmp_path):
+    cache = model.new_cache(2, 300)
+    model(ids[:, :15], cache)
+    cache.save(tmp_path / "cache")
+    (tmp_path / "cache" / "ids.i32").write_bytes(content)
+    with pytest.raises(ValueError, match="ids.i32"):
+        ModelCache.load(tmp_path / "cache", model)
+
+
+def test_errors_name_the_models_cache(model):
+    cache = model.new_cache(2, 300)
+    for i, error, message in ((2, IndexError, "2, expected 0 to 1"), (-1, IndexError, "-1, expected 0 to 1"),
+                              ("x", TypeError, "'x', expected an integer")):
+        with pytest.raises(error, match=f"^ModelCache.row: i is {message}"):
+            cache.row(i)
+    for n, error, message in ((0, ValueError, "0, expected at least 1"), (1.5, TypeError, "1.5, expected an integer")):
+        with pytest.raises(error, match=f"^ModelCache.fork: n is {message}"):
+            cache.fork(n)
 
 
 # ---- caches that do not fit, and layers used by hand ----------------------------------------------------------------

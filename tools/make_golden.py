@@ -1,6 +1,7 @@
-"""Write tests/golden/: small models of every family, and the logits that transformers computes for them.
+"""Write tests/golden/: small models of every family, and the logits that transformers computes for them; and
+tests/templates/prompts.json: conversations as it renders them.
 
-    python tools/make_golden.py        # needs transformers 5.23 and torch 2.13
+    python tools/make_golden.py [CASE ...]       # needs transformers 5.23 and torch 2.13
 
 float32, eager attention, weights as tests/golden_models.py draws them.
 """
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import chat_cases
 import golden_models
 
 SMALL = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -31,10 +34,17 @@ def scaled(rope_type: str, theta: float = 10000.0, **parameters: Any) -> dict[st
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **parameters}}
 
 
+def layers(types: str) -> dict[str, Any]:
+    return {"layer_types": [f"{name}_attention" for name in types.split()]}
+
+
 LLAMA3 = scaled("llama3", 5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=32)
 LONGROPE = scaled("longrope", short_factor=[1.0 + 0.1 * i for i in range(6)],
                   long_factor=[1.5 + 0.4 * i for i in range(6)], factor=4.0, original_max_position_embeddings=32)
+
+BY_TYPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+           "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}
 
 # name: (family, what differs from SMALL, prompt length)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -61,6 +71,11 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma2": ("Gemma2", {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 17}, 37),
     "gemma2_no_softcap": ("Gemma2", heads(4, 4, head_dim=16, sliding_window=11, attn_logit_softcapping=None,
                                           final_logit_softcapping=None, num_hidden_layers=4), 37),
+    "gemma3": ("Gemma3", {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 17}
+               | layers("sliding full sliding"), 37),
+    "gemma3_scaled_softcap": ("Gemma3", heads(4, 1, head_dim=20, sliding_window=9, num_hidden_layers=4,
+                                              final_logit_softcapping=30.0, attn_logit_softcapping=5.0,
+                                              rope_parameters=BY_TYPE) | layers("sliding sliding full sliding"), 70),
     "phi3": ("Phi3", {}, 37),
     "phi3_partial_window": ("Phi3", {"sliding_window": 8} | scaled("default", partial_rotary_factor=0.5), 37),
     "phi3_longrope_short": ("Phi3", LONGROPE | {"original_max_position_embeddings": 32,
@@ -78,9 +93,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
+def config_class(family: str) -> Any:
+    """Of the text model alone, where a family has others too."""
+    return getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+
+
 @torch.no_grad()
 def make(name: str, family: str, changes: dict[str, Any], seq_len: int) -> None:
-    config = getattr(transformers, f"{family}Config")(**(SMALL | changes), attn_implementation="eager")
+    config = config_class(family)(**(SMALL | changes), attn_implementation="eager")
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for parameter_name, parameter in model.named_parameters():
@@ -97,8 +117,28 @@ def make(name: str, family: str, changes: dict[str, Any], seq_len: int) -> None:
     print(f"{name}: logits {logits.shape}, scale {np.abs(logits).max():.3f}")
 
 
+def make_chats() -> None:
+    """Each conversation by each template; None where transformers raises an error."""
+    found: dict[str, dict[str, str | None]] = {}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(
+        tokenizers.models.BPE()), **chat_cases.SPECIAL)
+    for name, template in chat_cases.TEMPLATES.items():
+        found[name] = {}
+        for what, (messages, options) in chat_cases.CONVERSATIONS.items():
+            try:
+                text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+            except Exception as error:
+                print(f"{name}, {what}: {type(error).__name__}: {str(error)[:90]}")
+                text = None
+            found[name][what] = text
+    chat_cases.GOLDEN.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     golden_models.FOLDER.mkdir(exist_ok=True)
+    make_chats()
     for case, (family_name, difference, length) in CASES.items():
+        if sys.argv[1:] and case not in sys.argv[1:]:
+            continue
         make(case, family_name, difference, length)

@@ -57,8 +57,10 @@ cdef cnp.ndarray listed(str fn, str arg, object x):
 
 
 cdef object integer(str fn, str arg, object value):
-    """The Python int that value is."""
+    """The Python int that value is; True and False are none."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return index(value)
     except TypeError:
         raise TypeError(f"{fn}: {arg} is {value!r}, expected an integer") from None

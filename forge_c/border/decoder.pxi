@@ -12,12 +12,14 @@ cdef class Norm:
     cdef readonly ptrdiff_t n
     cdef readonly cnp.ndarray weight
     cdef readonly cnp.ndarray bias
+    cdef readonly dict arguments  # that make another
 
     def __init__(self, str kind not None, ptrdiff_t n, weight=None, bias=None, *, double eps=1e-6, double offset=0.0):
         self.n = n
         self.weight, self.bias = parameter("Norm", "weight", weight, n), parameter("Norm", "bias", bias, n)
         self.c.kind, self.c.eps, self.c.offset = NORMS[kind], <float>eps, <float>offset
         self.c.weight, self.c.bias = floats(self.weight), floats(self.bias)
+        self.arguments = {"kind": kind, "n": n, "weight": self.weight, "bias": self.bias, "eps": eps, "offset": offset}
 
     @property
     def nbytes(self):
@@ -38,6 +40,7 @@ cdef class Part:
     cdef readonly ptrdiff_t hidden
     cdef readonly object nbytes
     cdef readonly object params  # weights of its matrices
+    cdef readonly dict arguments  # that make another; None where Python code computes it
 
     cdef int begin(self, fc_part_kind kind, const void *weights, ptrdiff_t hidden, Norm norm, Norm post_norm) except -1:
         self.c.kind, self.c.weights, self.hidden = kind, weights, hidden
@@ -100,6 +103,10 @@ cdef class AttentionPart(Part):
         self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
         self.w.q_norm, self.w.k_norm = self.normed("q_norm", q_norm, head_dim), self.normed("k_norm", k_norm, head_dim)
         self.w.scale, self.w.softcap, self.w.window = <float>scale, <float>softcap, window or 0
+        self.arguments = {"qkv": qkv, "out": out, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+                          "norm": norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm,
+                          "qkv_bias": qkv_bias, "out_bias": out_bias, "scale": scale, "softcap": softcap,
+                          "window": window}
 
     cdef int project(self, tuple matrices, ptrdiff_t columns, object bias) except -1:
         """The matrices into w.qkv, `columns` in all."""
@@ -124,6 +131,7 @@ cdef class MLPPart(Part):
 
     def __init__(self, up not None, PackedWeight down not None, *, str activation not None="silu",
                  Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None):
+        cdef object biases = up_bias
         cdef tuple sides = self.beside("up", up, 2)
         cdef PackedWeight first = sides[0]
         cdef tuple shape = (down.n, 2 * down.k if first.gated else down.k)
@@ -138,6 +146,8 @@ cdef class MLPPart(Part):
             self.w.gate = self.matrix("gate", first, shape, gate_bias)
             self.w.up = self.matrix("up", sides[1], shape, up_bias)
         self.w.down = self.matrix("down", down, (down.k, down.n), down_bias)
+        self.arguments = {"up": up, "down": down, "activation": activation, "norm": norm, "post_norm": post_norm,
+                          "up_bias": biases, "down_bias": down_bias}
 
 
 cdef class CalledPart(Part):

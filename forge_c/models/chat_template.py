@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial, wraps
-from types import BuiltinMethodType, MethodType
+from types import BuiltinMethodType, CodeType, MethodType
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -14,15 +14,19 @@ from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter, make_multi_attrgetter
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace, pass_environment
 
 from forge_c.models.chat_budget import ITEM, Budget, OverBudget, joined_nbytes, width
+from forge_c.models.chat_messages import Continued, plain, plain_documents, plain_messages, plain_tools
+from forge_c.models.tokenizer import MAX_TEMPLATE
 
-MAX_TEMPLATE = 1 << 18  # bytes
 _MAX_TOKENS = 20_000  # of the template; the longest that people publish have 5000
 _MAX_RENDERED = 64 << 20
+_MAX_INDENT = 64
+_MAX_COMPILED = 8
 _SHORT = 1 << 16  # bytes, for filters that take long or much memory for each character
 
 _TEXT_METHODS = frozenset("""capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit
@@ -45,6 +49,16 @@ class _Counter(Extension):
                 raise OverBudget(f"it has more than {_MAX_TOKENS} tokens")
             self.environment.budget.tick()  # type: ignore[attr-defined]
             yield token
+
+
+class _Generation(Extension):
+    """{% generation %}: marks for training what the model wrote; here its body, in a scope of its own."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _Compiler(CodeGenerator):
@@ -126,7 +140,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Counter], optimized=False)
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False,
+                         extensions=[loopcontrols, _Counter, _Generation])
         self.budget = Budget()
         self.finalize = self.budget.text
         self.concat = self.budget.joined  # type: ignore[assignment]
@@ -287,15 +302,21 @@ def _sum(environment: _Sandbox, iterable: Iterable[Any], attribute: str | int | 
 
 
 @pass_environment
-def _tojson(environment: _Sandbox, value: Any, indent: int | None = None, **_: Any) -> str:
+def _tojson(environment: _Sandbox, value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
+            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    """The order of the arguments is that of transformers, for which templates are written, not jinja2's."""
     budget = environment.budget
-    if indent is None:
+    if isinstance(indent, int | str) and (len(indent) if isinstance(indent, str) else indent) > _MAX_INDENT:
+        raise OverBudget(f"tojson has indent {str(indent)[:80]!r}, expected at most {_MAX_INDENT}")
+    if separators is not None and any(len(text) > _MAX_INDENT for text in separators):
+        raise OverBudget(f"tojson has separators of more than {_MAX_INDENT} characters")
+    encoder = json.JSONEncoder(ensure_ascii=bool(ensure_ascii), indent=indent, separators=separators,
+                               sort_keys=bool(sort_keys))
+    if indent is None and separators is None:
         budget.spend(budget.weigh(value))
-        return json.dumps(value, ensure_ascii=False)
-    if not isinstance(indent, int) or indent > 64:
-        raise OverBudget(f"tojson has indent {indent!r}, expected an integer of at most 64")
-    # Piece by piece: a line is indented as often as it is nested.
-    return budget.joined(json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(value))
+        return encoder.encode(value)
+    # Piece by piece: a line is indented as often as it is nested, and a separator stands after every item.
+    return budget.joined(encoder.iterencode(value))
 
 
 def _dict(budget: Budget, *args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -320,8 +341,25 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+_compiled: dict[str, CodeType] = {}  # templates whose code is kept: that of a conversation is rendered every turn
+
+
 def _size(value: Any) -> int:
     return value if isinstance(value, int) else 0
+
+
+def render_chat(template: str, messages: Any, tools: Any, documents: Any, continued: bool | str,
+                variables: Mapping[str, Any]) -> str:
+    """The prompt of a conversation. `continued` names the field of the last message to end in; True is its content."""
+    try:
+        chat = plain_messages(messages)
+        given = {**plain(variables), "tools": plain_tools(tools), "documents": plain_documents(documents)}
+    except RecursionError:
+        raise ValueError("apply_chat_template: what it is given is nested too deeply") from None
+    if not continued:
+        return render(template, given | {"messages": chat})
+    last = Continued(chat, continued if isinstance(continued, str) else "content", template)
+    return last.cut(render(template, given | {"messages": chat}))
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
@@ -341,7 +379,14 @@ def _rendered(template: str, variables: Mapping[str, Any]) -> str:
     sandbox = _Sandbox()
     found, characters, widest = [], 0, 1
     try:
-        for piece in sandbox.from_string(template).generate(**variables):
+        code = _compiled.get(template)
+        if code is None:
+            code = sandbox.compile(template)
+            if len(_compiled) >= _MAX_COMPILED:
+                _compiled.clear()
+            _compiled[template] = code
+        made = sandbox.template_class.from_code(sandbox, code, sandbox.make_globals(None))
+        for piece in made.generate(**variables):
             sandbox.budget.tick()
             found.append(piece)
             characters, widest = characters + len(piece), max(widest, width(piece))

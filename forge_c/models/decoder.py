@@ -2,27 +2,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.functional import LayeredModel
-from forge_c.models.parts import LayerSource, build_layer, new_state
+from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
+from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
+from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import ModelSpec, Rope
-from forge_c.models.weights import Tensors
-from forge_c.packing import pack
-from forge_c.rotary import DEPEND_ON_LENGTH, RopeTable, extend_rope_table, rope_table
+from forge_c.models.weights import StoredTensors, Tensors
+from forge_c.packing import pack, pack_blocks
 from forge_c.state import ModelCache
-from forge_c.state.model import TableOf
 
-__all__ = ["DEFAULT_CONTEXT", "Decoder"]
+__all__ = ["DEFAULT_CONTEXT", "STORED", "Decoder"]
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 
+STORED = "stored"  # the dtype of a model whose matrices are held as the file has them
 # The format of the last projection: its errors reach the probabilities directly, so int4 models hold it in int8.
 _HEAD = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
 
@@ -34,24 +33,29 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
                  progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None) -> None:
-        self.spec, self.dtype = spec, dtype
-        self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
-        self._tables: list[tuple[Rope, RopeTable]] = []
-        table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        head = table if spec.head.tied else checkpoint.take("lm_head.weight", table.shape)
-        packed = pack(head.T, _HEAD[dtype], activations=activations)  # (H, vocab)
-        # Rows are looked up in what is multiplied, where that is the same; else (vocab, H), unless float32 in bfloat16.
-        embedding: Any = packed
-        if not spec.head.tied:
-            embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
-        del table, head
-        layers = [build_layer(spec.layers[i], LayerSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
-                                                          activations)) for i in progress(range(spec.n_layers))]
+        stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
+        self._describe(spec, dtype if stored is None else stored.mostly())
+        ends = (_ends(spec, checkpoint, dtype, activations) if stored is None
+                else _stored_ends(spec, stored, activations))
+        source = LayerSource if stored is None else StoredSource
+        layers = [build_layer(spec.layers[i], source(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
+                                                     activations)) for i in progress(range(spec.n_layers))]
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
-        self._model = LayeredModel(embedding, layers, norm, packed, embedding_scale=spec.embed.scale)
-        for rope in self._ropes():
-            self._rope_table(rope, 1)  # an impossible rope setting is an error of the load, not of the first call
+        self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale)
+
+    @classmethod
+    def of(cls, spec: ModelSpec, dtype: str, model: LayeredModel) -> Decoder:
+        """Of a model that is packed already."""
+        decoder = object.__new__(cls)
+        decoder._describe(spec, dtype)
+        decoder._model = model
+        return decoder
+
+    def _describe(self, spec: ModelSpec, dtype: str) -> None:
+        self.spec, self.dtype = spec, dtype
+        self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
+        self._tables = RopeTables()
 
     def _ropes(self) -> list[Rope]:
         return [r for r in (getattr(layer.mixer, "rope", None) for layer in self.spec.layers) if r is not None]
@@ -82,22 +86,63 @@ class Decoder:
             max_seq_len = min(self.spec.max_position_embeddings, DEFAULT_CONTEXT)
         rows, room = checked_size("new_cache", "batch", batch), checked_size("new_cache", "max_seq_len", max_seq_len)
         layers = [new_state(kind, rows, room, dtype) for kind in self.kinds]
-        tables = [self._table_of(getattr(kind, "rope", None), room) for kind in self.kinds]
+        tables = [self._tables.of(getattr(kind, "rope", None)) for kind in self.kinds]
         return ModelCache(self.kinds, layers, tables, np.zeros(rows, np.int64), room)
 
     @property
     def angles_depend_on_length(self) -> bool:
-        """Whether a row's rotary angles depend on the room that its cache has."""
-        return any(_depends_on_length(rope) for rope in self._ropes())
+        """Whether a token's rotary angles depend on how long its text is."""
+        return any(depends_on_length(rope) for rope in self._ropes())
 
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
-                hidden: bool = False) -> tuple[Any, Any]:
+                hidden: bool = False, fresh: NDArray[np.bool_] | None = None) -> tuple[Any, Any]:
         """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> logits (batch, n, vocab), with last_only
-        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for."""
-        with cache.locked(), cache.extending(ids.shape[1]) as start:
-            found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
-                                                hidden=hidden)
+        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for. fresh: as
+        ModelCache.extending. ValueError for logits of a model without a head."""
+        if logits and self.spec.head.absent:
+            raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
+                             "false: it was saved without its head, and gives hidden states alone")
+        with cache.locked():
+            self.read_outdated(cache, ids.shape[1], fresh)
+            if not cache.agree(ids.shape[1], fresh):
+                return _stacked([self.forward(ids[i : i + 1], cache.row(i), logits=logits, last_only=last_only,
+                                              hidden=hidden, fresh=None if fresh is None else fresh[i : i + 1])
+                                 for i in range(len(ids))])
+            with cache.extending(ids, fresh) as start:
+                found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
+                                                    hidden=hidden)
         return None if found is None else self._finished(found), normed
+
+    def read_outdated(self, cache: ModelCache, tokens: int, fresh: NDArray[np.bool_] | None = None) -> None:
+        """Read again the rows whose tokens have the angles of a shorter or longer text than they are part of with
+        `tokens` more, as transformers does when a text outgrows longrope's original length."""
+        for i, length in cache.outdated(tokens, fresh).items():
+            with cache.rereading(i, length) as (row, ids):
+                for start in range(0, len(ids), KV_CHUNK):
+                    self.forward(ids[None, start : start + KV_CHUNK], row, logits=False)
+
+    def hidden(self, ids: NDArray[np.int64], cache: ModelCache, layer: int) -> Floats:
+        """(batch, n, H) of ids (batch, n <= KV_CHUNK): what goes into layer 0 .. n_layers - 1, or, for n_layers, what
+        comes out of the last norm."""
+        if layer == self.spec.n_layers:
+            found: Floats = self.forward(ids, cache, logits=False, hidden=True)[1]
+            return found
+        seen: list[Floats] = []
+
+        def look(x: Floats, state: None, start: NDArray[np.int64]) -> Floats:
+            seen.append(x)
+            return np.zeros_like(x)
+
+        m, states = self._model, cache.states.held
+        layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
+        model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale)
+        with cache.locked():
+            self.read_outdated(cache, ids.shape[1])
+            if not cache.agree(ids.shape[1]):
+                return np.concatenate([self.hidden(ids[i : i + 1], cache.row(i), layer) for i in range(len(ids))])
+            with cache.extending(ids) as start:
+                model.forward(ids, StateTable([*states[:layer], None, *states[layer:]]), start, logits=False)
+        return seen[0]
 
     def _finished(self, y: Floats) -> Floats:
         """Logits as the family scales and caps them, in place."""
@@ -111,27 +156,29 @@ class Decoder:
             y *= cap
         return y
 
-    def _table_of(self, rope: Rope | None, room: int) -> TableOf | None:
-        if rope is None:
-            return None
-        if _depends_on_length(rope):
-            return lambda length: self._rope_table(rope, room)
-        return partial(self._rope_table, rope)
 
-    def _rope_table(self, rope: Rope, length: int) -> RopeTable:
-        """A table for at least `length` positions, or exactly as many where the angles depend on it."""
-        held = next((table for known, table in self._tables if known == rope), None)
-        exact = _depends_on_length(rope)
-        if held is not None and (held.max_seq_len == length if exact else held.max_seq_len >= length):
-            return held
-        rows = length if exact else 1 << (length - 1).bit_length()
-        if held is None or exact:
-            table = rope_table(rope.dim, rows, rope.theta, scaling=rope.scaling)
-        else:
-            table = extend_rope_table(held, rows, rope.theta, scaling=rope.scaling)
-        self._tables = [(known, t) for known, t in self._tables if known != rope] + [(rope, table)]
-        return table
+def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | None) -> tuple[Any, PackedWeight]:
+    """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
+    table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    if spec.head.tied or spec.head.absent:  # rows are looked up in what is multiplied
+        packed = pack(table.T, _HEAD[dtype], activations=activations)
+        return packed, packed
+    head = checkpoint.take("lm_head.weight", table.shape)
+    embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
+    return embedding, pack(head.T, _HEAD[dtype], activations=activations)
 
 
-def _depends_on_length(rope: Rope) -> bool:
-    return rope.scaling.get("rope_type") in DEPEND_ON_LENGTH
+def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
+                 activations: str | None) -> tuple[PackedWeight, PackedWeight]:
+    """The same as the file has them, both (H, vocab), and one where the model is tied."""
+    def packed(name: str) -> PackedWeight:
+        return pack_blocks(*checkpoint.take_raw(name, (spec.vocab_size, spec.hidden_size)), activations=activations)
+
+    table = packed("model.embed_tokens.weight")
+    return table, table if spec.head.tied else packed("lm_head.weight")
+
+
+def _stacked(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Results of single rows as that of all."""
+    first, second = zip(*rows, strict=True)
+    return tuple(None if one[0] is None else np.concatenate(one) for one in (first, second))  # type: ignore[return-value]

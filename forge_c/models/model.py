@@ -3,44 +3,68 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from forge_c.checks import short
 from forge_c.files import read_json
+from forge_c.formats.gguf import open_gguf
 from forge_c.functional import KV_CHUNK
-from forge_c.models.decoder import Decoder
-from forge_c.models.generation import Generation
-from forge_c.models.sampling import Sampler
-from forge_c.models.spec import Attention, ModelSpec, model_spec
-from forge_c.models.tokenizer import Tokenizer, check_text, load_tokenizer
-from forge_c.models.weights import Checkpoint, RandomCheckpoint
+from forge_c.models.decoder import STORED, Decoder
+from forge_c.models.generation import Generation, LogitsProcessor, Stream
+from forge_c.models.gguf_tokenizer import gguf_tokenizer
+from forge_c.models.hub import find
+from forge_c.models.options import check_samples, checked_options, sampler_of
+from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or_ids
+from forge_c.models.sampling import Unsaid
+from forge_c.models.saved import is_saved, load_saved, save_model
+from forge_c.models.scoring import embedded, hidden_states, scored
+from forge_c.models.spec import Attention, Head, ModelSpec, model_spec
+from forge_c.models.spec.gguf import gguf_spec
+from forge_c.models.tokenizer import Tokenizer
+from forge_c.models.tokenizer_files import load_tokenizer
+from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
+from forge_c.models.weights.foreign import check_folder
+from forge_c.models.weights.gguf import StoredType
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS, Format
+from forge_c.packing import FORMATS, ROWS_OF, Format
 from forge_c.state import ModelCache
+from forge_c.state.model import all_or_nothing
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None) -> Model:
-    """Load a Hugging Face folder: config.json and safetensors, with tokenizer.json if it is there.
+def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, activations: str | None = None,
+         ignore: str | Collection[str] = ()) -> Model:
+    """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there), a GGUF file, or a
+    folder that Model.save wrote.
 
     Args:
-        path: the folder; None for the embedded model, which writes Python byte by byte.
+        path: the folder; or the file, by whatever name, or any file of those that a model is split into; or the model's
+            name on the Hugging Face Hub, "ORG/NAME": the snapshot in the local cache, or a download where the
+            huggingface_hub package is installed (a path that exists wins); None for the embedded model, which writes
+            Python byte by byte.
         dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
-            for a checkpoint that holds nothing wider, else float32. Activations are float32. An int4 model holds its
-            last projection in int8, and both integer formats the embedding table in bfloat16, where that is another.
-        activations: how inputs of int8 and int4 matrices are rounded, "int8" or "int12" (see forge_c.pack); by default
-            to 12 bits before int8 matrices, which keeps what these know, and to 8 before int4 ones.
+            for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
+            Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
+            embedding table in bfloat16, where that is another.
+        activations: how inputs of matrices of integers are rounded, "int8" or "int12" (see forge_c.pack); by default to
+            12 bits before those of 8 bits, which keeps what these know, and to 8 before those of fewer.
+        ignore: keys of config.json, or of a GGUF file, to take no notice of: there may be one that would be refused,
+            since it could change the maths, and does not.
 
-    Families: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, smollm3, granite. Nothing in the folder is executed.
+    Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
+    granite. Nothing in the folder or the file is executed.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing.
+        FileNotFoundError: no such folder, or a file is missing; it says what to get.
         ValueError: an unknown family, a configuration that is not understood, or a damaged file; it says which.
 
     >>> model = load()
@@ -48,19 +72,70 @@ def load(path: str | os.PathLike[str] | None = None, dtype: str = "auto", *, act
     ('llama', 'bfloat16')
     """
     _check_dtype("load", dtype)
-    folder = EMBEDDED if path is None else Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load: {folder} is not a folder; `hf download ORG/NAME --local-dir DIR` makes one")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"load: {folder} has no config.json")
-    config = read_json(folder / "config.json")
-    spec = model_spec(config)
+    ignored = _names("load", "ignore", ignore)
+    if path is not None and os.path.exists(path) and not os.path.isdir(path):
+        return _load_gguf(Path(path), dtype, activations, ignored)
+    if path is not None and is_saved(Path(path)):
+        return _load_saved(Path(path), dtype, activations)
+    folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
+    spec = _spec(folder, ignored)
     checkpoint = Checkpoint(folder)
+    spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
     _check_activations("load", activations, dtype)
-    decoder = Decoder(spec, checkpoint, dtype, _bar, activations)
-    return Model(decoder, load_tokenizer(folder), _eos_ids(folder, spec))
+    settings = _generation_config(folder)
+    again = partial(load, None if path is None else str(folder.absolute()), dtype, activations=activations,
+                    ignore=ignored)
+    return Model(Decoder(spec, checkpoint, dtype, _bar, activations), load_tokenizer(folder), _eos_ids(settings, spec),
+                 generation_config=settings, source=again)
+
+
+def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str]) -> Model:
+    """The model of a GGUF file: its own tokenizer too; nothing but the file is read."""
+    file = open_gguf(path)
+    spec = gguf_spec(file, ignored)
+    checkpoint = GGUFCheckpoint(file, spec)
+    _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
+    tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
+    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
+    stored = checkpoint.stored(None if dtype == "auto" else dtype)
+    again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored)
+    return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
+
+
+def _load_saved(folder: Path, dtype: str, activations: str | None) -> Model:
+    """The model of a folder that Model.save wrote, as it was packed."""
+    if activations is not None:
+        raise ValueError(f"load: activations is {activations!r}, and {folder} was packed already; expected None")
+    decoder, eos, settings, stored = load_saved(folder, dtype)
+    return Model(decoder, load_tokenizer(folder), eos, generation_config=settings, info=stored,
+                 source=partial(load, str(folder.absolute()), dtype))
+
+
+def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
+    """What a folder's files say of the model, before its weights are read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load: {folder} is a file, expected the folder that it is in, {folder.parent}")
+    check_folder(folder, ignored)
+    return model_spec(read_json(folder / "config.json"), ignored)
+
+
+def _head(head: Head, checkpoint: Checkpoint) -> Head:
+    """What the file says of the head, corrected by what it holds."""
+    if head.tied and checkpoint.has_own_head:
+        warnings.warn(f"load: {checkpoint.folder} holds an lm_head.weight of its own, which is used, though "
+                      "config.json has tie_word_embeddings true", stacklevel=3)
+        return replace(head, tied=False)
+    return replace(head, absent=True) if checkpoint.is_headless and not head.tied else head
+
+
+def _names(function: str, argument: str, given: str | Collection[str]) -> frozenset[str]:
+    """One name or several."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Collection) or any(not isinstance(name, str) for name in names):
+        raise TypeError(f"{function}: {argument} is {short(given)}, expected names, such as (\"key\",)")
+    return frozenset(names)
 
 
 def _bar(layers: range) -> Iterable[int]:
@@ -94,17 +169,24 @@ def _check_dtype(function: str, dtype: str) -> None:
 
 
 def _check_activations(function: str, activations: str | None, dtype: str) -> None:
-    Format.checked(function, dtype, None).checked_activations(function, activations)
+    Format.checked(function, dtype, None, ROWS_OF).checked_activations(function, activations)
 
 
-def _eos_ids(folder: Path, spec: ModelSpec) -> frozenset[int]:
-    """Tokens that end a text: generation_config.json knows better than config.json."""
+def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     document = read_json(path) if path.exists() else {}
-    given = document.get("eos_token_id") if isinstance(document, dict) else None
+    return document if isinstance(document, dict) else {}
+
+
+def _eos_ids(settings: Mapping[str, Any], spec: ModelSpec) -> frozenset[int]:
+    """Tokens that end a text: generation_config.json knows better than config.json."""
+    given = settings.get("eos_token_id")
     ids = given if isinstance(given, list) else [given]
     found = {i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0}
     return frozenset(found or spec.eos_token_ids)
+
+
+_TEMPERATURE, _PENALTY = Unsaid(0.0), Unsaid(1.0)
 
 
 class Model:
@@ -112,13 +194,23 @@ class Model:
 
     Attributes:
         config: the ModelSpec.
-        dtype: how its matrices are packed.
+        dtype: how its matrices are packed; of a GGUF file's that are held as they are stored, how most bytes are.
         tokenizer: encode(text) -> ids and decode(ids) -> text, or None.
         eos_token_ids: the tokens that end a text.
+        generation_config: what its makers say about generation: the folder's generation_config.json.
+        info: what a GGUF file stores: of each type how many tensors, their bytes in the file, and how they are held.
+
+    copy.copy and copy.deepcopy make another model over the same weights. A pickle holds where a model was loaded from,
+    and is loaded from there.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int], *,
+                 generation_config: Mapping[str, Any] | None = None, source: Callable[[], Model] | None = None,
+                 info: tuple[StoredType, ...] = ()) -> None:
         self._decoder, self.tokenizer, self.eos_token_ids = decoder, tokenizer, eos_token_ids
+        self.generation_config = dict(generation_config or {})
+        self.info = info
+        self._source = source  # the call of load that made it
 
     @property
     def config(self) -> ModelSpec:
@@ -148,12 +240,31 @@ class Model:
         """
         return self._decoder.new_cache(batch, max_seq_len, dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
-        """Another model over the same weights, which nothing can write to."""
-        return Model(self._decoder, self.tokenizer, self.eos_token_ids)
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model, packed as it is, to a new folder: `load` maps that in a fraction of the time.
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("Model: a model is not pickled; load() the same folder in the other process")
+        What load maps are the bytes that the kernels read, on whatever x86 or Arm they run; a version of this library
+        that lays them out otherwise refuses the folder. It must not be changed while a model that was loaded from it
+        is in use. What does not come to its end leaves nothing.
+
+        Raises:
+            FileExistsError, OSError: the folder exists and is not empty, or cannot be written.
+            ValueError: the model has parts that no file holds.
+        """
+        save_model(self, folder)
+
+    def __copy__(self) -> Model:
+        return Model(self._decoder, self.tokenizer, self.eos_token_ids, generation_config=self.generation_config,
+                     source=self._source, info=self.info)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        return self.__copy__()
+
+    def __reduce__(self) -> Any:
+        if self._source is None:
+            raise TypeError("Model: a model that was not loaded from a path is not pickled; save() it and load() that "
+                            "in the other process, or make it there")
+        return self._source, ()
 
     def __call__(self, ids: ArrayLike, cache: ModelCache | None = None, *,
                  last_only: bool = False) -> NDArray[np.float32]:
@@ -167,106 +278,172 @@ class Model:
             TypeError, ValueError: ids that are not integers or not (batch, seq), or a cache without room for them.
             RuntimeError: another thread is using the cache.
         """
-        tokens = _checked_ids("model", ids, self.config.vocab_size, 2)
+        tokens, cache = self._fed("model", ids, cache)
         batch, seq = tokens.shape
-        if cache is None:
-            cache = self.new_cache(max(batch, 1), max(seq, 1))
-        elif not isinstance(cache, ModelCache):
-            raise TypeError(f"model: cache is a {type(cache).__name__}, expected one from new_cache()")
-        elif cache.kinds != self._decoder.kinds:
-            raise ValueError("model: cache is one of another model, whose layers differ; expected one from new_cache()")
-        elif cache.batch != batch:
-            raise ValueError(f"model: ids has {batch} rows, expected {cache.batch} as the cache")
-        elif cache.seq_len + seq > cache.max_seq_len:
-            raise ValueError(f"model: {cache.seq_len} tokens in the cache and {seq} more exceed its max_seq_len "
-                             f"{cache.max_seq_len}")
         logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
-        with cache.locked():
-            before = cache.lengths
-            try:
-                for start in range(0, seq if batch else 0, KV_CHUNK):
-                    chunk, wanted = slice(start, start + KV_CHUNK), not last_only or start + KV_CHUNK >= seq
-                    found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
-                    if wanted:
-                        logits[:, slice(None) if last_only else chunk] = found
-            except BaseException as error:
-                _go_back(cache, before, error)
-                raise
+        with all_or_nothing(cache, seq):
+            for start in range(0, seq if batch else 0, KV_CHUNK):
+                chunk, wanted = slice(start, start + KV_CHUNK), not last_only or start + KV_CHUNK >= seq
+                found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
+                if wanted:
+                    logits[:, slice(None) if last_only else chunk] = found
         return logits
 
-    def generate(self, prompt: Any, max_new_tokens: int = 128, *, temperature: float = 0.0, top_k: int | None = None,
-                 top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-                 seed: int | None = None, stop: str | Sequence[str] | None = None, stream: bool = False) -> Any:
-        """Continue one prompt or several; the result holds only what is new.
+    def _fed(self, function: str, ids: ArrayLike, cache: ModelCache | None) -> tuple[NDArray[np.int64], ModelCache]:
+        """ids (batch, seq), and the cache or a new one, which has room for them."""
+        tokens = checked_ids(function, ids, self.config.vocab_size, 2)
+        batch, seq = tokens.shape
+        if cache is None:
+            return tokens, self.new_cache(max(batch, 1), max(seq, 1))
+        self._check_cache(function, cache)
+        if cache.batch != batch:
+            raise ValueError(f"{function}: ids has {batch} rows, expected {cache.batch} as the cache")
+        if cache.seq_len + seq > cache.max_seq_len:
+            raise ValueError(f"{function}: {cache.seq_len} tokens in the cache and {seq} more exceed its max_seq_len "
+                             f"{cache.max_seq_len}")
+        return tokens, cache
+
+    def _check_cache(self, function: str, cache: ModelCache) -> None:
+        if not isinstance(cache, ModelCache):
+            raise TypeError(f"{function}: cache is a {type(cache).__name__}, expected one from new_cache()")
+        if cache.kinds != self._decoder.kinds:
+            raise ValueError(f"{function}: cache is one of another model, whose layers differ; expected one from "
+                             "new_cache()")
+
+    def hidden(self, ids: ArrayLike, cache: ModelCache | None = None, *, layer: int = -1) -> NDArray[np.float32]:
+        """Hidden states (batch, seq, hidden) of ids (batch, seq), in a cache or without, as a call of the model.
 
         Args:
-            prompt: a text or a list of texts (special tokens are added), or token ids: (n,) ints, or a list of such.
+            layer: -1, after the last layer and the last norm: what the logits are made of. From 0 on, what goes into
+                that layer (0: the embeddings); -2: into the last layer. As transformers' hidden_states[layer].
+
+        Raises:
+            As a call of the model; IndexError if there is no such layer.
+
+        >>> load().hidden([[1, 2, 3]]).shape
+        (1, 3, 192)
+        """
+        return hidden_states(self, ids, cache, layer)
+
+    def embed(self, texts: Any, *, pooling: Literal["mean", "last"] = "mean",
+              normalize: bool = True) -> NDArray[np.float32]:
+        """One vector a text, (n, hidden): the hidden states of its tokens, pooled.
+
+        Args:
+            texts: a text or a list of texts (special tokens are added), or token ids: (n,) ints, or a list of such.
+            pooling: "mean" of all tokens, or the "last" one's.
+            normalize: divide by the vector's length.
+
+        A text's vector does not depend on the others.
+
+        >>> model = load()
+        >>> a, b, c = model.embed(["for i in range(3):", "for j in range(4):", "class A:"])
+        >>> bool(a @ b > a @ c)
+        True
+        """
+        return embedded(self, texts, pooling, normalize)
+
+    def score(self, texts: Any) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """(ids, logprobs) of each text: its tokens (n,), and the natural logarithms of the probabilities (n - 1,) of
+        every token but the first, given those before it: logprobs[i] is ids[i + 1]'s.
+
+        texts: a text or a list of texts (special tokens are added), or token ids: (n,) ints, or a list of such. The
+        logits of a whole text never stand in memory.
+
+        >>> [(ids, logprobs)] = load().score("import os")
+        >>> len(ids), len(logprobs)
+        (10, 9)
+        """
+        return scored(self, texts)
+
+    def generate(self, prompt: Any = None, max_new_tokens: int | None = 128, *, messages: Any = None, tools: Any = None,
+                 temperature: float = _TEMPERATURE, top_k: int | None = None, top_p: float | None = None,
+                 min_p: float | None = None, repetition_penalty: float = _PENALTY,
+                 sampling: Literal["model"] | None = None, seed: int | Sequence[int] | None = None, n: int = 1,
+                 stop: str | Sequence[str] | None = None, cache: ModelCache | None = None, cache_dtype: str = "float32",
+                 logprobs: int = 0, logits_processor: LogitsProcessor | None = None, special_tokens: bool = True,
+                 stream: bool = False, details: bool = False) -> Any:
+        """Continue one prompt or several, or answer in a conversation; the result holds only what is new.
+
+        Args:
+            prompt: a text or a list of texts, or token ids: (n,) ints, a list of such, an array (batch, n) of any
+                library, or what a Hugging Face tokenizer returns.
             max_new_tokens: at most this many; an end-of-text token ends a row before, and is not part of its text.
+                None: until then, or until the model's context or the cache is full.
+            messages: instead of a prompt, a conversation [{"role": "user", "content": "..."}, ...] for the model's
+                chat template, or several; tools: what it may call, as the template has it.
             temperature, top_k, top_p, min_p, repetition_penalty: see Sampler; by default the best token is taken.
-            seed: the same seed gives the same tokens; each row draws as if it were alone.
+            sampling: "model" takes those that are not given from the model's generation_config.json.
+            seed: the same seed gives the same tokens; each row draws as if it were alone. A list: one for each prompt,
+                or for each of its samples.
+            n: samples of each prompt. The first draws as with n=1, the others from seeds that follow from the seed and
+                the sample's number.
             stop: texts that end a row; they are not part of the result's text.
-            stream: return an iterator over pieces instead: of text, or of ids; (row, piece) for several prompts.
+            cache: from new_cache(), one row for each prompt's sample. The prompt is what comes after the tokens that it
+                holds, as in a call of the model; afterwards it holds the prompt and the new ids too. For messages the
+                conversation is compared with `cache.ids`: what both begin with stays, the rest of the cache is
+                forgotten, and only what is new is read. If the call is interrupted, it holds some beginning of that.
+            cache_dtype: of the cache that is made if none is given.
+            logprobs: return the log-probabilities of so many likely tokens at each step, as details.
+            logits_processor: called for each row and step with all of its ids (m,) and the logits (vocab,) of the next
+                token, a copy, after the repetition penalty and before the temperature; returns logits of that shape,
+                -inf for what must not follow. It may raise StopIteration to end the row.
+            special_tokens: whether special tokens are added to a text that is not the continuation of a cache's.
+            stream: return a Stream instead, an iterator over pieces: of text, or of ids; (row, piece) for several rows.
+            details: return Completions instead of texts or ids; in a stream, Completions of the pieces.
 
         Returns:
-            str for a text, (m,) int64 ids for ids, and a list of those for several prompts.
+            str for a text or a conversation, (m,) int64 ids for ids; a list of those for several prompts or samples,
+            a list of lists for several samples of several prompts. Rows of a stream count in that order.
 
         Raises:
             IndexError: an id outside the vocabulary.
-            TypeError, ValueError: another wrong argument, or an empty prompt.
+            TypeError, ValueError: another wrong argument, an empty prompt, or a cache without room.
 
         >>> load().generate("import ", 4, stream=False) == "".join(load().generate("import ", 4, stream=True))
         True
         """
-        rows, several, is_text = self._prompts(prompt)
-        run = self._generation(rows, max_new_tokens, Sampler(temperature, top_k, top_p, min_p, repetition_penalty),
-                               seed, stop)
+        if sampling not in (None, "model"):
+            raise ValueError(f"generate: sampling is {sampling!r}, expected None or 'model'")
+        sampler = sampler_of(self.generation_config if sampling else {}, temperature=temperature, top_k=top_k,
+                             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+        check_samples(n, sampler, logits_processor)
+        prompts = self._prompts(prompt, messages, tools, cache, special_tokens, n)
+        options = checked_options(
+            self.config, self.tokenizer, self.eos_token_ids, prompts.rows, sampler, max_new_tokens=max_new_tokens,
+            seed=seed, n=n, stop=stop, cache=cache, cache_dtype=cache_dtype, logprobs=logprobs,
+            logits_processor=logits_processor, whole=prompts.whole, answers=prompts.answers)
+        run = Generation(self._decoder, options, self.tokenizer)
+        detailed = details or logprobs > 0
         if stream:
-            return _pieces(run, several, is_text)
+            return Stream(run, _pieces(run, prompts, detailed))
         for _ in run.steps():
             pass
-        results = [row.text if is_text else np.array(row.ids, np.int64) for row in run.rows]
-        return results if several else results[0]
+        found: list[Any] = run.completions()
+        if not detailed:
+            found = [c.text if prompts.is_text else c.ids for c in found]
+        if n > 1:
+            found = [found[i : i + n] for i in range(0, len(found), n)]
+        return found if prompts.several else found[0]
 
-    def _generation(self, rows: list[NDArray[np.int64]], max_new_tokens: int, sampler: Sampler, seed: int | None,
-                    stop: str | Sequence[str] | None) -> Generation:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
-            raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}, expected an integer >= 0")
-        if stop is not None and not isinstance(stop, str | list | tuple):
-            raise TypeError(f"generate: stop is {stop!r}, expected a text or several")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
-            raise ValueError(f"generate: seed is {seed!r}, expected an integer >= 0")
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        if any(not isinstance(s, str) or not s for s in stops):
-            raise ValueError(f"generate: stop is {stop!r}, expected texts that are not empty")
-        if stops and self.tokenizer is None:
-            raise ValueError("generate: stop needs a tokenizer, and the model's folder has none")
-        longest = max((len(r) for r in rows), default=0) + max_new_tokens
-        if longest > _context(self.config):
-            warnings.warn(f"generate: {longest} tokens exceed the {_context(self.config)} that the model was made for",
-                          stacklevel=3)
-        return Generation(self._decoder, rows, int(max_new_tokens), sampler, seed, stops, self.eos_token_ids,
-                          self.tokenizer)
-
-    def _prompts(self, prompt: Any) -> tuple[list[NDArray[np.int64]], bool, bool]:
-        """(ids of each prompt, whether there may be several, whether they are texts)."""
-        is_text = isinstance(prompt, str) or (isinstance(prompt, list | tuple) and bool(prompt)
-                                              and all(isinstance(p, str) for p in prompt))
-        if is_text:
-            several, texts = not isinstance(prompt, str), [prompt] if isinstance(prompt, str) else list(prompt)
-            if self.tokenizer is None:
-                raise ValueError("generate: a text prompt needs a tokenizer, and the model's folder has none; pass ids")
-            for text in texts:
-                check_text("generate: prompt", text)
-            given: list[Any] = [self.tokenizer.encode(text) for text in texts]
+    def _prompts(self, prompt: Any, messages: Any, tools: Any, cache: ModelCache | None, special_tokens: bool,
+                 n: int) -> Prompts:
+        if (prompt is None) == (messages is None):
+            given = "neither prompt nor" if prompt is None else "both prompt and"
+            raise TypeError(f"generate: {given} messages given, expected one of them")
+        if messages is None and tools is not None:
+            raise TypeError("generate: tools are given without messages, whose template would name them")
+        if cache is not None:
+            self._check_cache("generate", cache)
+        if messages is not None:
+            found = conversations("generate", messages, tools, self.tokenizer, self.config.vocab_size)
         else:
-            several = (isinstance(prompt, np.ndarray) and prompt.ndim > 1) or (
-                isinstance(prompt, list | tuple) and any(np.ndim(p) > 0 for p in prompt))
-            given = list(prompt) if several else [prompt]
-        rows = [_checked_ids("generate", ids, self.config.vocab_size, 1) for ids in given]
-        for i, row in enumerate(rows):
+            held = [] if cache is None else cache.lengths[::n].tolist()
+            found = texts_or_ids("generate", prompt, self.tokenizer, self.config.vocab_size, special_tokens, held)
+        for i, row in enumerate(found.rows):
             if len(row) == 0:
                 raise ValueError(f"generate: prompt {i} is empty, expected at least one token")
-        return rows, several, is_text
+        return found
 
 
 def _heads(spec: ModelSpec) -> str:
@@ -275,41 +452,12 @@ def _heads(spec: ModelSpec) -> str:
     return "" if first is None else f"heads={first.n_heads}/{first.n_kv_heads}, "
 
 
-def _go_back(cache: ModelCache, lengths: NDArray[np.int64], error: BaseException) -> None:
-    """All or nothing: forget the chunks of a call before `error`. A ring may have overwritten what that needs."""
-    try:
-        cache.truncate(lengths)
-    except ValueError:
-        error.add_note(f"model: the cache holds {cache.lengths.tolist()} tokens: a layer with a window could not go "
-                       f"back to {lengths.tolist()}")
-
-
-def _context(spec: ModelSpec) -> int:
-    """How many tokens the model was made for, its position scaling included."""
-    ropes = [layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention) and layer.mixer.rope]
-    scaling = ropes[0].scaling if ropes else {}
-    if scaling.get("rope_type") in ("dynamic", "linear", "yarn"):
-        return int(spec.max_position_embeddings * max(1.0, scaling.get("factor") or 1.0))
-    return spec.max_position_embeddings
-
-
-def _checked_ids(function: str, ids: ArrayLike, vocab: int, ndim: int) -> NDArray[np.int64]:
-    a = np.asarray(ids)
-    expected = "(batch, seq)" if ndim == 2 else "(n,)"
-    if a.size and (a.dtype.kind not in "iu"):
-        raise TypeError(f"{function}: ids has dtype {a.dtype}, expected integers")
-    if a.ndim != ndim:
-        raise ValueError(f"{function}: ids has shape {a.shape}, expected {expected}")
-    outside = (a < 0) | (a >= vocab)
-    if a.size and outside.any():
-        at = tuple(int(i) for i in np.argwhere(outside)[0])
-        raise IndexError(f"{function}: id {a[at]} at {list(at)} is outside the vocabulary of {vocab}")
-    return a.astype(np.int64)
-
-
-def _pieces(run: Generation, several: bool, is_text: bool) -> Iterator[Any]:
+def _pieces(run: Generation, prompts: Prompts, detailed: bool) -> Iterator[Any]:
+    several = prompts.several or len(run.rows) > 1
     for step in run.steps():
-        for row, token, text in step:
-            piece: Any = text if is_text else token
-            if piece != "":
-                yield (row, piece) if several else piece
+        for i, token, text in step:
+            piece: Any = text if prompts.is_text else token
+            if detailed:
+                piece = run.piece(i, token, text)
+            if piece is not None and piece != "":
+                yield (i, piece) if several else piece

@@ -4,8 +4,10 @@ A new kind registers here: `build_part` makes what computes it, `new_state` what
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import singledispatch
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,8 @@ from numpy.typing import NDArray
 from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec
 from forge_c.models.spec import Norm as NormSpec
-from forge_c.models.weights import Tensors
-from forge_c.packing import pack, pack_gated
+from forge_c.models.weights import StoredTensors, Tensors
+from forge_c.packing import pack, pack_blocks, pack_gated, pack_gated_blocks
 from forge_c.state.kv import KVCache
 
 Floats = NDArray[np.float32]
@@ -38,6 +40,19 @@ class LayerSource:
         """The same as (in, out), packed."""
         return pack(self.matrix(name, rows, columns).T, self.dtype, activations=self.activations)
 
+    def side_by_side(self, parts: Mapping[str, int], columns: int) -> PackedWeight | Sequence[PackedWeight]:
+        """Matrices of these rows, packed as one; or as several, of formats of their own."""
+        joined = np.concatenate([self.matrix(name, rows, columns) for name, rows in parts.items()])
+        return pack(joined.T, self.dtype, activations=self.activations)
+
+    def pair(self, kind: GatedMLP) -> PackedWeight | Sequence[PackedWeight]:
+        """gate and up, packed as a pair; or each in a format of its own."""
+        if kind.fused:
+            gate, up = np.split(self.matrix("mlp.gate_up_proj", 2 * kind.width, self.hidden), 2)
+        else:
+            gate, up = (self.matrix(f"mlp.{side}_proj", kind.width, self.hidden) for side in ("gate", "up"))
+        return pack_gated(gate.T, up.T, self.dtype, activations=self.activations)
+
     def bias(self, wanted: bool, *parts: tuple[str, int]) -> Floats | None:
         """Biases end to end, or None where they are not wanted."""
         return np.concatenate([self.vector(f"{name}.bias", n) for name, n in parts]) if wanted else None
@@ -50,6 +65,38 @@ class LayerSource:
         """A norm over n channels."""
         bias = self.vector(f"{name}.bias", n) if spec.kind == "layer" else None
         return Norm(spec.kind, n, self.vector(f"{name}.weight", n), bias, eps=spec.eps, offset=spec.offset)
+
+
+class StoredSource(LayerSource):
+    """Matrices as the checkpoint stores them: its blocks, packed number by number. Neighbours of one type are packed as
+    one."""
+
+    checkpoint: StoredTensors
+
+    def raw(self, name: str, rows: int, columns: int) -> tuple[str, NDArray[np.uint8]]:
+        """(type, rows of blocks)."""
+        return self.checkpoint.take_raw(f"{self.prefix}{name}.weight", (rows, columns))
+
+    def blocks(self, kind: str, *raws: NDArray[np.uint8]) -> PackedWeight:
+        """Matrices of one type, packed as one."""
+        return pack_blocks(kind, *raws, activations=self.activations)
+
+    def packed(self, name: str, rows: int, columns: int) -> PackedWeight:
+        return self.blocks(*self.raw(name, rows, columns))
+
+    def side_by_side(self, parts: Mapping[str, int], columns: int) -> PackedWeight | Sequence[PackedWeight]:
+        raws = [self.raw(name, rows, columns) for name, rows in parts.items()]
+        return [self.blocks(kind, *(raw for _, raw in some)) for kind, some in groupby(raws, key=itemgetter(0))]
+
+    def pair(self, kind: GatedMLP) -> PackedWeight | Sequence[PackedWeight]:
+        if kind.fused:
+            stored, both = self.raw("mlp.gate_up_proj", 2 * kind.width, self.hidden)
+            return pack_gated_blocks(stored, *np.split(both, 2), activations=self.activations)
+        (gate_type, gate), (up_type, up) = (self.raw(f"mlp.{side}_proj", kind.width, self.hidden)
+                                            for side in ("gate", "up"))
+        if gate_type == up_type:
+            return pack_gated_blocks(gate_type, gate, up, activations=self.activations)
+        return self.blocks(gate_type, gate), self.blocks(up_type, up)
 
 
 Norms = tuple[Norm | None, Norm | None]  # before the part and after it
@@ -80,11 +127,9 @@ def _(kind: Attention, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     queries, keys = kind.n_heads * kind.head_dim, kind.n_kv_heads * kind.head_dim
     sizes = {"q": queries, "k": keys, "v": keys}
     if kind.fused:
-        qkv = source.packed("self_attn.qkv_proj", queries + 2 * keys, source.hidden)
+        qkv: Any = source.packed("self_attn.qkv_proj", queries + 2 * keys, source.hidden)
     else:
-        parts = [source.matrix(f"self_attn.{p}_proj", n, source.hidden) for p, n in sizes.items()]
-        qkv = pack(np.concatenate(parts).T, source.dtype, activations=source.activations)
-        del parts
+        qkv = source.side_by_side({f"self_attn.{p}_proj": n for p, n in sizes.items()}, source.hidden)
     out = source.packed("self_attn.o_proj", source.hidden, queries)
     norm, post_norm = norms()
     q_norm, k_norm = (None if kind.qk_norm is None else source.norm(kind.qk_norm, f"self_attn.{p}_norm", kind.head_dim)
@@ -104,12 +149,7 @@ def _(kind: Attention, batch: int, max_seq_len: int, dtype: str) -> KVCache:
 @build_part.register
 def _(kind: GatedMLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     width, hidden = kind.width, source.hidden
-    if kind.fused:
-        gate, up = np.split(source.matrix("mlp.gate_up_proj", 2 * width, hidden), 2)
-    else:
-        gate, up = source.matrix("mlp.gate_proj", width, hidden), source.matrix("mlp.up_proj", width, hidden)
-    pair = pack_gated(gate.T, up.T, source.dtype, activations=source.activations)
-    del gate, up
+    pair = source.pair(kind)
     down = source.packed("mlp.down_proj", hidden, width)
     norm, post_norm = norms()
     return MLPPart(pair, down, activation=kind.activation, norm=norm, post_norm=post_norm,

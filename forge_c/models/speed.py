@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from forge_c.functional import get_num_threads, isa
 from forge_c.models import Model
@@ -79,11 +80,11 @@ def _tests(model: Model, limits: Mapping[str, Any], prompt_tokens: int, new_toke
         return max(flops / peak, passes * model._decoder.step_nbytes / limits["read_gbs"]) / 1e9
 
     prompt = _prompt(model, prompt_tokens)
-    yield Measured(f"pp{prompt_tokens}", prompt_tokens, _times(prompt, prompt, repeats), floor(prompt_tokens, 1, 1))
-    decoded = new_tokens * batch
-    seconds = _times(_decode(model, new_tokens, batch), _decode(model, min(new_tokens, _WARM_UP), batch), repeats)
-    yield Measured(f"tg{new_tokens}" + (f"x{batch}" if batch > 1 else ""), decoded, seconds,
-               floor(decoded, decoded, new_tokens))
+    name = f"pp{prompt_tokens}"
+    yield Measured(name, prompt_tokens, _times(name, prompt, prompt, repeats), floor(prompt_tokens, 1, 1))
+    name, decoded = f"tg{new_tokens}" + (f"x{batch}" if batch > 1 else ""), new_tokens * batch
+    seconds = _times(name, _decode(model, new_tokens, batch), _decode(model, min(new_tokens, _WARM_UP), batch), repeats)
+    yield Measured(name, decoded, seconds, floor(decoded, decoded, new_tokens))
 
 
 def _params(model: Model) -> int:
@@ -95,10 +96,14 @@ def _head_params(model: Model) -> int:
     return model.config.hidden_size * model.config.vocab_size
 
 
-def _times(work: Callable[[], None], warm_up: Callable[[], None], repeats: int) -> list[float]:
-    warm_up()
+def _times(name: str, work: Callable[[], None], warm_up: Callable[[], None], repeats: int) -> list[float]:
+    """Seconds of each run of `work`; a progress bar on a terminal, once that takes two."""
     seconds = []
-    for _ in range(repeats):
+    bar = tqdm(range(repeats + 1), desc=name, unit="run", disable=None, delay=2.0, leave=False)
+    for i in bar:
+        if i == 0:
+            warm_up()
+            continue
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)

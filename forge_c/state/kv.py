@@ -13,17 +13,18 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c.checks import checked_size, integer
+from forge_c.checks import checked_size
 from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
 from forge_c.functional import rope as rotate
 from forge_c.rotary import RopeTable
 from forge_c.state import file as cache_file
+from forge_c.state.lengths import checked_row, lengths_after, lengths_kept
 from forge_c.state.pages import CACHE_LINE, Table, check_addressable, new_pages, page_at, pages_of
 
 __all__ = ["KVCache", "kv_cache_nbytes"]
@@ -79,7 +80,8 @@ class KVCache:
     One thread may write at a time: while one does, append, truncate, fork, copy, save and flush raise RuntimeError in
     any other. Attention may read meanwhile: it sees the tokens that were complete when its call began.
 
-    copy.copy and copy.deepcopy make a `copy`. A cache is not pickled: `save` it.
+    copy.copy and copy.deepcopy make a `copy`, and pickle makes one where it is unpickled. Processes that are to share
+    one cache load its file with mmap_mode="r".
 
     Raises:
         TypeError, ValueError: a size that is not a positive integer, an unknown dtype, or sizes whose product
@@ -262,7 +264,7 @@ class KVCache:
             )
         added = np.full(self.batch, tokens) if lens is None else self._checked_lens(lens, tokens)
         with self.writing():
-            stop = self._lengths_after(added)
+            stop = lengths_after("KVCache.append", self._lengths, added, self._max_seq_len)
             if rope is not None:
                 self._check_table(rope, int(stop.max()))
             if k.dtype != v.dtype:
@@ -307,17 +309,6 @@ class KVCache:
         self._pages.table[b, first:last] = fresh[0]
         self._shared[b] = first
 
-    def _lengths_after(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Lengths after `added` more tokens a row; ValueError if they do not fit."""
-        stop = self._lengths + added
-        if stop.max() > self._max_seq_len:
-            row = int(stop.argmax())
-            raise ValueError(
-                f"KVCache.append: row {row} has {self._lengths[row]} tokens and {added[row]} more do not fit, "
-                f"max_seq_len is {self._max_seq_len}"
-            )
-        return stop
-
     def truncate(self, n: ArrayLike) -> None:
         """Forget every token from position n on; what comes next is as if they had never been there.
 
@@ -329,14 +320,8 @@ class KVCache:
                 window, the last `window` tokens before n are no longer all there. Then nothing changes.
             RuntimeError: another thread is writing.
         """
-        keep = np.asarray(n)
-        if keep.dtype.kind not in "iu" or keep.shape not in ((), (self.batch,)):
-            raise TypeError(f"KVCache.truncate: n is {n!r}, expected an integer or {self.batch} of them")
         with self.writing():
-            most = self._lengths if keep.ndim else self._lengths.max()
-            if (keep < 0).any() or (keep > most).any():
-                raise ValueError(f"KVCache.truncate: n is {keep.tolist()}, expected 0 to {most.tolist()}")
-            kept = np.minimum(keep, self._lengths).astype(np.int64)
+            kept = lengths_kept("KVCache.truncate", self._lengths, n)
             self.check_truncate(kept)
             self._written[kept == 0] = self._reserved[:] = 0
             self._lengths[:] = kept
@@ -362,10 +347,9 @@ class KVCache:
         """A cache of row i alone that shares its memory and its length with this one.
 
         Raises:
-            IndexError: i is not 0 .. batch - 1.
+            TypeError, IndexError: i is not an integer, or not 0 .. batch - 1.
         """
-        if not 0 <= integer("KVCache.row", "i", i) < self.batch:
-            raise IndexError(f"KVCache.row: i is {i}, expected 0 to {self.batch - 1}")
+        i = checked_row("KVCache.row", i, self._lengths)
         return self._like(self._pages.table[i : i + 1], self._memory, slice(i, i + 1))
 
     def _like(self, table: Table, memory: list[Any], rows: slice | NDArray[np.int64]) -> KVCache:
@@ -530,9 +514,12 @@ class KVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         return self.copy()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("KVCache: a cache is not pickled; save() it and load() the file in the other process, "
-                        "with mmap_mode=\"r\" in the same memory; copy() and fork() stay in this process")
+    def __reduce__(self) -> Any:
+        with self.writing():
+            header, nbytes = self._header(), self._pages.page_nbytes
+            pages = [page_at(int(self._pages.table[b, p]), nbytes)
+                     for b in range(self.batch) for p in range(self._used_pages(b))]
+            return _unpickled, (header, np.stack(pages) if pages else np.empty((0, nbytes), np.uint8))
 
     def writing(self) -> Writing:
         """Keep other threads from writing for as long as the block lasts.
@@ -568,6 +555,18 @@ class KVCache:
         if (counts < 0).any() or (counts > tokens).any():
             raise ValueError(f"KVCache.append: lens is {counts.tolist()}, expected 0 to {tokens} each")
         return counts.astype(np.int64)
+
+
+def _unpickled(header: cache_file.Header, pages: NDArray[np.uint8]) -> KVCache:
+    """pages (those in use of all rows, bytes)."""
+    h = header
+    cache = KVCache(len(h.lengths), h.max_seq_len, h.n_kv_heads, h.head_dim, v_dim=h.v_dim, dtype=h.dtype,
+                    window=h.window)
+    cache._lengths[:], cache._written[:] = h.lengths, h.written
+    slots = [(b, p) for b in range(cache.batch) for p in range(cache._used_pages(b))]
+    for (b, p), page in zip(slots, pages, strict=True):
+        page_at(int(cache._pages.table[b, p]), cache._pages.page_nbytes)[:] = page
+    return cache
 
 
 def _check_page(dtype: str, heads: int, k_dim: int, v_dim: int) -> None:

@@ -5,35 +5,40 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forge_c.files import read_json
+from forge_c.checks import checked_size
+from forge_c.files import read_file, read_json
 from forge_c.functional import KV_CHUNK, AttentionState, StateTable, WriterLock, Writing
-from forge_c.rotary import RopeTable
+from forge_c.state.angles import Angles, TableOf
+from forge_c.state.file import open_pages
 from forge_c.state.kv import KVCache
 from forge_c.state.layer import Counts
+from forge_c.state.lengths import checked_row, lengths_after, lengths_kept
 
 if TYPE_CHECKING:
     from forge_c.models import Model
 
-_FORMAT, _VERSION = "forge_c.ModelCache", 1
+_FORMAT, _VERSION = "forge_c.ModelCache", 2
 _MAX_HEADER = 1 << 26
+_UNKNOWN = -1  # the id of a token that did not come through a model
 
-TableOf = Callable[[int], RopeTable]  # a table for at least so many positions
 Kinds = tuple[Any, ...]  # each layer's mixer in a ModelSpec
 
 
 class ModelCache:
-    """Every layer's state and the rows' lengths; from Model.new_cache.
+    """Every layer's state, and the tokens that each row holds; from Model.new_cache.
 
-    One thread may use it at a time: a second one gets a RuntimeError. Attributes:
+    One thread may use it at a time: a second one gets a RuntimeError. copy.copy, copy.deepcopy and pickle make an
+    independent cache; that of a pickle is in memory, whatever this one is in. Attributes:
         layers: the states, a KVCache for a layer of attention, None for a layer that remembers nothing.
         max_seq_len: the longest a row may become.
         kinds: the mixers whose states they are, by the model's spec.
@@ -45,13 +50,17 @@ class ModelCache:
         self._tables, self._lengths, self._lock = list(tables), lengths, WriterLock()
         self._reserved = np.zeros_like(lengths)  # tokens of a row that every layer has room for
         self._written = lengths.copy()  # the most that a row has ever held: in a ring older tokens are gone
+        self._angles = Angles(tables, [array("q") for _ in lengths], np.zeros_like(lengths))
+        self._ids = [array("i") for _ in lengths]  # of each row, as far as they came through a model
         self._live = [s for s in self.layers if s is not None and not s.told_by_lengths]
         self._bind()
 
     def _bind(self) -> None:
         """What the forward pass takes of each layer; the lengths and the lock are one for all."""
         bound = [_bound(s, t) for s, t in zip(self.layers, self._tables, strict=True)]
-        self._rotating = [(s, t) for s, t in zip(bound, self._tables, strict=True) if t is not None]
+        rotating = [(s, t) for s, t in zip(bound, self._tables, strict=True) if t is not None]
+        self._rotating = [(s, t) for s, t in rotating if not t.depends_on_length]
+        self._by_length = [(s, t) for s, t in rotating if t.depends_on_length]
         self._rotated = min((s.positions for s, _ in self._rotating), default=sys.maxsize)
         self.states = StateTable(bound)
         for layer in self.layers:
@@ -74,6 +83,11 @@ class ModelCache:
         return int(self._lengths.max())
 
     @property
+    def ids(self) -> list[NDArray[np.int64]]:
+        """The tokens that each row holds, (length,) for each; copies. -1: one that came there by a layer's hand."""
+        return [_padded(row, n) for row, n in zip(self._ids, self._lengths.tolist(), strict=True)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the layers' states have room for."""
         return sum(s.nbytes for s in self.layers if s is not None)
@@ -85,29 +99,87 @@ class ModelCache:
     # ---- a pass over new tokens ----
 
     @contextmanager
-    def extending(self, tokens: int) -> Iterator[Counts]:
-        """Yield the lengths, and make every row `tokens` longer unless the block raises. ValueError without room."""
+    def extending(self, ids: NDArray[np.int64], fresh: NDArray[np.bool_] | None = None) -> Iterator[Counts]:
+        """Yield where ids (batch, n) begin in each row, and add them to the rows unless the block raises.
+
+        fresh (batch,): rows to which they are new. The others hold them already, as their last ones; read again they
+        leave the row as it is, to the bit. Only where `can_reread`.
+
+        Raises:
+            ValueError: no room for them.
+        """
         start = self._lengths.copy()
-        stop = self._lengths_after(start, tokens)
+        if fresh is not None:
+            start[~fresh] -= ids.shape[1]
+        stop = lengths_after("ModelCache", start, ids.shape[1], self.max_seq_len)
         self._reserve(start, stop)
+        if self._by_length:
+            length = self._angles.length_of_call(ids.shape[1], stop)
+            tables = {table_of: table_of(int(stop.max()), length) for table_of in self._angles.tables}
+            for state, table_of in self._by_length:
+                state.rotate_by(tables[table_of])
         try:
             yield start
             for state in self._live:
                 state.commit(stop)
             self._lengths[:] = stop
+            self._record(ids, start)
+            self._angles.record(start, stop)
         except BaseException:
             for state in self._live:
                 state.rollback(start)
-            self._lengths[:] = start
+            self._lengths[:] = start if fresh is None else start + ids.shape[1] * ~fresh
             raise
 
-    def _lengths_after(self, start: Counts, tokens: int) -> Counts:
-        stop = start + tokens
-        if stop.max() > self.max_seq_len:
-            row = int(stop.argmax())
-            raise ValueError(f"ModelCache: row {row} has {start[row]} tokens and {tokens} more do not fit, max_seq_len "
-                             f"is {self.max_seq_len}")
-        return stop
+    @contextmanager
+    def expecting(self, tokens: int) -> Iterator[None]:
+        """Within the block every row becomes so many tokens longer, in several calls.
+
+        Models of rope types dynamic and longrope choose a token's angles by the length of its text: with this, those of
+        a text that is read piece by piece are those of the whole. A model's call and generate see to it themselves.
+        """
+        with self._angles.expecting(self._lengths + checked_size("ModelCache.expecting", "tokens", tokens, least=0)):
+            yield
+
+    @contextmanager
+    def rereading(self, i: int, length: int) -> Iterator[tuple[ModelCache, NDArray[np.int64]]]:
+        """(row i, which has become empty, and the tokens (n,) that it held), to be read with the angles of a text of
+        that length.
+
+        Raises:
+            ValueError: it holds tokens that did not come through a model.
+        """
+        row = self.row(i)
+        ids = row.ids[0]
+        if (ids == _UNKNOWN).any():
+            raise ValueError(f"ModelCache: row {i} must be read again, as its angles follow from its length, and holds "
+                             "tokens that did not come through a model")
+        row.truncate(0)
+        with row._angles.expecting(np.array([length]), exactly=True):
+            yield row, ids
+
+    def outdated(self, tokens: int, fresh: NDArray[np.bool_] | None = None) -> dict[int, int]:
+        """Rows that must be read again before a call of so many tokens, `fresh` as in extending, and for which length
+        their angles are to be chosen."""
+        return self._angles.outdated(self._lengths, self._stop(tokens, fresh)) if self._by_length else {}
+
+    def agree(self, tokens: int, fresh: NDArray[np.bool_] | None = None) -> bool:
+        """Whether one call can read so many tokens of every row: their angles are those of one table."""
+        return not self._by_length or self._angles.agree(tokens, self._stop(tokens, fresh))
+
+    def _stop(self, tokens: int, fresh: NDArray[np.bool_] | None) -> Counts:
+        return self._lengths + (tokens if fresh is None else tokens * fresh)
+
+    @property
+    def can_reread(self) -> bool:
+        """Whether a row may read its last token again: what its layers hold follows from the tokens alone."""
+        return not self._live
+
+    def _record(self, ids: NDArray[np.int64], start: Counts) -> None:
+        for row, new, before in zip(self._ids, ids.astype(np.int32), start.tolist(), strict=True):
+            del row[before:]
+            row.extend([_UNKNOWN] * (before - len(row)))
+            row.frombytes(new.tobytes())
 
     def _reserve(self, start: Counts, stop: Counts) -> None:
         if stop.max() > self._rotated:
@@ -146,7 +218,7 @@ class ModelCache:
             RuntimeError: another thread is using the cache.
         """
         with self.locked():
-            keep = _kept(n, self._lengths)
+            keep = lengths_kept("ModelCache.truncate", self._lengths, n)
             for layer in self.layers:
                 if layer is not None:
                     layer.check_truncate(keep)
@@ -155,20 +227,36 @@ class ModelCache:
             self._written[keep == 0] = 0
             self._reserved[:] = 0
             self._lengths[:] = keep
+            self._angles.truncate(keep)
+            for row, kept in zip(self._ids, keep.tolist(), strict=True):
+                del row[kept:]
 
     def row(self, i: int) -> ModelCache:
-        """Row i alone, sharing memory and length with this cache."""
+        """Row i alone, sharing memory and length with this cache.
+
+        Raises:
+            TypeError, IndexError: i is not an integer, or not 0 .. batch - 1.
+        """
+        i = checked_row("ModelCache.row", i, self._lengths)
         twin = object.__new__(ModelCache)
         twin.kinds, twin.layers = self.kinds, tuple(None if s is None else s.row(i) for s in self.layers)
         twin.max_seq_len, twin._tables, twin._lock = self.max_seq_len, self._tables, self._lock
         one = slice(i, i + 1)
         twin._lengths, twin._reserved, twin._written = self._lengths[one], self._reserved[one], self._written[one]
+        twin._ids, twin._angles = self._ids[one], self._angles.row(i)
         twin._live = [s for s in twin.layers if s is not None and not s.told_by_lengths]
         twin._bind()
         return twin
 
     def fork(self, n: int) -> ModelCache:
-        """n continuations of every row, sharing what is there; as KVCache.fork."""
+        """n continuations of every row, sharing what is there; as KVCache.fork.
+
+        Raises:
+            TypeError, ValueError: n is not a positive integer.
+            MemoryError: no room for the tokens to come.
+            RuntimeError: another thread is using the cache.
+        """
+        n = checked_size("ModelCache.fork", "n", n)
         with self.locked():
             layers = [None if s is None else s.fork(n) for s in self.layers]
             self._reserved[:] = 0
@@ -182,6 +270,8 @@ class ModelCache:
     def _twin(self, layers: list[Any], rows: NDArray[np.intp]) -> ModelCache:
         twin = ModelCache(self.kinds, layers, self._tables, self._lengths[rows], self.max_seq_len)
         twin._written[:] = self._written[rows]
+        twin._ids = [self._ids[b][:] for b in rows]
+        twin._angles.of = [self._angles.of[b][:] for b in rows]
         return twin
 
     def __copy__(self) -> ModelCache:
@@ -190,9 +280,10 @@ class ModelCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
         return self.copy()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("ModelCache: a cache is not pickled; save() it and ModelCache.load() it in the other process; "
-                        "copy() and fork() stay in this process")
+    def __reduce__(self) -> Any:
+        twin = self.copy()  # nobody else's, so that the layers, pickled one after the other, are of one moment
+        return _unpickled, (twin.kinds, twin.layers, twin._tables, twin._lengths, twin._written, twin._ids,
+                            twin._angles.of, twin.max_seq_len)
 
     # ---- in files ----
 
@@ -210,11 +301,14 @@ class ModelCache:
             with self.locked():
                 for i, layer in enumerate(self.layers):
                     if layer is not None:
-                        layer.save(half / f"layer-{i:04}.npy")
+                        layer.save(_layer_file(half, i))
                 header = {"format": _FORMAT, "version": _VERSION, "kinds": list(map(repr, self.kinds)),
                           "lengths": self._lengths.tolist(), "written": self._written.tolist(),
                           "max_seq_len": self.max_seq_len,
                           "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache)), "float32")}
+                if self._angles.tables:
+                    (half / "angles.i64").write_bytes(self._angles.tobytes(self._lengths))
+                (half / "ids.i32").write_bytes(b"".join(ids.astype("<i4").tobytes() for ids in self.ids))
                 (half / "cache.json").write_text(json.dumps(header))
             half.chmod(0o777 & ~_umask())
             half.rename(to)
@@ -229,6 +323,7 @@ class ModelCache:
         Raises:
             OSError: the folder cannot be read.
             ValueError: it is no such folder, damaged, made by another version or from another kind of model.
+            MemoryError: this computer cannot hold it.
         """
         folder = Path(path)
         header = read_json(folder / "cache.json", _MAX_HEADER)
@@ -247,14 +342,18 @@ class ModelCache:
             raise ValueError(f"ModelCache.load: {folder} is damaged: {error}") from None
         if not sound:
             raise ValueError(f"ModelCache.load: {folder} is damaged: lengths {lengths.tolist()} of {room}")
+        _check_files(folder, model.new_cache(1, 1, dtype=dtype).layers, len(lengths), room)
         cache = model.new_cache(len(lengths), room, dtype=dtype)
         for i, layer in enumerate(cache.layers):
             if layer is not None:
-                layer.restore(folder / f"layer-{i:04}.npy")
+                layer.restore(_layer_file(folder, i))
             if isinstance(layer, KVCache) and ((cache._lengths != lengths) | (cache._written != written)).any():
                 raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} holds {cache._lengths.tolist()} "
                                  f"tokens, expected {lengths.tolist()}")
         cache._lengths[:], cache._written[:] = lengths, written
+        cache._ids = _read_ids(folder / "ids.i32", lengths, model.config.vocab_size)
+        if cache._angles.tables:
+            cache._angles.read(folder / "angles.i64", lengths)
         return cache
 
     # ---- one thread at a time ----
@@ -264,6 +363,24 @@ class ModelCache:
         return Writing((self._lock,))
 
 
+@contextmanager
+def all_or_nothing(cache: ModelCache, tokens: int) -> Iterator[None]:
+    """Several passes over so many tokens as one: if the block raises, the cache forgets them. A ring may have
+    overwritten what that needs, or a row have been read again in part."""
+    with cache.locked(), cache.expecting(tokens):
+        before = cache.lengths
+        try:
+            yield
+        except BaseException as error:
+            try:
+                cache.truncate(before)
+            except ValueError:
+                why = ("a row was being read again" if (cache.lengths < before).any() else
+                       f"a layer with a window could not go back to {before.tolist()}")
+                error.add_note(f"model: the cache holds {cache.lengths.tolist()} tokens: {why}")
+            raise
+
+
 def _bound(state: Any, table_of: TableOf | None) -> Any:
     """What the forward pass is given of a layer's state: pages and rotation, or the state itself."""
     if isinstance(state, KVCache):
@@ -271,15 +388,44 @@ def _bound(state: Any, table_of: TableOf | None) -> Any:
     return state
 
 
-def _kept(n: ArrayLike, lengths: Counts) -> Counts:
-    """n tokens for all rows (a shorter row keeps what it has) or for each, checked."""
-    keep = np.asarray(n)
-    if keep.dtype.kind not in "iu" or keep.shape not in ((), lengths.shape):
-        raise TypeError(f"ModelCache.truncate: n is {n!r}, expected an integer or {len(lengths)} of them")
-    most = lengths if keep.ndim else lengths.max()
-    if (keep < 0).any() or (keep > most).any():
-        raise ValueError(f"ModelCache.truncate: n is {keep.tolist()}, expected 0 to {most.tolist()}")
-    return np.minimum(keep, lengths).astype(np.int64)
+def _unpickled(kinds: Kinds, layers: Sequence[Any], tables: Sequence[TableOf | None], lengths: Counts, written: Counts,
+               ids: list[array[int]], angles: list[array[int]], max_seq_len: int) -> ModelCache:
+    cache = ModelCache(kinds, layers, tables, lengths, max_seq_len)
+    cache._written[:], cache._ids, cache._angles.of = written, ids, angles
+    return cache
+
+
+def _padded(ids: array[int], n: int) -> NDArray[np.int64]:
+    found = np.full(n, _UNKNOWN, np.int64)
+    found[: len(ids)] = ids[:n]
+    return found
+
+
+def _read_ids(path: Path, lengths: Counts, vocab: int) -> list[array[int]]:
+    """Each row's tokens. ValueError unless there are as many as lengths (batch,) say, all of the vocabulary."""
+    count = sum(lengths.tolist())
+    content = read_file(path, 4 * count)
+    found = np.frombuffer(content[: len(content) // 4 * 4], "<i4")
+    if len(content) != 4 * count or ((found < _UNKNOWN) | (found >= vocab)).any():
+        raise ValueError(f"ModelCache.load: {path} is damaged: {len(content)} bytes, expected {count} ids from -1 to "
+                         f"{vocab - 1}")
+    rows = np.split(found, np.cumsum(lengths)[:-1])
+    return [array("i", row.astype(np.int32).tobytes()) for row in rows]
+
+
+def _layer_file(folder: Path, i: int) -> Path:
+    return folder / f"layer-{i:04}.npy"
+
+
+def _check_files(folder: Path, layers: Sequence[Any], rows: int, room: int) -> None:
+    """ValueError unless the files of those layers that are KVCaches have as many rows and as much room: nothing is
+    allocated for what the folder's header alone claims."""
+    for i, layer in enumerate(layers):
+        if isinstance(layer, KVCache):
+            held, _ = open_pages(_layer_file(folder, i), None)
+            if (len(held.lengths), held.max_seq_len) != (rows, room):
+                raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} has {len(held.lengths)} rows of "
+                                 f"{held.max_seq_len} tokens, expected {rows} of {room}")
 
 
 def _umask() -> int:

@@ -7,10 +7,19 @@ from typing import Any
 
 from forge_c.checks import short
 from forge_c.models.spec.kinds import Embedding, GatedMLP, Head, LayerSpec, ModelSpec, Norm, Rope
-from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, Reader, checked_number
+from forge_c.models.spec.reader import (
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    Reader,
+    checked_mapping,
+    checked_number,
+)
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
                "gelu_new": "gelu_tanh", "relu": "relu"}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 _ROPE_NAMES = {"su": "longrope"}  # the name in the first Phi-3 files
 
 
@@ -74,7 +83,7 @@ def windows(c: Reader, layers: int, sliding: Sequence[bool] | None = None) -> tu
     if c.value("sliding_window") is None or ("use_sliding_window" in c.defaults and not c.flag("use_sliding_window")):
         return (None,) * layers
     window = c.integer("sliding_window", 1 << 40)
-    types = c.per_layer("layer_types", layers, ("full_attention", "sliding_attention"))
+    types = c.per_layer("layer_types", layers, LAYER_TYPES)
     if types is not None:
         sliding = [t == "sliding_attention" for t in types]
     elif sliding is None and "max_window_layers" in c.defaults:
@@ -87,14 +96,28 @@ def windows(c: Reader, layers: int, sliding: Sequence[bool] | None = None) -> tu
 
 def rope(c: Reader, head_dim: int) -> Rope:
     """The rotation of heads of head_dim channels, from rope_parameters or the older rope_theta and rope_scaling."""
-    given: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = c.given.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise ValueError(f"config.json: {key} is {short(value)}, expected an object")
-        given |= {k: v for k, v in (value or {}).items() if v is not None}
-    theta = given.pop("rope_theta", None)
-    theta = c.number("rope_theta", 10000.0) if theta is None else checked_number("rope_theta", theta)
+    given = c.mapping("rope_scaling") | c.mapping("rope_parameters")
+    return rotation(c, head_dim, given, c.number("rope_theta", 10000.0))
+
+
+def rope_by_type(c: Reader, head_dim: int) -> dict[str, Rope]:
+    """One rotation for each layer type: an object each in rope_parameters, or the older rope_theta and rope_scaling of
+    full_attention and rope_local_base_freq of sliding_attention."""
+    given = c.mapping("rope_parameters")
+    unknown = given.keys() - set(LAYER_TYPES)
+    if unknown:
+        raise ValueError(f"config.json: rope_parameters has {min(unknown)}, expected an object for each of "
+                         f"{', '.join(LAYER_TYPES)}")
+    scaling = {"full_attention": c.mapping("rope_scaling"), "sliding_attention": {}}
+    theta = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+    own = {name: checked_mapping(f"rope_parameters[{name!r}]", given.get(name)) for name in LAYER_TYPES}
+    return {name: rotation(c, head_dim, own[name] | scaling[name], c.number(theta[name])) for name in LAYER_TYPES}
+
+
+def rotation(c: Reader, head_dim: int, given: dict[str, Any], theta: float) -> Rope:
+    """The rotation of heads of head_dim channels that the settings `given` say; theta where they have none."""
+    own_theta = given.pop("rope_theta", None)
+    theta = theta if own_theta is None else checked_number("rope_theta", own_theta)
     fraction = given.pop("partial_rotary_factor", c.given.get("partial_rotary_factor"))
     fraction = checked_number("partial_rotary_factor", 1.0 if fraction is None else fraction, most=1.0)
     rope_type = given.pop("rope_type", None) or given.get("type") or "default"

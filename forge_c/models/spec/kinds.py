@@ -97,12 +97,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Head:
-    """The last norm and projection: softcap * tanh(logits_scale * logits / softcap). tied: it is the embedding's."""
+    """The last norm and projection: softcap * tanh(logits_scale * logits / softcap). tied: it is the embedding's.
+    absent: the checkpoint has no projection, and the model gives hidden states alone."""
 
     norm: Norm
     tied: bool
     logits_scale: float = 1.0
     softcap: float | None = None
+    absent: bool = False
 
 
 @dataclass(frozen=True)

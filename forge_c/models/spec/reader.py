@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from forge_c.checks import short
+from forge_c.models.spec.inert import without_effect
 
 MAX_LAYERS, MAX_HEADS, MAX_VOCAB, MAX_WIDTH = 1024, 1024, 1 << 22, 1 << 20
 
@@ -22,26 +23,6 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 _OPTIONAL = ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
              "head_dim")
 
-# Keys about training, text, other software or output shapes: none of them changes a logit.
-_WITHOUT_EFFECT = frozenset("""
-    model_type architectures auto_map transformers_version torch_dtype dtype use_cache initializer_range _name_or_path
-    attention_dropout attn_dropout resid_pdrop embd_pdrop hidden_dropout bos_token_id eos_token_id pad_token_id
-    unk_token_id sep_token_id decoder_start_token_id output_attentions output_hidden_states return_dict
-    chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id problem_type pretraining_tp
-    _attn_implementation _attn_implementation_autoset attn_implementation torchscript use_bfloat16 finetuning_task
-    task_specific_params tokenizer_class prefix unsloth_version unsloth_fixed is_llama_config cache_implementation
-    transformers.js_config max_length min_length do_sample temperature top_k top_p typical_p repetition_penalty
-    num_beams num_return_sequences chat_template add_cross_attention tie_encoder_decoder cross_attention_hidden_size
-    pruned_heads remove_invalid_values begin_suppress_tokens suppress_tokens forced_bos_token_id forced_eos_token_id
-    output_scores return_dict_in_generate num_beam_groups diversity_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids exponential_decay_length_penalty early_stopping tf_legacy_loss
-    _commit_hash router_aux_loss_coef output_router_logits
-""".split())
-# Keys that change the maths unless they hold the value that means "off".
-_ONLY_IF = {"rope_interleaved": False, "use_bidirectional_attention": None, "quantization_config": None,
-            "use_qk_norm": False, "use_mrope": False, "lm_head_bias": False, "full_attn_mod": 1,
-            "interpolate_factor": 1, "attention_chunk_size": None, "layer_norm_type": None, "clip_qkv": None}
-
 
 class Reader:
     """One config.json and the defaults of its family; every number comes out checked."""
@@ -52,14 +33,12 @@ class Reader:
         self._reject_unknown()
 
     def _reject_unknown(self) -> None:
-        known = _WITHOUT_EFFECT | set(self.defaults) | set(_REQUIRED) | set(_OPTIONAL)
+        known = set(self.defaults) | set(_REQUIRED) | set(_OPTIONAL)
         for key, value in self.given.items():
-            if key in known or (key in _ONLY_IF and (value == _ONLY_IF[key] or value is False)) or value is None:
-                continue
-            if key in BIASES and value is False:
-                continue
-            raise ValueError(f"config.json: {key} is {short(value)}, which may change the maths and is not understood "
-                             f"for model_type {self.model_type}")
+            if key not in known and not without_effect(key, self.given):
+                raise ValueError(f"config.json: {short(key)[1:-1]} is {short(value)}, which may change the maths and "
+                                 f"is not understood for model_type {self.model_type}; "
+                                 f"load(..., ignore=({short(key)},)) loads the model without it")
 
     def value(self, key: str) -> Any:
         """What the file says, else the family's default. A JSON null is a value of its own."""
@@ -85,6 +64,10 @@ class Reader:
             raise ValueError(f"config.json: {key} is {short(value)}, expected true or false")
         return bool(value)
 
+    def mapping(self, key: str) -> dict[str, Any]:
+        """An object of the file without its nulls; empty where there is none."""
+        return checked_mapping(key, self.given.get(key))
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         value = self.given.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -108,3 +91,10 @@ def checked_number(key: str, value: Any, *, zero: bool = False, most: float = sy
         expected = f"{'>=' if zero else 'above'} 0" + (f" and at most {most:g}" if most < sys.float_info.max else "")
         raise ValueError(f"config.json: {key} is {short(value)}, expected a number {expected}")
     return float(value)
+
+
+def checked_mapping(key: str, value: Any) -> dict[str, Any]:
+    """What stands under `key`, an object or null, without its nulls."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {key} is {short(value)}, expected an object")
+    return {k: v for k, v in (value or {}).items() if v is not None}

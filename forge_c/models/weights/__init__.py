@@ -1,6 +1,7 @@
-"""Sources of weights: Hugging Face folders, and random numbers."""
+"""Sources of weights: Hugging Face folders, GGUF files, and random numbers."""
+from forge_c.models.weights.gguf import GGUFCheckpoint
 from forge_c.models.weights.hf import Checkpoint
 from forge_c.models.weights.random import RandomCheckpoint
-from forge_c.models.weights.source import Tensors
+from forge_c.models.weights.source import StoredTensors, Tensors
 
-__all__ = ["Checkpoint", "RandomCheckpoint", "Tensors"]
+__all__ = ["Checkpoint", "GGUFCheckpoint", "RandomCheckpoint", "StoredTensors", "Tensors"]

@@ -6,6 +6,7 @@ mapped, which counts as this process's memory: the offsets of one parse serve al
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -17,23 +18,30 @@ from numpy.typing import NDArray
 
 from forge_c.checks import short
 from forge_c.files import open_regular, parse_json, read_json
+from forge_c.models.weights.foreign import check_tensors, weights_instead
 
 _MAX_HEADER = 100 << 20
 _MAX_HEADER_VALUES = 1 << 19  # of 65 000 tensors in one file
 _MAX_METADATA = 4096  # entries that no tensor needs; exporters write one to a few hundred
 _MAX_AXES = 64
+_PIECE = 1 << 22
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Of every type that a file may hold, so that each tensor's bytes can be checked, also of those that are not read.
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
          "F8_E5M2FNUZ": 8, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32,
          "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
+# Where a text model's tensors lie, as `model.layers.0.` in most files: others are saved without a head's name around
+# them, or beside an image encoder.
+_PLACES = ("model.", "", "language_model.model.", "model.language_model.", "language_model.")
+_OWN = ("embed_tokens.", "layers.", "norm.")
 _DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # buffers that older exporters also wrote
 
 
 class _Entry(NamedTuple):
-    """Where a tensor lies in its file."""
+    """Where a tensor lies in its file, and its name there."""
 
     path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -44,7 +52,8 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: no safetensors file, or a shard that the index names is missing.
-        ValueError: a file that is damaged, truncated, no regular file, or names a tensor twice.
+        ValueError: a file that is damaged, truncated, no regular file, names a tensor twice, or holds tensors of
+            another program's format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,9 +69,25 @@ class Checkpoint:
             if twice:
                 raise ValueError(f"{path}: tensor {min(twice)} stands also in {self._entries[min(twice)].path.name}")
             self._entries |= found
+        check_tensors((name, entry.dtype, entry.path) for name, entry in self._entries.items())
+        place = next((p for p in _PLACES if f"{p}embed_tokens.weight" in self._entries), "model.")
+        self._entries, others = _text_model(folder, place, self._entries)
+        self.is_headless = not place and "lm_head.weight" not in self._entries  # saved without what makes logits
+        if others:
+            parts = sorted({_part(name) for name in others})
+            warnings.warn(f"{folder}: the text model alone is read; {len(others)} tensors of {', '.join(parts)} are "
+                          "not", stacklevel=3)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether lm_head.weight is there, with other values than the embedding's."""
+        head, table = (self._entries.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if head is None or table is None:
+            return False
+        return (head.dtype, head.shape) != (table.dtype, table.shape) or not _same_bytes(head, table)
 
     def dtypes(self) -> set[str]:
         """safetensors names of the dtypes in use, such as {"BF16"}."""
@@ -78,21 +103,23 @@ class Checkpoint:
         if entry is None:
             raise ValueError(f"{self.folder}: tensor {name} is missing")
         if entry.shape != shape:
-            raise ValueError(f"{entry.path}: {name} has shape {entry.shape}, expected {shape} from config.json")
+            raise ValueError(f"{entry.path}: {entry.name} has shape {entry.shape}, expected {shape} from config.json")
         if entry.dtype not in _DTYPES:
-            raise ValueError(f"{entry.path}: {name} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+            raise ValueError(f"{entry.path}: {entry.name} has dtype {entry.dtype}, expected one of "
+                             f"{', '.join(_DTYPES)}")
         # Read, not mapped: a file that stays mapped counts, page by page, as this process's memory.
         tensor = np.empty(shape, _DTYPES[entry.dtype])
         with open_regular(entry.path) as file:
             file.seek(entry.start)
             if file.readinto(tensor.reshape(-1).view(np.uint8).data) != tensor.nbytes:  # type: ignore[attr-defined]
-                raise ValueError(f"{entry.path}: it ends within {name}")
+                raise ValueError(f"{entry.path}: it ends within {entry.name}")
         self._taken.add(name)
         return tensor
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
         """Raise ValueError if the folder holds a tensor that no one asked for: it would have changed the result."""
-        left = sorted(n for n in self._entries.keys() - self._taken - set(allowed) if not n.endswith(_DERIVED))
+        left = sorted(self._entries[n].name for n in self._entries.keys() - self._taken - set(allowed)
+                      if not n.endswith(_DERIVED))
         if left:
             raise ValueError(f"{self.folder}: {len(left)} tensors have no place in this model, the first is {left[0]}")
 
@@ -103,9 +130,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     single = folder / "model.safetensors"
     if not index.exists():
         if not single.exists():
-            refused = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"))
-            hint = f"; {refused[0]} is not read: only safetensors is safe to open" if refused else ""
-            raise FileNotFoundError(f"{single}: no such file{hint}")
+            raise FileNotFoundError(f"{single}: no such file{weights_instead(folder)}")
         yield single, set()
         return
     document = read_json(index, _MAX_HEADER)
@@ -121,6 +146,31 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         if not (folder / shard).exists():
             raise FileNotFoundError(f"{folder / shard}: no such file, which the index names")
         yield folder / shard, tensors
+
+
+def _text_model(folder: Path, place: str, entries: Mapping[str, _Entry]) -> tuple[dict[str, _Entry], list[str]]:
+    """(the text model's tensors by the names that most files give them, names of what a larger model has around it)."""
+    found: dict[str, _Entry] = {}
+    others = []
+    for name, entry in sorted(entries.items()):
+        if name.startswith(place) and (place or name.startswith(_OWN)):
+            usual = f"model.{name[len(place):]}"
+        elif name.startswith("language_model.lm_head."):
+            usual = name.removeprefix("language_model.")
+        elif "language_model" in place and not name.startswith("lm_head."):
+            others.append(name)
+            continue
+        else:
+            usual = name
+        if usual in found:
+            raise ValueError(f"{folder}: tensors {found[usual].name} and {name} have the same place in the model")
+        found[usual] = entry
+    return found, others
+
+
+def _part(name: str) -> str:
+    """vision_tower of model.vision_tower.encoder.x"""
+    return name.removeprefix("model.").split(".")[0]
 
 
 def _header(path: Path) -> dict[str, _Entry]:
@@ -164,11 +214,20 @@ def _entry(path: Path, name: str, info: Any) -> _Entry:
         raise ValueError(f"{path}: {name} has shape {short(shape)}, expected a list of at most {_MAX_AXES} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{path}: {name} has data_offsets {short(offsets)}, expected its begin and its end")
-    entry = _Entry(path, dtype, tuple(shape), offsets[0])
+    entry = _Entry(path, name, dtype, tuple(shape), offsets[0])
     if prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise ValueError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, expected as many as shape "
                          f"{short(shape)} of {dtype} takes")
     return entry
+
+
+def _same_bytes(a: _Entry, b: _Entry) -> bool:
+    """Of two tensors of one size, piece by piece."""
+    with open_regular(a.path) as left, open_regular(b.path) as right:
+        left.seek(a.start), right.seek(b.start)
+        nbytes = _nbytes(a)
+        return all(left.read(min(_PIECE, nbytes - at)) == right.read(min(_PIECE, nbytes - at))
+                   for at in range(0, nbytes, _PIECE))
 
 
 def _nbytes(entry: _Entry) -> int:

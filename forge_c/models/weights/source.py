@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 
@@ -14,3 +15,13 @@ class Tensors(Protocol):
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
         """Raise ValueError if a tensor is left that no one asked for."""
+
+
+class StoredTensors(Tensors, Protocol):
+    """Tensors that can also be had as ggml's blocks, as the file stores them."""
+
+    def take_raw(self, name: str, shape: tuple[int, ...]) -> tuple[str, NDArray[np.uint8]]:
+        """(type, bytes (rows, bytes of a row)) of a tensor of that shape; ValueError if there is none."""
+
+    def mostly(self) -> str:
+        """The format that holds most of the layers' bytes, as a PackedWeight calls it."""

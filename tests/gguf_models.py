@@ -1,0 +1,103 @@
+"""Model folders' configs and weights as a GGUF converter writes them: the other direction than the library's."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf_files import Raw, Typed, gguf
+from model_folder import Config, Tensors
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+ARCHITECTURES = {"llama": "llama", "mistral": "mistral3", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
+                 "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3",
+                 "granite": "granite"}
+NEIGHBOURS = ("llama", "mistral3", "smollm3", "granite")  # their channels rotate as pairs (2i, 2i + 1) in a GGUF
+_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+          "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+          "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.qkv_proj": "attn_qkv",
+          "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+          "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.gate_up_proj": "ffn_up",
+          "mlp.down_proj": "ffn_down"}
+_BOTH = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+         "post_feedforward_layernorm": "post_ffw_norm"}
+
+
+def neighbours(weight: Array, heads: int, rotated: int) -> Array:
+    """Rows of each head's rotated channels: of pairs (i, i + half) -> of pairs (2i, 2i + 1)."""
+    w = weight.reshape(heads, -1, *weight.shape[1:]).copy()
+    first, second = w[:, :rotated // 2].copy(), w[:, rotated // 2:rotated].copy()
+    w[:, 0:rotated:2], w[:, 1:rotated:2] = first, second
+    return w.reshape(weight.shape)
+
+
+def head_dim(config: Config) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def rotated_channels(config: Config) -> int:
+    return int(head_dim(config) * config.get("partial_rotary_factor", 1.0))
+
+
+def metadata(config: Config) -> dict[str, Any]:
+    """What a converter says of such a config.json."""
+    a = ARCHITECTURES[config["model_type"]]
+    eps = config.get("rms_norm_eps", 1e-5 if a == "phi3" else 1e-6)
+    keys: dict[str, Any] = {
+        "context_length": config["max_position_embeddings"], "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"], "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"], "attention.layer_norm_rms_epsilon": eps,
+        "rope.freq_base": config.get("rope_theta", 2e6 if a == "smollm3" else 1e6 if a == "gemma3" else 1e4)}
+    if "head_dim" in config:
+        keys |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
+    if rotated_channels(config) < head_dim(config):
+        keys["rope.dimension_count"] = rotated_channels(config)
+    if a in ("gemma2", "gemma3", "phi3"):
+        keys["attention.sliding_window"] = config.get("sliding_window") or 0
+    if a == "gemma3":
+        keys["attention.sliding_window_pattern"] = config["sliding_window_pattern"]
+    if a == "gemma2":
+        keys |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    if a == "granite":
+        keys |= {"embedding_scale": config["embedding_multiplier"], "residual_scale": config["residual_multiplier"],
+                 "attention.scale": config["attention_multiplier"], "logit_scale": config["logits_scaling"]}
+    return {"general.architecture": a, "general.name": "test"} | {f"{a}.{key}": value for key, value in keys.items()}
+
+
+def renamed(config: Config, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Weights of a folder by a GGUF's names, in its order of rows, with 1 folded into Gemma's norms."""
+    a = ARCHITECTURES[config["model_type"]]
+    names = _NAMES | (_BOTH if a in ("gemma2", "gemma3") else {})
+    found = {}
+    for name, weight in weights.items():
+        stem, ending = name.rsplit(".", 1)
+        block = ""
+        if stem.startswith("model.layers."):
+            _, _, i, stem = stem.split(".", 3)
+            block = f"blk.{i}."
+        if a in NEIGHBOURS and names[stem] in ("attn_q", "attn_k"):
+            heads = config["num_attention_heads" if stem.endswith("q_proj") else "num_key_value_heads"]
+            weight = neighbours(weight, heads, rotated_channels(config))
+        if a.startswith("gemma") and stem.endswith("norm"):
+            weight = weight + np.float32(1)
+        found[f"{block}{names[stem]}.{ending}"] = weight
+    return found
+
+
+def write_gguf(path: Path, config: Config, weights: Tensors, changes: Mapping[str, Any] | None = None,
+               more: Mapping[str, Array | Raw] | None = None) -> Path:
+    """A model's file; changes to keys replace, `None` drops; changes and `more` tensors come last."""
+    keys = metadata(config) | dict(changes or {})
+    tensors = renamed(config, weights) | dict(more or {})
+    path.write_bytes(gguf({k: v for k, v in keys.items() if v is not None}, tensors))
+    return path
+
+
+def vocabulary(n: int, **ids: int) -> dict[str, Any]:
+    """Tokens that mean nothing, and special ones."""
+    special = {f"tokenizer.ggml.{name}_token_id": Typed(5, i) for name, i in ids.items()}
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [f"t{i}" for i in range(n)],
+            "tokenizer.ggml.token_type": Typed(5, [1] * n)} | special
