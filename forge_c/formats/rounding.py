@@ -22,7 +22,9 @@ Floats = NDArray[np.float32]
 # Groups under 64 of float16's least steps get the best of the few scales that float16 has there.
 _LEAST_HALF = np.float32(2.0**-24)
 _TINY = 64 * _LEAST_HALF
-_DAMPING = 0.01  # of the mean importance: the least, and what is added where inputs go together
+# A few channels may be a thousand times larger than all others, so no mean is a measure for them.
+_FLOOR = 0.01  # of the median channel's importance: that of any channel
+_DAMPING = 0.02  # of a channel's own: what is added to its mean square where inputs go together
 
 
 class Importance:
@@ -50,8 +52,9 @@ class Importance:
         mean = float(squares.mean()) if k else 0.0
         if mean == 0:
             return None
-        channel = np.maximum(squares / mean, _DAMPING).astype(np.float32)
-        return Importance(channel, None if a.ndim == 1 else _feedback(name, wide / mean))
+        channel = np.maximum(squares / mean, _FLOOR * np.median(squares / mean))
+        feedback = None if a.ndim == 1 else _feedback(name, wide / mean, channel)
+        return Importance(channel.astype(np.float32), feedback)
 
     def block(self, start: int, stop: int) -> Floats:
         """Of channels start..stop, 0 beyond the last."""
@@ -61,9 +64,9 @@ class Importance:
         return out
 
 
-def _feedback(name: str, products: NDArray[np.float64]) -> Floats:
-    """U of Importance, products (k, k) damped."""
-    products[np.diag_indices(len(products))] += _DAMPING
+def _feedback(name: str, products: NDArray[np.float64], channel: NDArray[np.float64]) -> Floats:
+    """U of Importance, products (k, k) damped; channel (k,) its diagonal, none of it 0."""
+    products[np.diag_indices(len(products))] = channel * (1 + _DAMPING)
     try:
         upper = np.linalg.cholesky(np.linalg.inv(products)).T
     except np.linalg.LinAlgError:
