@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from forge_c.formats import ggml
 from forge_c.formats.blocks import DTYPE_OF
 from forge_c.formats.blocks import fill as fill_blocks
-from forge_c.formats.layout import FORMATS, LINE, PANEL, ROWS_OF, Format
+from forge_c.formats.layout import FORMATS, LINE, PACKED, PANEL, ROWS_OF, Format
 from forge_c.formats.quantize import Bytes, Floats, fill, take
 from forge_c.formats.rounding import Importance
 from forge_c.functional import PackedWeight
@@ -69,7 +69,7 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
     >>> pack(np.eye(64, dtype=np.float32), "int4").nbytes
     2304
     """
-    f = Format.checked("pack", dtype, group_size)
+    f = Format.checked("pack", dtype, group_size, PACKED)
     activations = f.checked_activations("pack", activations)
     w = _matrix("pack", "weight", weight)
     weighed = Importance.checked("pack", importance, len(w))
@@ -88,7 +88,7 @@ def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_
     >>> pack_gated(w, w)
     PackedWeight(shape=(3, 6), dtype='float32', gated=True)
     """
-    f = Format.checked("pack_gated", dtype, group_size)
+    f = Format.checked("pack_gated", dtype, group_size, PACKED)
     activations = f.checked_activations("pack_gated", activations)
     a, b = _matrix("pack_gated", "gate", gate), _matrix("pack_gated", "up", up)
     if a.shape != b.shape:

@@ -357,7 +357,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["info", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
     (["bench", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
     (["generate", "--model", "/no\nsuch\n\nfolder"], "load: /no such folder is not a folder"),
-    (["generate", "--dtype", "int3"], "load: dtype is 'int3', expected auto, float32, bfloat16, int8, int4"),
+    (["generate", "--dtype", "int3"], "load: dtype is 'int3', expected auto, float32, bfloat16, int8, int4, q"),
     (["generate", "--temperature", "-1"], "temperature is -1.0, expected a number >= 0"),
     (["generate", "--temperature", "nan"], "temperature is nan, expected a number >= 0"),
     (["generate", "--top-k", "0"], "top_k is 0, expected an integer >= 1"),

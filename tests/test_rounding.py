@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from forge_c import linear, pack, pack_gated
-from forge_c.formats.layout import Format
+from forge_c.formats.layout import PACKED, Format
 
 Array = NDArray[Any]
 
@@ -191,4 +191,4 @@ def test_an_importance_that_is_none(importance, error_type, message):
 def test_formats_that_pack_makes_are_those_of_layout():
     for name in BITS:
         dtype, group, *_ = FORMATS.get(name, (name, None))
-        assert Format.checked("pack", dtype, group).dtype == dtype
+        assert Format.checked("pack", dtype, group, PACKED).dtype == dtype

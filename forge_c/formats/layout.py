@@ -48,7 +48,8 @@ import numpy as np
 
 PANEL = 16
 LINE = 64
-FORMATS = ("float32", "bfloat16", "int8", "int4", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")  # pack's
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # of layers
+PACKED = (*FORMATS, "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")  # that pack makes
 
 
 ACTIVATIONS = ("int8", "int12")  # how inputs are rounded for integer weights

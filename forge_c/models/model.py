@@ -16,6 +16,7 @@ from tqdm import tqdm
 from forge_c.checks import short
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
+from forge_c.formats.layout import PACKED
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
@@ -34,7 +35,7 @@ from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
 from forge_c.models.weights.foreign import check_folder
 from forge_c.models.weights.gguf import StoredType
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS, ROWS_OF, Format
+from forge_c.packing import ROWS_OF, Format
 from forge_c.state import ModelCache
 from forge_c.state.model import all_or_nothing
 
@@ -175,8 +176,8 @@ def _check_importance(importance: Any) -> None:
 
 
 def _check_dtype(function: str, dtype: str) -> None:
-    if dtype not in ("auto", *FORMATS):
-        raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+    if dtype not in ("auto", *PACKED):
+        raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(PACKED)}")
 
 
 def _check_activations(function: str, activations: str | None, dtype: str) -> None:

@@ -140,16 +140,24 @@ FC_INLINE void search_group(vf usual[2], vf found[2], const float *w, const floa
     if (below) found[1] = vf_min(found[1], none);
 }
 
-/* Whichever makes the smaller error as float16, that of the range if neither does, into scale and minimum */
+/* Whichever makes the smaller error as float16, that of the range if none does, into scale and minimum. What is found is
+ * tried with its levels one lower and one higher too: so weights that lie on 14 of 16 levels, or more, keep them all. */
 FC_INLINE void choose_halves(float *scale, float *minimum, const float *w, const float *h, ptrdiff_t group,
                              const struct fc_search *s, const vf usual[2], const vf found[2]) {
     const float top = (float)s->top;
     const vf zero = vf_set1((float)-s->zero);
     const vf a = vf_half(usual[0]), a_min = s->minima ? vf_half(usual[1]) : zero * a;
-    const vf b = vf_half(found[0]), b_min = s->minima ? vf_half(found[1]) : zero * b;
-    const vf a_error = error_of(w, h, group, top, a, a_min), b_error = error_of(w, h, group, top, b, b_min);
-    vf_store(scale, vf_if_lt(b_error, a_error, found[0], usual[0]));
-    vf_store(minimum, vf_if_lt(b_error, a_error, found[1], usual[1]));
+    const vf b = vf_half(found[0]);
+    vf best = error_of(w, h, group, top, a, a_min), chosen = usual[0], chosen_min = usual[1];
+    for (int lower = s->minima ? -1 : 0; lower <= (s->minima ? 1 : 0); lower++) {
+        const vf from = found[1] - (float)lower * b, b_min = s->minima ? vf_half(from) : zero * b;
+        const vf error = error_of(w, h, group, top, b, b_min);
+        chosen = vf_if_lt(error, best, b, chosen);
+        chosen_min = vf_if_lt(error, best, from, chosen_min);
+        best = vf_if_lt(error, best, error, best);
+    }
+    vf_store(scale, chosen);
+    vf_store(minimum, chosen_min);
 }
 
 /* ---- blocks of groups whose scales are integers ---- */
