@@ -13,20 +13,17 @@ static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 
 /* k of a row of x that share a scale where it is rounded to int8, or as many as share one of W, if those are fewer */
 enum { FC_CHUNK = 32 };
 
-/* A chunk of a row of x as integers: x[k] ~ scale q[k]. */
+/* A chunk of a row of x as integers: x[k] ~ scale q[k]. It follows its q, and is followed by the next chunk's. */
 struct fc_chunk {
     float scale;
-    union {
-        int32_t start; /* -zero times the sum of q: what the sum over u q begins with */
-        float sum;     /* if W has minima: of scale q over the group that begins with this chunk */
-    };
+    int32_t start; /* -zero times the sum of q: what the sum over u q begins with */
+    float sum;     /* of scale q over the group of W that begins with this chunk */
 };
 
 /* What `quantize` makes of x. */
 struct fc_rounding {
     ptrdiff_t chunk, group; /* k of a chunk, and of a group of W: whole chunks */
     int zero;               /* of W */
-    int minima;             /* whether W has them */
     int wide;               /* int16, each four in the order 0 2 1 3 (see gemm.h), else int8 */
     int planes;             /* int8: 2 for -2047..2047, high and low part of a chunk one after the other */
     int by_row;             /* a scale for the row, which is given, instead of one a chunk */
@@ -46,10 +43,8 @@ struct fc_search {
 struct fc_gemm {
     float *c; /* whole panels, ldc from row to row */
     ptrdiff_t ldc;
-    const void *x; /* of the a_type that the format multiplies */
+    const void *x; /* of the a_type that the format multiplies; integer formats: what `quantize` makes */
     ptrdiff_t ldx;
-    const struct fc_chunk *chunks; /* integer formats: (m, chunks of k) of what `quantize` makes; ldchunks elements */
-    ptrdiff_t ldchunks;
     const void *w; /* panel p at p * panel_stride */
     ptrdiff_t panel_stride;
     ptrdiff_t m, panels;
@@ -109,8 +104,8 @@ struct fc_stream {
     X(round_bf16, (float *out, const void *x, ptrdiff_t n), out, x, n)                                                 \
     X(quantize_scale, (float *scale, float *inverse, const void *x, ptrdiff_t n, float qmax), scale, inverse, x, n,    \
       qmax)                                                                                                            \
-    X(quantize, (void *q, struct fc_chunk *chunks, const void *x, ptrdiff_t n, ptrdiff_t padded,                       \
-                 const struct fc_rounding *r), q, chunks, x, n, padded, r)                                             \
+    X(quantize, (void *q, const void *x, ptrdiff_t n, ptrdiff_t padded, const struct fc_rounding *r), q, x, n, padded, \
+      r)                                                                                                               \
     X(panel_rows, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(panel_cols, (float *panel, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), panel, w, ldw, k, n)         \
     X(gemv_rows, (float *c, const float *x, const void *w, ptrdiff_t ldw, ptrdiff_t k, ptrdiff_t n), c, x, w, ldw, k,  \
@@ -177,6 +172,7 @@ struct fc_blocks {
     ptrdiff_t many_rows;               /* beyond these a tile has many panels: what is read of x serves them all */
     ptrdiff_t few_panels, many_panels; /* of a tile */
     ptrdiff_t unpacked_k;              /* rows of unpacked W that become panels at once */
+    ptrdiff_t expanded_k;              /* rows of W that expand at once */
     ptrdiff_t stream_rows;             /* up to here rows of W that come as they lie are streamed past x, */
     ptrdiff_t stream_columns, stream_k; /* so many columns and rows of W at a time */
 };

@@ -178,8 +178,11 @@ static struct place place_of(fc_layout layout, ptrdiff_t group, const uint8_t *p
     return (struct place){u, half_at(params + j * 2), 0, half_at(params + 32 + j * 2)};
 }
 
-/* Any bytes are a weight, but for the scales; x is whole numbers up to 127, so that its scale is 1. */
-static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
+/* Any bytes are a weight, but for the scales; x is whole numbers up to those it is rounded to, so that its scales are
+ * 1. */
+static void check_rounded(fc_layout layout, fc_rounds rounding, ptrdiff_t group, ptrdiff_t m, ptrdiff_t k,
+                          ptrdiff_t n) {
+    const float most = rounding == FC_ROUND_I8 ? 127 : 2047;
     const ptrdiff_t block = layout == FC_PACKED_I4_SYMMETRIC ? 64 : group;
     const ptrdiff_t bytes = layout == FC_PACKED_I8 ? block * 16 : block * 8;
     const ptrdiff_t panels = (n + 15) / 16, stride = (k + block - 1) / block * (bytes + 64);
@@ -193,10 +196,11 @@ static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff
             if (layout == FC_PACKED_I8) memcpy(b + bytes + j / 2 * 4, &wide, 4);
             else memcpy(b + bytes + j * 2, &half, 2);
         }
-    for (ptrdiff_t i = 0; i < m * k; i++) x[i] = i % k ? rintf(x[i] * 127) : 127;
+    for (ptrdiff_t i = 0; i < m * k; i++) x[i] = i % k % 32 ? rintf(x[i] * most) : most;
     fc_rows rows = dense_rows(m, n * 4, k * 4);
     fc_linear(&(fc_linear_args){.size = sizeof(fc_linear_args), .type = FC_F32, .out = y, .x = x, .rows = &rows,
-                                .m = m, .k = k, .n = n, .layout = layout, .weight = data, .group = group});
+                                .m = m, .k = k, .n = n, .layout = layout, .weight = data, .group = group,
+                                .rounding = rounding});
     for (ptrdiff_t i = 0; i < m; i++)
         for (ptrdiff_t j = 0; j < n; j++) {
             double sum = 0, size = 0;
@@ -208,6 +212,11 @@ static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff
             expect(y[i * n + j], sum, (double)(k / 16 + 8) * U * size);
         }
     free(data), free(x), free(y);
+}
+
+static void check_packed(fc_layout layout, ptrdiff_t group, ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
+    check_rounded(layout, FC_ROUND_I8, group, m, k, n);
+    check_rounded(layout, FC_ROUND_I12, group, m, k, n);
 }
 
 /* Causal, grouped: query h reads head h / 2; the queries are the last q_len of kv_len positions. */

@@ -1,5 +1,5 @@
-/* Formats that are not multiplied as they lie: blocks of a panel, one after the other, become what formats.h says that a
- * format expands to, group after group, which is as exact as the block. A leaf a format; above it what a block of it
+/* Formats that are not multiplied as they lie: blocks of a panel, one after the other, become what formats.h says that
+ * a format expands to, group after group, which is as exact as the block. A leaf a format; above it what a block of it
  * holds, line by line. Column c owns bytes 4c .. 4c + 3 of a line of u; scales have column after column.
  *
  * A plane of b bits: a line of it serves 8 / b lines of u, 4 k each, from its lowest bits on. */

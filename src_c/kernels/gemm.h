@@ -38,7 +38,8 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
 /* The blocks of ops/linear.c: unpacked W is 512 KiB at a time, streamed W 256 KiB. */
 #define FC_BLOCKS                                                                                                      \
     {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24, .many_rows = 48,             \
-     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .stream_rows = 4, .stream_columns = 1024, .stream_k = 64}
+     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .expanded_k = 512, .stream_rows = 4,                       \
+     .stream_columns = 1024, .stream_k = 64}
 
 #ifdef FC_HAS_BF16_DOT
 #define FC_BF16_X FC_BF16
@@ -213,39 +214,47 @@ enum { SHORT_SUMS = 1 };
 enum { SHORT_SUMS = 0 };
 #endif
 
-/* A panel's scales, or (which 1, float16) minima or the second group's scales, from `lane` on */
-FC_INLINE vf int_scale(gemm_format f, int which, const char *line, ptrdiff_t lane) {
-    if (f->scale_bytes == 4) return vf_load(line + lane * 4);
-    return vf_from_f16((const uint16_t *)(const void *)line + which * FC_PANEL + lane);
+/* Scales of a tile's columns, or (which 1, float16) minima or the second group's scales; line: of its first panel */
+FC_INLINE void int_scales(gemm_format f, const int nv, vf scale[], int which, const char *line, ptrdiff_t panel_stride,
+                          ptrdiff_t in_line) {
+#pragma GCC unroll 8
+    for (int j = 0; j < nv; j++) {
+        const char *at = line + j / FC_PER_PANEL * panel_stride;
+        const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
+        if (f->scale_bytes == 4) scale[j] = vf_load(at + lane * 4);
+        else scale[j] = vf_from_f16((const uint16_t *)(const void *)at + which * FC_PANEL + lane);
+    }
 }
 
-FC_INLINE void int_start(const int mr, const int nv, vi acc[][FC_NV_FEW], const int32_t *start) {
-#pragma GCC unroll 8
-    for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) acc[i][j] = (vi){0} + start[i];
+/* x after a chunk's integers: what fc_chunk says of row i */
+FC_INLINE const struct fc_chunk *chunk_of_row(const char *end, ptrdiff_t ldx, int i) {
+    return (const struct fc_chunk *)(const void *)(end + i * ldx);
 }
 
 /* acc = start + sum of u q over a chunk of k; with two planes  q = 128 h + l. One row takes both in one pass over W. */
-FC_INLINE void int_chunk(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const int32_t *start,
-                         const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t panel_stride, ptrdiff_t lines,
-                         const int two, gemm_prefetch *prefetch) {
+FC_INLINE void int_chunk(gemm_format f, const int two, const int mr, const int nv, vi acc[][FC_NV_FEW],
+                         const vi start[FC_MR], const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t panel_stride,
+                         ptrdiff_t lines, gemm_prefetch *prefetch) {
     const int shorts = SHORT_SUMS && f->bits == 4, both = two && mr == 1;
     const ptrdiff_t plane = lines * f->k_step;
-    const int32_t none[FC_MR] = {0};
-    const vi ones = (vi){0} + 0x00010001;
+    const vi none = {0}, ones = none + 0x00010001;
     vi high[FC_MR][FC_NV_FEW];
-    int_start(both ? 2 : mr, nv, acc, shorts || two ? none : start);
-    int_lines(f, both ? 2 : mr, nv, acc, x, both ? plane : ldx, w, panel_stride, lines, prefetch);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr + both; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) acc[i][j] = shorts || two ? none : start[i];
+    int_lines(f, mr + both, nv, acc, x, both ? plane : ldx, w, panel_stride, lines, prefetch);
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) {
-            const vi from = (vi){0} + start[i];
-            if (shorts) acc[i][j] = vi_add_madd16(two ? (vi){0} : from, acc[i][j], ones);
-            if (two) acc[i][j] = (acc[i][j] << 7) + from;
+            if (shorts) acc[i][j] = vi_add_madd16(two ? none : start[i], acc[i][j], ones);
+            if (two) acc[i][j] = (acc[i][j] << 7) + start[i];
             if (both) acc[i][j] = shorts ? vi_add_madd16(acc[i][j], acc[i + 1][j], ones) : acc[i][j] + acc[i + 1][j];
-            if (two && shorts && !both) high[i][j] = acc[i][j], acc[i][j] = (vi){0};
+            if (two && shorts && !both) {
+                high[i][j] = acc[i][j], acc[i][j] = none;
+                __asm__("" : "+m"(high[i][j])); /* no register is left for it */
+            }
         }
     if (!two || both) return;
     int_lines(f, mr, nv, acc, x + plane, ldx, w, panel_stride, lines, NULL);
@@ -256,57 +265,83 @@ FC_INLINE void int_chunk(gemm_format f, const int mr, const int nv, vi acc[][FC_
             if (shorts) acc[i][j] = vi_add_madd16(high[i][j], acc[i][j], ones);
 }
 
+/* y += acc (x's scale * W's);  y (mr, nv vectors), end: of a chunk's integers */
+FC_INLINE void add_chunk(const int mr, const int nv, vf y[][FC_NV_FEW], vi acc[][FC_NV_FEW], const vf scale[],
+                         const char *end, ptrdiff_t ldx) {
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        const vf x_scale = vf_load1(&chunk_of_row(end, ldx, i)->scale);
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) y[i][j] = vf_fma(vf_from_int(acc[i][j]), x_scale * scale[j], y[i][j]);
+    }
+}
+
+/* y += (sum of x over the group that begins with this chunk) min */
+FC_INLINE void add_minima(const int mr, const int nv, vf y[][FC_NV_FEW], const vf min[], const char *end,
+                          ptrdiff_t ldx) {
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        const vf sum = vf_load1(&chunk_of_row(end, ldx, i)->sum);
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) y[i][j] = vf_fma(sum, min[j], y[i][j]);
+    }
+}
+
+/* C's tile to y, or back */
+FC_INLINE void move_tile(const int mr, const int nv, vf y[][FC_NV_FEW], char *c, ptrdiff_t ldc, int back) {
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) {
+            if (back) vf_store(c + i * ldc + j * FC_BYTES, y[i][j]);
+            else y[i][j] = c ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
+        }
+}
+
+FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int nv, const struct fc_gemm *g,
+                           ptrdiff_t row, ptrdiff_t vector, int tile, int tiles) {
+    const int nibbles = f->bits == 4, minima = nibbles ? f->minimum_bytes > 0 : g->minima;
+    const ptrdiff_t lines = nibbles ? FC_CHUNK / f->k_step : g->lines, plane = lines * f->k_step * int_x_bytes(f);
+    const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
+    const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx, panel_stride = g->panel_stride;
+    const ptrdiff_t min_line = !nibbles && minima, block = (chunks * lines + 1 + min_line) * FC_LINE;
+    const ptrdiff_t x_step = plane * (1 + two) + (ptrdiff_t)sizeof(struct fc_chunk);
+    const ptrdiff_t in_line = vector % FC_PER_PANEL * FC_BYTES;
+    char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
+    const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
+    gemm_prefetch prefetch = prefetch_from(f, w, g->blocks * block, tile, tiles);
+    const int in_memory = mr > 1 || (two && FC_BYTES < 64); /* the registers are for acc */
+    vf local[FC_MR][FC_NV_FEW], (*y)[FC_NV_FEW] = local;
+    move_tile(mr, nv, y, g->accumulate ? c : NULL, g->ldc, 0);
+    for (ptrdiff_t blocks = g->blocks; blocks > 0; blocks--, w += block)
+        for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
+            const int which = f->block_groups > 1 ? (int)(chunk / group_chunks) : 0;
+            const char *end = x + x_step - sizeof(struct fc_chunk), *line = w - in_line + chunks * lines * FC_LINE;
+            vi acc[FC_MR + 1][FC_NV_FEW], start[FC_MR];
+            vf scale[FC_NV_FEW];
+            if (in_memory) __asm__ volatile("" : "+r"(y));
+            if (minima && chunk == 0) {
+                int_scales(f, nv, scale, 1, line + min_line * FC_LINE, panel_stride, in_line);
+                add_minima(mr, nv, y, scale, end, ldx);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++) start[i] = (vi){0} + chunk_of_row(end, ldx, i)->start;
+            int_chunk(f, two, mr, nv, acc, start, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, &prefetch);
+            int_scales(f, nv, scale, which, line, panel_stride, in_line);
+            if (in_memory) __asm__ volatile("" : "+r"(y));
+            add_chunk(mr, nv, y, acc, scale, end, ldx);
+        }
+    move_tile(mr, nv, y, c, g->ldc, 1);
+}
+
 FC_INLINE void int_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
                         ptrdiff_t vector, int tile, int tiles) {
-    const int nibbles = f->bits == 4, planes = int_x_bytes(f) == 2 ? 1 : g->planes;
-    const int minima = nibbles ? f->minimum_bytes > 0 : g->minima, scale_lines = nibbles ? 1 : 1 + minima;
-    const ptrdiff_t lines = nibbles ? FC_CHUNK / f->k_step : g->lines;
-    const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
-    const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride;
-    const ptrdiff_t x_step = lines * f->k_step * (int_x_bytes(f) == 2 ? 2 : planes);
-    const ptrdiff_t block = (chunks * lines + scale_lines) * FC_LINE, in_line = vector % FC_PER_PANEL * FC_BYTES;
-    char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
-    const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    const struct fc_chunk *at = g->chunks + row * g->ldchunks;
-    gemm_prefetch prefetch = prefetch_from(f, w, g->blocks * block, tile, tiles);
-    if (!g->accumulate) {
-#pragma GCC unroll 8
-        for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) vf_store(c + i * ldc + j * FC_BYTES, vf_zero());
-    }
-    for (ptrdiff_t b = 0; b < g->blocks; b++, w += block)
-        for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step, at++) {
-            const int which = f->block_groups > 1 ? (int)(chunk / group_chunks) : 0;
-            vi acc[FC_MR + 1][FC_NV_FEW];
-            vf scale[FC_NV_FEW], min[FC_NV_FEW];
-            int32_t start[FC_MR];
-#pragma GCC unroll 8
-            for (int i = 0; i < mr; i++) start[i] = minima ? 0 : at[i * g->ldchunks].start;
-            if (planes == 2)
-                int_chunk(f, mr, nv, acc, start, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, 1, &prefetch);
-            else
-                int_chunk(f, mr, nv, acc, start, x, ldx, w + chunk * lines * FC_LINE, panel_stride, lines, 0, &prefetch);
-#pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) {
-                const char *line = w - in_line + chunks * lines * FC_LINE + j / FC_PER_PANEL * panel_stride;
-                const ptrdiff_t lane = in_line / 4 + j % FC_PER_PANEL * FC_N;
-                scale[j] = int_scale(f, which, line, lane);
-                min[j] = minima ? int_scale(f, 1, nibbles ? line : line + FC_LINE, lane) : vf_zero();
-            }
-#pragma GCC unroll 8
-            for (int i = 0; i < mr; i++) {
-                const struct fc_chunk *of = at + i * g->ldchunks;
-                const vf x_scale = vf_load1(&of->scale);
-#pragma GCC unroll 8
-                for (int j = 0; j < nv; j++) {
-                    char *to = c + i * ldc + j * FC_BYTES;
-                    vf y = vf_load(to);
-                    if (minima && chunk == 0) y = vf_fma(vf_load1(&of->sum), min[j], y);
-                    vf_store(to, vf_fma(vf_from_int(acc[i][j]), x_scale * scale[j], y));
-                }
-            }
-        }
+    chunks_tile(f, 0, mr, nv, g, row, vector, tile, tiles);
+}
+
+FC_INLINE void planes_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
+                           ptrdiff_t vector, int tile, int tiles) {
+    chunks_tile(f, 1, mr, nv, g, row, vector, tile, tiles);
 }
 
 FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
@@ -391,7 +426,25 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
 FC_GEMM(gemm_f32, float, &fc_formats[FC_PACKED_F32])
 FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
-FC_GEMM(gemm_u8, int, &fc_formats[FC_PACKED_I8])
+
+/* Integer formats: one plane of x, or two. */
+#define FC_INT_GEMM(name, format)                                                                                      \
+    FC_GEMM(name##_int, int, format)                                                                                   \
+    FC_GEMM(name##_planes, planes, format)                                                                             \
+    static void name(const struct fc_gemm *g) { (g->planes == 2 ? name##_planes : name##_int)(g); }
+#define FC_WIDE_GEMM(name, format)                                                                                     \
+    FC_GEMM(name##_int, int, format)                                                                                   \
+    static void name(const struct fc_gemm *g) { name##_int(g); }
+#ifdef FC_HAS_I8_DOT
+FC_INT_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
+#else
+FC_WIDE_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
+#endif
 static void gemm_u6(const struct fc_gemm *g) { gemm_u8(g); }
-FC_GEMM(gemm_i4_symmetric, int, &fc_formats[FC_PACKED_I4_SYMMETRIC])
-FC_GEMM(gemm_i4_affine, int, &fc_formats[FC_PACKED_I4_AFFINE])
+#if defined(FC_HAS_I8_DOT) || defined(FC_HAS_MADDUBS)
+FC_INT_GEMM(gemm_i4_symmetric, &fc_formats[FC_PACKED_I4_SYMMETRIC])
+FC_INT_GEMM(gemm_i4_affine, &fc_formats[FC_PACKED_I4_AFFINE])
+#else
+FC_WIDE_GEMM(gemm_i4_symmetric, &fc_formats[FC_PACKED_I4_SYMMETRIC])
+FC_WIDE_GEMM(gemm_i4_affine, &fc_formats[FC_PACKED_I4_AFFINE])
+#endif

@@ -49,38 +49,38 @@ FC_INLINE vf vf_maxima_of_rows(vf r[FC_N]) {
 /* Scales and inverses (FC_N) of `count` chunks of x from `from` on. */
 FC_INLINE void chunk_scales(fc_dtype t, float *scale, float *inverse, const void *x, ptrdiff_t from, ptrdiff_t n,
                             ptrdiff_t chunk, int count) {
-    vf top[FC_N], poison = vf_zero();
-    const vf none = vf_zero(), qmax = vf_set1(127.0f);
-    for (int j = 0; j < FC_N; j++) top[j] = none;
-    for (int j = 0; j < count; j++, from += chunk)
-        for (ptrdiff_t i = from; i < from + chunk && i < n; i += FC_N) {
+    vf top[FC_N] = {0}, poison = vf_zero();
+    for (int j = 0; j < count; j++) {
+        vf largest = vf_zero();
+        for (ptrdiff_t i = from + j * chunk; i < from + (j + 1) * chunk && i < n; i += FC_N) {
             vf v = vf_get_upto(t, x, i, n);
-            top[j] = vf_max(vf_abs(v), top[j]);
+            largest = vf_max(vf_abs(v), largest);
             poison += v * 0.0f;
         }
-    const vf largest = vf_maxima_of_rows(top), least = vf_set1(0x1p-100f);
-    vf_store(scale, vf_if_lt(least, largest, largest / qmax, none));
-    vf_store(inverse, vf_if_lt(least, largest, qmax / largest, none));
+        top[j] = largest;
+    }
+    const vf largest = vf_maxima_of_rows(top), least = vf_set1(0x1p-100f), qmax = vf_set1(127.0f);
+    vf_store(scale, vf_if_lt(least, largest, largest / qmax, vf_zero()));
+    vf_store(inverse, vf_if_lt(least, largest, qmax / largest, vf_zero()));
     if (vf_sum(poison) == 0.0f) return;
-    for (int j = count - 1; j >= 0; j--) {
-        from -= chunk;
+    for (int j = 0; j < count; j++, from += chunk) {
         const ptrdiff_t left = n - from < chunk ? n - from : chunk;
         quantize_scale_any(t, scale + j, inverse + j, (const char *)x + from * (t == FC_F32 ? 4 : 2), left, 127.0f);
     }
 }
 
 /* A chunk of q, and in each lane a part of its sum. x[i] for i >= n counts as zero. */
-FC_INLINE vi quantize_chunk(fc_dtype t, char *q, const void *x, ptrdiff_t from, ptrdiff_t n, float inverse,
-                            const struct fc_rounding *r) {
+FC_INLINE vi quantize_chunk(fc_dtype t, const int wide, const int planes, char *q, const void *x, ptrdiff_t from,
+                            ptrdiff_t n, ptrdiff_t chunk, float inverse) {
     const vf factor = vf_set1(inverse), magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    const ptrdiff_t chunk = r->chunk;
     vi sum = {0};
+    if (inverse == 0.0f) n = 0; /* whatever x is */
     for (ptrdiff_t i = 0; i < chunk; i += FC_N) {
         vi v = {0};
-        if (from + i < n && inverse > 0.0f) v = (vi)(vf_get_upto(t, x, from + i, n) * factor + magic) - 0x4b400000;
+        if (from + i < n) v = (vi)(vf_get_upto(t, x, from + i, n) * factor + magic) - 0x4b400000;
         sum += v;
-        if (r->wide) vi_put16((int16_t *)(void *)q + i, vi_order_0213(v));
-        else if (r->planes == 1) vi_put8((int8_t *)q + i, v);
+        if (wide) vi_put16((int16_t *)(void *)q + i, vi_order_0213(v));
+        else if (planes == 1) vi_put8((int8_t *)q + i, v);
         else {
             vi_put8((int8_t *)q + i, v >> 7);
             vi_put8((int8_t *)q + chunk + i, v & 127);
@@ -89,31 +89,42 @@ FC_INLINE vi quantize_chunk(fc_dtype t, char *q, const void *x, ptrdiff_t from, 
     return sum;
 }
 
-/* Part of a row, from a group's first value on */
-FC_INLINE void quantize_any(fc_dtype t, void *q, struct fc_chunk *chunks, const void *x, ptrdiff_t n, ptrdiff_t padded,
-                            const struct fc_rounding *r) {
-    const ptrdiff_t chunk = r->chunk, chunk_bytes = chunk * (r->wide ? 2 : r->planes), left = r->group / chunk;
-    float scale[FC_N], inverse[FC_N];
+FC_INLINE void put_chunk(char *to, struct fc_chunk chunk) { memcpy(to, &chunk, sizeof chunk); }
+
+FC_INLINE void quantize_as(fc_dtype t, const int wide, const int planes, char *q, const void *x, ptrdiff_t n,
+                           ptrdiff_t padded, const struct fc_rounding *r) {
+    const ptrdiff_t chunk = r->chunk, group_chunks = r->group / chunk, q_bytes = chunk * (wide ? 2 : planes);
+    ptrdiff_t of_group = 0;
+    float scale[FC_N], inverse[FC_N], whole = 0.0f;
     int32_t sum[FC_N];
-    struct fc_chunk *first = chunks; /* of a group */
+    char *first = q; /* what follows the q of a group's first chunk */
     for (int j = 0; j < FC_N; j++) scale[j] = r->scale, inverse[j] = r->inverse;
     for (ptrdiff_t from = 0; from < padded; from += FC_N * chunk) {
         const int count = (int)(padded - from < FC_N * chunk ? (padded - from) / chunk : FC_N);
         vi sums[FC_N] = {0};
         if (!r->by_row) chunk_scales(t, scale, inverse, x, from, n, chunk, count);
         for (int j = 0; j < count; j++)
-            sums[j] = quantize_chunk(t, (char *)q + (from / chunk + j) * chunk_bytes, x, from + j * chunk, n,
-                                     inverse[j], r);
+            sums[j] = quantize_chunk(t, wide, planes, q + j * (q_bytes + (ptrdiff_t)sizeof(struct fc_chunk)), x,
+                                     from + j * chunk, n, chunk, inverse[j]);
         if (count == 1) sum[0] = vi_sum(sums[0]);
         else vf_store(sum, (vf)vi_sums_of_rows(sums));
-        for (int j = 0; j < count; j++, chunks++) {
-            chunks->scale = scale[j];
-            chunks->start = -r->zero * sum[j];
-            if (!r->minima) continue;
-            if (chunks - first == left) first = chunks;
-            first->sum = (chunks == first ? 0.0f : first->sum) + (float)sum[j] * scale[j];
+        for (int j = 0; j < count; j++, q += sizeof(struct fc_chunk)) {
+            q += q_bytes;
+            if (of_group == 0) first = q, whole = 0.0f;
+            if (++of_group == group_chunks) of_group = 0;
+            whole += (float)sum[j] * scale[j];
+            put_chunk(q, (struct fc_chunk){.scale = scale[j], .start = -r->zero * sum[j]});
+            memcpy(first + offsetof(struct fc_chunk, sum), &whole, 4);
         }
     }
+}
+
+/* Part of a row, from a group's first value on */
+FC_INLINE void quantize_any(fc_dtype t, void *q, const void *x, ptrdiff_t n, ptrdiff_t padded,
+                            const struct fc_rounding *r) {
+    if (r->wide) quantize_as(t, 1, 1, q, x, n, padded, r);
+    else if (r->planes == 1) quantize_as(t, 0, 1, q, x, n, padded, r);
+    else quantize_as(t, 0, 2, q, x, n, padded, r);
 }
 
 /* q[n] = x[n] inverse as int16, to nearest even; q may begin where x does. inverse 0: zeros, whatever x is */

@@ -28,7 +28,7 @@ struct product {
     void (*gemm)(const struct fc_gemm *);
     void (*expand)(char *out, const char *block, ptrdiff_t blocks); /* of a format that expands */
     enum a_type a_type;
-    ptrdiff_t x_size;               /* bytes of a value of x, all planes of it */
+    ptrdiff_t x_k, x_bytes;         /* so many values of x and what belongs to them lie in so many bytes */
     ptrdiff_t block_k, block_bytes; /* W comes in whole blocks of so many k */
     struct fc_rounding rounding;    /* A_QUANTIZED */
     ptrdiff_t chunk_lines;
@@ -45,7 +45,7 @@ static ptrdiff_t chunk_of(const struct fc_format *format, ptrdiff_t group, int b
 
 static struct fc_rounding rounding_of(const struct fc_format *format, const fc_linear_args *args, int x_bytes) {
     struct fc_rounding r = {.group = fc_group_k(format, args->group), .zero = format->zero,
-                            .minima = format->minimum_bytes > 0, .by_row = args->rounding == FC_ROUND_I12};
+                            .by_row = args->rounding == FC_ROUND_I12};
     r.chunk = chunk_of(format, r.group, r.by_row);
     r.wide = x_bytes == 2;
     r.planes = r.by_row && !r.wide ? 2 : 1;
@@ -64,19 +64,20 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
         [FC_COLS] = kernels->gemm_f32,
     };
     const struct fc_format *format = &fc_formats[args->layout];
-    struct product f = {.format = format, .gemm = gemm[args->layout],
-                        .expand = kernels->expand[args->layout], .a_type = A_F32, .x_size = 4};
+    struct product f = {.format = format, .gemm = gemm[args->layout], .expand = kernels->expand[args->layout],
+                        .a_type = A_F32, .x_k = 1, .x_bytes = 4};
     if (format->expands) f.gemm = format->expands == FC_TO_U6 ? kernels->gemm_u6 : kernels->gemm_u8;
     f.block_k = fc_block_k(format, args->group);
     f.block_bytes = fc_block_bytes(format, args->group);
     if (format->a_type == FC_A_BF16) {
         f.a_type = kernels->bf16_x == FC_BF16 ? A_BF16 : A_ROUNDED;
-        f.x_size = fc_size_of(kernels->bf16_x);
+        f.x_bytes = fc_size_of(kernels->bf16_x);
     } else if (format->a_type == FC_A_I8) {
         f.a_type = A_QUANTIZED;
         const int x_bytes = format->bits == 8 || format->expands ? kernels->i8_x : kernels->i4_x;
         f.rounding = rounding_of(format, args, x_bytes);
-        f.x_size = x_bytes * f.rounding.planes;
+        f.x_k = f.rounding.chunk;
+        f.x_bytes = f.x_k * x_bytes * f.rounding.planes + (ptrdiff_t)sizeof(struct fc_chunk);
         f.chunk_lines = f.rounding.chunk / (format->expands ? 4 : format->k_step);
     }
     return f;
@@ -89,8 +90,6 @@ struct linear {
     struct product product;
     const char *x; /* (k / kc, M, kc) of a_type: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
-    struct fc_chunk *chunks; /* A_QUANTIZED: (M, row_chunks) */
-    ptrdiff_t row_chunks;
     ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
     ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
     size_t unpacked_bytes; /* a thread's scratch of panels as they are multiplied, of a block of k */
@@ -113,10 +112,10 @@ static void convert_piece(const struct linear *ctx, const char *row, ptrdiff_t i
     case A_BF16: ctx->kernels->to_bf16[args->type](to, from, n); break;
     case A_ROUNDED: ctx->kernels->round_bf16[args->type](to, from, n); break;
     case A_QUANTIZED:
-        ctx->kernels->quantize[args->type](to, ctx->chunks + i * ctx->row_chunks + k0 / r->chunk, from, n, padded, r);
+        ctx->kernels->quantize[args->type](to, from, n, padded, r);
         return;
     }
-    if (n < padded) memset((char *)to + n * ctx->product.x_size, 0, (size_t)((padded - n) * ctx->product.x_size));
+    if (n < padded) memset((char *)to + n * ctx->product.x_bytes, 0, (size_t)((padded - n) * ctx->product.x_bytes));
 }
 
 static void convert_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -151,7 +150,7 @@ static int lies_ready(const struct linear *ctx) {
 static ptrdiff_t k_at_once(const struct linear *ctx) {
     const ptrdiff_t block = ctx->product.block_bytes;
     if (!ctx->product.format->packed) return ctx->sizes->unpacked_k;
-    if (ctx->product.expand) return fc_round_up(ctx->sizes->unpacked_k, ctx->product.block_k);
+    if (ctx->product.expand) return fc_round_up(ctx->sizes->expanded_k, ctx->product.block_k);
     if (ctx->args->m <= ctx->sizes->tile_rows) return ctx->k ? ctx->k : 1;
     return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
@@ -165,17 +164,14 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
     if (args->m <= ctx->sizes->rows_in_place && lies_ready(ctx)) {
         ctx->x = args->x;
         ctx->ldx = args->rows->ndim ? args->rows->stride[1][0] : 0;
-        ctx->x_block = ctx->kc * ctx->product.x_size;
+        ctx->x_block = ctx->kc * ctx->product.x_bytes;
         return FC_OK;
     }
-    ctx->ldx = fc_smaller(ctx->kc, ctx->k) * ctx->product.x_size;
+    ctx->ldx = fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes;
     ctx->x_block = fc_times(args->m, ctx->ldx);
-    ctx->row_chunks = ctx->product.a_type == A_QUANTIZED ? ctx->k / ctx->product.rounding.chunk : 0;
-    const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc),
-                    chunks = fc_times(fc_times(args->m, ctx->row_chunks), sizeof(struct fc_chunk));
-    if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)fc_plus(values, chunks))) return FC_NO_MEMORY;
+    const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc);
+    if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)values)) return FC_NO_MEMORY;
     ctx->x = copy->base;
-    ctx->chunks = (struct fc_chunk *)(void *)(copy->base + values);
     const double ns = (double)args->k * (args->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(args->m, ns);
     if (args->norm &&
@@ -202,11 +198,16 @@ static void pack_unpacked(const struct linear *ctx, float *to, ptrdiff_t first, 
     }
 }
 
+/* Of a panel, kc rows of it */
+static ptrdiff_t expanded_bytes(const struct product *f, ptrdiff_t kc) {
+    return kc / f->rounding.group * fc_expanded_bytes(f->format);
+}
+
 /* The same panels of a format that expands. */
 static void expand_panels(const struct linear *ctx, char *to, const char *w, ptrdiff_t panel_bytes, ptrdiff_t count,
                           ptrdiff_t kc) {
     const struct product *f = &ctx->product;
-    const ptrdiff_t stride = kc / f->rounding.group * fc_expanded_bytes(f->format);
+    const ptrdiff_t stride = expanded_bytes(f, kc);
     for (ptrdiff_t p = 0; p < count; p++) f->expand(to + p * stride, w + p * panel_bytes, kc / f->block_k);
 }
 
@@ -215,20 +216,19 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
     const struct product *f = &ctx->product;
     const struct fc_rounding *r = &f->rounding;
     const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
-    struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx, .ldchunks = ctx->row_chunks,
+    struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes,
-                        .minima = r->minima, .group_chunks = r->chunk ? r->group / r->chunk : 0};
+                        .minima = f->format->minimum_bytes > 0, .group_chunks = r->chunk ? r->group / r->chunk : 0};
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
         ptrdiff_t kc = fc_smaller(ctx->kc, ctx->k - k0);
         g.x = ctx->x + k0 / ctx->kc * ctx->x_block + row * ctx->ldx;
         g.w = (const char *)ctx->args->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
         g.blocks = kc / f->block_k;
         g.lines = f->a_type == A_QUANTIZED ? f->chunk_lines : g.blocks;
-        if (ctx->row_chunks) g.chunks = ctx->chunks + row * ctx->row_chunks + k0 / r->chunk;
         if (f->expand) {
             expand_panels(ctx, (char *)unpacked, g.w, panel_bytes, panels, kc);
             g.w = unpacked;
-            g.panel_stride = kc / r->group * fc_expanded_bytes(f->format);
+            g.panel_stride = expanded_bytes(f, kc);
             g.blocks = kc / r->group;
         } else if (ctx->unpacked_bytes) {
             pack_unpacked(ctx, unpacked, panel, panels, k0, kc);
@@ -282,7 +282,7 @@ static double item_ns(const struct linear *ctx) {
 
 /* Rows of x whose values and accumulators fill half of L2: panels of W pass over them. */
 static ptrdiff_t rows_in_l2(const struct linear *ctx) {
-    const ptrdiff_t x = fc_smaller(ctx->kc, ctx->k) * ctx->product.x_size,
+    const ptrdiff_t x = fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes,
                     sums = ctx->sizes->many_panels * FC_PANEL * 4;
     const ptrdiff_t fit = fc_cache_bytes(FC_CACHE_L2) / 2 / (x + sums), tile = ctx->sizes->tile_rows;
     return fit >= ctx->sizes->rows ? ctx->sizes->rows : fit > tile ? fit / tile * tile : tile;
@@ -313,8 +313,7 @@ static fc_status by_tiles(struct linear *ctx) {
     ctx->panel_columns = FC_PANEL / sides;
     ctx->panels = fc_round_up(args->n, FC_PANEL) / FC_PANEL * sides;
     if (ctx->product.expand)
-        ctx->unpacked_bytes = (size_t)(ctx->kc / ctx->product.rounding.group * fc_expanded_bytes(ctx->product.format) *
-                                       ctx->sizes->many_panels);
+        ctx->unpacked_bytes = (size_t)(expanded_bytes(&ctx->product, ctx->kc) * ctx->sizes->many_panels);
     else if (!ctx->product.format->packed)
         ctx->unpacked_bytes = (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
     cut(ctx, 1);

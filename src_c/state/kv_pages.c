@@ -59,14 +59,13 @@ static void scatter(char *to, ptrdiff_t step, const char *from, ptrdiff_t size, 
 static float encode(const struct fc_kernels *kernels, fc_kv_type type, void *to, fc_dtype from_type, const void *from,
                     ptrdiff_t n) {
     struct fc_rounding r = {.group = fc_round_up(n, 64), .by_row = 1, .planes = 1, .scale = 1.0f};
-    struct fc_chunk whole;
     if (type != FC_KV_I8) {
         fc_convert_row(kernels, type == FC_KV_F32 ? FC_F32 : FC_BF16, to, from_type, from, n, 1.0f);
         return r.scale;
     }
     r.chunk = r.group;
     kernels->quantize_scale[from_type](&r.scale, &r.inverse, from, n, 127.0f);
-    kernels->quantize[from_type](to, &whole, from, n, r.group, &r);
+    kernels->quantize[from_type](to, from, n, r.group, &r);
     return r.scale;
 }
 
