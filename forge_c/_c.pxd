@@ -136,6 +136,15 @@ cdef extern from "forge.h" nogil:
     fc_status fc_linear(const fc_linear_args *args)
     fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw,
                               ptrdiff_t k, ptrdiff_t n)
+    ctypedef struct fc_search_args:
+        size_t size
+        float *out
+        const float *w
+        ptrdiff_t ldw
+        const float *importance
+        ptrdiff_t n, k, group
+        int groups, minima, zero, top
+    fc_status fc_search_scales(const fc_search_args *args)
 
     ctypedef enum fc_kv_type:
         FC_KV_F32

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from forge_c.formats import ggml
 from forge_c.formats.blocks import DTYPE_OF
 from forge_c.formats.blocks import fill as fill_blocks
-from forge_c.formats.layout import FORMATS, LINE, PANEL, ROWS_OF, Format
+from forge_c.formats.layout import FORMATS, LINE, PACKED, PANEL, ROWS_OF, Format
 from forge_c.formats.quantize import Bytes, Floats, fill, take
+from forge_c.formats.rounding import Importance
 from forge_c.functional import PackedWeight
 
 __all__ = ["FORMATS", "Format", "from_q4_0", "pack", "pack_blocks", "pack_gated", "pack_gated_blocks", "unpack"]
@@ -39,20 +40,25 @@ def _aligned(panels: int, panel_bytes: int) -> Bytes:
 
 
 def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
-         activations: str | None = None) -> PackedWeight:
+         activations: str | None = None, importance: ArrayLike | None = None) -> PackedWeight:
     """Pack a weight (in_features, out_features) for `linear`.
 
     Args:
         weight: float32, float16 or bfloat16, any strides.
-        dtype: the stored format: "float32", "bfloat16" (round to nearest even), "int8" or "int4".
+        dtype: the stored format: "float32", "bfloat16" (round to nearest even), "int8" or "int4"; or one of ggml's that
+            GGUF files hold, of 4 to 8 bits: "q4_1", "q5_0", "q5_1", "q8_0" and, best where in_features is a multiple of
+            256, "q4_k", "q5_k", "q6_k".
         group_size: rows of a column that share a scale: for int8 a multiple of 32, by default 128; for int4 either 32,
             symmetric as llama.cpp's Q4_0, or a multiple of 64, by default 64, with a minimum beside the scale.
         activations: of int8 and int4, how `linear` rounds its input: "int8", to 127 steps on either side of zero, or
             "int12", to 2047; their size is chosen for each 32 values, with int12 before int8 for each group of the
             weight. By default int12 for int8, int8 for int4. int12 is the more accurate, and slower for many rows where
             the processor multiplies bytes.
+        importance: what an error of a weight costs, for formats of under 8 bits: (in_features,) the mean square of each
+            input, or (in_features, in_features) the mean product of each two, with which errors make up for each other.
 
-    Packing copies; the original is not kept. 8.25 bits a weight for int8, 4.5 for int4 of group 32 and 64.
+    Packing copies; the original is not kept. 8.25 bits a weight for int8, 4.5 for int4 of group 32 and 64. Scales of
+    under 8 bits are searched for a small squared error.
 
     Raises:
         TypeError, ValueError: another dtype or shape; for the integer formats a weight that is not finite, or for int4
@@ -63,16 +69,17 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
     >>> pack(np.eye(64, dtype=np.float32), "int4").nbytes
     2304
     """
-    f = Format.checked("pack", dtype, group_size)
+    f = Format.checked("pack", dtype, group_size, PACKED)
     activations = f.checked_activations("pack", activations)
     w = _matrix("pack", "weight", weight)
+    weighed = Importance.checked("pack", importance, len(w))
     panels = _aligned(-(-w.shape[1] // PANEL), f.panel_bytes(w.shape[0]))
-    fill("pack", f, panels, w)
+    fill("pack", f, panels, w, weighed)
     return PackedWeight(panels, w.shape, dtype, False, f.group, activations)
 
 
 def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
-               activations: str | None = None) -> PackedWeight:
+               activations: str | None = None, importance: ArrayLike | None = None) -> PackedWeight:
     """Pack the two matrices of a gated MLP, both (in_features, hidden), side by side for `gated_linear`.
 
     `gate` is the side that goes through the activation: LLaMA's gate_proj, transposed. The rest is as in `pack`.
@@ -81,14 +88,15 @@ def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_
     >>> pack_gated(w, w)
     PackedWeight(shape=(3, 6), dtype='float32', gated=True)
     """
-    f = Format.checked("pack_gated", dtype, group_size)
+    f = Format.checked("pack_gated", dtype, group_size, PACKED)
     activations = f.checked_activations("pack_gated", activations)
     a, b = _matrix("pack_gated", "gate", gate), _matrix("pack_gated", "up", up)
     if a.shape != b.shape:
         raise ValueError(f"pack_gated: up has shape {b.shape}, expected {a.shape}")
+    weighed = Importance.checked("pack_gated", importance, len(a))
     panels = _aligned(-(-a.shape[1] // PANEL) * 2, f.panel_bytes(a.shape[0]))
-    fill("pack_gated", f, panels[0::2], a)
-    fill("pack_gated", f, panels[1::2], b)
+    fill("pack_gated", f, panels[0::2], a, weighed)
+    fill("pack_gated", f, panels[1::2], b, weighed)
     return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), dtype, True, f.group, activations)
 
 

@@ -154,6 +154,24 @@ fc_status fc_linear(const fc_linear_args *args);
 fc_status fc_pack_columns(fc_dtype type, void *out, ptrdiff_t panel_stride, const void *w, ptrdiff_t ldw, ptrdiff_t k,
                           ptrdiff_t n);
 
+/* Scales and minima for columns (n, k) that become integers u = 0..top, ldw bytes apart, in blocks of `groups` groups
+ * of `group` k; see kernels/search.h. out (n, k / (group groups), lines) float32. One group to a block: a scale and a
+ * minimum, 2 lines. Several: float16 factors d and m, then the integer scale and minimum of each, 2 + 2 groups lines:
+ *     W = scale u + minimum      W = (d scale) u - (m minimum)
+ * and without minima  W = scale (u - zero),  W = (d scale) (u - zero). */
+typedef struct {
+    size_t size; /* sizeof(fc_search_args) */
+    float *out;
+    const float *w;
+    ptrdiff_t ldw;
+    const float *importance; /* (k): of the square of the error of each k */
+    ptrdiff_t n, k;          /* k: whole blocks */
+    ptrdiff_t group;
+    int groups; /* at most 16 */
+    int minima, zero, top;
+} fc_search_args;
+fc_status fc_search_scales(const fc_search_args *args);
+
 /* ---- key/value cache: pages of FC_KV_CHUNK slots, each row its own list of them ----
  * The token at position p lies in page p / FC_KV_CHUNK, slot p % FC_KV_CHUNK; in a ring, in page
  * p / FC_KV_CHUNK % pages_a_row. A page holds for each head in turn, 16 slots or channels to a line, as attention

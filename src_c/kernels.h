@@ -29,6 +29,15 @@ struct fc_rounding {
     float qmax;             /* 127 or 2047 */
 };
 
+/* Integers for W, whose scales `search` looks for. */
+struct fc_search {
+    ptrdiff_t group; /* k that share a scale */
+    int groups;      /* of a block; if several, their scales are integers, and so are their minima */
+    int minima;      /* whether there are minima, */
+    int zero;        /* and if not, the u that stands for 0 */
+    int top;         /* the largest u */
+};
+
 /* C[m][FC_PANEL * panels] (+)= X[m][k] W, what the gemm leaves take. Strides in bytes; formats in formats.h. */
 struct fc_gemm {
     float *c; /* whole panels, ldc from row to row */
@@ -129,6 +138,7 @@ struct fc_stream {
     X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
+    X(search, (float *out, const float *w, const float *h, const struct fc_search *s))                                 \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
     X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \

@@ -15,6 +15,7 @@ static const struct {
     double activation[FC_ACTIVATIONS];
     double merge, merge_row, lookup, lookup_packed, lookup_row; /* of attentions' results; of a table's rows */
     double pack, pack_panel;                        /* a row of a panel; a panel */
+    double search;                                  /* of scales: a row of a panel */
     double append, read;                            /* a channel of a token, into pages and out of them */
     double score_flop, page_byte, query_block;      /* of attention: a product's operation, a byte of pages, a block */
     double page_value, fold;                        /* a plain value into a page; a value of a partial folded */
@@ -40,6 +41,7 @@ static const struct {
     .lookup_row = 50,
     .pack = 4,
     .pack_panel = 50,
+    .search = 1000,
     .append = 0.5,
     .read = 1.5,
     .score_flop = 1.0 / 80,

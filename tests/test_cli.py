@@ -88,10 +88,10 @@ def test_numpy_is_not_imported_before_there_is_work(arguments):
 
 
 @pytest.mark.parametrize(("command", "options"), [
-    ("generate", "--model --dtype --activations --threads --prompt --max-new-tokens --temperature --top-k --top-p --min-p "
-                 "--repetition-penalty --seed --stop --chat --sampling --cache-dtype --no-special-tokens"),
-    ("chat", "--model --dtype --activations --threads --system --max-new-tokens --context --sampling --temperature --top-k --top-p "
-             "--min-p --repetition-penalty --seed --cache-dtype"),
+    ("generate", "--model --dtype --activations --threads --prompt --max-new-tokens --temperature --top-k --top-p "
+                 "--min-p --repetition-penalty --seed --stop --chat --sampling --cache-dtype --no-special-tokens"),
+    ("chat", "--model --dtype --activations --threads --system --max-new-tokens --context --sampling "
+             "--temperature --top-k --top-p --min-p --repetition-penalty --seed --cache-dtype"),
     ("info", "--model --dtype --activations --threads"),
     ("bench", "--model --shape --dtype --activations --threads --prompt-tokens --new-tokens --batch --repeats --json"),
 ])
@@ -378,7 +378,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["bench", "--model", "/no/such/folder"], "load: /no/such/folder is not a folder"),
     (["generate", "--model", "/no\nsuch\n\nfolder"], "load: /no such folder is not a folder"),
     (["generate", "--activations", "int12"], "load: activations is 'int12', expected None for bfloat16"),
-    (["generate", "--dtype", "int3"], "load: dtype is 'int3', expected auto, float32, bfloat16, int8, int4"),
+    (["generate", "--dtype", "int3"], "load: dtype is 'int3', expected auto, float32, bfloat16, int8, int4, q"),
     (["generate", "--temperature", "-1"], "temperature is -1.0, expected a number >= 0"),
     (["generate", "--temperature", "nan"], "temperature is nan, expected a number >= 0"),
     (["generate", "--top-k", "0"], "top_k is 0, expected an integer >= 1"),

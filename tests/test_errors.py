@@ -408,7 +408,8 @@ OPTIONS = [
     Wrong(lambda o: fc.gated_linear(X, PAIR, activation=["silu"], out=o[:, :3]), ValueError,
           "gated_linear: activation is ['silu'], expected one of relu, silu, gelu, gelu_tanh"),
     Wrong(lambda o: fc.pack(W, THREE), ValueError,
-          "pack: dtype is array([1., 1., 1.]), expected one of float32, bfloat16, int8, int4"),
+          "pack: dtype is array([1., 1., 1.]), expected one of float32, bfloat16, int8, int4, q4_1, q5_0, q5_1, q8_0, "
+          "q4_k, q5_k, q6_k"),
     Wrong(lambda o: fc.PackedWeight(3, (4, 3), "float32"), TypeError,
           "PackedWeight: data is a int, expected a NumPy array"),
     Wrong(lambda o: fc.PackedWeight(PACKED.data, 4, "float32"), TypeError,

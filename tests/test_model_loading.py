@@ -290,7 +290,8 @@ def test_no_config(tmp_path):
 def test_unknown_packing(folder, dtype):
     with pytest.raises(ValueError) as caught:
         load(folder, dtype)
-    assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32, bfloat16, int8, int4"
+    assert str(caught.value) == f"load: dtype is {dtype!r}, expected auto, float32, bfloat16, int8, int4, q4_1, "\
+        "q5_0, q5_1, q8_0, q4_k, q5_k, q6_k"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.dtype(np.float32), ml_dtypes.bfloat16, np.int8])

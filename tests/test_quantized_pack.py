@@ -55,56 +55,75 @@ def float16_error(a: Array) -> Array:
 SLACK = 1 + 2.0**-14
 
 
-def allowed(name: str, w: Array) -> Array:
-    """(groups, n): the error that a format may make in each group of w (groups, group, n)."""
-    dtype, _, group = FORMATS[name]
-    low, high = w.min(axis=1), w.max(axis=1)
-    largest = np.maximum(high, -low)
-    if dtype == "int8":
-        return largest / 127 / 2 * SLACK
-    if not has_minimum(dtype, group):
-        # The value opposite to the largest may be 8 steps away, and 7 is the last: a whole step. The scale is float16,
-        # and 8 of its errors meet in the largest value.
-        return largest / 8 * SLACK + 8 * float16_error(largest / 8)
-    # Half a step of the range left by the rounded minimum, its rounding, and 15 times that of the scale.
-    base = float16_error(low)
-    step = (high - low + base) / 15
-    return step / 2 * SLACK + base + (15.5 * float16_error(step))
+def allowed(w: Array) -> Array:
+    """(groups, n): the error that int8 may make in each group of w (groups, group, n)."""
+    return np.abs(w).max(axis=1) / 127 / 2 * SLACK
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_each_weight_moves_by_half_a_step_at_most(rng, name):
+def by_range(name: str, w: Array) -> Array:
+    """w (groups, group, n) with int4's scales from the range of each group alone, float64."""
+    levels = np.float32 if w.dtype == np.float32 else np.float64
+    if not has_minimum("int4", FORMATS[name][2]):
+        scale = -np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], 1) / 8
+        minimum = -8 * (scale := scale.astype(np.float16).astype(levels))
+    else:
+        minimum = w.min(axis=1, keepdims=True).astype(np.float16).astype(levels)
+        scale = ((w.max(axis=1, keepdims=True) - minimum) / 15).astype(np.float16).astype(levels)
+    u = np.rint(np.divide(w - minimum, scale, out=np.zeros_like(w), where=scale != 0)).clip(0, 15)
+    return scale * u + minimum
+
+
+def squared_error(back: Array, w: Array) -> Array:
+    """(groups, n), of groups (groups, group, n)."""
+    return np.square(back - w).sum(axis=1)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("int8")])
+def test_each_int8_weight_moves_by_half_a_step_at_most(rng, name):
     group = FORMATS[name][2]
     for k in DEPTHS if group < 8192 else (1, 300):
         for kind, w in kinds(rng, k, 19).items():
             back = packed_as(name, w).unpack()
             error = np.abs(in_groups(back, min(group, 512)) - in_groups(w, min(group, 512)))
-            bound = allowed(name, in_groups(w, min(group, 512)))
-            assert (error.max(axis=1) <= bound).all(), (kind, k)
+            assert (error.max(axis=1) <= allowed(in_groups(w, min(group, 512)))).all(), (kind, k)
 
 
-def test_q4_0_rounds_to_the_nearest_step_but_at_its_end(rng):
-    """Every value up to 7.5 steps from zero, or on the side of the largest, moves by half a step."""
-    w = gauss(rng, 320, 33)
-    w.reshape(10, 32, 33)[:, 5] = 4  # the largest: steps of -1/2, exact in float16
-    np.clip(w, -3.75, 4, out=w)
-    assert np.abs(pack(w, "int4", group_size=32).unpack() - w).max() <= 0.25
-    w[7] = -3.875
-    assert np.abs(pack(w, "int4", group_size=32).unpack() - w).max() == 0.375
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("int4")])
+def test_no_group_of_int4_is_worse_than_by_its_range(isa, rng, name):
+    """A search keeps what it starts from, where it finds nothing better. Rows that fill a group up are not weighed."""
+    group = min(FORMATS[name][2], 512)
+    for k in DEPTHS if FORMATS[name][2] < 8192 else (1, 300):
+        for kind, w in kinds(rng, k, 19).items():
+            before, back = in_groups(w, group), in_groups(packed_as(name, w).unpack(), group)
+            real = (np.arange(before.shape[0] * group) < k).reshape(-1, group, 1)
+            error, usual = squared_error(back * real, before * real), squared_error(by_range(name, before) * real,
+                                                                                    before * real)
+            tiny = np.abs(before).max(axis=1) < 2.0**-18
+            noise = 1e-9 * np.square(before).sum(axis=1)  # of float32, in which errors are compared
+            assert ((error <= usual * (1 + 1e-3) + noise) | tiny).all(), (kind, k)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_least_and_the_largest_value_of_a_group_are_kept(rng, name):
-    dtype, _, group = FORMATS[name]
-    w = gauss(rng, min(2 * group, 300), 20)
-    back, before = in_groups(packed_as(name, w).unpack(), min(group, 300)), in_groups(w, min(group, 300))
-    if has_minimum(dtype, group):
-        np.testing.assert_allclose(back.min(axis=1), before.min(axis=1), rtol=2.0**-11)
-        assert (np.abs(back.max(axis=1) - before.max(axis=1)) <= 16 * 2.0**-11 * np.ptp(before, axis=1)).all()
-    else:
-        at = np.abs(before).argmax(axis=1)[:, None]
-        rtol = 2.0**-11 if dtype == "int4" else 2.0**-22
-        np.testing.assert_allclose(np.take_along_axis(back, at, 1), np.take_along_axis(before, at, 1), rtol=rtol)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("int4")])
+def test_a_search_halves_no_error_but_takes_a_quarter_away(rng, name):
+    """Of Gaussian weights; larger groups have less to gain."""
+    group = min(FORMATS[name][2], 512)
+    w = gauss(rng, 1536, 64)
+    before, back = in_groups(w, group), in_groups(packed_as(name, w).unpack(), group)
+    gain = squared_error(back, before).sum() / squared_error(by_range(name, before), before).sum()
+    assert 0.6 < gain < 0.92, gain
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL_GROUPS if name.startswith("int4")])
+def test_weights_that_lie_on_steps_are_kept(isa, rng, name):
+    """Scale, and minimum, float16 numbers; each group has its first and its last level."""
+    group = FORMATS[name][2]
+    u = rng.integers(0, 16, (4, group, 33))
+    u[:, 0], u[:, 1] = 0, 15
+    scale = rng.integers(1025, 2048, (4, 1, 33)) * 2.0**-14
+    w = scale * (u - (0 if has_minimum("int4", group) else 8))
+    if has_minimum("int4", group):
+        w += rng.integers(-64, 64, (4, 1, 33)) * 2.0**-4
+    np.testing.assert_array_equal(packed_as(name, w.reshape(-1, 33).astype(np.float32)).unpack(), w.reshape(-1, 33))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -113,9 +132,10 @@ def test_tiny_weights_become_zero_and_nothing_else(rng, dtype):
     for group, power in product((32, 64, 128), (-24, -26, -100, -121, -126, -133, -140, -149)):
         w = gauss(rng, 130, 20) * np.float32(2.0**power)
         error = np.abs(in_groups(pack(w, dtype, group_size=group).unpack(), group) - in_groups(w, group)).max(axis=1)
-        bound = allowed(f"{dtype}-{group}" if f"{dtype}-{group}" in FORMATS else dtype, in_groups(w, group))
+        largest = np.abs(in_groups(w, group)).max(axis=1)
+        least = 2.0**-25 if dtype == "int4" else 0.0
         zero = dtype == "int8" and power < -120
-        assert (error <= (np.abs(in_groups(w, group)).max(axis=1) if zero else bound)).all()
+        assert (error <= (largest if zero else largest / (7 if dtype == "int4" else 127) / 2 * SLACK + 9 * least)).all()
 
 
 INT4 = [name for name in SMALL_GROUPS if FORMATS[name][0] == "int4"]
@@ -229,29 +249,25 @@ def test_bits_for_each_weight():
             pack(w, "int4", group_size=32).nbytes * 8 / w.size] == [8.25, 4.5, 4.5]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_packing_again_what_was_unpacked_gives_the_same_bytes(rng, name):
+@pytest.mark.parametrize("name", SMALL_GROUPS)
+def test_packing_again_what_was_unpacked_gives_the_same_values(rng, name):
     """So a layer may unpack and pack as often as it likes."""
-    for k, n in ((33, 17), (300, 48), (160, 33)):
-        packed = packed_as(name, gauss(rng, k, n))
-        again = packed_as(name, packed.unpack())
-        assert again.data.tobytes() == packed.data.tobytes(), (k, n)
+    for k, n in ((33, 17), (300, 480), (160, 33)):
+        back = packed_as(name, gauss(rng, k, n)).unpack()
+        np.testing.assert_array_equal(packed_as(name, back).unpack(), back, err_msg=f"{k}, {n}")
 
 
 @pytest.mark.parametrize("name", SMALL_GROUPS)
-def test_packing_again_keeps_odd_values_too(rng, name):
-    """The values: the sign of a zero group's scale may change. Where a group's range is that of float16's own rounding
-    of its minimum, the minimum may change too: then they move no further than when packed first."""
-    dtype, _, group = FORMATS[name]
-    kept = ("normal", "heavy tails", "zeros", "zero groups", "alternating", "large")
+def test_packing_again_moves_no_group_further_than_the_first_time(rng, name):
+    group = FORMATS[name][2]
     for k, (kind, w) in product((1, 200, 257), kinds(rng, 257, 21).items()):
+        if kind == "tiny":  # in whole steps of float16's least, of which several may be as good
+            continue
         back = packed_as(name, w[:k]).unpack()
         again = packed_as(name, back).unpack()
-        if not has_minimum(dtype, group) or (kind in kept and k == 200):
-            np.testing.assert_array_equal(again, back, err_msg=f"{kind}, {k}")
-        else:
-            error = np.abs(in_groups(again, group) - in_groups(back, group))
-            assert (error.max(axis=1) <= allowed(name, in_groups(back, group))).all(), (kind, k)
+        moved = squared_error(in_groups(again, group), in_groups(back, group))
+        first = squared_error(in_groups(back, group), in_groups(w[:k], group))
+        assert (moved <= first + 1e-6 * np.square(in_groups(back, group)).sum(axis=1)).all(), (kind, k)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -392,8 +408,7 @@ def test_the_largest_scales_that_float16_holds():
         w = np.zeros((64, 3), np.float32)
         w[::2, 0], w[1::2, 1] = largest, -largest
         back = pack(w, "int4", group_size=group).unpack()
-        bound = allowed("int4" if group == 64 else "int4-32", in_groups(w, group))
-        assert (np.abs(in_groups(back, group) - in_groups(w, group)) <= bound[:, None]).all()
+        assert np.abs(back - w).max() <= largest * 2.0**-10
 
 
 X, W = np.ones((3, 4), np.float32), np.ones((4, 5), np.float32)

@@ -116,6 +116,21 @@ def pack_columns(cnp.ndarray out not None, cnp.ndarray columns not None):
     check("pack", status)
 
 
+def search_scales(cnp.ndarray out not None, cnp.ndarray columns not None, cnp.ndarray importance not None,
+                  ptrdiff_t group, int groups, bint minima, int zero, int top):
+    """out (n, k / (group groups), lines) float32 <- what turns integers back into columns (n, k), see forge.h, all
+    contiguous float32. For formats/quantize.py."""
+    cdef fc_search_args a
+    cdef fc_status status
+    a.size, a.out, a.w = sizeof(a), <float *>cnp.PyArray_DATA(out), <const float *>cnp.PyArray_DATA(columns)
+    a.ldw, a.importance = cnp.PyArray_STRIDE(columns, 0), <const float *>cnp.PyArray_DATA(importance)
+    a.n, a.k, a.group, a.groups = cnp.PyArray_DIM(columns, 0), cnp.PyArray_DIM(columns, 1), group, groups
+    a.minima, a.zero, a.top = minima, zero, top
+    with nogil:
+        status = fc_search_scales(&a)
+    check("pack", status)
+
+
 cdef cnp.ndarray linear_weight(str fn, object weight, fc_linear_args *a):
     """Fill in the layout of `weight`; the array that must outlive the call."""
     cdef cnp.ndarray w

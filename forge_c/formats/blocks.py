@@ -97,6 +97,12 @@ def _put(name: str, f: Format, panels: Bytes, rows: Bytes) -> None:
     numbers = ggml.numbers(lines.of, flat)
     u = numbers.u.reshape(columns, count, lines.of.weights)
     u[n:], u[:, k:] = lines.of.zero, lines.of.zero
+    put_numbers(f, panels, numbers)
+
+
+def put_numbers(f: Format, panels: Bytes, numbers: ggml.Numbers) -> None:
+    """panels (n, panel bytes) <- the numbers of all their ggml blocks, those of a column one after the other."""
+    lines, blocks = LINES[f.dtype], panels.shape[1] // f.block_bytes
     out = panels.reshape(len(panels), blocks, f.block_bytes)
     at = _put_plane(out, 0, numbers.u, f.row.bits, 0)
     at = _put_plane(out, at, numbers.u, lines.upper, f.row.bits)

@@ -21,7 +21,7 @@ int4 of group 32 holds the numbers of llama.cpp's Q4_0, and quantises by its rul
 
 ggml's formats keep the numbers of its blocks (formats/ggml.py), T and E being its tables. They lie in planes: after the
 lines of u's low bits come those of its upper ones, each byte with as many k as fit, 4 apart; then what turns u back
-into W, 16 columns side by side. They are made from ggml's bytes alone (formats/blocks.py):
+into W, 16 columns side by side. formats/blocks.py moves ggml's bytes into them:
 
     q4_1    32 k    as int4 of group 32 with a minimum                              W = d u + m
     q8_0    64 k    16 lines of bytes | d of the first 32 k, d of the others        W = d (u - 128)
@@ -48,7 +48,8 @@ import numpy as np
 
 PANEL = 16
 LINE = 64
-FORMATS = ("float32", "bfloat16", "int8", "int4")  # that pack makes
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # of layers
+PACKED = (*FORMATS, "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")  # that pack makes
 
 
 ACTIVATIONS = ("int8", "int12")  # how inputs are rounded for integer weights

@@ -9,25 +9,23 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from forge_c.formats import blocks
+from forge_c.formats import blocks, ggml
 from forge_c.formats.layout import LINE, PANEL, Format
+from forge_c.formats.rounding import Importance, half, inverse, rounded
 from forge_c.functional import get_num_threads, pack_columns
 
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-# Groups of int4 under 64 of float16's least steps get the best of the few scales that float16 has there.
-_LEAST_HALF = np.float32(2.0**-24)
-_TINY = 64 * _LEAST_HALF
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
-def fill(name: str, f: Format, panels: Bytes, weight: NDArray) -> None:
+def fill(name: str, f: Format, panels: Bytes, weight: NDArray, importance: Importance | None = None) -> None:
     """panels (n_panels, panel bytes) <- weight (in, out); panels may be strided. Pieces are filled by threads."""
     put = _PUT[f.name]
 
     def piece(first: int) -> None:
-        put(name, f, panels[first:first + at_once], weight[:, first * PANEL:(first + at_once) * PANEL])
+        put(name, f, panels[first:first + at_once], weight[:, first * PANEL:(first + at_once) * PANEL], importance)
 
     if panels.size == 0:
         return
@@ -36,6 +34,8 @@ def fill(name: str, f: Format, panels: Bytes, weight: NDArray) -> None:
     at_once = max(1, (1 << 18) // max(1, PANEL * weight.shape[0])) if weight.size > 1 << 16 else len(panels)
     if put is _put_floats and weight.dtype == _STORED[f.dtype] and weight.strides[:1] == (weight.itemsize,):
         at_once = len(panels)
+    if importance is not None and importance.feedback is not None:
+        at_once = 64  # the most of the work is products of matrices, which NumPy's library splits
     starts = range(0, len(panels), max(at_once, 1))
     if threads == 1 or len(starts) < 2:
         for first in starts:
@@ -45,7 +45,7 @@ def fill(name: str, f: Format, panels: Bytes, weight: NDArray) -> None:
             list(pool.map(piece, starts))
 
 
-def _put_floats(name: str, f: Format, out: Bytes, columns: NDArray) -> None:
+def _put_floats(name: str, f: Format, out: Bytes, columns: NDArray, importance: Importance | None) -> None:
     """out (panels, panel bytes)."""
     pack_columns(out, np.ascontiguousarray(columns.T, dtype=_STORED[f.dtype]))
 
@@ -68,42 +68,6 @@ def _grouped(name: str, f: Format, panels: int, blocks: int, columns: NDArray) -
     return wide.reshape(panels * PANEL, blocks * f.block_k // group, group)
 
 
-def _scale(name: str, f: Format, wanted: Floats) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        half = wanted.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ValueError(f"{name}: weight needs a scale of {np.abs(wanted).max():.3g}, more than int4's float16 holds")
-    return half
-
-
-def _inverse(scale: Floats) -> Floats:
-    """1 / scale, 0 where that is not finite."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / scale
-    inverse[~np.isfinite(inverse)] = 0
-    return inverse
-
-
-def _tiny(w: Floats) -> NDArray[np.bool_]:
-    """Which groups of w (panels * 16, groups, group) are so small, and not zero."""
-    largest = np.abs(w).max(axis=2)
-    return (largest > 0) & (largest < _TINY)
-
-
-def _whole_steps(w: Floats, widest: Floats) -> tuple[Floats, Floats]:
-    """w (groups, group) ~ 2^-24 step q: q nearest, so no value moves further than to zero; step (groups, 1).
-
-    The step is the one from 1 to 10 of least squared error, `widest` (groups, 1) at least: then q is in its range.
-    """
-    fine = w / _LEAST_HALF
-    step, least = np.ones_like(widest), np.full_like(widest, np.inf)
-    for candidate in np.arange(1, 11, dtype=np.float32):
-        error = np.square(fine - candidate * np.rint(fine / candidate)).sum(axis=1, keepdims=True)
-        better = (candidate * _LEAST_HALF >= widest) & (error < least)
-        step[better], least[better] = candidate, error[better]
-    return step, np.rint(fine / step)
-
-
 def put_lines(f: Format, out: Bytes, u: Bytes) -> None:
     """u (panels * 16, groups, group) into the lines of out (panels, blocks, block bytes)."""
     panels, blocks = out.shape[:2]
@@ -122,58 +86,57 @@ def per_group(f: Format, out: Bytes, values: NDArray) -> NDArray:
     return values.reshape(panels, PANEL, blocks, f.block_k // (f.group or 1)).transpose(0, 2, 3, 1)
 
 
-def _put_int8(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
+def _put_int8(name: str, f: Format, panels: Bytes, columns: NDArray, importance: Importance | None) -> None:
     out = blocks_of(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
     scale = np.abs(w).max(axis=2) / np.float32(127)
-    q = np.rint(w * _inverse(scale)[:, :, None])
+    q = np.rint(w * inverse(scale)[:, :, None])
     np.clip(q, -127, 127, out=q)
     put_lines(f, out, (q + np.float32(f.row.zero)).astype(np.uint8))
     out[:, :, -LINE:].view(np.float32)[...] = per_group(f, out, scale)[:, :, 0]
 
 
-def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
-    """As Q4_0: the value of largest magnitude becomes -8, the others are rounded half up."""
+def _put_q8_0(name: str, f: Format, panels: Bytes, columns: NDArray, importance: Importance | None) -> None:
     out = blocks_of(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
-    largest = np.abs(w).argmax(axis=2)
-    scale = np.take_along_axis(w, largest[:, :, None], axis=2)[:, :, 0] / np.float32(-8) + np.float32(0)  # no -0
-    half = _scale(name, f, scale)
-    u = w * _inverse(scale)[:, :, None] + np.float32(8.5)
-    np.clip(u, 0, 15, out=u)
-    tiny = _tiny(w)
-    if tiny.any():
-        sign = np.where(scale[tiny] < 0, np.float32(-1), np.float32(1))[:, None]
-        turned = w[tiny] * sign
-        widest = np.maximum(turned.min(axis=1) / np.float32(-8), turned.max(axis=1) / np.float32(7))
-        step, q = _whole_steps(turned, widest[:, None])
-        half[tiny], u[tiny] = (step * sign * _LEAST_HALF)[:, 0], q + 8
-    put_lines(f, out, u.astype(np.uint8))
-    out[:, :, -LINE:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)[...] = per_group(f, out, half)
+    scale = half(name, np.abs(w).max(axis=2) / np.float32(127))
+    q = np.rint(w * inverse(scale.astype(np.float32))[:, :, None])
+    np.clip(q, -127, 127, out=q)
+    u = (q + np.float32(f.row.zero)).astype(np.uint8)
+    blocks.put_numbers(f, panels, ggml.Numbers(u.reshape(-1, 32), d=scale.reshape(-1, 1)))
 
 
-def _put_int4z(name: str, f: Format, panels: Bytes, columns: NDArray) -> None:
+def _put_int4(name: str, f: Format, panels: Bytes, columns: NDArray, importance: Importance | None) -> None:
     out = blocks_of(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
-    minimum = _scale(name, f, w.min(axis=2))
-    scale = _scale(name, f, (w.max(axis=2) - minimum.astype(np.float32)) / np.float32(15))
-    wide = scale.astype(np.float32)
-    u = np.rint((w - minimum.astype(np.float32)[:, :, None]) * _inverse(wide)[:, :, None])
-    np.clip(u, 0, 15, out=u)
-    tiny = _tiny(w)
-    if tiny.any():
-        step, q = _whole_steps(w[tiny], np.ptp(w[tiny], axis=1, keepdims=True) / np.float32(15))
-        first = q.min(axis=1, keepdims=True)
-        scale[tiny], minimum[tiny] = (step * _LEAST_HALF)[:, 0], (first * step * _LEAST_HALF)[:, 0]
-        u[tiny] = np.minimum(q - first, 15)  # 16 where both ends were halfway
-    put_lines(f, out, u.astype(np.uint8))
+    u, found = rounded(name, f, w.reshape(len(w), -1), len(columns), importance)
+    put_lines(f, out, u)
     params = out[:, :, -LINE:].view(np.float16).reshape(*out.shape[:2], 2, PANEL)
-    params[:, :, 0], params[:, :, 1] = per_group(f, out, scale)[:, :, 0], per_group(f, out, minimum)[:, :, 0]
+    if f.has_minimum:
+        params[:, :, 0], params[:, :, 1] = (per_group(f, out, a)[:, :, 0] for a in (found.scales, found.minima))
+    else:
+        params[...] = per_group(f, out, found.scales)
 
 
-_PUT: dict[str, Callable[[str, Format, Bytes, NDArray], None]] = {
-    "float32": _put_floats, "bfloat16": _put_floats, "int8": _put_int8, "int4 symmetric": _put_int4,
-    "int4 affine": _put_int4z,
+def _put_blocks(name: str, f: Format, panels: Bytes, columns: NDArray, importance: Importance | None) -> None:
+    """Into the lines of ggml's block formats."""
+    w = _grouped(name, f, len(panels), f.blocks(len(columns)), columns)
+    u, found = rounded(name, f, w.reshape(len(w), -1), len(columns), importance)
+    of = blocks.LINES[f.dtype].of
+    u = u.reshape(-1, of.weights)
+    if found.d is None or found.m is None:
+        numbers = ggml.Numbers(u, d=found.scales.reshape(-1, 1), m=found.minima.reshape(-1, 1))
+    else:
+        each = of.weights // of.sub
+        numbers = ggml.Numbers(u, found.scales.reshape(-1, each), found.minima.reshape(-1, each),
+                               found.d.reshape(-1, 1), found.m.reshape(-1, 1))
+    blocks.put_numbers(f, panels, numbers)
+
+
+_PUT: dict[str, Callable[[str, Format, Bytes, NDArray, Importance | None], None]] = {
+    "float32": _put_floats, "bfloat16": _put_floats, "int8": _put_int8, "q8_0": _put_q8_0,
+    "int4 symmetric": _put_int4, "int4 affine": _put_int4,
+    **dict.fromkeys(("q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"), _put_blocks),
 }
 
 

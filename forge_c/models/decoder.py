@@ -1,7 +1,7 @@
 """The decoder: a spec's layers with their weights, and one call that runs them. It knows no family and no kind."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import ml_dtypes
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
 from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
+from forge_c.models.inputs import can_observe, importance_of, of_random_tokens
+from forge_c.models.mix import Formats, weighs
 from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
 from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import ModelSpec, Rope
@@ -22,8 +24,6 @@ __all__ = ["DEFAULT_CONTEXT", "STORED", "Decoder"]
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 
 STORED = "stored"  # the dtype of a model whose matrices are held as the file has them
-# The format of the last projection: its errors reach the probabilities directly, so int4 models hold it in int8.
-_HEAD = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
 
 Floats = NDArray[np.float32]
 
@@ -32,14 +32,16 @@ class Decoder:
     """Packed weights and the forward pass; `forge_c.models.Model` adds text."""
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
-                 progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None) -> None:
+                 progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None,
+                 importance: Mapping[str, Any] | None = None) -> None:
+        """importance: as in load."""
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
         self._describe(spec, dtype if stored is None else stored.mostly())
         ends = (_ends(spec, checkpoint, dtype, activations) if stored is None
                 else _stored_ends(spec, stored, activations))
-        source = LayerSource if stored is None else StoredSource
-        layers = [build_layer(spec.layers[i], source(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype,
-                                                     activations)) for i in progress(range(spec.n_layers))]
+        source = _weighed(spec, checkpoint, dtype, activations, importance) if stored is None else (
+            lambda i: StoredSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype, activations))
+        layers = [build_layer(spec.layers[i], source(i)) for i in progress(range(spec.n_layers))]
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale)
@@ -157,15 +159,32 @@ class Decoder:
         return y
 
 
+def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | None,
+             importance: Mapping[str, Any] | None) -> Callable[[int], LayerSource]:
+    """The source of each layer's matrices, for one after the other: which format they get, and what errors cost."""
+    formats, of_layer = Formats(dtype, spec.n_layers), None
+    if importance is None and weighs(dtype) and can_observe(spec):
+        of_layer = of_random_tokens(spec, checkpoint)
+
+    def source(i: int) -> LayerSource:
+        known, prefix = importance if of_layer is None else of_layer(i), f"model.layers.{i}."
+        return LayerSource(checkpoint, prefix, spec.hidden_size, dtype, activations,
+                           lambda name, in_features: formats.of(name, i, in_features),
+                           lambda name: importance_of(known, prefix, name))
+
+    return source
+
+
 def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | None) -> tuple[Any, PackedWeight]:
     """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    held = Formats(dtype, spec.n_layers).of("lm_head", None, spec.hidden_size)
     if spec.head.tied or spec.head.absent:  # rows are looked up in what is multiplied
-        packed = pack(table.T, _HEAD[dtype], activations=activations)
+        packed = pack(table.T, held, activations=activations)
         return packed, packed
     head = checkpoint.take("lm_head.weight", table.shape)
     embedding = table if dtype == "float32" else table.astype(ml_dtypes.bfloat16, copy=False)
-    return embedding, pack(head.T, _HEAD[dtype], activations=activations)
+    return embedding, pack(head.T, held, activations=activations)
 
 
 def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from forge_c.checks import short
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
+from forge_c.formats.layout import PACKED
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
@@ -35,7 +36,7 @@ from forge_c.models.weights import Checkpoint, GGUFCheckpoint, RandomCheckpoint
 from forge_c.models.weights.foreign import check_folder
 from forge_c.models.weights.gguf import StoredType
 from forge_c.models.weights.random import shape_config
-from forge_c.packing import FORMATS, ROWS_OF, Format
+from forge_c.packing import ROWS_OF, Format
 from forge_c.state import ModelCache
 from forge_c.state.model import all_or_nothing
 
@@ -43,7 +44,7 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
 def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", *, activations: str | None = None,
-         ignore: str | Collection[str] = ()) -> Model:
+         ignore: str | Collection[str] = (), importance: Mapping[str, ArrayLike] | None = None) -> Model:
     """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there), a GGUF file, or a
     folder that Model.save wrote.
 
@@ -52,14 +53,18 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
             name on the Hugging Face Hub, "ORG/NAME": the snapshot in the local cache, or a download where the
             huggingface_hub package is installed (a path that exists wins); None for the embedded model, which writes
             Python byte by byte.
-        dtype: how matrices are packed, "float32", "bfloat16", "int8" or "int4" (see forge_c.pack); "auto" is bfloat16
-            for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is stored.
-            Activations are float32. An int4 model holds its last projection in int8, and both integer formats the
-            embedding table in bfloat16, where that is another.
+        dtype: how matrices are packed, "float32", "bfloat16", "int8" or one of pack's other formats, which holds all of
+            them; or "int4", which mixes formats of 4 to 8 bits by what an error costs (docs/accuracy.md); "auto" is
+            bfloat16 for a checkpoint that holds nothing wider, else float32, and of a GGUF file each tensor as it is
+            stored. Activations are float32. Formats of integers hold the embedding table in bfloat16, where that is
+            not the last projection too.
         activations: how inputs of matrices of integers are rounded, "int8" or "int12" (see forge_c.pack); by default to
             12 bits before those of 8 bits, which keeps what these know, and to 8 before those of fewer.
         ignore: keys of config.json, or of a GGUF file, to take no notice of: there may be one that would be refused,
             since it could change the maths, and does not.
+        importance: of formats under 8 bits, by which errors of weights are weighed: what collect_importance found of
+            texts like those that the model is for. By default it is found of random tokens, while loading; {}: all
+            weights count the same.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
     granite. Nothing in the folder or the file is executed.
@@ -73,9 +78,10 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
     ('llama', 'bfloat16')
     """
     dtype = _dtype_name("load", dtype)
+    _check_importance(importance)
     ignored = _names("load", "ignore", ignore)
     if path is not None and os.path.exists(path) and not os.path.isdir(path):
-        return _load_gguf(Path(path), dtype, activations, ignored)
+        return _load_gguf(Path(path), dtype, activations, ignored, importance)
     if path is not None and is_saved(Path(path)):
         return _load_saved(Path(path), dtype, activations)
     folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
@@ -87,22 +93,23 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
     _check_activations("load", activations, dtype)
     settings = _generation_config(folder)
     again = partial(load, None if path is None else str(folder.absolute()), dtype, activations=activations,
-                    ignore=ignored)
-    return Model(Decoder(spec, checkpoint, dtype, _bar, activations), load_tokenizer(folder), _eos_ids(settings, spec),
-                 generation_config=settings, source=again)
+                    ignore=ignored, importance=importance)
+    return Model(Decoder(spec, checkpoint, dtype, _bar, activations, importance), load_tokenizer(folder),
+                 _eos_ids(settings, spec), generation_config=settings, source=again)
 
 
-def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str]) -> Model:
+def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str],
+               importance: Mapping[str, ArrayLike] | None) -> Model:
     """The model of a GGUF file: its own tokenizer too; nothing but the file is read."""
     file = open_gguf(path)
     spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
     _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
-    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations)
+    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations, importance)
     # Last: a large vocabulary takes as much memory meanwhile as the largest tensor does while it is packed.
     tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
     stored = checkpoint.stored(None if dtype == "auto" else dtype)
-    again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored)
+    again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored, importance=importance)
     return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
 
 
@@ -163,14 +170,19 @@ def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *, activa
     return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
 
 
+def _check_importance(importance: Any) -> None:
+    if importance is not None and not isinstance(importance, Mapping):
+        raise TypeError(f"load: importance is a {type(importance).__name__}, expected what collect_importance gives")
+
+
 def _dtype_name(function: str, dtype: DTypeLike) -> str:
     """ValueError if it is none, as a name or as NumPy has it."""
     name: Any = dtype
     if not isinstance(dtype, str) and dtype is not None:
         with suppress(TypeError):
             name = np.dtype(dtype).name
-    if not isinstance(name, str) or name not in ("auto", *FORMATS):
-        raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(FORMATS)}")
+    if not isinstance(name, str) or name not in ("auto", *PACKED):
+        raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(PACKED)}")
     return name
 
 

@@ -28,10 +28,13 @@ class LayerSource:
     """The tensors of one layer by the names that Hugging Face gives them; matrices are (out, in) there. A matrix is let
     go as soon as it is packed."""
 
-    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str,
-                 activations: str | None = None) -> None:
+    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str, activations: str | None = None,
+                 formats: Callable[[str, int], str] | None = None,
+                 importance: Callable[[str], Any] | None = None) -> None:
         self.checkpoint, self.prefix, self.hidden, self.dtype = checkpoint, prefix, hidden, dtype
         self.activations = activations  # as in pack
+        self.formats = formats or (lambda name, in_features: dtype)
+        self.importance = importance or (lambda name: None)
 
     def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
         """(out, in) as the file has it."""
@@ -39,12 +42,20 @@ class LayerSource:
 
     def packed(self, name: str, rows: int, columns: int) -> PackedWeight:
         """The same as (in, out), packed."""
-        return pack(self.matrix(name, rows, columns).T, self.dtype, activations=self.activations)
+        return self._pack(name, self.matrix(name, rows, columns))
+
+    def _pack(self, name: str, matrix: NDArray[Any]) -> PackedWeight:
+        """A matrix (out, in) in the format of the one of that name."""
+        return pack(matrix.T, self.formats(name, matrix.shape[1]), activations=self.activations,
+                    importance=self.importance(name))
 
     def side_by_side(self, parts: Mapping[str, int], columns: int) -> PackedWeight | Sequence[PackedWeight]:
         """Matrices of these rows, packed as one; or as several, of formats of their own."""
-        joined = np.concatenate([self.matrix(name, rows, columns) for name, rows in parts.items()])
-        return pack(joined.T, self.dtype, activations=self.activations)
+        packed = []
+        for _, some in groupby(parts, key=lambda name: self.formats(name, columns)):
+            names = list(some)
+            packed.append(self._pack(names[0], np.concatenate([self.matrix(n, parts[n], columns) for n in names])))
+        return packed[0] if len(packed) == 1 else packed
 
     def pair(self, kind: GatedMLP) -> PackedWeight | Sequence[PackedWeight]:
         """gate and up, packed as a pair; or each in a format of its own."""
@@ -52,7 +63,12 @@ class LayerSource:
             gate, up = np.split(self.matrix("mlp.gate_up_proj", 2 * kind.width, self.hidden), 2)
         else:
             gate, up = (self.matrix(f"mlp.{side}_proj", kind.width, self.hidden) for side in ("gate", "up"))
-        return pack_gated(gate.T, up.T, self.dtype, activations=self.activations)
+        names = ["mlp.gate_up_proj"] if kind.fused else ["mlp.gate_proj", "mlp.up_proj"]
+        formats = {self.formats(name, self.hidden) for name in names}
+        if len(formats) > 1:
+            return self._pack(names[0], gate), self._pack(names[1], up)
+        return pack_gated(gate.T, up.T, formats.pop(), activations=self.activations,
+                          importance=self.importance(names[0]))
 
     def bias(self, wanted: bool, *parts: tuple[str, int]) -> Floats | None:
         """Biases end to end, or None where they are not wanted."""
@@ -178,9 +194,15 @@ _NORM_NAMES = {"pre": ("input_layernorm", None, "post_attention_layernorm", None
                         "post_feedforward_layernorm")}
 
 
+def norm_names(layer: LayerSpec) -> tuple[tuple[str | None, str | None], tuple[str | None, str | None]]:
+    """Of the norms before and after the mixer, and before and after the mlp."""
+    before, after, before_mlp, after_mlp = _NORM_NAMES[layer.norms]
+    return (before, after), (before_mlp, after_mlp)
+
+
 def build_layer(layer: LayerSpec, source: LayerSource) -> tuple[Part | None, Part | None, bool, float]:
     """(mixer, mlp, parallel, residual scale), as LayeredModel takes a layer."""
-    before, after, before_mlp, after_mlp = _NORM_NAMES[layer.norms]
+    (before, after), (before_mlp, after_mlp) = norm_names(layer)
 
     def norms_of(*names: str | None) -> Callable[[], Norms]:
         def norms() -> Norms:

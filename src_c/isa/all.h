@@ -20,6 +20,7 @@
 #include "../kernels/rms_norm.h"
 #include "../kernels/roofline.h"
 #include "../kernels/rope.h"
+#include "../kernels/search.h"
 #include "../kernels/softmax.h"
 
 #define FC_DEFINE(name, params, ...)                                                                                   \

@@ -1,0 +1,208 @@
+"""What the inputs of a model's matrices are like: mean squares of channels, by which `pack` weighs errors.
+
+A text goes through the layers one by one, in floats, and only a layer's matrices are in memory at a time. Without a
+text, tokens drawn at random show most of it: which channels are far larger than others is a habit of the model. How
+much larger they do not show, so the root is taken of what they say."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forge_c.functional import attention, embedding, gelu, layer_norm, linear, relu, rms_norm, rope, silu
+from forge_c.models.parts import norm_names
+from forge_c.models.rope_tables import RopeTables, TableOf
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, ModelSpec, Norm
+from forge_c.models.weights import Tensors
+
+Floats = NDArray[np.float32]
+See = Callable[[str, Floats], None]
+
+_RANDOM_TOKENS = 256
+_SHARED = {"self_attn.k_proj": "self_attn.q_proj", "self_attn.v_proj": "self_attn.q_proj",
+           "mlp.up_proj": "mlp.gate_proj"}  # matrices with the inputs of another
+
+
+def of_random_tokens(spec: ModelSpec, checkpoint: Tensors) -> Callable[[int], Mapping[str, Any]]:
+    """importance(i) of layer i; to be called for each layer in turn."""
+    inputs = Inputs(spec, checkpoint, random_tokens(spec.vocab_size))
+
+    def of_layer(i: int) -> Mapping[str, Any]:
+        inputs.importance.clear()
+        inputs.layer(i)
+        return {name: np.sqrt(squares) for name, squares in inputs.importance.items()}
+
+    return of_layer
+
+
+def random_tokens(vocab: int) -> list[NDArray[np.int64]]:
+    """The same for every model of a vocabulary."""
+    return [np.random.default_rng(0).integers(0, vocab, (1, _RANDOM_TOKENS))]
+
+
+def importance_of(importance: Mapping[str, Any] | None, prefix: str, name: str) -> Any:
+    """That of a matrix, or of the one that shares its inputs; None if there is none."""
+    if importance is None:
+        return None
+    for known in (name, _SHARED.get(name, name)):
+        found = importance.get(f"{prefix}{known}.weight")
+        if found is not None:
+            return found
+    return None
+
+
+class Inputs:
+    """Texts on their way through the layers: after layer(i), importance holds what its matrices have seen.
+
+    texts: token ids (1, n) each. products: mean products of two channels (k, k) instead of mean squares (k,).
+    """
+
+    def __init__(self, spec: ModelSpec, checkpoint: Tensors, texts: Sequence[NDArray[np.int64]],
+                 products: bool = False) -> None:
+        self.spec, self.checkpoint, self.products = spec, checkpoint, products
+        self.importance: dict[str, NDArray[Any]] = {}
+        self._tables = RopeTables()
+        table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        self._x = [embedding(ids, table, scale=spec.embed.scale, dtype=np.float32) for ids in texts]
+
+    def layer(self, i: int) -> None:
+        """The texts through layer i, which comes after those before."""
+        source = _Floats(self.checkpoint, f"model.layers.{i}.", self.spec.hidden_size, self._tables)
+        sums: dict[str, Any] = {}
+        rows = sum(x.shape[1] for x in self._x)
+
+        def see(name: str, x: Floats) -> None:
+            flat = x.reshape(-1, x.shape[-1])
+            seen = flat.T @ flat if self.products else np.square(flat).sum(axis=0)
+            sums[name] = sums.get(name, 0) + seen / np.float32(rows)
+
+        self._x = list(_through(self.spec.layers[i], source, self._x, see))
+        self.importance |= {f"{source.prefix}{name}.weight": np.asarray(a, np.float32) for name, a in sums.items()}
+
+
+class _Floats:
+    """Tensors of a layer as they come, (out, in)."""
+
+    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, tables: RopeTables) -> None:
+        self.checkpoint, self.prefix, self.hidden, self.tables = checkpoint, prefix, hidden, tables
+
+    def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
+        """(in, out) for linear."""
+        return self.checkpoint.take(f"{self.prefix}{name}.weight", (rows, columns)).T
+
+    def bias(self, wanted: bool, name: str, n: int) -> Floats | None:
+        return self.checkpoint.take(f"{self.prefix}{name}.bias", (n,)).astype(np.float32) if wanted else None
+
+    def norm(self, spec: Norm, name: str, n: int) -> Callable[[Floats], Floats]:
+        """The norm as a function."""
+        weight = self.checkpoint.take(f"{self.prefix}{name}.weight", (n,)).astype(np.float32)
+        if spec.kind == "rms":
+            return lambda x: rms_norm(x, weight, spec.eps, weight_offset=spec.offset)
+        bias = self.checkpoint.take(f"{self.prefix}{name}.bias", (n,)).astype(np.float32)
+        return lambda x: layer_norm(x, weight + np.float32(spec.offset), bias, spec.eps)
+
+
+def can_observe(spec: ModelSpec) -> bool:
+    """Whether the kinds of all layers are known here."""
+    return all(_observed.dispatch(type(part)) is not _observed.dispatch(object)
+               for layer in spec.layers for part in (layer.mixer, layer.mlp))
+
+
+@singledispatch
+def _observed(kind: Any, source: _Floats) -> Callable[[Floats, See], Floats] | None:
+    """What computes a part of this kind, and shows the inputs of its matrices."""
+    raise TypeError(f"importance: no inputs of a {type(kind).__name__} are known")
+
+
+@_observed.register
+def _(kind: None, source: _Floats) -> None:
+    return None
+
+
+@_observed.register
+def _(kind: Attention, source: _Floats) -> Callable[[Floats, See], Floats]:
+    heads, keys, d = kind.n_heads, kind.n_kv_heads, kind.head_dim
+    sizes = [heads * d, keys * d, keys * d]
+    names = ["self_attn.qkv_proj"] if kind.fused else [f"self_attn.{p}_proj" for p in "qkv"]
+    rows = [sum(sizes)] if kind.fused else sizes
+    weights = [source.matrix(name, n, source.hidden) for name, n in zip(names, rows, strict=True)]
+    biases = [source.bias(kind.qkv_bias, f"self_attn.{p}_proj", n) for p, n in zip("qkv", sizes, strict=True)]
+    out = source.matrix("self_attn.o_proj", source.hidden, heads * d)
+    out_bias = source.bias(kind.o_bias, "self_attn.o_proj", source.hidden)
+    norms = [None if kind.qk_norm is None else source.norm(kind.qk_norm, f"self_attn.{p}_norm", d) for p in "qk"]
+    table = None if kind.rope is None else TableOf(source.tables, kind.rope)
+
+    def compute(x: Floats, see: See) -> Floats:
+        see(names[0], x)
+        joined = np.concatenate([linear(x, w) for w in weights], axis=-1)
+        parts = np.split(joined, np.cumsum(sizes)[:2], axis=-1)
+        q, k, v = (part if b is None else part + b for part, b in zip(parts, biases, strict=True))
+        n = x.shape[1]
+        q, k, v = q.reshape(1, n, heads, d), k.reshape(1, n, keys, d), v.reshape(1, n, keys, d)
+        q, k = (a if norm is None else norm(np.ascontiguousarray(a)) for a, norm in zip((q, k), norms, strict=True))
+        if table is not None:
+            q, k = rope(q, table(n, n)), rope(k, table(n, n))
+        found = attention(q, k, v, causal=True, scale=kind.scale, softcap=kind.softcap, window=kind.window)
+        flat = found.reshape(1, n, heads * d)
+        see("self_attn.o_proj", flat)
+        return linear(flat, out, out_bias)
+
+    return compute
+
+
+_ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
+    "silu": silu, "gelu": gelu, "relu": relu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
+
+
+def _mlp(kind: GatedMLP | MLP, source: _Floats, names: Sequence[str], gated: bool) -> Callable[[Floats, See], Floats]:
+    rows = 2 * kind.width if gated and len(names) == 1 else kind.width
+    weights = [source.matrix(name, rows, source.hidden) for name in names]
+    biases = [source.bias(kind.bias, f"mlp.{p}_proj", kind.width) for p in (("gate", "up") if gated else ("up",))]
+    down = source.matrix("mlp.down_proj", source.hidden, kind.width)
+    down_bias = source.bias(kind.bias, "mlp.down_proj", source.hidden)
+    f = _ACTIVATIONS[kind.activation]
+
+    def compute(x: Floats, see: See) -> Floats:
+        see(names[0], x)
+        joined = np.concatenate([linear(x, w) for w in weights], axis=-1)
+        sides = np.split(joined, 2 if gated else 1, axis=-1)
+        sides = [np.ascontiguousarray(s if b is None else s + b) for s, b in zip(sides, biases, strict=True)]
+        hidden = f(sides[0]) * sides[1] if gated else f(sides[0])
+        see("mlp.down_proj", hidden)
+        return linear(hidden, down, down_bias)
+
+    return compute
+
+
+@_observed.register
+def _(kind: GatedMLP, source: _Floats) -> Callable[[Floats, See], Floats]:
+    return _mlp(kind, source, ["mlp.gate_up_proj"] if kind.fused else ["mlp.gate_proj", "mlp.up_proj"], True)
+
+
+@_observed.register
+def _(kind: MLP, source: _Floats) -> Callable[[Floats, See], Floats]:
+    return _mlp(kind, source, ["mlp.up_proj"], False)
+
+
+def _through(layer: LayerSpec, source: _Floats, texts: Sequence[Floats], see: See) -> Iterator[Floats]:
+    """Each text after the layer."""
+    steps = []
+    for kind, (before, after) in zip((layer.mixer, layer.mlp), norm_names(layer), strict=True):
+        part = _observed(kind, source)
+        norms = [None if part is None or name is None else source.norm(layer.norm, name, source.hidden)
+                 for name in (before, after)]
+        steps.append((part, norms))
+
+    def branch(x: Floats, step: Any) -> Any:
+        part, (before, after) = step
+        if part is None:
+            return np.float32(0)
+        y = part(x if before is None else before(x), see)
+        return np.float32(layer.residual_scale) * (y if after is None else after(y))
+
+    for x in texts:
+        first = x + branch(x, steps[0])
+        yield first + branch(x if layer.parallel else first, steps[1])
