@@ -164,8 +164,8 @@ def test_what_cannot_be_packed():
     bad[3, 18:20] = 0, 0x7c
     with pytest.raises(ValueError, match="^pack_blocks: block 7 of Q4_0 has a scale that is not finite"):
         pack_blocks("Q4_0", bad)
-    with pytest.raises(ValueError, match="^pack: dtype is 'q4_k', expected one of float32"):
-        pack(np.zeros((4, 4), np.float32), "q4_k")
+    with pytest.raises(ValueError, match="^pack: dtype is 'q2_k', expected one of float32"):
+        pack(np.zeros((4, 4), np.float32), "q2_k")
 
 
 @pytest.mark.parametrize("name", NATIVE)
