@@ -219,8 +219,8 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     q (batch, q_len, heads, head_dim); k (batch, kv_len, kv_heads, head_dim); v (batch, kv_len, kv_heads, v_dim), where
     query head h reads key/value head h // (heads // kv_heads); or k a KVCache and v None. Outer axes may have any
     strides: torch's (batch, heads, seq, head_dim) is q.transpose(0, 2, 1, 3), without a copy; as it is, it would be
-    taken for other sizes where they fit. float32, float16 or bfloat16; k and v share a dtype; arithmetic is float32; the
-    result (batch, q_len, heads, v_dim) has q's dtype.
+    taken for other sizes where they fit. float32, float16 or bfloat16; k and v share a dtype; arithmetic is float32;
+    the result (batch, q_len, heads, v_dim) has q's dtype.
 
     scale: head_dim**-0.5 by default. The q_len queries are the last positions of kv_len (or of kv_lens[b]).
     causal: query i sees keys j <= i + kv_len - q_len. window=W: only keys j > i + kv_len - q_len - W (W keys with

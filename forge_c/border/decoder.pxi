@@ -69,8 +69,8 @@ cdef class Part:
             return (given,)
         if not isinstance(given, tuple | list) or not 0 < len(given) <= most or not all([
                 isinstance(w, PackedWeight) and (len(given) == 1 or not w.gated) for w in given]):
-            raise TypeError(f"{type(self).__name__}: {name} is {given!r}, expected a PackedWeight, or up to {most} of them "
-                            "side by side")
+            raise TypeError(f"{type(self).__name__}: {name} is {given!r}, expected a PackedWeight, or up to {most} "
+                            "of them side by side")
         return tuple(given)
 
     cdef fc_matrix matrix(self, str name, PackedWeight w, tuple shape, object bias) except *:
@@ -107,7 +107,8 @@ cdef class AttentionPart(Part):
         if balance is not None:
             by = np.ascontiguousarray(balance, np.float32)
             if by.size != (heads + kv_heads) * head_dim:
-                raise ValueError(f"AttentionPart: balance has {by.size} values, expected {(heads + kv_heads) * head_dim}")
+                raise ValueError(f"AttentionPart: balance has {by.size} values, expected "
+                                 f"{(heads + kv_heads) * head_dim}")
             self.keep(by)
             self.w.balance = floats(by)
         self.w.scale, self.w.softcap, self.w.window = <float>scale, <float>softcap, window or 0

@@ -367,8 +367,8 @@ cdef int one_matrix(str fn, str arg, PackedWeight w) except -1:
 def embedding(ids, table, *, scale=1.0, dtype=None, out=None):
     """table[ids] * scale, checked: an id outside 0 .. num - 1 is an IndexError, never a wrap.
 
-    ids: integers of any shape; table (num, dim) float32, float16 or bfloat16, or a PackedWeight of shape (dim, num), the
-    projection of tied weights, whose rows are then those of `table.unpack().T`; the result is ids.shape + (dim,) in
+    ids: integers of any shape; table (num, dim) float32, float16 or bfloat16, or a PackedWeight of shape (dim, num),
+    the projection of tied weights, whose rows are then those of `table.unpack().T`; the result is ids.shape + (dim,) in
     `dtype`, by default the table's, or float32 from a packed one.
 
     >>> embedding([1, 0], np.array([[1, 2], [3, 4]], np.float32))
