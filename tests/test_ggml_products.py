@@ -37,7 +37,7 @@ def with_scales(name: str, raw: blocks.Array, *values: float) -> blocks.Array:
 
 def exact_rows(rng: np.random.Generator, m: int, k: int, most: int) -> blocks.Array:
     """Whole numbers that rounding leaves as they are: in each 16 a `most`, the others small, so that all sums of a
-    product are whole multiples of one power of two, below 2^24 of them."""
+    product are whole multiples of one power of two; with 8 bits, below 2^24 of them."""
     x = rng.integers(-2, 3, (m, k // 16, 16)).astype(np.float32)
     np.put_along_axis(x, rng.integers(0, 16, (m, k // 16, 1)), np.float32(most), axis=2)
     return x.reshape(m, k) * np.where(rng.integers(0, 2, (m, k)), 1, -1).astype(np.float32)
@@ -55,11 +55,11 @@ def test_sums_are_exact(isa, rng, name, activations):
     k = sizes(name)[0]
     raw = with_scales(name, blocks.random_blocks(rng, name, 37, k), 2.0**-6, -(2.0**-6))
     packed = pack_blocks(name, raw, activations=activations)
-    x = exact_rows(rng, 7, k, ACTIVATIONS[activations] if k == 32 else 127)
-    x[:, 0] = ACTIVATIONS[activations]
+    x = exact_rows(rng, 7, k, ACTIVATIONS[activations])
     exact = product(x, packed.unpack())
     size = np.abs(product(np.abs(x), np.abs(packed.unpack())))
-    assert (np.abs(fc.linear(x, packed) - exact) <= size * 2.0**-24 * (size > 2.0**17)).all()
+    sums = 1 if activations == "int8" else k // 16  # that float32 may round: 12 bits of x leave it 12
+    assert (np.abs(fc.linear(x, packed) - exact) <= sums * size * 2.0**-24 * (size > 2.0**17)).all()
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
