@@ -116,6 +116,7 @@ struct fc_stream {
     X(gemm_bf16, (const struct fc_gemm *g))                                                                            \
     X(gemm_s8, (const struct fc_gemm *g))                                                                              \
     X(gemm_u8, (const struct fc_gemm *g))                                                                              \
+    X(gemm_u4, (const struct fc_gemm *g))                                                                              \
     X(gemm_u6, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4_symmetric, (const struct fc_gemm *g))                                                                    \
     X(gemm_i4_affine, (const struct fc_gemm *g))                                                                       \

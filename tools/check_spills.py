@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_GEMM = r"gemm_(f32|bf16|s8|(u8|i4_symmetric|i4_affine)_(int|planes))"
+_GEMM = r"gemm_(f32|bf16|s8|(u8|u6|u4|i4_symmetric|i4_affine)_(int|planes))"
 # One entry a kind of product kernel; each must be in the library, so that a renamed one is not passed over.
 KERNELS = [re.compile(kernel) for kernel in (
     rf"{_GEMM}_tile_\d", rf"{_GEMM}_pair_\d", rf"{_GEMM}_single_\d", rf"{_GEMM}_few", r"gemv_rows_\w+", "attention_row",
