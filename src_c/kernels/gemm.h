@@ -39,8 +39,8 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
 /* The blocks of ops/linear.c: unpacked W is 512 KiB at a time, streamed W 256 KiB. */
 #define FC_BLOCKS                                                                                                      \
     {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24, .many_rows = 48,             \
-     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .expanded_k = 512, .stream_rows = 4,                       \
-     .stream_columns = 1024, .stream_k = 64}
+     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .expanded_k = 512, .unexpanded_rows = 12,                  \
+     .stream_rows = 4, .stream_columns = 1024, .stream_k = 64}
 
 #ifdef FC_HAS_BF16_DOT
 #define FC_BF16_X FC_BF16
@@ -166,13 +166,16 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
 
 /* ---- integer formats ---- */
 
-FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
-    if (f->a_type == FC_A_I16) return vi_from_s8((const int8_t *)line);
-    vu w = (vu)vf_load(line);
+FC_INLINE vi int_part_of(gemm_format f, int part, vu w) {
     const int wide = int_x_bytes(f) == 2;
     if (f->bits == 4) w = ((wide ? part / 2 : part) == 0 ? w : w >> 4) & 0x0f0f0f0fu;
     if (!wide) return (vi)w;
     return part % 2 == 0 ? (vi)(w & 0x00ff00ffu) : (vi)((vu16)w >> 8);
+}
+
+FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
+    if (f->a_type == FC_A_I16) return vi_from_s8((const int8_t *)line);
+    return int_part_of(f, part, (vu)vf_load(line));
 }
 
 /* Products that maddubs makes are summed in 16 bits first, a chunk in so many parts that each fits: of nibbles 8 of at

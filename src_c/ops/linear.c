@@ -41,6 +41,9 @@ static void choose_lines(struct product *f, const struct fc_kernels *kernels, co
     const int small = args->rounding == FC_ROUND_I8 && f->format->expands != FC_TO_U8;
     f->gemm = !small ? kernels->gemm_u8 : f->format->expands == FC_TO_U4 ? kernels->gemm_u4 : kernels->gemm_u6;
     f->int_bytes = small ? kernels->i4_x : kernels->i8_x;
+    if (args->m > kernels->blocks.unexpanded_rows) return;
+    f->gemm = kernels->few[args->layout];
+    f->expand = NULL;
 }
 
 /* k that share a scale of x and of W, and an integer sum: with 12 bits against 8, as many as may. */
@@ -223,7 +226,7 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
     const struct fc_rounding *r = &f->rounding;
     const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
     struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx,
-                        .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes,
+                        .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes, .wide = r->wide,
                         .minima = f->format->minimum_bytes > 0, .group_chunks = r->chunk ? r->group / r->chunk : 0};
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
         ptrdiff_t kc = fc_smaller(ctx->kc, ctx->k - k0);
