@@ -9,18 +9,21 @@ FC_INLINE void block_sums(block_shape s, gemm_format f, const int rows, vi acc[]
                           const size_t n, size_t part, const char *const x[]) {
     const size_t lines = (size_t)s->f->group / 4;
     const int parts = parts_of(f), shorts = short_sums(f);
-    const vi none = {0}, ones = none + 0x00010001;
+    const vi ones = (vi){0} + 0x00010001;
     vi sum[2 * BLOCK_ROWS];
 #pragma GCC unroll 8
     for (size_t i = 0; i < lines; i++) {
         const vu u = block_line(s, block, pair, n * lines + i, part);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
+            const char *values = x[r] + 4 * i * (size_t)parts;
+            if (shorts && i % (lines / (size_t)shorts) == 0) {
+                sum[r] = int_first((vi)u, values);
+                continue;
+            }
             vi *to = shorts ? sum : acc;
-            if (shorts && i % (lines / (size_t)shorts) == 0) sum[r] = none;
 #pragma GCC unroll 2
-            for (int p = 0; p < parts; p++)
-                to[r] = int_step(f, to[r], int_part_of(f, p, u), x[r] + 4 * (i * (size_t)parts + (size_t)p));
+            for (int p = 0; p < parts; p++) to[r] = int_step(f, to[r], int_part_of(f, p, u), values + 4 * p);
             if (shorts && (i + 1) % (lines / (size_t)shorts) == 0) acc[r] = vi_add_madd16(acc[r], sum[r], ones);
         }
     }

@@ -67,8 +67,8 @@ FC_INLINE vu block_line(block_shape s, const char *block, size_t pair, size_t i,
  * `from` on */
 FC_INLINE vf product_of_bytes(const char *d, const char *bytes, size_t j, const int is_signed, const int from,
                               const int bits) {
-    vi n = vi_from_u8((const uint8_t *)bytes + j);
-    n = is_signed ? (n ^ 128) - 128 : (n >> from) & (0xff >> (8 - bits));
+    const vi n = is_signed ? vi_from_i8(bytes + j)
+                           : (vi_from_u8((const uint8_t *)bytes + j) >> from) & (0xff >> (8 - bits));
     return vf_from_f16((const uint16_t *)(const void *)d + j) * vf_from_int(n);
 }
 

@@ -206,6 +206,17 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
 #endif
 }
 
+/* The first of a sum in 16 bits */
+FC_INLINE vi int_first(vi w, const char *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+#ifdef FC_HAS_MADDUBS
+    return vi_maddubs(w, (vi){0} + four);
+#else
+    return w + four; /* there are none */
+#endif
+}
+
 /* acc += one line of every row, for products of bytes with bytes: gcc finds registers for one vector of it after the
  * other, with x broadcast anew, but not for all of them at once. */
 FC_INLINE void byte_line(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
