@@ -103,20 +103,26 @@ typedef void block_tile(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t panel)
 FC_INLINE void block_rows(block_tile *one, block_tile *two, block_tile *four, const struct fc_gemm *g) {
     for (ptrdiff_t panel = 0; panel < g->panels; panel++) {
         ptrdiff_t row = 0;
-        for (; row + 4 <= g->m; row += 4) four(g, row, panel);
-        if (row + 2 <= g->m) two(g, row, panel), row += 2;
-        if (row < g->m) one(g, row, panel);
+        for (; four && row + 4 <= g->m; row += 4) four(g, row, panel);
+        for (; two && row + 2 <= g->m; row += 2) two(g, row, panel);
+        for (; row < g->m; row++) one(g, row, panel);
     }
 }
 #define FC_BLOCK_TILE(name, s, format, two, mr)                                                                        \
     static __attribute__((noinline)) void name(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t panel) {              \
         block_panel(s, format, two, mr, g, row, panel);                                                                \
     }
+#if FC_BYTES == 16 /* rows that share what was taken apart would have no registers */
+#define FC_BLOCK_GEMM(name, s, format, two)                                                                            \
+    FC_BLOCK_TILE(name##_1, s, format, two, 1)                                                                         \
+    static void name(const struct fc_gemm *g) { block_rows(name##_1, NULL, NULL, g); }
+#else
 #define FC_BLOCK_GEMM(name, s, format, two)                                                                            \
     FC_BLOCK_TILE(name##_1, s, format, two, 1)                                                                         \
     FC_BLOCK_TILE(name##_2, s, format, two, 2)                                                                         \
     FC_BLOCK_TILE(name##_4, s, format, two, 4)                                                                         \
     static void name(const struct fc_gemm *g) { block_rows(name##_1, name##_2, name##_4, g); }
+#endif
 #ifdef FC_HAS_I8_DOT
 #define FC_FEW_ROWS(name, layout)                                                                                      \
     FC_BLOCK_GEMM(few_##name##_int, &shape_##name, &fc_formats[FC_PACKED_I8], 0)                                       \

@@ -4,8 +4,8 @@
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
  * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M,
  * the threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are
- * streamed instead; formats that expand do so on the fly too. Each format multiplies one type of x, the same for every
- * M: float32; bfloat16; integers in chunks of k, as the caller wants them rounded. */
+ * streamed instead; formats that expand do so on the fly for more than a few. Each format multiplies one type of x, the
+ * same for every M: float32; bfloat16; integers in chunks of k, as the caller wants them rounded. */
 #include <stdint.h>
 #include <string.h>
 
