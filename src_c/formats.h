@@ -28,7 +28,8 @@ typedef enum {
 /* Into what a format expands: lines of bytes */
 typedef enum {
     FC_AS_IT_IS,
-    FC_TO_U6, /* u up to 63: two products of them and of int8 fit in 16 bits */
+    FC_TO_U4, /* a group's sum of them times int8, two products in each lane, fits in 16 bits */
+    FC_TO_U6, /* that of half a group does */
     FC_TO_U8
 } fc_expansion;
 
@@ -57,9 +58,9 @@ static const struct fc_format fc_formats[FC_LAYOUTS] = {
     [FC_PACKED_Q5_0] = {        "q5_0",           1, 4,  8, 32,           2, 2, 0, 16,  FC_A_I8, FC_TO_U6, 11},
     [FC_PACKED_Q5_1] = {        "q5_1",           1, 4,  8, 32,           1, 2, 2, 0,   FC_A_I8, FC_TO_U6, 6},
     [FC_PACKED_Q8_0] = {        "q8_0",           1, 8,  4, 32,           2, 2, 0, 128, FC_A_I8, FC_TO_U8, 17},
-    [FC_PACKED_Q2_K] = {        "q2_k",           1, 2, 16, 16,          16, 1, 1, 0,   FC_A_I8, FC_TO_U6, 21},
-    [FC_PACKED_Q3_K] = {        "q3_k",           1, 2, 16, 16,          16, 1, 0, 4,   FC_A_I8, FC_TO_U6, 29},
-    [FC_PACKED_Q4_K] = {        "q4_k",           1, 4,  8, 32,           8, 1, 1, 0,   FC_A_I8, FC_TO_U6, 37},
+    [FC_PACKED_Q2_K] = {        "q2_k",           1, 2, 16, 16,          16, 1, 1, 0,   FC_A_I8, FC_TO_U4, 21},
+    [FC_PACKED_Q3_K] = {        "q3_k",           1, 2, 16, 16,          16, 1, 0, 4,   FC_A_I8, FC_TO_U4, 29},
+    [FC_PACKED_Q4_K] = {        "q4_k",           1, 4,  8, 32,           8, 1, 1, 0,   FC_A_I8, FC_TO_U4, 37},
     [FC_PACKED_Q5_K] = {        "q5_k",           1, 4,  8, 32,           8, 1, 1, 0,   FC_A_I8, FC_TO_U6, 45},
     [FC_PACKED_Q6_K] = {        "q6_k",           1, 4,  8, 16,          16, 1, 0, 32,  FC_A_I8, FC_TO_U6, 53},
     [FC_PACKED_IQ4_NL] = {      "iq4_nl",         1, 4,  8, 32,           2, 2, 0, 128, FC_A_I8, FC_TO_U8, 9},

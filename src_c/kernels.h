@@ -50,7 +50,7 @@ struct fc_gemm {
     ptrdiff_t lines;        /* float formats: all of them; integer formats: those of a chunk */
     ptrdiff_t group_chunks; /* integer formats: chunks of a group of W, */
     ptrdiff_t blocks;       /* blocks of a panel, */
-    int planes;             /* of x, */
+    int planes, wide;       /* of x, whose integers are int16, */
     int minima;             /* and, of lines of bytes, whether a line of minima follows that of scales */
     int accumulate;         /* add to C instead of writing it */
 };
@@ -125,6 +125,7 @@ struct fc_stream {
     X(gemm_bf16, (const struct fc_gemm *g))                                                                            \
     X(gemm_s8, (const struct fc_gemm *g))                                                                              \
     X(gemm_u8, (const struct fc_gemm *g))                                                                              \
+    X(gemm_u4, (const struct fc_gemm *g))                                                                              \
     X(gemm_u6, (const struct fc_gemm *g))                                                                              \
     X(gemm_i4_symmetric, (const struct fc_gemm *g))                                                                    \
     X(gemm_i4_affine, (const struct fc_gemm *g))                                                                       \
@@ -146,7 +147,8 @@ struct fc_stream {
     X(copy_stream, (float *out, const float *data, ptrdiff_t n))                                                       \
     X(read_sum, (float *sum, const float *data, ptrdiff_t n))
 
-/* Formats that expand, each with its leaf expand_<name>(out, block, blocks); see kernels/expand.h. */
+/* Formats that expand, each with its leaves expand_<name>(out, block, blocks), see kernels/expand.h, and
+ * few_<name>(g), which multiplies few rows by packed blocks, see kernels/blocks.h. */
 #define FC_EXPANSIONS(X)                                                                                               \
     X(q5_0, FC_PACKED_Q5_0)                                                                                            \
     X(q5_1, FC_PACKED_Q5_1)                                                                                            \
@@ -171,6 +173,7 @@ struct fc_blocks {
     ptrdiff_t few_panels, many_panels; /* of a tile */
     ptrdiff_t unpacked_k;              /* rows of unpacked W that become panels at once */
     ptrdiff_t expanded_k;              /* rows of W that expand at once */
+    ptrdiff_t unexpanded_rows;         /* of x, up to which W does not expand */
     ptrdiff_t stream_rows;             /* up to here rows of W that come as they lie are streamed past x, */
     ptrdiff_t stream_columns, stream_k; /* so many columns and rows of W at a time */
 };
@@ -189,6 +192,7 @@ struct fc_kernels {
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)
     FC_KERNELS(FC_MEMBER)
     void (*expand[FC_LAYOUTS])(char *out, const char *block, ptrdiff_t blocks); /* NULL: as it is */
+    void (*few[FC_LAYOUTS])(const struct fc_gemm *g);
 #undef FC_TYPED_MEMBER
 #undef FC_MEMBER
 };

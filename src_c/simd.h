@@ -60,14 +60,15 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vi_madd16(a, b)                int16 lanes: a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
  *   vi_add_madd16(acc, a, b)       acc + that; see below
  *   vi_put8, vi_put16       FC_N int32 lanes, small enough, as int8 or int16 at p
- *   vi_from_u8              FC_N unsigned bytes at p as int32 lanes
+ *   vi_from_u8, vi_from_i8  FC_N bytes at p, unsigned or signed, as int32 lanes
  *   vu_look_up(table, i)    byte lanes: table[i] of 16 bytes, i 0..15
  * and where the ISA has them
  *   FC_HAS_BF16_PAIR  vf_bf16_pair(a, b)      2 FC_N bfloat16 values, cheaper than one vector after the other
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
  *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
  *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
- *   FC_HAS_MADDUBS   vi_add_maddubs(acc, u8, s8)  int16 lanes: acc + the sum of two products of bytes, which must fit
+ *   FC_HAS_MADDUBS   vi_maddubs(u8, s8)           int16 lanes: the sum of two products of bytes, which must fit
+ *                    vi_add_maddubs(acc, u8, s8)  acc + that
  *
  * The words that add products to an accumulator are for tiles that fill the registers. On x86 they are one or two
  * instructions of assembly that change it where it is: left to itself, gcc 12 makes products first and adds them later,
@@ -80,6 +81,10 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 #include "simd/sse2.h"
 #else
 #include "simd/neon.h"
+#endif
+
+#ifndef FC_HAS_FROM_I8
+FC_INLINE vi vi_from_i8(const void *p) { return (vi_from_u8(p) ^ 128) - 128; }
 #endif
 
 #ifndef FC_HAS_LOAD_TRANSPOSED

@@ -94,6 +94,19 @@ def test_a_row_has_the_same_bits_alone_and_among_others(isa, rng, name, activati
         assert (np.abs(y - product(x, packed.unpack())) <= bound * 1.01).all()
 
 
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("name", NATIVE)
+def test_few_rows_have_the_bits_of_many_where_k_comes_in_pieces(isa, rng, name, activations):
+    """A panel of so many k is more than the caches' share of one."""
+    k = 8192
+    packed = pack_blocks(name, blocks.random_blocks(rng, name, 16, k), activations=activations)
+    x = rng.standard_normal((13, k), np.float32)
+    whole = fc.linear(x, packed)
+    for m in (1, 2, 3, 4, 7, 12):
+        with case(m):
+            assert fc.linear(x[:m], packed).tobytes() == whole[:m].tobytes()
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_gated_pair(isa, rng, name):
     k = sizes(name)[-1]

@@ -12,6 +12,7 @@
 #include "../kernels/gemm.h"
 #include "../kernels/quantize.h"
 #include "../kernels/expand.h"
+#include "../kernels/blocks.h"
 #include "../kernels/attention.h"
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
@@ -38,6 +39,7 @@ FC_TYPED_KERNELS(FC_DEFINE)
 #define FC_TYPED_ENTRY(name, params, ...) .name = {name##_f32, name##_f16, name##_bf16},
 #define FC_ENTRY(name, params) .name = name,
 #define FC_EXPANSION_ENTRY(name, layout) [layout] = expand_##name,
+#define FC_FEW_ENTRY(name, layout) [layout] = few_##name,
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Woverride-init" /* FC_REPLACED comes last, on purpose */
 const struct fc_kernels FC_TABLE = {
@@ -51,5 +53,6 @@ const struct fc_kernels FC_TABLE = {
     .i4_x = FC_I4_X,
     .blocks = FC_BLOCKS,
     .expand = {FC_EXPANSIONS(FC_EXPANSION_ENTRY)},
+    .few = {FC_EXPANSIONS(FC_FEW_ENTRY)},
     FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY) FC_REPLACED};
 #pragma GCC diagnostic pop

@@ -11,6 +11,7 @@
  *                w signed bytes
  *     u8         sum of 4 x[k] u[k]                 int8                        all at once, or, without the unit,
  *                                                   int16, order 0 2 1 3        k 0 2, k 1 3
+ *     u4, u6     the same, of small u               int8, or int16 as above     all at once, or as u8
  *     i4         the same                           int8, or int16 as above     low nibbles k 0..3, high nibbles k 4..7
  *
  * float formats: an output is one chain over k in order. Integer formats: the sum over a chunk of k is exact, on every
@@ -38,8 +39,8 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
 /* The blocks of ops/linear.c: unpacked W is 512 KiB at a time, streamed W 256 KiB. */
 #define FC_BLOCKS                                                                                                      \
     {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24, .many_rows = 48,             \
-     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .expanded_k = 512, .stream_rows = 4,                       \
-     .stream_columns = 1024, .stream_k = 64}
+     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .expanded_k = 512,                                         \
+     .unexpanded_rows = FC_BYTES > 16 ? 12 : 1, .stream_rows = 4, .stream_columns = 1024, .stream_k = 64}
 
 #ifdef FC_HAS_BF16_DOT
 #define FC_BF16_X FC_BF16
@@ -61,8 +62,14 @@ typedef const struct fc_format *gemm_format; /* a constant wherever it is used: 
 /* Bytes of a line that make one vector. */
 FC_INLINE ptrdiff_t vector_bytes(gemm_format f) { return FC_BYTES * fc_line_bytes(f) / FC_LINE; }
 
+/* Lines of bytes that formats of fewer bits expand to: FC_TO_U4, FC_TO_U6 */
+static const struct fc_format gemm_lines_u4 = {"lines of u4", 1, 8, 4, FC_ANY_GROUP, 1, 4, 0, 0, FC_A_I8, FC_TO_U4, 0},
+                              gemm_lines_u6 = {"lines of u6", 1, 8, 4, FC_ANY_GROUP, 1, 4, 0, 0, FC_A_I8, FC_TO_U6, 0};
+
 /* Bytes of an integer of x, and parts of a line */
-FC_INLINE int int_x_bytes(gemm_format f) { return f->a_type == FC_A_I16 ? 2 : f->bits == 8 ? FC_I8_X : FC_I4_X; }
+FC_INLINE int int_x_bytes(gemm_format f) {
+    return f->a_type == FC_A_I16 ? 2 : f->bits == 4 || f->expands ? FC_I4_X : FC_I8_X;
+}
 FC_INLINE int parts_of(gemm_format f) {
     return f->a_type == FC_A_F32 ? 1 : f->a_type == FC_A_BF16 ? BF16_PARTS : f->k_step * int_x_bytes(f) / 4;
 }
@@ -159,13 +166,27 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
 
 /* ---- integer formats ---- */
 
-FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
-    if (f->a_type == FC_A_I16) return vi_from_s8((const int8_t *)line);
-    vu w = (vu)vf_load(line);
+FC_INLINE vi int_part_of(gemm_format f, int part, vu w) {
     const int wide = int_x_bytes(f) == 2;
     if (f->bits == 4) w = ((wide ? part / 2 : part) == 0 ? w : w >> 4) & 0x0f0f0f0fu;
     if (!wide) return (vi)w;
     return part % 2 == 0 ? (vi)(w & 0x00ff00ffu) : (vi)((vu16)w >> 8);
+}
+
+FC_INLINE vi int_part(gemm_format f, int part, const char *line) {
+    if (f->a_type == FC_A_I16) return vi_from_s8((const int8_t *)line);
+    return int_part_of(f, part, (vu)vf_load(line));
+}
+
+/* Products that maddubs makes are summed in 16 bits first, a chunk in so many parts that each fits: of nibbles 8 of at
+ * most 2 * 15 * 127. 0: there are no such sums. */
+FC_INLINE int short_sums(gemm_format f) {
+#if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
+    if (f->bits == 4 || f->expands == FC_TO_U4) return 1;
+    if (f->expands == FC_TO_U6) return 2;
+#endif
+    (void)f;
+    return 0;
 }
 
 FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
@@ -178,11 +199,35 @@ FC_INLINE vi int_step(gemm_format f, vi acc, vi w, const char *x) {
 #else
     if (f->a_type == FC_A_I16) return acc + vi_madd16(w, xv); /* here gcc orders them well by itself */
 #ifdef FC_HAS_MADDUBS
-    if (f->bits == 4) return vi_add_maddubs(acc, w, xv);
+    if (short_sums(f)) return vi_add_maddubs(acc, w, xv);
 #endif
     (void)f;
     return vi_add_madd16(acc, w, xv);
 #endif
+}
+
+/* The first of a sum in 16 bits */
+FC_INLINE vi int_first(vi w, const char *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+#ifdef FC_HAS_MADDUBS
+    return vi_maddubs(w, (vi){0} + four);
+#else
+    return w + four; /* there are none */
+#endif
+}
+
+/* acc += one line of every row, for products of bytes with bytes: gcc finds registers for one vector of it after the
+ * other, with x broadcast anew, but not for all of them at once. */
+FC_INLINE void byte_line(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
+                         const char *w, ptrdiff_t panel_stride) {
+#pragma GCC unroll 8
+    for (int j = 0; j < nv; j++) {
+        const char *again = opaque(x);
+        const vi u = int_part(f, 0, line_of(f, w, panel_stride, j));
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) acc[i][j] = int_step(f, acc[i][j], u, again + i * ldx);
+    }
 }
 
 /* acc += `lines` lines of every row */
@@ -191,6 +236,10 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
     const int parts = parts_of(f);
     for (; lines > 0; lines--, x += 4 * parts, w += fc_line_bytes(f)) {
         prefetch_line(prefetch, nv, panel_stride);
+        if (f->expands) {
+            byte_line(f, mr, nv, acc, x, ldx, w, panel_stride);
+            continue;
+        }
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
             const char *line = parts > 1 ? opaque(w) : w;
@@ -205,14 +254,6 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
         }
     }
 }
-
-/* Products of nibbles that maddubs makes are summed in 16 bits first: 8 of at most 2 * 15 * 127 fit, those of a chunk.
- */
-#if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
-enum { SHORT_SUMS = 1 };
-#else
-enum { SHORT_SUMS = 0 };
-#endif
 
 /* Scales of a tile's columns, or (which 1, float16) minima or the second group's scales; line: of its first panel */
 FC_INLINE void int_scales(gemm_format f, const int nv, vf scale[], int which, const char *line, ptrdiff_t panel_stride,
@@ -231,19 +272,20 @@ FC_INLINE const struct fc_chunk *chunk_of_row(const char *end, ptrdiff_t ldx, in
     return (const struct fc_chunk *)(const void *)(end + i * ldx);
 }
 
-/* acc = start + sum of u q over a chunk of k; with two planes  q = 128 h + l. One row takes both in one pass over W. */
+/* acc = start + sum of u q over a chunk of k; with two planes  q = 128 h + l. One row takes both in one pass over W.
+ * The second pass is for the other plane, or for the other half of the lines. */
 FC_INLINE void int_chunk(gemm_format f, const int two, const int mr, const int nv, vi acc[][FC_NV_FEW],
                          const vi start[FC_MR], const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t panel_stride,
                          ptrdiff_t lines, gemm_prefetch *prefetch) {
-    const int shorts = SHORT_SUMS && f->bits == 4, both = two && mr == 1;
-    const ptrdiff_t plane = lines * f->k_step;
+    const int shorts = short_sums(f), both = two && mr == 1, second = shorts == 2 || (two && !both);
+    const ptrdiff_t plane = lines * f->k_step, pass = shorts == 2 ? lines / 2 : lines;
     const vi none = {0}, ones = none + 0x00010001;
     vi high[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr + both; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) acc[i][j] = shorts || two ? none : start[i];
-    int_lines(f, mr + both, nv, acc, x, both ? plane : ldx, w, panel_stride, lines, prefetch);
+    int_lines(f, mr + both, nv, acc, x, both ? plane : ldx, w, panel_stride, pass, prefetch);
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -251,13 +293,15 @@ FC_INLINE void int_chunk(gemm_format f, const int two, const int mr, const int n
             if (shorts) acc[i][j] = vi_add_madd16(two ? none : start[i], acc[i][j], ones);
             if (two) acc[i][j] = (acc[i][j] << 7) + start[i];
             if (both) acc[i][j] = shorts ? vi_add_madd16(acc[i][j], acc[i + 1][j], ones) : acc[i][j] + acc[i + 1][j];
-            if (two && shorts && !both) {
+            if (second && shorts) {
                 high[i][j] = acc[i][j], acc[i][j] = none;
                 __asm__("" : "+m"(high[i][j])); /* no register is left for it */
             }
         }
-    if (!two || both) return;
-    int_lines(f, mr, nv, acc, x + plane, ldx, w, panel_stride, lines, NULL);
+    if (!second) return;
+    if (shorts == 2)
+        int_lines(f, mr, nv, acc, x + pass * f->k_step, ldx, w + pass * FC_LINE, panel_stride, pass, prefetch);
+    else int_lines(f, mr, nv, acc, x + plane, ldx, w, panel_stride, lines, NULL);
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -432,19 +476,25 @@ FC_GEMM(gemm_s8, pair, &fc_page_i8)
     FC_GEMM(name##_int, int, format)                                                                                   \
     FC_GEMM(name##_planes, planes, format)                                                                             \
     static void name(const struct fc_gemm *g) { (g->planes == 2 ? name##_planes : name##_int)(g); }
-#define FC_WIDE_GEMM(name, format)                                                                                     \
+#define FC_ONE_GEMM(name, format)                                                                                      \
     FC_GEMM(name##_int, int, format)                                                                                   \
     static void name(const struct fc_gemm *g) { name##_int(g); }
 #ifdef FC_HAS_I8_DOT
 FC_INT_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
 #else
-FC_WIDE_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
+FC_ONE_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
 #endif
+#if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
+FC_ONE_GEMM(gemm_u4, &gemm_lines_u4)
+FC_ONE_GEMM(gemm_u6, &gemm_lines_u6)
+#else
+static void gemm_u4(const struct fc_gemm *g) { gemm_u8(g); }
 static void gemm_u6(const struct fc_gemm *g) { gemm_u8(g); }
+#endif
 #if defined(FC_HAS_I8_DOT) || defined(FC_HAS_MADDUBS)
 FC_INT_GEMM(gemm_i4_symmetric, &fc_formats[FC_PACKED_I4_SYMMETRIC])
 FC_INT_GEMM(gemm_i4_affine, &fc_formats[FC_PACKED_I4_AFFINE])
 #else
-FC_WIDE_GEMM(gemm_i4_symmetric, &fc_formats[FC_PACKED_I4_SYMMETRIC])
-FC_WIDE_GEMM(gemm_i4_affine, &fc_formats[FC_PACKED_I4_AFFINE])
+FC_ONE_GEMM(gemm_i4_symmetric, &fc_formats[FC_PACKED_I4_SYMMETRIC])
+FC_ONE_GEMM(gemm_i4_affine, &fc_formats[FC_PACKED_I4_AFFINE])
 #endif

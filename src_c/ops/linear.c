@@ -4,8 +4,8 @@
  * A block of rows of x stays in L2 while the tile's panels of W pass over it; float32 accumulators live in a thread's
  * scratch [rows][columns] between blocks of k, so every output is one chain over k (or over groups of k) whatever M,
  * the threads or the blocks are. W that is not packed becomes panels on the fly; with few rows its plain rows are
- * streamed instead; formats that expand do so on the fly too. Each format multiplies one type of x, the same for every
- * M: float32; bfloat16; integers in chunks of k, as the caller wants them rounded. */
+ * streamed instead; formats that expand do so on the fly for more than a few. Each format multiplies one type of x, the
+ * same for every M: float32; bfloat16; integers in chunks of k, as the caller wants them rounded. */
 #include <stdint.h>
 #include <string.h>
 
@@ -28,11 +28,23 @@ struct product {
     void (*gemm)(const struct fc_gemm *);
     void (*expand)(char *out, const char *block, ptrdiff_t blocks); /* of a format that expands */
     enum a_type a_type;
+    int int_bytes;                  /* A_QUANTIZED: of an integer of x */
     ptrdiff_t x_k, x_bytes;         /* so many values of x and what belongs to them lie in so many bytes */
     ptrdiff_t block_k, block_bytes; /* W comes in whole blocks of so many k */
     struct fc_rounding rounding;    /* A_QUANTIZED */
     ptrdiff_t chunk_lines;
 };
+
+/* Lines of small u are multiplied by bytes of x, where the ISA has such products; 12 bits would be two planes of them,
+ * and cost more than int16. */
+static void choose_lines(struct product *f, const struct fc_kernels *kernels, const fc_linear_args *args) {
+    const int small = args->rounding == FC_ROUND_I8 && f->format->expands != FC_TO_U8;
+    f->gemm = !small ? kernels->gemm_u8 : f->format->expands == FC_TO_U4 ? kernels->gemm_u4 : kernels->gemm_u6;
+    f->int_bytes = small ? kernels->i4_x : kernels->i8_x;
+    if (args->m > kernels->blocks.unexpanded_rows) return;
+    f->gemm = kernels->few[args->layout];
+    f->expand = NULL;
+}
 
 /* k that share a scale of x and of W, and an integer sum: with 12 bits against 8, as many as may. */
 static ptrdiff_t chunk_of(const struct fc_format *format, ptrdiff_t group, fc_rounds rounding) {
@@ -66,7 +78,8 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
     const struct fc_format *format = &fc_formats[args->layout];
     struct product f = {.format = format, .gemm = gemm[args->layout], .expand = kernels->expand[args->layout],
                         .a_type = A_F32, .x_k = 1, .x_bytes = 4};
-    if (format->expands) f.gemm = format->expands == FC_TO_U6 ? kernels->gemm_u6 : kernels->gemm_u8;
+    f.int_bytes = format->bits == 8 ? kernels->i8_x : kernels->i4_x;
+    if (format->expands) choose_lines(&f, kernels, args);
     f.block_k = fc_block_k(format, args->group);
     f.block_bytes = fc_block_bytes(format, args->group);
     if (format->a_type == FC_A_BF16) {
@@ -74,10 +87,9 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
         f.x_bytes = fc_size_of(kernels->bf16_x);
     } else if (format->a_type == FC_A_I8) {
         f.a_type = A_QUANTIZED;
-        const int x_bytes = format->bits == 8 || format->expands ? kernels->i8_x : kernels->i4_x;
-        f.rounding = rounding_of(format, args, x_bytes);
+        f.rounding = rounding_of(format, args, f.int_bytes);
         f.x_k = f.rounding.chunk;
-        f.x_bytes = f.x_k * x_bytes * f.rounding.planes + (ptrdiff_t)sizeof(struct fc_chunk);
+        f.x_bytes = f.x_k * f.int_bytes * f.rounding.planes + (ptrdiff_t)sizeof(struct fc_chunk);
         f.chunk_lines = f.rounding.chunk / (format->expands ? 4 : format->k_step);
     }
     return f;
@@ -214,7 +226,7 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
     const struct fc_rounding *r = &f->rounding;
     const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
     struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx,
-                        .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes,
+                        .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes, .wide = r->wide,
                         .minima = f->format->minimum_bytes > 0, .group_chunks = r->chunk ? r->group / r->chunk : 0};
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
         ptrdiff_t kc = fc_smaller(ctx->kc, ctx->k - k0);

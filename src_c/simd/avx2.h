@@ -83,6 +83,8 @@ FC_INLINE vf vf_add_product(vf acc, vf a, vf b) {
 }
 FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
 FC_INLINE vi vi_from_u8(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+#define FC_HAS_FROM_I8 1
+FC_INLINE vi vi_from_i8(const void *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
 FC_INLINE vu vu_look_up(const uint8_t *table, vu i) {
     return (vu)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)i);
 }
@@ -93,6 +95,7 @@ FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) {
     return acc;
 }
 #define FC_HAS_MADDUBS 1
+FC_INLINE vi vi_maddubs(vi u8, vi s8) { return (vi)_mm256_maddubs_epi16((__m256i)u8, (__m256i)s8); }
 FC_INLINE vi vi_add_maddubs(vi acc, vi u8, vi s8) {
     vi product;
     __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(u8), "x"(s8));

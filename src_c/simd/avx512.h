@@ -25,6 +25,8 @@ FC_INLINE vf vf_from_bf16(const uint16_t *p) {
 FC_INLINE vi vi_madd16(vi a, vi b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 FC_INLINE vi vi_from_s8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p)); }
 FC_INLINE vi vi_from_u8(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+#define FC_HAS_FROM_I8 1
+FC_INLINE vi vi_from_i8(const void *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
 FC_INLINE vu vu_look_up(const uint8_t *table, vu i) {
     return (vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)i);
 }
@@ -102,6 +104,7 @@ FC_INLINE void vf_load_transposed(vf r[16], const char *p, ptrdiff_t ld) {
 }
 
 #define FC_HAS_MADDUBS 1
+FC_INLINE vi vi_maddubs(vi u8, vi s8) { return (vi)_mm512_maddubs_epi16((__m512i)u8, (__m512i)s8); }
 #ifdef FC_SOFTWARE_AVX512 /* tools/check_avx512.sh has no such registers: the same words in intrinsics */
 FC_INLINE vf vf_add_product(vf acc, vf a, vf b) { return vf_fma(a, b, acc); }
 FC_INLINE vi vi_add_madd16(vi acc, vi a, vi b) { return acc + vi_madd16(a, b); }
