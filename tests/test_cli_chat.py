@@ -182,4 +182,7 @@ def test_a_mistake_at_a_terminal_is_told_and_the_chat_goes_on(speaker):
         terminal.until("forge-c chat: 14 tokens fill the cache of 12, and leave no room for another; /reset begins")
         terminal.until("> ")
         terminal.type("hi\r")
-        terminal.until("hello there\r\n")
+        assert terminal.until("hello there\r\n") == "hi\r\nhello there\r\n"
+        terminal.until("> ")
+        terminal.type("/exit\r")
+        assert terminal.ended() == 0
