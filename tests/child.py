@@ -42,3 +42,13 @@ def compile_c(*arguments: str | Path) -> None:
     command = [*shlex.split(os.environ.get("CC", "cc")), *map(str, arguments)]
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def run_c(folder: Path, source: str) -> tuple[int, str]:
+    """Exit status and output of a C program that is linked to the library."""
+    code, program, library = folder / "program.c", folder / "program", forge_c.get_library_dir()
+    code.write_text(source)
+    compile_c("-std=gnu11", "-Wall", "-Wextra", "-Werror", code, f"-I{forge_c.get_include()}", f"-L{library}",
+              "-lforge_c", f"-Wl,-rpath,{library}", "-o", program)
+    done = subprocess.run([str(program)], text=True, capture_output=True)
+    return done.returncode, done.stdout

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from small_models import model, model_of, texts  # noqa: F401
 from suite import (  # noqa: F401
     case_id,
     once,

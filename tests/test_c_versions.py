@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from child import compile_c
+from child import run_c
 
 import forge_c
 
@@ -70,12 +69,7 @@ int main(void) {
 
 
 def test_structs_of_another_size_are_refused(tmp_path):
-    source, program, library = tmp_path / "sizes.c", tmp_path / "sizes", forge_c.get_library_dir()
-    source.write_text(PROGRAM)
-    compile_c("-std=gnu11", "-Wall", "-Wextra", "-Werror", source, f"-I{forge_c.get_include()}", f"-L{library}",
-              "-lforge_c", f"-Wl,-rpath,{library}", "-o", program)
-    done = subprocess.run([str(program)], text=True, capture_output=True)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert run_c(tmp_path, PROGRAM) == (0, "")
 
 
 def test_the_header_has_the_version_of_the_package():

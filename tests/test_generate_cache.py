@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-from model_folder import BYTES, FAMILIES, small, write
+from model_folder import FAMILIES, small, write
 
 from forge_c.functional import KV_CHUNK
 from forge_c.models import Model, ModelCache, load
@@ -17,33 +16,9 @@ from forge_c.models.decoder import Decoder
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "repetition_penalty": 1.2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
             "{% if add_generation_prompt %}<bot> {% endif %}")
 WORDS = ["</s>", "<s>", "<user>", "<bot>", "<system>"]
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory) -> Callable[[str], Model]:
-    made: dict[str, Model] = {}
-
-    def get(name: str) -> Model:
-        if name not in made:
-            config = small(**DYNAMIC) if name == "dynamic" else small(name)
-            made[name] = load(write(tmp_path_factory.mktemp("model"), config))
-        return made[name]
-
-    return get
-
-
-@pytest.fixture
-def model(model_of) -> Model:
-    return model_of("llama")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Model:
-    return load(write(tmp_path_factory.mktemp("model"), small(vocab_size=256), tokenizer=BYTES))
 
 
 def chatting(folder: Path, **changes: Any) -> Model:

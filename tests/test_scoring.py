@@ -1,42 +1,17 @@
 """Hidden states, vectors and log-probabilities of given texts, against whole logits and against transformers."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from model_folder import BYTES, FAMILIES, small, write
+from model_folder import FAMILIES
 
 from forge_c.functional import KV_CHUNK
 from forge_c.models import Model, load
 from forge_c.models.decoder import Decoder
 
-DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 LENGTHS = (5, 1, 300, 2, 40, 5, 270)
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory) -> Callable[[str], Model]:
-    made: dict[str, Model] = {}
-
-    def get(name: str) -> Model:
-        if name not in made:
-            config = small(**DYNAMIC) if name == "dynamic" else small(name)
-            made[name] = load(write(tmp_path_factory.mktemp("model"), config))
-        return made[name]
-
-    return get
-
-
-@pytest.fixture
-def model(model_of) -> Model:
-    return model_of("llama")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Model:
-    return load(write(tmp_path_factory.mktemp("model"), small(vocab_size=256), tokenizer=BYTES))
 
 
 def rows_of(model: Model) -> list[np.ndarray]:

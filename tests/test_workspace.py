@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from child import compile_c
-
-import forge_c
+from child import compile_c, run_c
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -114,9 +112,4 @@ int main(void) {
 
 def test_scratch_whose_bytes_no_size_holds_is_no_memory(tmp_path):
     """Their product would wrap to few bytes, or none."""
-    source, program, library = tmp_path / "sizes.c", tmp_path / "sizes", forge_c.get_library_dir()
-    source.write_text(TOO_LARGE)
-    compile_c("-std=gnu11", "-Wall", "-Wextra", "-Werror", source, f"-I{forge_c.get_include()}", f"-L{library}",
-              "-lforge_c", f"-Wl,-rpath,{library}", "-o", program)
-    done = subprocess.run([str(program)], text=True, capture_output=True)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert run_c(tmp_path, TOO_LARGE) == (0, "")

@@ -1,9 +1,7 @@
 """Numbers into the lines of a format, and back out of them: what pack and unpack do to one matrix."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 from forge_c.formats import blocks, ggml
 from forge_c.formats.layout import LINE, PANEL, Format
 from forge_c.formats.rounding import Importance, half, inverse, rounded
-from forge_c.functional import get_num_threads, pack_columns
+from forge_c.functional import pack_columns
 
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -29,20 +27,13 @@ def fill(name: str, f: Format, panels: Bytes, weight: NDArray, importance: Impor
 
     if panels.size == 0:
         return
-    threads = min(get_num_threads(), os.cpu_count() or 1)
     # Floats are moved by threads of their own, unless NumPy has to convert or transpose them first.
     at_once = max(1, (1 << 18) // max(1, PANEL * weight.shape[0])) if weight.size > 1 << 16 else len(panels)
     if put is _put_floats and weight.dtype == _STORED[f.dtype] and weight.strides[:1] == (weight.itemsize,):
         at_once = len(panels)
     if importance is not None and importance.feedback is not None:
         at_once = 64  # the most of the work is products of matrices, which NumPy's library splits
-    starts = range(0, len(panels), max(at_once, 1))
-    if threads == 1 or len(starts) < 2:
-        for first in starts:
-            piece(first)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(piece, starts))
+    blocks.in_threads(range(0, len(panels), max(at_once, 1)), piece)
 
 
 def _put_floats(name: str, f: Format, out: Bytes, columns: NDArray, importance: Importance | None) -> None:

@@ -61,33 +61,30 @@ FC_INLINE vi peak_i8_step(vi acc, vi factor, vi x) {
 #endif
 }
 
-static void peak_i8(float *sink, ptrdiff_t iterations) {
-    vi acc[PEAK_CHAINS], factor = (vi)vf_set1(sink[0]), x = (vi)vf_set1(sink[1]);
-    vu total = {0}; /* wraps */
-#ifndef FC_HAS_I8_DOT
-    x &= 0xFFFF; /* the lower halves of acc, of floats with few digits, are 0: no chain overflows */
-#endif
+/* acc = step(acc, factor, x) in each chain */
+FC_INLINE void peak_steps(float *sink, ptrdiff_t iterations, vi x, vi (*step)(vi, vi, vi)) {
+    vi acc[PEAK_CHAINS], factor = (vi)vf_set1(sink[0]), total = {0};
 #pragma GCC unroll 16
     for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = (vi)vf_set1(sink[2] * (float)(j + 1));
     for (; iterations > 0; iterations--)
 #pragma GCC unroll 16
-        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = peak_i8_step(acc[j], factor, x);
+        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = step(acc[j], factor, x);
 #pragma GCC unroll 16
-    for (int j = 0; j < PEAK_CHAINS; j++) total += (vu)acc[j];
-    sink[3] = (float)(int)total[0];
+    for (int j = 0; j < PEAK_CHAINS; j++) total ^= acc[j];
+    sink[3] = (float)total[0];
+}
+
+static void peak_i8(float *sink, ptrdiff_t iterations) {
+    vi x = (vi)vf_set1(sink[1]);
+#ifndef FC_HAS_I8_DOT
+    x &= 0xFFFF; /* the lower halves of acc, of floats with few digits, are 0: no chain overflows */
+#endif
+    peak_steps(sink, iterations, x, peak_i8_step);
 }
 
 static void peak_i4(float *sink, ptrdiff_t iterations) {
 #if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)
-    vi acc[PEAK_CHAINS], factor = (vi)vf_set1(sink[0]), x = (vi)vf_set1(sink[1]), total = {0};
-#pragma GCC unroll 16
-    for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = (vi)vf_set1(sink[2] * (float)(j + 1));
-    for (; iterations > 0; iterations--)
-#pragma GCC unroll 16
-        for (int j = 0; j < PEAK_CHAINS; j++) acc[j] = vi_add_maddubs(acc[j], factor, x);
-#pragma GCC unroll 16
-    for (int j = 0; j < PEAK_CHAINS; j++) total ^= acc[j];
-    sink[3] = (float)total[0];
+    peak_steps(sink, iterations, (vi)vf_set1(sink[1]), vi_add_maddubs);
 #else
     peak_i8(sink, iterations);
 #endif

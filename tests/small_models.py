@@ -1,0 +1,34 @@
+"""Fixtures: a tiny random model of each family, made once for a module's tests, and one that reads bytes."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from model_folder import BYTES, small, write
+
+from forge_c.models import Model, load
+
+DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory) -> Callable[[str], Model]:
+    made: dict[str, Model] = {}
+
+    def get(name: str) -> Model:
+        if name not in made:
+            config = small(**DYNAMIC) if name == "dynamic" else small(name)
+            made[name] = load(write(tmp_path_factory.mktemp("model"), config))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def model(model_of) -> Model:
+    return model_of("llama")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Model:
+    return load(write(tmp_path_factory.mktemp("model"), small(vocab_size=256), tokenizer=BYTES))
