@@ -2,15 +2,18 @@
 gemma3.gguf (gemma-3-270m, Q4_K_M)."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from child import run_script
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from forge_c.formats.gguf import open_gguf
 from forge_c.models import load
@@ -46,15 +49,50 @@ def text_ids(name: str) -> NDArray[np.int64]:
     return np.array([[BEGIN[name]] + [tokens[SPACE[name] + word] for word in TEXT.split()]])
 
 
-def test_the_logits_are_those_of_the_same_numbers_in_a_folder(name):
-    """NAME_f32 is a folder with the file's numbers in float32. transformers computes in float32 as well, and is off by
-    2.4e-6 itself."""
+LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+         "attn_k_norm": "self_attn.k_norm", "post_attention_norm": "post_attention_layernorm",
+         "post_ffw_norm": "post_feedforward_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+         "ffn_down": "mlp.down_proj"}
+MODEL = {"token_embd": "embed_tokens", "output_norm": "norm"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "smollm2": {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+                "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0,
+                "rms_norm_eps": 9.999999747378752e-06, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    "gemma3": {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+               "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+               "rms_norm_eps": 9.999999974752427e-07, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+               "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+               "max_position_embeddings": 32768, "hidden_activation": "gelu_pytorch_tanh"}}
+
+
+def in_a_folder(folder: Path, name: str) -> Path:
+    """The file's numbers in float32 as Hugging Face holds them, read by the gguf package."""
+    gguf = pytest.importorskip("gguf")
+    config, tensors = CONFIGS[name], {}
+    llama = name == "smollm2"
+    layer = LAYER | {"ffn_norm": "post_attention_layernorm" if llama else "pre_feedforward_layernorm"}
+    for tensor in gguf.GGUFReader(FOLDER / f"{name}.gguf").tensors:
+        w = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        *block, part, _ = tensor.name.split(".")
+        if llama and part in ("attn_q", "attn_k"):  # llama.cpp rotates neighbours, Hugging Face halves
+            heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+            w = w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        if not llama and part.endswith("norm"):
+            w = w - np.float32(1)
+        prefix = f"model.layers.{block[1]}.{layer[part]}" if block else f"model.{MODEL[part]}"
+        tensors[f"{prefix}.weight"] = np.ascontiguousarray(w)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_logits_are_those_of_the_same_numbers_in_a_folder(name, tmp_path):
+    """transformers computes in float32 as well, and is off by 2.4e-6 itself."""
     transformers = pytest.importorskip("transformers")
     import torch
 
-    folder = FOLDER / f"{name}_f32"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
+    folder = in_a_folder(tmp_path, name)
     ids = text_ids(name)
     ours = load(FOLDER / f"{name}.gguf", "float32")(ids)
     assert np.abs(ours - load(folder, "float32")(ids)).max() <= 2e-6 * np.abs(ours).max()
