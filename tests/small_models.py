@@ -9,6 +9,11 @@ from model_folder import BYTES, small, write
 from forge_c.models import Model, load
 
 DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+# Families and settings whose angles follow from a text's length; the original one is 16.
+ANGLES_BY_LENGTH = [
+    ("llama", DYNAMIC),
+    ("phi3", {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}})]
 
 
 @pytest.fixture(scope="module")

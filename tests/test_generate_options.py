@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from model_folder import BYTES, small, tensors, write, write_json
+from small_models import ANGLES_BY_LENGTH
 
 from forge_c.models import Completion, Model, load
 from forge_c.models.options import Wishes
@@ -129,10 +130,7 @@ def test_samples_of_several_prompts(model):
     assert together == [lists(model.generate(row, 6, n=3, **SAMPLED)) for row in rows]
 
 
-@pytest.mark.parametrize(("family", "changes"), [
-    ("llama", {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
-    ("phi3", {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
-        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}})])
+@pytest.mark.parametrize(("family", "changes"), ANGLES_BY_LENGTH)
 def test_samples_whose_angles_depend_on_their_length(tmp_path, family, changes):
     """Their prompts are shorter than the original length, and they outgrow it."""
     model = load(write(tmp_path, small(family, **changes)))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from model_folder import small, write
 from numpy.typing import NDArray
+from small_models import ANGLES_BY_LENGTH
 
 from forge_c.functional import AttentionState, CalledPart, LayeredModel, Part, StateTable
 from forge_c.models import Model, ModelCache, load
@@ -287,10 +288,7 @@ def test_a_pickled_toy_goes_on(model, ids):
     assert model(ids[:, 30:], found).tobytes() == model(ids)[:, 30:].tobytes()
 
 
-@pytest.mark.parametrize(("family", "changes"), [
-    ("llama", {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
-    ("phi3", {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
-        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}})])
+@pytest.mark.parametrize(("family", "changes"), ANGLES_BY_LENGTH)
 def test_a_copys_angles_are_those_of_the_same_room(family, changes, tmp_path):
     model = load(write(tmp_path, small(family, **changes)))
     cache, ids = model.new_cache(1, 100), np.arange(50)[None]
