@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,17 +26,16 @@ from typing import Any, NamedTuple
 import machine
 import peers_table
 from peers_table import Entry, Sizes
+from processes import HERE, Measure, Test, forge_c, llama_cpp, output, say
 
 from forge_c.models.weights.random import SHAPES
 
-HERE = Path(__file__).resolve().parent
 _BATCH = 8
 ENTRIES = (
     *(Entry("forge_c", form) for form in ("bfloat16", "int8", "int4")), Entry("forge_c", "int4", _BATCH),
     *(Entry("llama.cpp", form) for form in ("BF16", "Q8_0", "Q4_0")), Entry("torch", "bfloat16"),
 )
 _SPARE_DISK = 2 << 30
-_TIME_LIMIT = 1800  # seconds of one implementation in one round
 
 
 class Run(NamedTuple):
@@ -83,26 +81,11 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _output(command: list[str]) -> str:
-    """stdout of a process; RuntimeError with the last line of its stderr."""
-    try:
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=_TIME_LIMIT)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(str(error)) from None
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    return done.stdout
-
-
 def _gguf(form: str, python: str, llama_bench: str, args: argparse.Namespace, sizes: Sizes) -> Path:
     """The model file of a format, written if it is not there yet; RuntimeError if it cannot be."""
     if not shutil.which(llama_bench):
         raise RuntimeError(f"{llama_bench} is not there, see --llama-bench")
-    _output([llama_bench, "--help"])
+    output([llama_bench, "--help"])
     config = json.dumps(dict(SHAPES[args.shape]))
     path: Path = args.cache / f"{args.shape}-{zlib.crc32(config.encode()):08x}-{form}.gguf"
     if not path.exists():
@@ -110,8 +93,8 @@ def _gguf(form: str, python: str, llama_bench: str, args: argparse.Namespace, si
         need, free = int(sizes.file_bytes(form)), shutil.disk_usage(args.cache).free
         if free < need + _SPARE_DISK:
             raise RuntimeError(f"{args.cache} has {free >> 20} MiB, {need + _SPARE_DISK >> 20} are wanted")
-        _say(f"writing {path}")
-        _output([python, str(HERE / "model_gguf.py"), str(path), form, config])
+        say(f"writing {path}")
+        output([python, str(HERE / "model_gguf.py"), str(path), form, config])
     return path
 
 
@@ -119,7 +102,7 @@ def _prepare(args: argparse.Namespace, sizes: Sizes) -> tuple[list[Entry], Peers
     """(the entries that can run, where the peers are, versions); says why another cannot."""
     found: list[Entry] = []
     files: dict[str, Path] = {}
-    versions = {"forge_c": _output([sys.executable, "-c", "import forge_c; print(forge_c.__version__)"]).strip()}
+    versions = {"forge_c": output([sys.executable, "-c", "import forge_c; print(forge_c.__version__)"]).strip()}
     for entry in ENTRIES:
         if args.only and not any(entry.name.startswith(text) for text in args.only):
             continue
@@ -128,36 +111,33 @@ def _prepare(args: argparse.Namespace, sizes: Sizes) -> tuple[list[Entry], Peers
                 files[entry.form] = _gguf(entry.form, args.python, args.llama_bench, args, sizes)
             elif entry.implementation == "torch":
                 code = "import torch, transformers as t; print(torch.__version__ + ', transformers ' + t.__version__)"
-                versions["torch"] = _output([args.python, "-c", code]).strip()
+                versions["torch"] = output([args.python, "-c", code]).strip()
         except RuntimeError as error:
-            _say(f"{entry.name}: skipped: {error}")
+            say(f"{entry.name}: skipped: {error}")
         else:
             found.append(entry)
     return found, Peers(args.python, args.llama_bench, files), versions
 
 
-def _forge_c(entry: Entry, run: Run) -> list[dict[str, Any]]:
+def _forge_c(entry: Entry, run: Run) -> list[Test]:
     prompt = 1 if entry.batch > 1 else run.prompt  # prompts are fed one by one: that row exists already
-    out = _output([sys.executable, "-m", "forge_c.cli", "bench", "--shape", run.shape, "--dtype", entry.form, "--json",
-                   "--threads", str(run.threads), "--prompt-tokens", str(prompt), "--new-tokens", str(run.new),
-                   "--repeats", str(run.repeats), "--batch", str(entry.batch)])
-    return [json.loads(line) for line in out.splitlines()[1 if entry.batch > 1 else 0:]]
+    sizes = Measure(prompt, run.new, run.repeats, run.threads)
+    tests = forge_c(["--shape", run.shape, "--dtype", entry.form, "--batch", str(entry.batch)], sizes)
+    return tests[1 if entry.batch > 1 else 0:]
 
 
-def _llama_cpp(entry: Entry, run: Run, peers: Peers) -> list[dict[str, Any]]:
-    out = _output([peers.llama_bench, "-m", str(peers.files[entry.form]), "-p", str(run.prompt), "-n", str(run.new),
-                   "-t", str(run.threads), "-r", str(run.repeats), "-o", "json"])
-    return [{"test": f"pp{t['n_prompt']}" if t["n_prompt"] else f"tg{t['n_gen']}",
-             "tokens_per_second": t["samples_ts"], "version": t["build_commit"]} for t in json.loads(out)]
+def _llama_cpp(entry: Entry, run: Run, peers: Peers) -> list[Test]:
+    return llama_cpp(peers.llama_bench, peers.files[entry.form],
+                     Measure(run.prompt, run.new, run.repeats, run.threads))
 
 
-def _torch(run: Run, peers: Peers) -> list[dict[str, Any]]:
+def _torch(run: Run, peers: Peers) -> list[Test]:
     sizes = map(str, (run.prompt, run.new, run.repeats, run.threads))
-    out = _output([peers.python, str(HERE / "model_torch.py"), json.dumps(run.config), *sizes])
+    out = output([peers.python, str(HERE / "model_torch.py"), json.dumps(run.config), *sizes])
     return [json.loads(line) for line in out.splitlines()]
 
 
-def _measure(entry: Entry, run: Run, peers: Peers) -> list[dict[str, Any]]:
+def _measure(entry: Entry, run: Run, peers: Peers) -> list[Test]:
     """One process of one implementation: its tests, as forge-c bench --json says them."""
     if entry.implementation == "forge_c":
         return _forge_c(entry, run)
@@ -170,14 +150,14 @@ def _rounds(entries: list[Entry], run: Run, peers: Peers, args: argparse.Namespa
     rows: dict[tuple[Entry, str], peers_table.Row] = {}
     limits: list[machine.Limits] = []
     for number in range(args.rounds):
-        _say(f"round {number + 1}, {time.strftime('%X')}")
+        say(f"round {number + 1}, {time.strftime('%X')}")
         before = machine.measure_limits(quick=args.quick)
         for entry in list(entries):
             neighbours = machine.Neighbours()
             try:
                 tests = _measure(entry, run, peers)
             except RuntimeError as error:
-                _say(f"  {entry.name}: skipped: {error}")
+                say(f"  {entry.name}: skipped: {error}")
                 entries.remove(entry)
                 continue
             others = neighbours.share()
@@ -188,9 +168,9 @@ def _rounds(entries: list[Entry], run: Run, peers: Peers, args: argparse.Namespa
                 if "version" in test:
                     versions[entry.implementation] = test["version"]
             rates = ", ".join(f"{t['test']} {median(t['tokens_per_second']):.1f}" for t in tests)
-            _say(f"  {entry.name}: {rates}; others took {100 * others:.0f} % of the processors")
+            say(f"  {entry.name}: {rates}; others took {100 * others:.0f} % of the processors")
         limits.append(machine.best_of(before, machine.measure_limits(quick=args.quick)))
-        _say(f"  limits: {peers_table.limits_text(limits[-1:])}")
+        say(f"  limits: {peers_table.limits_text(limits[-1:])}")
     return list(rows.values()), limits
 
 
