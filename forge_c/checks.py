@@ -5,6 +5,8 @@ import sys
 from operator import index
 from typing import Any
 
+import numpy as np
+
 
 def integer(function: str, name: str, value: int) -> int:
     """TypeError if it is no integer; True and False are none."""
@@ -24,6 +26,16 @@ def checked_size(function: str, name: str, value: int, *, least: int = 1, most: 
     if size > most:
         raise ValueError(f"{function}: {name} is {short(size)}, expected at most {most}")
     return size
+
+
+def dtype_name(dtype: Any) -> Any:
+    """A dtype's name, from its name or from what NumPy takes for one; anything else comes back as it is."""
+    if isinstance(dtype, str) or dtype is None:
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except (TypeError, ValueError):
+        return dtype
 
 
 def short(value: Any) -> str:

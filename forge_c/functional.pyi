@@ -4,6 +4,7 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from forge_c.formats.layout import Activations
 from forge_c.rotary import RopeTable
 from forge_c.state.kv import KVCache
 
@@ -17,11 +18,11 @@ class PackedWeight:
     dtype: str
     gated: bool
     group_size: int | None
-    activations: str | None
+    activations: Activations | None
     data: Array
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn: ...
     def __init__(self, data: Array, shape: tuple[int, int], dtype: str, gated: bool = False,
-                 group_size: int | None = None, activations: str | None = None) -> None: ...
+                 group_size: int | None = None, activations: Activations | None = None) -> None: ...
     @property
     def nbytes(self) -> int: ...
     def unpack(self) -> NDArray[np.float32]: ...

@@ -3,6 +3,7 @@ numbers in them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from forge_c.formats import ggml
 from forge_c.formats.blocks import DTYPE_OF
 from forge_c.formats.blocks import fill as fill_blocks
-from forge_c.formats.layout import FORMATS, LINE, PACKED, PANEL, ROWS_OF, Format
+from forge_c.formats.layout import FORMATS, LINE, PACKED, PANEL, ROWS_OF, Activations, Format, NumPyDtype, PackDtype
 from forge_c.formats.quantize import Bytes, Floats, fill, take
 from forge_c.formats.rounding import Importance
 from forge_c.functional import PackedWeight
@@ -39,15 +40,15 @@ def _aligned(panels: int, panel_bytes: int) -> Bytes:
     return raw[start:start + nbytes].reshape(panels, panel_bytes)
 
 
-def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
-         activations: str | None = None, importance: ArrayLike | None = None) -> PackedWeight:
+def pack(weight: ArrayLike, dtype: PackDtype | NumPyDtype = "float32", *, group_size: int | None = None,
+         activations: Activations | None = None, importance: ArrayLike | None = None) -> PackedWeight:
     """Pack a weight (in_features, out_features) for `linear`.
 
     Args:
         weight: float32, float16 or bfloat16, any strides.
         dtype: the stored format: "float32", "bfloat16" (round to nearest even), "int8" or "int4"; or one of ggml's that
             GGUF files hold, of 4 to 8 bits: "q4_1", "q5_0", "q5_1", "q8_0" and, best where in_features is a multiple of
-            256, "q4_k", "q5_k", "q6_k".
+            256, "q4_k", "q5_k", "q6_k". np.float32 and the like are taken for their names.
         group_size: rows of a column that share a scale: for int8 a multiple of 32, by default 128; for int4 either 32,
             symmetric as llama.cpp's Q4_0, or a multiple of 64, by default 64, with a minimum beside the scale.
         activations: of int8 and int4, how `linear` rounds its input: "int8", to 127 steps on either side of zero, or
@@ -70,16 +71,17 @@ def pack(weight: ArrayLike, dtype: str = "float32", *, group_size: int | None = 
     2304
     """
     f = Format.checked("pack", dtype, group_size, PACKED)
-    activations = f.checked_activations("pack", activations)
+    rounded = f.checked_activations("pack", activations)
     w = _matrix("pack", "weight", weight)
     weighed = Importance.checked("pack", importance, len(w))
     panels = _aligned(-(-w.shape[1] // PANEL), f.panel_bytes(w.shape[0]))
     fill("pack", f, panels, w, weighed)
-    return PackedWeight(panels, w.shape, dtype, False, f.group, activations)
+    return PackedWeight(panels, w.shape, f.dtype, False, f.group, rounded)
 
 
-def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_size: int | None = None,
-               activations: str | None = None, importance: ArrayLike | None = None) -> PackedWeight:
+def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: PackDtype | NumPyDtype = "float32", *,
+               group_size: int | None = None, activations: Activations | None = None,
+               importance: ArrayLike | None = None) -> PackedWeight:
     """Pack the two matrices of a gated MLP, both (in_features, hidden), side by side for `gated_linear`.
 
     `gate` is the side that goes through the activation: LLaMA's gate_proj, transposed. The rest is as in `pack`.
@@ -89,7 +91,7 @@ def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_
     PackedWeight(shape=(3, 6), dtype='float32', gated=True)
     """
     f = Format.checked("pack_gated", dtype, group_size, PACKED)
-    activations = f.checked_activations("pack_gated", activations)
+    rounded = f.checked_activations("pack_gated", activations)
     a, b = _matrix("pack_gated", "gate", gate), _matrix("pack_gated", "up", up)
     if a.shape != b.shape:
         raise ValueError(f"pack_gated: up has shape {b.shape}, expected {a.shape}")
@@ -97,10 +99,10 @@ def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: str = "float32", *, group_
     panels = _aligned(-(-a.shape[1] // PANEL) * 2, f.panel_bytes(a.shape[0]))
     fill("pack_gated", f, panels[0::2], a, weighed)
     fill("pack_gated", f, panels[1::2], b, weighed)
-    return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), dtype, True, f.group, activations)
+    return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), f.dtype, True, f.group, rounded)
 
 
-def from_q4_0(blocks: ArrayLike, shape: tuple[int, int], *, activations: str | None = None) -> PackedWeight:
+def from_q4_0(blocks: ArrayLike, shape: tuple[int, int], *, activations: Activations | None = None) -> PackedWeight:
     """A weight of `shape` (in_features, out_features) from llama.cpp's Q4_0 bytes, value for value.
 
     blocks: uint8 (out_features, in_features / 32, 18): a float16 scale, then 16 bytes whose low nibbles are the values
@@ -117,7 +119,7 @@ def from_q4_0(blocks: ArrayLike, shape: tuple[int, int], *, activations: str | N
     return _from_blocks("from_q4_0", "Q4_0", [b], activations)
 
 
-def pack_blocks(type_name: str, *raw: ArrayLike, activations: str | None = None) -> PackedWeight:
+def pack_blocks(type_name: str, *raw: ArrayLike, activations: Activations | None = None) -> PackedWeight:
     """A weight from ggml's bytes, value for value: of one matrix, or of several side by side along out_features.
 
     Args:
@@ -139,7 +141,7 @@ def pack_blocks(type_name: str, *raw: ArrayLike, activations: str | None = None)
 
 
 def pack_gated_blocks(type_name: str, gate: ArrayLike, up: ArrayLike, *,
-                      activations: str | None = None) -> PackedWeight:
+                      activations: Activations | None = None) -> PackedWeight:
     """A pair for `gated_linear` from ggml's bytes, as pack_gated and pack_blocks.
 
     >>> rows = np.zeros((16, 68), np.uint8)
@@ -154,7 +156,7 @@ def pack_gated_blocks(type_name: str, gate: ArrayLike, up: ArrayLike, *,
     return _from_blocks("pack_gated_blocks", t.name, sides, activations, True)
 
 
-def dtype_of_blocks(type_name: str) -> str:
+def dtype_of_blocks(type_name: str) -> Any:
     """The dtype of what pack_blocks makes of that type."""
     return DTYPE_OF.get(type_name) or _FLOATS_IN.get(type_name, "bfloat16")
 
@@ -177,18 +179,18 @@ def _raw_sides(name: str, type_name: str, raw: Sequence[ArrayLike]) -> tuple[ggm
     return t, sides
 
 
-def _from_blocks(name: str, type_name: str, sides: Sequence[Bytes], activations: str | None,
+def _from_blocks(name: str, type_name: str, sides: Sequence[Bytes], activations: Activations | None,
                  gated: bool = False) -> PackedWeight:
     """sides (out, blocks, bytes of a block) side by side, or the two of a gated pair panel by panel."""
     t, dtype = ggml.TYPES[type_name], DTYPE_OF[type_name]
     f = Format.checked(name, dtype, 32 if dtype == "int4" else None, ROWS_OF)
-    activations = f.checked_activations(name, activations)
+    rounded = f.checked_activations(name, activations)
     k, n = sides[0].shape[1] * t.weights, sum(len(side) for side in sides)
     if gated:
         panels = _aligned(-(-len(sides[0]) // PANEL) * 2, f.panel_bytes(k))
         for i, side in enumerate(sides):
             fill_blocks(name, f, panels[i::2], side)
-        return PackedWeight(panels, (k, n), dtype, True, f.group, activations)
+        return PackedWeight(panels, (k, n), f.dtype, True, f.group, rounded)
     panels = _aligned(-(-n // PANEL), f.panel_bytes(k))
     if any(len(side) % PANEL for side in sides[:-1]):
         sides = [np.concatenate(list(sides))]
@@ -197,7 +199,7 @@ def _from_blocks(name: str, type_name: str, sides: Sequence[Bytes], activations:
         some = -(-len(side) // PANEL)
         fill_blocks(name, f, panels[first:first + some], side)
         first += some
-    return PackedWeight(panels, (k, n), dtype, False, f.group, activations)
+    return PackedWeight(panels, (k, n), f.dtype, False, f.group, rounded)
 
 
 def unpack(packed: PackedWeight) -> Floats:

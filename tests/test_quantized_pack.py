@@ -7,6 +7,7 @@ import pickle
 import struct
 from itertools import product
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import DTYPES
@@ -15,6 +16,7 @@ from quantized import FORMATS, SMALL_GROUPS, Array, from_parts, has_minimum, pac
 
 from forge_c import PackedWeight, functional, gated_linear, linear, pack, pack_gated
 from forge_c.formats import layout
+from forge_c.nn.linear import Embedding, Linear
 from forge_c.packing import from_q4_0
 
 DEPTHS = (1, 2, 7, 31, 32, 33, 64, 65, 100, 127, 128, 129, 257)
@@ -232,6 +234,15 @@ def test_sizes_shapes_and_dtypes(rng, name):
         for p, columns in ((packed, n), (pair, 2 * n)):
             assert p.unpack().shape == (k, columns) and p.unpack().dtype == np.float32
             assert not p.data.flags.writeable and p.data.flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.dtype(np.float32), ml_dtypes.bfloat16, np.int8])
+def test_a_dtype_as_numpy_has_it(rng, dtype):
+    w, name = rng.standard_normal((64, 32), np.float32), np.dtype(dtype).name
+    assert repr(pack(w, dtype)) == repr(pack(w, name))
+    assert repr(pack_gated(w, w, dtype)) == repr(pack_gated(w, w, name))
+    assert Linear(64, 32).astype(dtype).dtype == name
+    assert Embedding(64, 32).astype(dtype).dtype == name
 
 
 @pytest.mark.parametrize("name", FORMATS)

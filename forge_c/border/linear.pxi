@@ -68,7 +68,7 @@ cdef class PackedWeight:
             raise ValueError(f"PackedWeight: shape is {shape}, expected (in_features, out_features)"
                              f"{', a pair of equal width' if self.gated else ''}")
         self.shape = (self.k, self.n)
-        self.dtype = dtype
+        self.dtype = f.dtype
         self.group_size = f.group
         self.group = f.group or 0
         self.activations = f.checked_activations("PackedWeight", activations)

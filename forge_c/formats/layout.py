@@ -43,16 +43,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from forge_c.checks import dtype_name
+
 PANEL = 16
 LINE = 64
-FORMATS = ("float32", "bfloat16", "int8", "int4")  # of layers
-PACKED = (*FORMATS, "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")  # that pack makes
-
-
-ACTIVATIONS = ("int8", "int12")  # how inputs are rounded for integer weights
+NumPyDtype = type[np.generic] | np.dtype[Any]  # whose name is one of these
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]  # of layers
+FORMATS = get_args(Dtype)
+PackDtype = Literal["float32", "bfloat16", "int8", "int4", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
+PACKED = get_args(PackDtype)  # that pack makes
+Activations = Literal["int8", "int12"]  # how inputs are rounded for integer weights
+ACTIVATIONS = get_args(Activations)
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,16 @@ ROWS_OF |= {name: (name,) for name in ROWS if ROWS[name].dtype == name and name 
 class Format:
     """A format's name and group, and the sizes that follow from them."""
 
-    dtype: str
+    dtype: Any  # a key of ROWS_OF
     group: int | None
 
     @staticmethod
-    def checked(name: str, dtype: str, group_size: int | None, among: Iterable[str] = FORMATS) -> Format:
-        """The format of these arguments of function `name`; None is the default group. ValueError if there is none."""
+    def checked(name: str, given: Any, group_size: int | None, among: Iterable[str] = FORMATS) -> Format:
+        """The format of these arguments of function `name`, its dtype by name or as NumPy has it; None is the default
+        group. ValueError if there is none."""
+        dtype = dtype_name(given)
         if not isinstance(dtype, str) or dtype not in among:
-            raise ValueError(f"{name}: dtype is {dtype!r}, expected one of {', '.join(among)}")
+            raise ValueError(f"{name}: dtype is {given!r}, expected one of {', '.join(among)}")
         choices = [groups for row in ROWS_OF[dtype] if (groups := ROWS[row].groups)]
         if group_size is None:
             return Format(dtype, choices[0].default if choices else None)
@@ -141,7 +148,7 @@ class Format:
             raise ValueError(f"{name}: group_size is {group_size}, expected {' or '.join(kinds)} for {dtype}")
         return Format(dtype, int(group_size))
 
-    def checked_activations(self, name: str, activations: str | None) -> str | None:
+    def checked_activations(self, name: str, activations: Activations | None) -> Activations | None:
         """How inputs are rounded, of this argument of function `name`; None: int12 beside weights of 8 bits, int8
         beside fewer, and not at all beside floats."""
         if self.group is None:

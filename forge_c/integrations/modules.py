@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.functional import linear as torch_linear
 
 from forge_c import functional
+from forge_c.formats.layout import Dtype
 from forge_c.functional import PackedWeight
 from forge_c.integrations.tensors import DTYPES, array, check_no_grad, rows, takes
 from forge_c.packing import pack, pack_gated
@@ -35,7 +36,7 @@ VIEW_ROWS = 3
 SAMPLED = 64
 
 # The format of the last projection: its errors reach the probabilities directly, so beside int4 it is int8.
-_HEAD = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
+_HEAD: dict[Dtype, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 _GATES: dict[str, Callable[..., Any]] = {
@@ -202,7 +203,7 @@ class Linear(Computed):
 
     counted = "linears"
 
-    def __init__(self, module: nn.Module, form: str | None) -> None:
+    def __init__(self, module: nn.Module, form: Dtype | None) -> None:
         super().__init__(module)
         self.form, self.packed = form, Packed(self.make)
 
@@ -223,7 +224,7 @@ class Linear(Computed):
         return out
 
 
-def linear(module: nn.Module, form: str | None) -> Linear | None:
+def linear(module: nn.Module, form: Dtype | None) -> Linear | None:
     """The patch of a torch Linear; None for anything else."""
     return Linear(module, form) if _plain(module) and _ours(module.weight) else None
 
@@ -233,7 +234,7 @@ class GatedMLP(Computed):
 
     counted = "mlps"
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...], activation: str, form: str | None) -> None:
+    def __init__(self, module: nn.Module, names: tuple[str, ...], activation: str, form: Dtype | None) -> None:
         super().__init__(module)
         self.names, self.activation, self.form, self.packed = names, activation, form, Packed(self.make)
 
@@ -242,7 +243,7 @@ class GatedMLP(Computed):
 
     def make(self) -> tuple[PackedWeight, NDArray[Any] | None, PackedWeight, NDArray[Any] | None]:
         *inner, down = self.linears()
-        form = self.form or "float32"
+        form: Dtype = self.form or "float32"
         gate, up = (array(layer.weight).T for layer in inner) if len(inner) == 2 else np.split(
             array(inner[0].weight).T, 2, axis=1)
         bias = None if inner[0].bias is None else np.concatenate([array(layer.bias) for layer in inner]).reshape(2, -1)
@@ -271,7 +272,7 @@ class GatedMLP(Computed):
 _MLP_PARTS = ((("gate_proj", "up_proj", "down_proj"), "act_fn"), (("gate_up_proj", "down_proj"), "activation_fn"))
 
 
-def gated_mlp(module: nn.Module, form: str | None) -> GatedMLP | None:
+def gated_mlp(module: nn.Module, form: Dtype | None) -> GatedMLP | None:
     """The patch of a module that has exactly the parts of a gated MLP and computes one; None for anything else."""
     for names, act in _MLP_PARTS:
         children = dict(module.named_children())
@@ -440,7 +441,7 @@ def _named(model: nn.Module, end: str) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.endswith(end)]
 
 
-def patches(model: nn.Module, form: str | None) -> list[Patch]:
+def patches(model: nn.Module, form: Dtype | None) -> list[Patch]:
     """A patch for every module of a model that one fits, none installed."""
     attentions = _named(model, "Attention")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -13,10 +13,10 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers import __version__ as _transformers_version
 
+    from forge_c.formats.layout import FORMATS, Dtype
     from forge_c.integrations import attention as _attention
     from forge_c.integrations import modules as _modules
     from forge_c.integrations.tensors import check
-    from forge_c.packing import FORMATS
 except ImportError as error:
     raise ImportError("forge_c.integrations.transformers needs torch and transformers 5.4 or later; "
                       f"pip install 'forge_c[transformers]' ({error})") from error
@@ -60,7 +60,7 @@ def register() -> None:
     AttentionMaskInterface.register(_attention.NAME, _attention.mask)
 
 
-def accelerate(model: Any, *, pack: str | None = None) -> Any:
+def accelerate(model: Any, *, pack: Dtype | None = None) -> Any:
     """Swap forge_c's kernels into a loaded model, in place: attention, RMSNorms, rotary positions, gated MLPs, the
     projections of attention modules and the last one.
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
+from forge_c.formats.layout import Activations, PackDtype
 from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
 from forge_c.models.inputs import can_observe, importance_of, of_random_tokens
 from forge_c.models.mix import Formats, weighs
@@ -32,17 +33,18 @@ class Decoder:
     """Packed weights and the forward pass; `forge_c.models.Model` adds text."""
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
-                 progress: Callable[[range], Iterable[int]] = iter, activations: str | None = None,
+                 progress: Callable[[range], Iterable[int]] = iter, activations: Activations | None = None,
                  importance: Mapping[str, Any] | None = None) -> None:
         """importance: as in load."""
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
         self._describe(spec, dtype if stored is None else stored.mostly())
-        ends = (_ends(spec, checkpoint, dtype, activations) if stored is None
+        form = cast(PackDtype, dtype)  # of what is not stored already
+        ends = (_ends(spec, checkpoint, form, activations) if stored is None
                 else _stored_ends(spec, stored, activations))
-        source = _weighed(spec, checkpoint, dtype, activations, importance) if stored is None else (
-            lambda i: StoredSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, dtype, activations))
+        source = _weighed(spec, checkpoint, form, activations, importance) if stored is None else (
+            lambda i: StoredSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, form, activations))
         layers = [build_layer(spec.layers[i], source(i)) for i in progress(range(spec.n_layers))]
-        norm = LayerSource(checkpoint, "model.", spec.hidden_size, dtype).norm(spec.head.norm, "norm", spec.hidden_size)
+        norm = LayerSource(checkpoint, "model.", spec.hidden_size, form).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
         self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale)
 
@@ -159,7 +161,7 @@ class Decoder:
         return y
 
 
-def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | None,
+def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype, activations: Activations | None,
              importance: Mapping[str, Any] | None) -> Callable[[int], LayerSource]:
     """The source of each layer's matrices, for one after the other: which format they get, and what errors cost."""
     formats, of_layer = Formats(dtype, spec.n_layers), None
@@ -175,7 +177,8 @@ def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str 
     return source
 
 
-def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | None) -> tuple[Any, PackedWeight]:
+def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
+          activations: Activations | None) -> tuple[Any, PackedWeight]:
     """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
     held = Formats(dtype, spec.n_layers).of("lm_head", None, spec.hidden_size)
@@ -188,7 +191,7 @@ def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: str, activations: str | N
 
 
 def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
-                 activations: str | None) -> tuple[PackedWeight, PackedWeight]:
+                 activations: Activations | None) -> tuple[PackedWeight, PackedWeight]:
     """The same as the file has them, both (H, vocab), and one where the model is tied."""
     def packed(name: str) -> PackedWeight:
         return pack_blocks(*checkpoint.take_raw(name, (spec.vocab_size, spec.hidden_size)), activations=activations)

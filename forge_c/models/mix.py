@@ -13,8 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of in_features that are a multiple of 256, and of others: 4.6 or 5 bits a weight, 5.6 or 6, 6.6 or 8.5
-_FOUR, _FIVE, _MOST = ("q4_k", "q4_1"), ("q5_k", "q5_1"), ("q6_k", "q8_0")
+from forge_c.formats.layout import PackDtype
+
+_Pair = tuple[PackDtype, PackDtype]  # of in_features that are a multiple of 256, and of others
+_FOUR: _Pair = "q4_k", "q4_1"  # 4.6 or 5 bits a weight
+_FIVE: _Pair = "q5_k", "q5_1"  # 5.6 or 6
+_MOST: _Pair = "q6_k", "q8_0"  # 6.6 or 8.5
 _ROLES = {"v_proj": _MOST, "lm_head": _MOST, "k_proj": _FIVE, "qkv_proj": _FIVE, "down_proj": _FIVE, "up_proj": _FIVE,
           "gate_up_proj": _FIVE}
 MIXED = "int4"  # the dtype of a model that mixes
@@ -30,10 +34,10 @@ def weighs(dtype: str) -> bool:
 class Formats:
     """What a model of a dtype holds its matrices in; layer None: the last projection."""
 
-    dtype: str
+    dtype: PackDtype
     layers: int
 
-    def of(self, name: str, layer: int | None, in_features: int) -> str:
+    def of(self, name: str, layer: int | None, in_features: int) -> PackDtype:
         """The format of a matrix, such as "self_attn.q_proj"."""
         if self.dtype != MIXED:
             return self.dtype

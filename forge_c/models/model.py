@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from tqdm import tqdm
 
-from forge_c.checks import short
+from forge_c.checks import dtype_name, short
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
-from forge_c.formats.layout import PACKED
+from forge_c.formats.layout import PACKED, Activations
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
@@ -43,8 +42,9 @@ from forge_c.state.model import all_or_nothing
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
-def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", *, activations: str | None = None,
-         ignore: str | Collection[str] = (), importance: Mapping[str, ArrayLike] | None = None) -> Model:
+def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", *,
+         activations: Activations | None = None, ignore: str | Collection[str] = (),
+         importance: Mapping[str, ArrayLike] | None = None) -> Model:
     """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there), a GGUF file, or a
     folder that Model.save wrote.
 
@@ -98,7 +98,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
                  _eos_ids(settings, spec), generation_config=settings, source=again)
 
 
-def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozenset[str],
+def _load_gguf(path: Path, dtype: str, activations: Activations | None, ignored: frozenset[str],
                importance: Mapping[str, ArrayLike] | None) -> Model:
     """The model of a GGUF file: its own tokenizer too; nothing but the file is read."""
     file = open_gguf(path)
@@ -113,7 +113,7 @@ def _load_gguf(path: Path, dtype: str, activations: str | None, ignored: frozens
     return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
 
 
-def _load_saved(folder: Path, dtype: str, activations: str | None) -> Model:
+def _load_saved(folder: Path, dtype: str, activations: Activations | None) -> Model:
     """The model of a folder that Model.save wrote, as it was packed."""
     if activations is not None:
         raise ValueError(f"load: activations is {activations!r}, and {folder} was packed already; expected None")
@@ -150,7 +150,8 @@ def _bar(layers: range) -> Iterable[int]:
     return tqdm(layers, desc="loading", unit="layer", disable=None, delay=1.0, leave=False)
 
 
-def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *, activations: str | None = None) -> Model:
+def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *,
+                 activations: Activations | None = None) -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
@@ -177,16 +178,13 @@ def _check_importance(importance: Any) -> None:
 
 def _dtype_name(function: str, dtype: DTypeLike) -> str:
     """ValueError if it is none, as a name or as NumPy has it."""
-    name: Any = dtype
-    if not isinstance(dtype, str) and dtype is not None:
-        with suppress(TypeError):
-            name = np.dtype(dtype).name
+    name: Any = dtype_name(dtype)
     if not isinstance(name, str) or name not in ("auto", *PACKED):
         raise ValueError(f"{function}: dtype is {dtype!r}, expected auto, {', '.join(PACKED)}")
     return name
 
 
-def _check_activations(function: str, activations: str | None, dtype: str) -> None:
+def _check_activations(function: str, activations: Activations | None, dtype: str) -> None:
     Format.checked(function, dtype, None, ROWS_OF).checked_activations(function, activations)
 
 

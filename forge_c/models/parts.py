@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.formats.layout import Activations, PackDtype
 from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part
 from forge_c.models.balance import balance
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec
@@ -28,8 +29,8 @@ class LayerSource:
     """The tensors of one layer by the names that Hugging Face gives them; matrices are (out, in) there. A matrix is let
     go as soon as it is packed."""
 
-    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: str, activations: str | None = None,
-                 formats: Callable[[str, int], str] | None = None,
+    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, dtype: PackDtype,
+                 activations: Activations | None = None, formats: Callable[[str, int], PackDtype] | None = None,
                  importance: Callable[[str], Any] | None = None) -> None:
         self.checkpoint, self.prefix, self.hidden, self.dtype = checkpoint, prefix, hidden, dtype
         self.activations = activations  # as in pack

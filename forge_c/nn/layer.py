@@ -9,19 +9,19 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forge_c.formats.layout import Activations, Dtype, Format, NumPyDtype
 from forge_c.functional import PackedWeight
-from forge_c.packing import Format, pack, pack_gated
+from forge_c.packing import pack, pack_gated
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 Seed = int | np.random.Generator | None
-Dtype = Literal["float32", "bfloat16", "int8", "int4"]  # the formats of packed matrices
 
 
 def cast_input(layer: Layer, name: str, x: ArrayLike) -> NDArray[Any]:
@@ -120,7 +120,7 @@ class Layer(metaclass=_Sealing):
         self._widths: dict[str, list[int]] = {}
         self._gated: frozenset[str] = frozenset()
         self._dtype: Dtype = "float32"
-        self._activations: str | None = None
+        self._activations: Activations | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._sealed and not name.startswith("_") and name not in vars(self) and not hasattr(type(self), name):
@@ -189,7 +189,7 @@ class Layer(metaclass=_Sealing):
         """How inputs of the layer's matrices are rounded, see forge_c.pack; None for float formats."""
         return Format.checked("activations", self._dtype, None).checked_activations("activations", self._activations)
 
-    def astype(self, dtype: Dtype, *, activations: str | None = None) -> Self:
+    def astype(self, dtype: Dtype | NumPyDtype, *, activations: Activations | None = None) -> Self:
         """A new layer whose matrices are packed as `dtype`; vectors stay float32.
 
         dtype is "float32", "bfloat16", "int8" or "int4", activations "int8", "int12" or None, see forge_c.pack.
@@ -198,9 +198,10 @@ class Layer(metaclass=_Sealing):
         What a layer computes has the dtype of its input, whatever the format of its matrices.
         """
         name = f"{type(self).__name__}.astype"
-        Format.checked(name, dtype, None).checked_activations(name, activations)
+        form = Format.checked(name, dtype, None)
+        form.checked_activations(name, activations)
         other = copy.copy(self)
-        other._dtype, other._activations = dtype, activations
+        other._dtype, other._activations = form.dtype, activations
         other._vectors, other._matrices, other._widths = dict(self._vectors), dict(self._matrices), dict(self._widths)
         for packed in self._matrices:
             other._pack(packed, self._parts(packed))

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c import functional
-from forge_c.nn.layer import Dtype, Layer, Matrix, Seed, Vector, cast_input, parameter_array, read_only, uniform
+from forge_c.formats.layout import Activations, Dtype, NumPyDtype
+from forge_c.nn.layer import Layer, Matrix, Seed, Vector, cast_input, parameter_array, read_only, uniform
 
 # Rows are looked up, not multiplied: next to quantised matrices the table is kept in bfloat16.
 _TABLE_DTYPES = {"float32": np.dtype(np.float32)} | dict.fromkeys(("bfloat16", "int8", "int4"),
@@ -72,9 +73,9 @@ class Embedding(Layer):
     def parameters(self) -> dict[str, NDArray[Any]]:
         return {"weight": self.weight}
 
-    def astype(self, dtype: Dtype, *, activations: str | None = None) -> Self:
+    def astype(self, dtype: Dtype | NumPyDtype, *, activations: Activations | None = None) -> Self:
         other = super().astype(dtype, activations=activations)
-        other._table = read_only(self._table.astype(_TABLE_DTYPES[dtype]))
+        other._table = read_only(self._table.astype(_TABLE_DTYPES[other.dtype]))
         return other
 
     def forward(self, ids: ArrayLike) -> NDArray[np.float32]:

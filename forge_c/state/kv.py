@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c.checks import checked_size
+from forge_c.checks import checked_size, dtype_name
 from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
 from forge_c.functional import rope as rotate
 from forge_c.rotary import RopeTable
@@ -582,7 +582,7 @@ def _round_up(a: int, unit: int) -> int:
 
 
 def _dtype_name(function: str, dtype: DTypeLike) -> str:
-    try:
-        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    except (TypeError, ValueError):
-        raise TypeError(f"{function}: dtype is {dtype!r}, expected a dtype or its name") from None
+    name = dtype_name(dtype)
+    if not isinstance(name, str):
+        raise TypeError(f"{function}: dtype is {dtype!r}, expected a dtype or its name")
+    return name
