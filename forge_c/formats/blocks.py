@@ -62,7 +62,7 @@ def fill(name: str, f: Format, panels: Bytes, raw: Bytes) -> None:
     """panels (n_panels, panel bytes), which may be strided <- raw (out, ggml blocks, bytes). Pieces are filled by
     threads. ValueError, which begins with `name`, for a scale that is not finite."""
     k = raw.shape[1] * LINES[f.dtype].of.weights
-    at_once = max(1, (1 << 18) // max(1, PANEL * k))
+    at_once = panels_at_once(k)
 
     def piece(first: int) -> None:
         rows = raw[first * PANEL:(first + at_once) * PANEL]
@@ -73,9 +73,20 @@ def fill(name: str, f: Format, panels: Bytes, raw: Bytes) -> None:
     in_threads(range(0, len(panels), at_once), piece)
 
 
+def panels_at_once(k: int) -> int:
+    """Panels of k rows that a thread converts at once: with what that takes meanwhile, 12 bytes a weight, they stay in
+    its cache, and all threads' together under 16 MB."""
+    return max(1, min(1 << 18, (1 << 20) // _threads()) // max(1, PANEL * k))
+
+
+def _threads() -> int:
+    """As many as an operation may use."""
+    return min(get_num_threads(), os.cpu_count() or 1)
+
+
 def in_threads(pieces: range, work: Callable[[int], None]) -> None:
-    """work(piece) of each, by as many threads as an operation may use."""
-    threads = min(get_num_threads(), os.cpu_count() or 1)
+    """work(piece) of each."""
+    threads = _threads()
     if threads == 1 or len(pieces) < 2:
         for piece in pieces:
             work(piece)

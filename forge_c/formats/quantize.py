@@ -28,7 +28,7 @@ def fill(name: str, f: Format, panels: Bytes, weight: NDArray, importance: Impor
     if panels.size == 0:
         return
     # Floats are moved by threads of their own, unless NumPy has to convert or transpose them first.
-    at_once = max(1, (1 << 18) // max(1, PANEL * weight.shape[0])) if weight.size > 1 << 16 else len(panels)
+    at_once = blocks.panels_at_once(weight.shape[0]) if weight.size > 1 << 16 else len(panels)
     if put is _put_floats and weight.dtype == _STORED[f.dtype] and weight.strides[:1] == (weight.itemsize,):
         at_once = len(panels)
     if importance is not None and importance.feedback is not None:
