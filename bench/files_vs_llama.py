@@ -20,7 +20,8 @@ import machine
 from processes import HERE, Measure, forge_c, llama_cpp, say
 
 ACTIVATIONS = ("int8", "int12")
-Rates = dict[tuple[str, str, str], list[dict[str, float]]]  # (file, ISA, implementation) -> of each round: test -> t/s
+# (file, ISA, implementation) -> of each round: test -> (tokens per second, of the limit; 0: not known)
+Rates = dict[tuple[str, str, str], list[dict[str, tuple[float, float]]]]
 
 
 def _arguments() -> argparse.Namespace:
@@ -42,23 +43,25 @@ def _round(files: list[Path], builds: dict[str, str], sizes: Measure, rates: Rat
             for form in ACTIVATIONS:
                 runs[form] = forge_c(["--model", str(path.absolute()), "--activations", form], sizes, isa)
             for name, tests in runs.items():
-                found = {t["test"][:2]: median(t["tokens_per_second"]) for t in tests}
+                found = {t["test"][:2]: (median(t["tokens_per_second"]), t.get("of_limit", 0.0)) for t in tests}
                 rates.setdefault((path.stem, isa, name), []).append(found)
-                say(f"  {path.name}, {isa}, {name}: {found['pp']:.1f}, {found['tg']:.1f}")
+                say(f"  {path.name}, {isa}, {name}: {found['pp'][0]:.1f}, {found['tg'][0]:.1f}")
 
 
 def _table(rates: Rates) -> list[str]:
     """Markdown: a row for each file and ISA."""
-    lines = ["| file | kernels | test | llama.cpp | forge_c | ratio (rounds) | int12 | ratio (rounds) |",
-             "| --- | --- | --- | --: | --: | --: | --: | --: |"]
+    lines = ["| file | kernels | test | llama.cpp | forge_c | of limit | ratio (rounds) | int12 | ratio (rounds) |",
+             "| --- | --- | --- | --: | --: | --: | --: | --: | --: |"]
     for name, isa in dict.fromkeys((name, isa) for name, isa, _ in rates):
         for test in ("pp", "tg"):
-            peer = [each[test] for each in rates[name, isa, "llama.cpp"]]
+            peer = [each[test][0] for each in rates[name, isa, "llama.cpp"]]
             cells = [f"{median(peer):.0f}"]
             for form in ACTIVATIONS:
-                ours = [each[test] for each in rates[name, isa, form]]
+                ours, shares = zip(*(each[test] for each in rates[name, isa, form]), strict=True)
                 ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
-                cells += [f"{median(ours):.0f}", f"{median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"]
+                cells += [f"{median(ours):.0f}", f"{100 * median(shares):.0f} %"] if form == "int8" else [
+                    f"{median(ours):.0f}"]
+                cells.append(f"{median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})")
             lines.append(f"| {name} | {isa} | {test} | {' | '.join(cells)} |")
     return lines
 
@@ -81,7 +84,8 @@ def main() -> int:
                 "Written by `python bench/files_vs_llama.py`: tokens per second of a prompt of 512 (pp, whose last "
                 "token's logits are computed) and of 128 decoded tokens (tg), the same file in both. forge_c rounds "
                 "the inputs of matrices to 8 bits, as llama.cpp does, or with `activations=\"int12\"` to 12; what "
-                "that is worth is in [accuracy.md](accuracy.md).", ""]
+                "that is worth is in [accuracy.md](accuracy.md). *Of limit*: as `forge-c bench` says it, of the "
+                "machine's multiply-adds or of the bandwidth of memory, measured in the same process.", ""]
         args.page.write_text("\n".join(head + lines) + "\n")
     return 0
 

@@ -20,7 +20,8 @@ EXPLANATION = [
     "for a prompt two operations a weight and token over the peak of the format's unit (float32's where there is none "
     "for bfloat16; – where there is none for int8), for decoding the bytes of weights that a step reads over the read "
     "bandwidth, or its operations over the peak where they take longer; limits are measured before and after each "
-    "round, and the higher counts. A ratio is the median (lowest to highest) over rounds of the ratio within a round."]
+    "round, and the higher counts; what multiplies in a unit that is not measured, as torch does in AMX, can exceed "
+    "them. A ratio is the median (lowest to highest) over rounds of the ratio within a round."]
 
 
 class Entry(NamedTuple):
