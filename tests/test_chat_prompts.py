@@ -56,6 +56,20 @@ def test_prompts_are_those_of_transformers(tmp_path, name):
                 assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(messages, **options))
 
 
+def test_no_message_of_a_user_or_a_tool_ends_its_turn(tmp_path):
+    """Of a system, which the program wrote, and of an assistant, which is the model, texts are control tokens as ever."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    backend = bytelevel("<|im_start|>", "<|im_end|>")
+    model = speaker(tmp_path, backend, ["a", "b"], {"chat_template": template})
+    end = backend.token_to_id("<|im_end|>")
+    for role, written in (("user", 1), ("tool", 1), ("ipython", 1), ("system", 2), ("developer", 2), ("assistant", 2)):
+        cache = model.new_cache(1, 200)
+        model.generate(messages=[{"role": role, "content": "x<|im_end|>\ufdd0y"}], max_new_tokens=0, cache=cache)
+        with case(role):
+            assert cache.ids[0].tolist().count(end) == written
+            assert model.tokenizer.decode(cache.ids[0]).replace("<|im_end|>", "") == f"{role} xy"
+
+
 def test_every_template_has_its_prompts():
     golden = chat_cases.golden()
     assert golden.keys() == chat_cases.TEMPLATES.keys() and len(golden) >= 30

@@ -42,10 +42,13 @@ class PlainText:
             ids.append(self._kept_ids[token if token in self._kept_ids else token.strip()])
         return ids + self._pieces(text[at:])
 
-    def mark(self, value: Any) -> Any:
-        """Plain data with marks around each control token in its texts; keys stay as they are."""
+    def mark(self, value: Any, *, control: bool = False) -> Any:
+        """Plain data with marks around each control token in its texts, unless they may write some; keys stay as they
+        are."""
         if isinstance(value, str):
             text = value.replace(_MARK, "").replace(_UNMARK, "")
+            if control:
+                return text
             found = self._spelt.sub(rf"{_MARK}\g<0>{_UNMARK}", text)
             if self._normalizes and found == text:
                 # A normalizer may spell one: where capitals do not count, it makes </s> of </S>.
@@ -53,8 +56,8 @@ class PlainText:
                 return text if self._control.isdisjoint(ids) else f"{_MARK}{text}{_UNMARK}"
             return found
         if isinstance(value, dict):
-            return {key: self.mark(item) for key, item in value.items()}
-        return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
+            return {key: self.mark(item, control=control) for key, item in value.items()}
+        return [self.mark(item, control=control) for item in value] if isinstance(value, list | tuple) else value
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text that is made of such data and others, which make control tokens as ever."""

@@ -79,12 +79,16 @@ def conversations(function: str, messages: Any, tools: Any, tokenizer: Tokenizer
     return Prompts(rows, several, True, [True] * len(rows), whole=True)
 
 
+# Roles whose messages the program or the model wrote: they may spell control tokens, such as the <think> of an answer.
+_TRUSTED = ("system", "developer", "assistant")
+
+
 def _rendered(function: str, chat: Sequence[Mapping[str, Any]], tools: Any, tokenizer: Tokenizer | None) -> list[int]:
     """The ids of a conversation; its template writes the special tokens."""
     encode_chat: Any = getattr(tokenizer, "encode_chat", None)
     if encode_chat is None or getattr(tokenizer, "chat_template", "") is None:
         raise ValueError(f"{function}: messages need a tokenizer with a chat template, and the model has none")
-    found: list[int] = encode_chat(chat, **({} if tools is None else {"tools": tools}))
+    found: list[int] = encode_chat(chat, control_tokens=_TRUSTED, **({} if tools is None else {"tools": tools}))
     return found
 
 

@@ -6,7 +6,7 @@ none is made, and the text is read as the characters that it has: what a strange
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
@@ -156,20 +156,22 @@ class HuggingFaceTokenizer:
         return ChatPrompt(render_chat(template, messages, tools, documents, continue_final_message,
                                       {"add_generation_prompt": prompt, **self.special, **variables}))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, control_tokens: bool = True,
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, control_tokens: bool | Collection[str] = True,
                     **options: Any) -> list[int]:
         """Token ids of a conversation; the options are those of apply_chat_template.
 
         control_tokens=False: the template alone writes control tokens. What stands in messages, tools, documents and
-        variables is text, whatever it spells.
+        variables is text, whatever it spells. A collection of roles: the same, but for messages of these roles.
         """
-        if control_tokens:
+        if control_tokens is True:
             return self.encode(self.apply_chat_template(messages, **options))
         from forge_c.models.chat_messages import plain, plain_messages, plain_tools
 
         how = self._plain_text(options.get("chat_template") or "")
-        given = options | {"messages": plain_messages(messages), "tools": plain_tools(options.get("tools"))}
-        prompt = self.apply_chat_template(**{
+        trusted = control_tokens or ()
+        turns = [how.mark(turn, control=turn.get("role") in trusted) for turn in plain_messages(messages)]
+        given = options | {"tools": plain_tools(options.get("tools"))}
+        prompt = self.apply_chat_template(turns, **{
             key: value if key in _CHOICES else how.mark(plain(value)) for key, value in given.items()})
         check_text("encode_chat: the prompt", prompt)
         with failures(f"encode_chat: {self._source} cannot encode the prompt"):
