@@ -57,7 +57,7 @@ def test_prompts_are_those_of_transformers(tmp_path, name):
 
 
 def test_no_message_of_a_user_or_a_tool_ends_its_turn(tmp_path):
-    """Of a system, which the program wrote, and of an assistant, which is the model, texts are control tokens as ever."""
+    """The program wrote a system's text, and the model an assistant's: these are control tokens as ever."""
     template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
     backend = bytelevel("<|im_start|>", "<|im_end|>")
     model = speaker(tmp_path, backend, ["a", "b"], {"chat_template": template})

@@ -113,7 +113,7 @@ def test_constant_groups_and_zeros(rng, name):
 def test_weights_that_float16_scales_cannot_hold(name):
     w = np.zeros((300, 17), np.float32)
     w[:, 16] = np.where(np.arange(300) % 2, 3e38, -3e38)
-    with pytest.raises(ValueError, match=r"^pack: weight needs a scale of .*, more than int4's float16 holds$"):
+    with pytest.raises(ValueError, match=r"^pack: weight needs a scale or minimum of .*, more than float16 holds$"):
         packed_as(name, w)
 
 
@@ -192,3 +192,34 @@ def test_formats_that_pack_makes_are_those_of_layout():
     for name in BITS:
         dtype, group, *_ = FORMATS.get(name, (name, None))
         assert Format.checked("pack", dtype, group, PACKED).dtype == dtype
+
+
+# ---- small weights ---------------------------------------------------------------------------------------
+
+# std -> the most that is lost of a product, by bits of a weight; float16's least steps are 6e-8
+SMALL = {1e-4: (0.1, 0.05, 0.03), 1e-5: (0.12, 0.065, 0.035), 1e-6: (0.14, 0.07, 0.04), 1e-7: (0.2, 0.2, 0.2),
+         3e-8: (0.65, 0.65, 0.65), 1e-8: (1.0, 1.0, 1.0), 1e-40: (1.0, 1.0, 1.0)}
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("std", SMALL)
+def test_small_weights_are_kept_as_far_as_float16_can(isa, rng, name, std):
+    """Blocks have two factors, one of them float16 and far smaller than a step of their weights; that it is a number of
+    float16's, not 0, is what keeps them. No group is worse than zeros."""
+    w = (gauss(rng, 512, 33) * np.float64(std)).astype(np.float32)
+    back = packed_as(name, w).unpack()
+    lost = np.square(back.astype(np.float64) - w)
+    most = SMALL[std][0 if BITS[name] < 5.5 and "5" not in name else 1 if "5" in name else 2]
+    assert lost.sum() ** 0.5 <= most * np.square(w.astype(np.float64)).sum() ** 0.5
+    by_group = -1, packed_as(name, w).group_size, 33
+    zeros = np.square(w.astype(np.float64)).reshape(by_group).sum(axis=1)
+    assert (lost.reshape(by_group).sum(axis=1) <= (1 + 1e-6) * zeros).all()
+
+
+def test_importance_of_channels_that_are_mostly_dead(rng):
+    """What is never used may have any error, and the mean products of it have no inverse."""
+    w, alive = gauss(rng, 64, 16), np.arange(64) < 20
+    for name in ("int4", "q4_1", "q6_k"):
+        back = pack(w, name, importance=np.diag(alive.astype(float))).unpack()
+        assert np.isfinite(back).all() and error(back[alive], w[alive]) <= 1.01 * error(pack(w, name).unpack()[alive],
+                                                                                       w[alive])

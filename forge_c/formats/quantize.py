@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from forge_c.formats import blocks, ggml
 from forge_c.formats.layout import LINE, PANEL, Format
-from forge_c.formats.rounding import Importance, half, inverse, rounded
+from forge_c.formats.rounding import Importance, half, inverse, rounded, up_to_whole_steps
 from forge_c.functional import pack_columns
 
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -90,7 +90,7 @@ def _put_int8(name: str, f: Format, panels: Bytes, columns: NDArray, importance:
 def _put_q8_0(name: str, f: Format, panels: Bytes, columns: NDArray, importance: Importance | None) -> None:
     out = blocks_of(f, panels, columns)
     w = _grouped(name, f, len(out), out.shape[1], columns)
-    scale = half(name, np.abs(w).max(axis=2) / np.float32(127))
+    scale = half(name, up_to_whole_steps(np.abs(w).max(axis=2) / np.float32(127)))
     q = np.rint(w * inverse(scale.astype(np.float32))[:, :, None])
     np.clip(q, -127, 127, out=q)
     u = (q + np.float32(f.row.zero)).astype(np.uint8)

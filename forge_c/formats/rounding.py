@@ -24,6 +24,7 @@ _LEAST_HALF = np.float32(2.0**-24)
 _TINY = 64 * _LEAST_HALF
 # A few channels may be a thousand times larger than all others, so no mean is a measure for them.
 _FLOOR = 0.01  # of the median channel's importance: that of any channel
+_LEAST = 1e-6  # of the mean channel's, where most channels are never used
 _DAMPING = 0.02  # of a channel's own: what is added to its mean square where inputs go together
 
 
@@ -52,7 +53,7 @@ class Importance:
         mean = float(squares.mean()) if k else 0.0
         if mean == 0:
             return None
-        channel = np.maximum(squares / mean, _FLOOR * np.median(squares / mean))
+        channel = np.maximum(squares / mean, max(_FLOOR * np.median(squares / mean), _LEAST))
         feedback = None if a.ndim == 1 else _feedback(name, wide / mean, channel)
         return Importance(channel.astype(np.float32), feedback)
 
@@ -118,8 +119,9 @@ def rounded(name: str, f: Format, w: Floats, k: int, importance: Importance | No
     found = _searched(name, levels, w, h)
     grouped = w.reshape(len(w), -1, levels.group)
     u = _nearest(grouped, found, levels)
-    tiny = _tiny(grouped) if levels.groups == 1 else None
-    if tiny is not None and tiny.any():
+    if levels.groups > 1:
+        _zero_what_is_worse(levels, grouped, found, u)
+    elif (tiny := _tiny(grouped)).any():
         found, u = _with_tiny(levels, grouped, tiny, found, u)
     return u.reshape(w.shape), found
 
@@ -145,12 +147,36 @@ def _searched(name: str, levels: Levels, w: Floats, h: Floats) -> Scales:
     return Scales(scale, minimum, whole[..., 0].reshape(len(w), -1), whole[..., 1].reshape(len(w), -1), d, m)
 
 
+def up_to_whole_steps(scale: Floats) -> Floats:
+    """Scales that float16 would hold coarsely or not at all, as the next larger number that it holds; so no value that
+    they reach is cut off."""
+    return np.where(scale < _TINY, np.ceil(np.minimum(scale, _TINY) / _LEAST_HALF) * _LEAST_HALF, scale)
+
+
+def _zero_what_is_worse(levels: Levels, grouped: Floats, s: Scales, u: Bytes) -> None:
+    """Groups of coarse blocks that lose more than zeros would become zeros, in place. u (n, groups, group)."""
+    coarse = np.zeros(s.scale.shape, bool)
+    for factor in (s.d, s.m):
+        if factor is not None:
+            coarse |= np.repeat((factor != 0) & (np.abs(factor) <= _TINY), levels.groups, axis=1)
+    if not coarse.any():
+        return
+    w = grouped[coarse]
+    back = u[coarse] * s.scale[coarse][:, None] + s.minimum[coarse][:, None]
+    worse = np.square(back - w).sum(axis=1) > np.square(w).sum(axis=1)
+    coarse[coarse] = worse
+    for part in (s.scale, s.minimum, s.scales, s.minima):
+        part[coarse] = 0
+    u[coarse] = levels.zero
+
+
 def half(name: str, wanted: Floats) -> NDArray[np.float16]:
     """Rounded to float16; ValueError if that is too small for one."""
     with np.errstate(over="ignore"):
         halves = wanted.astype(np.float16)
     if not np.isfinite(halves).all():
-        raise ValueError(f"{name}: weight needs a scale of {np.abs(wanted).max():.3g}, more than int4's float16 holds")
+        largest = np.abs(wanted).max()
+        raise ValueError(f"{name}: weight needs a scale or minimum of {largest:.3g}, more than float16 holds")
     return halves
 
 

@@ -131,8 +131,8 @@ class Unsaid(float):
 
 def model_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The Sampler's arguments in a generation_config.json, by the rules of transformers: without do_sample the best
-    token is taken, with it temperature is 1 unless it says another; 0 or null is off. What else would change the text
-    is a warning."""
+    token is taken, with it temperature is 1 and top_k 50 unless it says others; a top_k of 0, and null elsewhere, is
+    off. What else would change the text is a warning."""
     left = sorted(key for key, off in _OFF.items() if settings.get(key, off) not in (off, None))
     if left:
         warnings.warn(f"generate: generation_config.json has {', '.join(left)}, which sampling=\"model\" ignores",
@@ -142,7 +142,9 @@ def model_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
         found["repetition_penalty"] = settings["repetition_penalty"]
     if settings.get("do_sample") is True:
         found["temperature"] = 1.0 if settings.get("temperature") is None else settings["temperature"]
-        found |= {key: settings[key] for key in ("top_k", "top_p", "min_p") if settings.get(key) not in (None, 0)}
+        found |= {key: settings[key] for key in ("top_p", "min_p") if settings.get(key) not in (None, 0)}
+        top_k = 50 if settings.get("top_k") is None else settings["top_k"]
+        found |= {"top_k": top_k} if top_k != 0 else {}
     return found
 
 

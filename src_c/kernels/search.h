@@ -30,6 +30,14 @@ FC_INLINE vf vf_half(vf a) {
     return vf_from_f16(half);
 }
 
+/* The same, but where float16 has under 64 of its least steps the next one away from zero: integers that stand for
+ * scales in units of `a` are then smaller, and none of them is lost with it. */
+FC_INLINE vf vf_half_up(vf a) {
+    const vf step = vf_set1(0x1p-24f), steps = vf_abs(a) * vf_set1(0x1p24f), near = vf_rint(steps);
+    const vf up = (near + vf_if_lt(near, steps, vf_set1(1.0f), vf_zero())) * step;
+    return vf_if_lt(steps, vf_set1(64.0f), vf_if_lt(a, vf_zero(), -up, up), vf_half(a));
+}
+
 /* sum of h (w - W)^2, w (group, FC_PANEL) */
 FC_INLINE vf error_of(const float *w, const float *h, ptrdiff_t group, float top, vf scale, vf minimum) {
     const vf inverse = vf_inverse(scale);
@@ -207,7 +215,7 @@ FC_INLINE void add_sums(struct fc_sums *sums, const float *w, const float *h, co
 FC_INLINE void fit_factors(vf *d, vf *m, const struct fc_search *s, const struct fc_sums *f) {
     const vf none = vf_zero();
     if (!s->minima) {
-        *d = vf_half(vf_if_lt(none, f->pp, f->pw / f->pp, *d));
+        *d = vf_half_up(vf_if_lt(none, f->pp, f->pw / f->pp, *d));
         return;
     }
     const vf determinant = f->pp * f->qq - f->pq * f->pq, least = f->pp * f->qq * vf_set1(1e-5f);
@@ -215,8 +223,8 @@ FC_INLINE void fit_factors(vf *d, vf *m, const struct fc_search *s, const struct
     const vf new_m = (f->pp * f->qw - f->pq * f->pw) / determinant;
     vf usable = vf_if_lt(none, new_d, new_m, none);
     usable = vf_if_lt(least, determinant, usable, none);
-    *m = vf_half(vf_if_lt(none, usable, new_m, *m));
-    *d = vf_half(vf_if_lt(none, usable, new_d, *d));
+    *m = vf_half_up(vf_if_lt(none, usable, new_m, *m));
+    *d = vf_half_up(vf_if_lt(none, usable, new_d, *d));
 }
 
 /* A block of a vector's columns: d, m, and the integers of each group, all as floats, FC_PANEL apart */
@@ -232,8 +240,8 @@ FC_INLINE void search_super(float *out, const float *w, const float *h, const st
         d = vf_if_lt(vf_abs(d), vf_abs(scale[g]), scale[g], d);
         m = vf_max(minimum[g], m);
     }
-    d = vf_half(d / vf_set1(s->minima ? 63.0f : -128.0f));
-    m = s->minima ? vf_half(m / vf_set1(63.0f)) : none;
+    d = vf_half_up(d / vf_set1(s->minima ? 63.0f : -128.0f));
+    m = s->minima ? vf_half_up(m / vf_set1(63.0f)) : none;
     for (int again = 0; again < 2; again++) {
         struct fc_sums sums = {none, none, none, none, none};
         const vf per_d = vf_inverse(d), per_m = vf_inverse(m);
