@@ -102,6 +102,9 @@ def _add_bench(bench: _Parser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     name = "forge-c"
+    if sys.stdout is None:  # closed by whoever started it
+        print("forge-c: standard output is closed", file=sys.stderr)
+        return 2
     try:
         try:
             parser, commands = _parser()

@@ -39,6 +39,13 @@ def run(*arguments: Any, stdin: str | bytes | None = None, **changes: str) -> su
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def test_a_closed_standard_output_is_one_line():
+    for command in ("generate", "chat", "info"):
+        done = subprocess.run(f"exec {sys.executable} -m forge_c.cli {command} >&-", shell=True, capture_output=True,
+                              timeout=120, env=ENVIRONMENT, check=False, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stderr.decode()) == (2, "forge-c: standard output is closed\n")
+
+
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory) -> Path:
     """After "H" it says "é, world!" and ends."""
@@ -261,7 +268,7 @@ def test_info_about_a_tokenizer_and_a_saved_model(capsys, tmp_path):
         status, out, _ = called(capsys, "info", "--model", tmp_path / folder, "--dtype", dtype)
         found = dict(line.split(None, 1) for line in out.splitlines() if " " in line)
         assert status == 0 and found["tokenizer"] == "WordLevel, 3 tokens, 1 of them special"
-        assert (found["sampling"], found["eos_token_ids"]) == ("temperature 1.0, top_p 0.9", "3, 1")
+        assert (found["sampling"], found["eos_token_ids"]) == ("temperature 1.0, top_p 0.9, top_k 50", "3, 1")
         assert re.search(r"^chat template    default, tool_use$", out, re.M)
         assert re.search(r"^ends at          1, 3$", out, re.M)
         assert re.match(r"int8 \d+\.\d\d MiB, bfloat16 0.01 MiB, float32 0.00 MiB", found["weights"])

@@ -148,6 +148,8 @@ def test_a_sample_draws_by_its_own_seed(model):
     assert lists(model.generate([1, 2], 12, n=3, temperature=1.0, seed=np.array([3, 5, 8]))) == alone
     first = [samples[0] for samples in lists(model.generate([[1, 2]] * 3, 12, n=2, temperature=1.0, seed=(3, 5, 8)))]
     assert first == alone
+    one = model.generate([1, 2], 12, temperature=1.0, seed=np.array(5)).tolist()
+    assert one == alone[1]
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -341,9 +343,11 @@ def test_the_models_own_sampling(tmp_path):
 
 @pytest.mark.parametrize(("settings", "same"), [
     ({}, {}), ({"temperature": 0.6, "top_p": 0.9}, {}), ({"do_sample": False, "temperature": 0.6}, {}),
-    ({"do_sample": True}, {"temperature": 1.0}), ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+    ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+    ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
     ({"do_sample": True, "top_k": 0, "top_p": None, "temperature": None}, {"temperature": 1.0}),
-    ({"do_sample": True, "num_beams": 1, "typical_p": 1.0}, {"temperature": 1.0})])
+    ({"do_sample": True, "top_k": None}, {"temperature": 1.0, "top_k": 50}),
+    ({"do_sample": True, "top_k": 7, "num_beams": 1, "typical_p": 1.0}, {"temperature": 1.0, "top_k": 7})])
 def test_without_do_sample_the_best_token_is_taken(tmp_path, settings, same):
     model = made(tmp_path, **settings)
     with warnings.catch_warnings():
