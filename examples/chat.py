@@ -41,10 +41,14 @@ def say(model: fc.models.Model, cache: fc.models.ModelCache, messages: list[dict
 def main() -> None:
     name, *questions = sys.argv[1:] or ["", "def add(a, b):\n", "\n\ndef subtract(a, b):\n"]
     if name == "--installed":
+        if not questions:
+            sys.exit("usage: chat.py [FILE | FOLDER | --installed PACKAGE] QUESTION...")
         package, *questions = questions
         name = gguf_of(package)
     # Activations in 12 bits: with those of 8, a small model in 4 bits says less sense.
-    model = fc.models.load(name or None, activations="int12" if name.endswith(".gguf") else None)
+    model = fc.models.load(name or None)
+    if name.endswith(".gguf") and model.dtype not in ("float32", "bfloat16"):
+        model = fc.models.load(name, activations="int12")
     cache, messages = model.new_cache(), []
     for question in questions:
         messages.append({"role": "user", "content": question})

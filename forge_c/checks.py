@@ -28,6 +28,13 @@ def checked_size(function: str, name: str, value: int, *, least: int = 1, most: 
     return size
 
 
+def unmasked(function: str, name: str, value: Any) -> Any:
+    """The value; TypeError if it is a masked array: no kernel knows of a mask, it would be lost without a word."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{function}: {name} is a {type(value).__name__}, expected a NumPy array without a mask")
+    return value
+
+
 def dtype_name(dtype: Any) -> Any:
     """A dtype's name, from its name or from what NumPy takes for one; anything else comes back as it is."""
     if isinstance(dtype, str) or dtype is None:

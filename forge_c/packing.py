@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forge_c.checks import unmasked
 from forge_c.formats import ggml
 from forge_c.formats.blocks import DTYPE_OF
 from forge_c.formats.blocks import fill as fill_blocks
@@ -23,7 +24,7 @@ _INPUTS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat
 
 
 def _matrix(name: str, arg: str, weight: ArrayLike) -> NDArray:
-    w = np.asarray(weight)
+    w = np.asarray(unmasked(name, arg, weight))
     if w.dtype not in _INPUTS:
         raise TypeError(f"{name}: {arg} has dtype {w.dtype}, expected float32, float16 or bfloat16; "
                         f"pass {arg}.astype(np.float32)")
@@ -126,7 +127,7 @@ def pack_blocks(type_name: str, *raw: ArrayLike, activations: Activations | None
         type_name: the ggml type, such as "Q4_K". Floats become "float32" or "bfloat16", which hold them. Types whose
             blocks no format holds (TQ1_0, TQ2_0, NVFP4) are rounded to "bfloat16", nothing else is.
         raw: uint8 (out_features, bytes of a row), as a GGUF file has them.
-        activations: as in pack; floats take none.
+        activations: as in pack, of types of integers; floats take no notice.
 
     Raises:
         ValueError: an unknown type, rows that are no whole blocks or of different lengths, a scale that is not finite.

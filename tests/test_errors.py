@@ -308,6 +308,19 @@ ATTENTION = [
     Wrong(lambda o: fc.merge_attention(a(), a(), a(), a()), ValueError,
           "merge_attention: out_a has shape (), expected at least one axis"),
 ]
+MASKED = np.ma.masked_array(np.ones((4, 4), np.float32), np.eye(4) > 0)
+MASKS = [Wrong(call, TypeError, f"{name} is a MaskedArray, expected a NumPy array without a mask") for name, call in {
+    "pack: weight": lambda o: fc.pack(MASKED), "pack_gated: up": lambda o: fc.pack_gated(X, MASKED[:, :X.shape[1]]),
+    "pack: importance": lambda o: fc.pack(a(4, 4), "int4", importance=MASKED[0]),
+    "KVCache.append: k": lambda o: cache().append(np.ma.masked_array(a(1, 1, 2, 8)), a(1, 1, 2, 8)),
+    "KVCache.append: lens": lambda o: cache().append(a(1, 1, 2, 8), a(1, 1, 2, 8), lens=np.ma.masked_array([1])),
+    "KVCache.truncate: n": lambda o: cache().truncate(np.ma.masked_array([1])),
+    "Linear: x": lambda o: nn.Linear(4, 4)(MASKED), "RMSNorm: weight": lambda o: setattr(
+        nn.RMSNorm(4), "weight", MASKED[0]),
+    "model: ids": lambda o: fc.models.load()(np.ma.masked_array([[1]])),
+    "generate: prompt": lambda o: fc.models.load().generate(np.ma.masked_array([1])),
+    "score: prompt": lambda o: fc.models.load().score(np.ma.masked_array([[1, 2]])),
+    "collect_importance: ids": lambda o: fc.models.collect_importance(None, [np.ma.masked_array([1])])}.items()]
 CACHE = [
     Wrong(lambda o: fc.KVCache(0, 8, 2, 8), ValueError, "KVCache: batch is 0, expected at least 1"),
     Wrong(lambda o: fc.KVCache(1, 8.0, 2, 8), TypeError, "KVCache: max_seq_len is 8.0, expected an integer"),
@@ -438,7 +451,7 @@ OPTIONS = [
 ]
 
 GROUPS = {"norms": NORMS, "elementwise": ELEMENTWISE, "rope": ROPE, "linear": LINEAR, "attention": ATTENTION,
-          "cache": CACHE, "layers": LAYERS, "runtime": RUNTIME,
+          "masks": MASKS, "cache": CACHE, "layers": LAYERS, "runtime": RUNTIME,
           "options": OPTIONS}
 CASES = [pytest.param(wrong, id=f"{group}-{i}") for group, cases in GROUPS.items() for i, wrong in enumerate(cases)]
 

@@ -217,6 +217,17 @@ def test_a_cache_that_does_not_fit_is_left_alone(model_of):
         assert str(caught.value) == f"generate: {message}"
         assert held(cache) == [[1, 2, 3]]
     assert len(model.generate([5], 6, cache=cache)) == 6 and cache.seq_len == 10
+    embedded = load()
+    with pytest.raises(ValueError, match="^generate: cache has 1 rows, expected 2, one for each prompt$"):
+        embedded.generate(["a", "b"], 2, cache=embedded.new_cache(1))
+
+
+def test_a_cache_of_a_larger_vocabulary(tmp_path):
+    large, little = (load(write(tmp_path / str(n), small(vocab_size=n))) for n in (97, 40))
+    cache = large.new_cache(1, 10)
+    large([[96]], cache)
+    with pytest.raises(ValueError, match="^generate: cache holds the token 96, which is outside the vocabulary of 40"):
+        little.generate([1], 2, cache=cache)
 
 
 # ---- conversations ---------------------------------------------------------------------------------

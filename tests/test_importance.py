@@ -174,10 +174,13 @@ def test_an_importance_on_disk(uneven, tmp_path):
 
 def test_an_importance_of_another_model(uneven, folders):
     found = collect_importance(folders("llama"), [np.arange(90)])
-    with pytest.raises(ValueError, match=r"^pack: importance has shape \(32,\), expected \(64,\)"):
+    with pytest.raises(ValueError, match=r"^load: model\.layers\.0\.self_attn\.q_proj\.weight: importance has "
+                       r"shape \(32,\), expected \(64,\)"):
         load(uneven, "int4", importance=found)
     with pytest.raises(TypeError, match="^load: importance is a list, expected what collect_importance gives"):
         load(uneven, "int4", importance=[1])
+    with pytest.raises(ValueError, match="^load: importance has no matrix of a layer, but 'foo'; expected"):
+        load(uneven, "int4", importance={"foo": np.ones(3)})
 
 
 def test_a_kind_from_outside_is_not_observed(uneven):

@@ -17,7 +17,7 @@ from model_folder import BYTES, FAMILIES, small, write, write_json
 from test_gguf_models import BLOCKS, of_blocks
 
 from forge_c.functional import CalledPart
-from forge_c.models import Model, ModelCache, load, random_model
+from forge_c.models import Model, ModelCache, collect_importance, load, random_model
 from forge_c.models.decoder import Decoder
 from forge_c.models.saved import HEADER, WEIGHTS
 from forge_c.models.spec.document import from_document, to_document
@@ -73,8 +73,11 @@ def test_how_inputs_are_rounded(tmp_path, dtype, activations):
     model = load(write(tmp_path / "m", small(hidden_size=64, intermediate_size=192)), dtype, activations=activations)
     found = saved(model, tmp_path / "s")
     assert found(IDS).tobytes() == model(IDS).tobytes()
-    with pytest.raises(ValueError, match="^load: activations is 'int8', and .* was packed already; expected None"):
-        load(tmp_path / "s", activations="int8")
+    for options in ({"activations": "int8"}, {"ignore": "key"}, {"importance": {}}):
+        with pytest.raises(ValueError, match=f"^load: {next(iter(options))} is .* packed already; expected nothing"):
+            load(tmp_path / "s", **options)
+    with pytest.raises(ValueError, match="^collect_importance: .* was packed already; give it the files that were$"):
+        collect_importance(tmp_path / "s", [[1, 2]])
 
 
 def test_a_random_model_and_one_that_was_loaded(tmp_path):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forge_c.checks import unmasked
 from forge_c.formats.blocks import LINES
 from forge_c.formats.layout import Format
 from forge_c.functional import search_scales
@@ -41,7 +42,7 @@ class Importance:
         """That of function `name`'s argument: (k,) mean squares of the inputs, or (k, k) mean products of two."""
         if given is None:
             return None
-        a = np.asarray(given)
+        a = np.asarray(unmasked(name, "importance", given))
         if a.dtype.kind not in "fiu" and a.dtype.name != "bfloat16":
             raise TypeError(f"{name}: importance has dtype {a.dtype}, expected numbers")
         if a.shape not in ((k,), (k, k)):

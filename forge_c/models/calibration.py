@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forge_c.checks import unmasked
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
 from forge_c.models.gguf_tokenizer import gguf_tokenizer
 from forge_c.models.hub import find
 from forge_c.models.inputs import Inputs
 from forge_c.models.model import EMBEDDED
+from forge_c.models.saved import is_saved
 from forge_c.models.spec import ModelSpec, model_spec
 from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ def collect_importance(path: str | os.PathLike[str] | None, texts: Iterable[str 
     """Read texts with a model's weights as its files have them, and say how large the inputs of each matrix are.
 
     Args:
-        path: as in load; the model's own tokenizer reads the texts.
+        path: as in load, but no folder that Model.save wrote; the model's own tokenizer reads the texts.
         texts: some thousand tokens of what the model is for: texts, or ids (n,) each.
         products: the mean products of each two inputs instead of the mean squares of each: packing then lets errors
             make up for each other, which takes longer, and in_features^2 float32 a matrix.
@@ -59,6 +61,8 @@ def _opened(path: str | os.PathLike[str] | None) -> tuple[ModelSpec, Tensors, To
         file = open_gguf(Path(path))
         spec = gguf_spec(file, frozenset())
         return spec, GGUFCheckpoint(file, spec), gguf_tokenizer(file.metadata, str(file.path))[0]
+    if path is not None and is_saved(Path(path)):
+        raise ValueError(f"collect_importance: {path} was packed already; give it the files that were")
     folder = EMBEDDED if path is None else find(path, lambda found: None)
     return model_spec(read_json(folder / "config.json")), Checkpoint(folder), load_tokenizer(folder)
 
@@ -69,7 +73,7 @@ def _ids(text: Any, tokenizer: Tokenizer | None, spec: ModelSpec) -> NDArray[np.
         if tokenizer is None:
             raise ValueError("collect_importance: texts need a tokenizer, and the model has none; pass ids")
         text = tokenizer.encode(text)
-    ids = np.asarray(text)
+    ids = np.asarray(unmasked("collect_importance", "ids", text))
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise TypeError(f"collect_importance: ids have dtype {ids.dtype} and shape {ids.shape}, expected integers (n,)")
     if ids.size and not (0 <= int(ids.min()) and int(ids.max()) < spec.vocab_size):

@@ -83,7 +83,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
     if path is not None and os.path.exists(path) and not os.path.isdir(path):
         return _load_gguf(Path(path), dtype, activations, ignored, importance)
     if path is not None and is_saved(Path(path)):
-        return _load_saved(Path(path), dtype, activations)
+        return _load_saved(Path(path), dtype, activations, ignored, importance)
     folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
     spec = _spec(folder, ignored)
     checkpoint = Checkpoint(folder)
@@ -113,10 +113,12 @@ def _load_gguf(path: Path, dtype: str, activations: Activations | None, ignored:
     return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
 
 
-def _load_saved(folder: Path, dtype: str, activations: Activations | None) -> Model:
+def _load_saved(folder: Path, dtype: str, activations: Activations | None, ignored: frozenset[str],
+                importance: Mapping[str, ArrayLike] | None) -> Model:
     """The model of a folder that Model.save wrote, as it was packed."""
-    if activations is not None:
-        raise ValueError(f"load: activations is {activations!r}, and {folder} was packed already; expected None")
+    for name, value in (("activations", activations), ("importance", importance), ("ignore", sorted(ignored) or None)):
+        if value is not None:
+            raise ValueError(f"load: {name} is {short(value)}, and {folder} was packed already; expected nothing")
     decoder, eos, settings, stored = load_saved(folder, dtype)
     return Model(decoder, load_tokenizer(folder), eos, generation_config=settings, info=stored,
                  source=partial(load, str(folder.absolute()), dtype))
@@ -174,6 +176,9 @@ def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *,
 def _check_importance(importance: Any) -> None:
     if importance is not None and not isinstance(importance, Mapping):
         raise TypeError(f"load: importance is a {type(importance).__name__}, expected what collect_importance gives")
+    if importance and not any(str(key).startswith("model.layers.") for key in importance):
+        raise ValueError(f"load: importance has no matrix of a layer, but {short(next(iter(importance)))}; expected "
+                         "what collect_importance gives")
 
 
 def _dtype_name(function: str, dtype: DTypeLike) -> str:
@@ -470,10 +475,14 @@ class Model:
             raise TypeError("generate: tools are given without messages, whose template would name them")
         if cache is not None:
             self._check_cache("generate", cache)
+            largest = max((int(ids.max()) for ids in cache.ids if ids.size), default=0)
+            if largest >= self.config.vocab_size:
+                raise ValueError(f"generate: cache holds the token {largest}, which is outside the vocabulary of "
+                                 f"{self.config.vocab_size}; it is another model's")
         if messages is not None:
             found = conversations("generate", messages, tools, self.tokenizer, self.config.vocab_size)
         else:
-            held = [] if cache is None else cache.lengths[::n].tolist()
+            held = [] if cache is None or cache.batch % n else cache.lengths[::n].tolist()
             found = texts_or_ids("generate", prompt, self.tokenizer, self.config.vocab_size, special_tokens, held)
         for i, row in enumerate(found.rows):
             if len(row) == 0:

@@ -126,6 +126,7 @@ def context_of(spec: ModelSpec) -> int:
 
 def _generators(seed: Any, prompts: int, n: int) -> list[np.random.Generator]:
     """One a row: of sample 0 by its prompt's seed itself, of sample j by SeedSequence(seed, spawn_key=(j,))."""
+    seed = seed.item() if isinstance(seed, np.ndarray) and seed.ndim == 0 else seed
     if seed is None or _is_count(seed):
         seeds: list[Any] = [seed] * prompts
     elif isinstance(seed, list | tuple | np.ndarray | range) and all(_is_count(s) for s in seed):

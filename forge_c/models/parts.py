@@ -4,7 +4,8 @@ A new kind registers here: `build_part` makes what computes it, `new_state` what
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import singledispatch
 from itertools import groupby
 from operator import itemgetter
@@ -47,8 +48,17 @@ class LayerSource:
 
     def _pack(self, name: str, matrix: NDArray[Any]) -> PackedWeight:
         """A matrix (out, in) in the format of the one of that name."""
-        return pack(matrix.T, self.formats(name, matrix.shape[1]), activations=self.activations,
-                    importance=self.importance(name))
+        with self._naming(name):
+            return pack(matrix.T, self.formats(name, matrix.shape[1]), activations=self.activations,
+                        importance=self.importance(name))
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """What pack refuses is told of the matrix."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"load: {self.prefix}{name}.weight: {str(error).partition(': ')[2]}") from None
 
     def side_by_side(self, parts: Mapping[str, int], columns: int) -> PackedWeight | Sequence[PackedWeight]:
         """Matrices of these rows, packed as one; or as several, of formats of their own."""
@@ -68,8 +78,9 @@ class LayerSource:
         formats = {self.formats(name, self.hidden) for name in names}
         if len(formats) > 1:
             return self._pack(names[0], gate), self._pack(names[1], up)
-        return pack_gated(gate.T, up.T, formats.pop(), activations=self.activations,
-                          importance=self.importance(names[0]))
+        with self._naming(names[0]):
+            return pack_gated(gate.T, up.T, formats.pop(), activations=self.activations,
+                              importance=self.importance(names[0]))
 
     def bias(self, wanted: bool, *parts: tuple[str, int]) -> Floats | None:
         """Biases end to end, or None where they are not wanted."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forge_c.checks import unmasked
 from forge_c.models.tokenizer import ChatPrompt, Tokenizer, check_text
 
 Ids = NDArray[np.int64]
@@ -28,7 +29,7 @@ class Prompts:
 
 def checked_ids(function: str, ids: ArrayLike, vocab: int, ndim: int) -> Ids:
     """ids as int64; TypeError, ValueError or IndexError if they are not integers, of ndim axes, of the vocabulary."""
-    a = np.asarray(ids)
+    a = np.asarray(unmasked(function, "ids", ids))
     expected = "(batch, seq)" if ndim == 2 else "(n,)"
     if a.size and (a.dtype.kind not in "iu"):
         raise TypeError(f"{function}: ids has dtype {a.dtype}, expected integers")
@@ -53,9 +54,9 @@ def texts_or_ids(function: str, prompt: Any, tokenizer: Tokenizer | None, vocab:
             raise ValueError(f"{function}: a text prompt needs a tokenizer, and the model's folder has none; pass ids")
         for text in texts:
             check_text(f"{function}: prompt", text)
-        begun = [bool(n) for n in held] or [False] * len(texts)
+        begun = [bool(n) for n in held] if len(held) == len(texts) else [False] * len(texts)
         encoded: list[Any] = [tokenizer.encode(text, bool(special_tokens) and not b)
-                              for text, b in zip(texts, begun, strict=False)]
+                              for text, b in zip(texts, begun, strict=True)]
         rows = [checked_ids(function, ids, vocab, 1) for ids in encoded]
         return Prompts(rows, several, True, [isinstance(text, ChatPrompt) for text in texts])
     if _all(prompt, Mapping):
@@ -96,6 +97,7 @@ def _id_lists(function: str, prompt: Any) -> tuple[list[Any], bool]:
     """(ids of each prompt, whether there may be several)."""
     if isinstance(prompt, Mapping):
         return _unpadded(function, prompt)
+    unmasked(function, "prompt", prompt)
     if not isinstance(prompt, list | tuple) and np.ndim(prompt) > 1:
         return list(np.asarray(prompt)), True
     if isinstance(prompt, list | tuple) and any(np.ndim(p) > 0 for p in prompt):

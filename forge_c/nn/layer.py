@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forge_c.checks import unmasked
 from forge_c.formats.layout import Activations, Dtype, Format, NumPyDtype
 from forge_c.functional import PackedWeight
 from forge_c.packing import pack, pack_gated
@@ -26,7 +27,7 @@ Seed = int | np.random.Generator | None
 
 def cast_input(layer: Layer, name: str, x: ArrayLike) -> NDArray[Any]:
     """x as an array that the kernels take: float64 and whole numbers become float32, the rest stays as it is."""
-    a = np.asarray(x)
+    a = np.asarray(unmasked(type(layer).__name__, name, x))
     if a.dtype in _FLOATS:
         return a
     if a.dtype.kind not in "fiu":
@@ -36,7 +37,7 @@ def cast_input(layer: Layer, name: str, x: ArrayLike) -> NDArray[Any]:
 
 def parameter_array(layer: Layer, name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """A read-only float32 copy of a parameter, checked against its shape."""
-    a = np.asarray(value)
+    a = np.asarray(unmasked(type(layer).__name__, name, value))
     if a.dtype not in _FLOATS and a.dtype.kind not in "fiu":
         raise TypeError(f"{type(layer).__name__}: {name} has dtype {a.dtype}, expected numbers")
     if a.shape != shape:

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c.checks import checked_size, dtype_name
+from forge_c.checks import checked_size, dtype_name, unmasked
 from forge_c.functional import KV_CHUNK, KVPages, WriterLock, Writing
 from forge_c.functional import rope as rotate
 from forge_c.rotary import RopeTable
@@ -532,7 +532,7 @@ class KVCache:
         return Writing((self._writer,))
 
     def _checked(self, name: str, new: ArrayLike, dim: int) -> NDArray[Any]:
-        array = np.asarray(new)
+        array = np.asarray(unmasked("KVCache.append", name, new))
         if array.dtype not in _ACCEPTED:
             hint = f": pass {name}.astype(np.float32)" if array.dtype == np.float64 else ""
             raise TypeError(
@@ -546,7 +546,7 @@ class KVCache:
         return array
 
     def _checked_lens(self, lens: ArrayLike, tokens: int) -> NDArray[np.int64]:
-        counts = np.asarray(lens)
+        counts = np.asarray(unmasked("KVCache.append", "lens", lens))
         if counts.dtype.kind not in "iu" or counts.shape != (self.batch,):
             raise ValueError(
                 f"KVCache.append: lens has shape {counts.shape} and dtype {counts.dtype}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forge_c.checks import integer
+from forge_c.checks import integer, unmasked
 from forge_c.state.layer import Counts
 
 
@@ -21,7 +21,7 @@ def lengths_after(function: str, lengths: Counts, added: int | NDArray[np.int64]
 def lengths_kept(function: str, lengths: Counts, n: ArrayLike) -> Counts:
     """What is left of lengths (batch,) when n tokens are kept: of all rows (a shorter one keeps what it has), or of
     each. TypeError if n is neither, ValueError if it is negative or more than there are."""
-    keep = np.asarray(n)
+    keep = np.asarray(unmasked(function, "n", n))
     if keep.dtype.kind not in "iu" or keep.shape not in ((), lengths.shape):
         raise TypeError(f"{function}: n is {n!r}, expected an integer or {len(lengths)} of them")
     most = lengths if keep.ndim else lengths.max()
