@@ -10,7 +10,7 @@ from tiny_tokenizers import bytelevel, control, folder_of, sentencepiece
 from tokenizers import AddedToken
 
 from forge_c.models.tokenizer import HuggingFaceTokenizer
-from forge_c.models.tokenizer_files import load_tokenizer
+from forge_c.models.tokenizer_files import load_tokenizer, save_tokenizer
 
 TURN = [{"role": "user", "content": "hi"}]
 
@@ -268,3 +268,16 @@ def test_conversations_are_encoded_as_in_transformers(tmp_path, backend):
         assert ours.encode(text, False) == theirs(text, add_special_tokens=False).input_ids
         assert ours.encode(text, control_tokens=False) == theirs(text, split_special_tokens=True).input_ids
         assert ours.decode(ours.encode(text, control_tokens=False)).strip() == text.strip()
+
+
+@pytest.mark.parametrize("named", [{"pad_token": "the"}, {"eos_token": "ab", "bos_token": "<s>"}, {}])
+def test_what_was_saved_reads_texts_as_before(tmp_path, named):
+    """Also where a special token is one of the vocabulary's words, as a GGUF file may have it."""
+    backend = sentencepiece("the", "ab", "\u2581the", special=("<unk>", "<s>", "</s>"))
+    before = HuggingFaceTokenizer("here", backend, named, None)
+    save_tokenizer(before, tmp_path)
+    after = loaded(tmp_path)
+    assert after.special == before.special
+    for text in ("the ab</s> the", "xthe<s>", "ab"):
+        ids = before.encode(text)
+        assert after.encode(text) == ids and after.decode(ids) == before.decode(ids)

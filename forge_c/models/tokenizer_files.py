@@ -15,6 +15,8 @@ _MAX_TOKENIZER = 64 << 20
 _MAX_ENTRIES, _MAX_KEYS = 5 << 19, 1 << 19
 
 _MAX_TEMPLATES = 64
+# What save_tokenizer says: tokenizer.json has all added tokens, and a name of a special token makes none of a word.
+_COMPLETE = "tokenizer_json_is_complete"
 _OTHER_FORMATS = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
                   "tiktoken.model", "vocab.json", "vocab.txt")
 
@@ -45,8 +47,8 @@ def save_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
         have = tokenizer.chat_template
         template = have if have is None or isinstance(have, str) else [
             {"name": name, "template": text} for name, text in have.items()]
-        settings = {"added_tokens_decoder": {}, "split_special_tokens": tokenizer.backend.encode_special_tokens,
-                    "chat_template": template, **tokenizer.special}
+        settings = {_COMPLETE: True, "added_tokens_decoder": {},
+                    "split_special_tokens": tokenizer.backend.encode_special_tokens, "chat_template": template, **tokenizer.special}
     elif tokenizer is None or isinstance(tokenizer, NoText):
         return
     else:
@@ -69,7 +71,8 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> HuggingFaceTokenizer:
     with failures(str(path)):
         backend = Backend.from_buffer(document)
         backend.encode_special_tokens = settings.get("split_special_tokens") is True
-    _add_tokens(backend, folder, settings, special)
+    if config.get(_COMPLETE) is not True:
+        _add_tokens(backend, folder, settings, special)
     return HuggingFaceTokenizer(str(path), backend, special, _chat_templates(folder, config))
 
 
