@@ -48,7 +48,8 @@ def save_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
         template = have if have is None or isinstance(have, str) else [
             {"name": name, "template": text} for name, text in have.items()]
         settings = {_COMPLETE: True, "added_tokens_decoder": {},
-                    "split_special_tokens": tokenizer.backend.encode_special_tokens, "chat_template": template, **tokenizer.special}
+                    "split_special_tokens": tokenizer.backend.encode_special_tokens,
+                    "chat_template": template, **tokenizer.special}
     elif tokenizer is None or isinstance(tokenizer, NoText):
         return
     else:
