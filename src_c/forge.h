@@ -107,6 +107,19 @@ fc_status fc_rope(const fc_rope_args *args);
 fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
                        ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale);
 
+/* ---- mixture of depths: only some tokens go through a block ---- */
+
+/* logits (M), contiguous = x . weight (n); rows: of logits (unused) and x */
+fc_status fc_router_logits(fc_dtype type, float *logits, const void *x, const float *weight, const fc_rows *rows,
+                           ptrdiff_t n);
+/* Of each row of logits (B, S) the `count` <= S largest: their indices (B, count), ascending, and gate (B, count), the
+ * logits themselves. Of equal ones that of the lower index; NaN is less than any number. */
+fc_status fc_largest_logits(int64_t *indices, float *gate, const float *logits, ptrdiff_t batch, ptrdiff_t seq,
+                            ptrdiff_t count);
+/* out = (1 - gate (M)) x + gate y: tokens x and what a block made of them, y. rows: of out, x, y. */
+fc_status fc_gate_update(fc_dtype type, void *out, const void *x, const void *y, const float *gate, const fc_rows *rows,
+                         ptrdiff_t n);
+
 /* ---- linear: out (M, N) = out_scale (M) * (x (M, K) @ W (K, N) + bias (N)) + residual (M, N) ----
  * With an index of out the rows are stored in their order, so that residual = out with the same index adds to it,
  * however often a row is named: out[index[i]] += out_scale[i] * (x[i] W + bias). */
