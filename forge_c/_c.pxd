@@ -241,10 +241,24 @@ cdef extern from "forge.h" nogil:
         fc_part_kind kind
         const void *weights
         fc_norm norm, post_norm
+    ctypedef struct fc_router:
+        const float *weight
+        float threshold
+        ptrdiff_t inner
+        fc_matrix up
+        const float *down
+        float down_bias
+    ctypedef struct fc_routed_state:
+        void *mixer
+        int64_t *positions
+        ptrdiff_t room
+        const int64_t *held
+        int64_t *chosen
     ctypedef struct fc_layer:
         fc_part mixer, mlp
         int parallel
         float residual_scale
+        const fc_router *router
     ctypedef struct fc_attention_weights:
         ptrdiff_t heads, kv_heads, head_dim
         fc_norm q_norm, k_norm

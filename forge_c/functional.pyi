@@ -79,6 +79,14 @@ class CalledPart(Part):
     def __init__(self, hidden: int, call: Callable[[Array, Any, NDArray[np.int64]], Array], *, norm: Norm | None = None,
                  post_norm: Norm | None = None) -> None: ...
 
+class Router:
+    hidden: int
+    nbytes: int
+    params: int
+    arguments: dict[str, Any]
+    def __init__(self, weight: Array, threshold: float = 0.0, *, up: PackedWeight | None = None,
+                 up_bias: Array | None = None, down: Array | None = None, down_bias: float = 0.0) -> None: ...
+
 class AttentionState:
     pages: KVPages
     table: RopeTable | None
@@ -86,19 +94,25 @@ class AttentionState:
     def __init__(self, pages: KVPages, table: RopeTable | None = None) -> None: ...
     def rotate_by(self, table: RopeTable | None) -> None: ...
 
+class RoutedState:
+    mixer: AttentionState
+    positions: int
+    def __init__(self, mixer: AttentionState, positions: NDArray[np.int64], held: NDArray[np.int64],
+                 chosen: NDArray[np.int64]) -> None: ...
+    def rotate_by(self, table: RopeTable | None) -> None: ...
+
 class StateTable:
     held: list[Any]
     def __init__(self, states: list[Any]) -> None: ...
 
 class LayeredModel:
-    held: list[tuple[Part | None, Part | None, bool, float]]
-    parts: list[Part]
+    held: list[tuple[Any, ...]]
+    parts: list[Part | Router]
     embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm
     def __init__(self, embedding: Array | PackedWeight,
-                 layers: list[tuple[Part | None, Part | None, bool, float]], norm: Norm, head: PackedWeight, *,
-                 embedding_scale: float = 1.0) -> None: ...
+                 layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
                 last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
 

@@ -58,7 +58,7 @@ class Decoder:
 
     def _describe(self, spec: ModelSpec, dtype: str) -> None:
         self.spec, self.dtype = spec, dtype
-        self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
+        self.kinds = tuple(layer.remembers for layer in spec.layers)  # a cache is one of these
         self._tables = RopeTables()
 
     def _ropes(self) -> list[Rope]:
@@ -72,7 +72,8 @@ class Decoder:
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes of weights that one step reads: all but an embedding of its own, of which it reads a row a token."""
+        """Bytes of weights that one step reads: all but an embedding of its own, of which it reads a row a token. Where
+        layers have routers, the most that it may read: a layer through which no token goes is left alone."""
         m = self._model
         return sum(part.nbytes for part in m.parts) + m.norm.nbytes + m.head.nbytes
 

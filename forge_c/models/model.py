@@ -168,7 +168,8 @@ def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *,
     dtype = "bfloat16" if dtype == "auto" else dtype
     _check_activations("random_model", activations, dtype)
     spec = model_spec(shape_config(shape))
-    return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
+    checkpoint = RandomCheckpoint(routed=any(layer.router is not None for layer in spec.layers))
+    return Model(Decoder(spec, checkpoint, dtype, _bar, activations), None, frozenset())
 
 
 def _check_importance(importance: Any) -> None:
