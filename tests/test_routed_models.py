@@ -572,3 +572,16 @@ def test_missing_and_odd_tensors(tmp_path):
         folder = write(tmp_path / name, c, {k: v for k, v in (w | change).items() if v is not None})
         with pytest.raises(ValueError, match=next(iter(change))):
             load(folder)
+
+
+def test_a_prompt_is_read_in_passes_of_several_pages(tmp_path):
+    """So that an eighth of a pass is many rows; bits do not depend on it. A ring takes a page at a time."""
+    model, ids = made(tmp_path), np.random.default_rng(5).integers(0, 97, (1, 2100))
+    assert model._decoder.pass_tokens == 1024 and of_spec(window=9)._decoder.pass_tokens == 256
+    assert load()._decoder.pass_tokens == 256
+    first, second = model.new_cache(1, 2100), model.new_cache(1, 2100)
+    last = model(ids, first, last_only=True)
+    assert last.tobytes() == model(ids, second)[:, -1:].tobytes()
+    for a, b in zip(first.layers, second.layers, strict=True):
+        for left, right in zip(a.kv if hasattr(a, "kv") else a, b.kv if hasattr(b, "kv") else b, strict=True):
+            assert left.tobytes() == right.tobytes()

@@ -24,6 +24,8 @@ __all__ = ["DEFAULT_CONTEXT", "STORED", "Decoder"]
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 
+_ROUTED_PAGES = 4  # of a pass; an eighth of them is half a page
+
 STORED = "stored"  # the dtype of a model whose matrices are held as the file has them
 
 Floats = NDArray[np.float32]
@@ -65,6 +67,14 @@ class Decoder:
         return [r for r in (getattr(layer.mixer, "rope", None) for layer in self.spec.layers) if r is not None]
 
     @property
+    def pass_tokens(self) -> int:
+        """How many of a row's tokens a pass reads at most: a page of them. More where layers have routers, so that what
+        goes through is still many rows to a matrix; a window's ring takes a page at a time."""
+        routed = any(layer.router is not None for layer in self.spec.layers)
+        windows = any(getattr(layer.mixer, "window", None) is not None for layer in self.spec.layers)
+        return _ROUTED_PAGES * KV_CHUNK if routed and not windows else KV_CHUNK
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
         m = self._model
@@ -101,9 +111,9 @@ class Decoder:
 
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
                 hidden: bool = False, fresh: NDArray[np.bool_] | None = None) -> tuple[Any, Any]:
-        """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> logits (batch, n, vocab), with last_only
-        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for. fresh: as
-        ModelCache.extending. ValueError for logits of a model without a head."""
+        """ids (batch, n <= pass_tokens), the tokens after those in the cache -> logits (batch, n, vocab), or with
+        last_only (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for.
+        fresh: as ModelCache.extending. ValueError for logits of a model without a head."""
         if logits and self.spec.head.absent:
             raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
                              "false: it was saved without its head, and gives hidden states alone")
