@@ -234,6 +234,14 @@ def test_the_chosen_see_only_each_other_at_their_own_positions(rng):
     assert layer(other)[:, at[0]].tobytes() == layer(x)[:, at[0]].tobytes()
 
 
+@pytest.mark.parametrize("mode", ["topk", *MODES])
+def test_a_token_of_nan_passes_by_and_spoils_nobody(rng, mode):
+    layer, x = made(rng, mode), normal(rng, 1, 40, 48)
+    x[0, 5] = np.nan
+    y = layer(x)
+    assert y[0, 5].tobytes() == x[0, 5].tobytes() and np.isfinite(np.delete(y[0], 5, axis=0)).all()
+
+
 def test_topk_is_not_causal_and_the_others_are(rng):
     """A last token that is chosen takes the place of an earlier one."""
     x = normal(rng, 1, 40, 48)
