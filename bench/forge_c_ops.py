@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 import forge_c as fc
-from forge_c.nn import ModernTransformerBlock, SinusoidalPositionalEncoding
+from forge_c.nn import MixtureOfDepths, ModernTransformerBlock, SinusoidalPositionalEncoding
 
 Array = np.ndarray
 Call = Callable[[], Any]
@@ -196,15 +196,19 @@ def kv_append(k: Array, v: Array, *, past: int, room: int, dtype: str) -> Call:
     return call
 
 
-def block(x: Array, weights: dict[str, Any], *, past: tuple[Array, Array] | None = None, dtype: str) -> Call:
-    w, d_model = weights, x.shape[-1]
+def _block(weights: dict[str, Any], d_model: int, dtype: str) -> ModernTransformerBlock:
+    w = weights
     layer = ModernTransformerBlock(d_model, w["heads"], w["kv_heads"], hidden_dim=w["down"].shape[0],
                                    max_seq_len=len(w["cos"]), eps=w["eps"])
     layer.norm1.weight, layer.norm2.weight = w["norm1"], w["norm2"]
     a, ffn = layer.attention, layer.ffn
     a.W_q, a.W_k, a.W_v, a.W_o = (w[name] for name in "qkvo")
     ffn.W_up, ffn.W_gate, ffn.W_down = w["gate"], w["up"], w["down"]
-    layer = layer.astype(dtype)
+    return layer.astype(dtype)
+
+
+def block(x: Array, weights: dict[str, Any], *, past: tuple[Array, Array] | None = None, dtype: str) -> Call:
+    layer = _block(weights, x.shape[-1], dtype)
     if past is None:
         return lambda: layer(x)
     before = past[0].shape[1]
@@ -216,6 +220,17 @@ def block(x: Array, weights: dict[str, Any], *, past: tuple[Array, Array] | None
         return y
 
     return call
+
+
+def route_tokens(x: Array, weight: Array, *, dtype: str) -> Call:
+    t = x.astype(dtype)
+    return lambda: fc.route_tokens(t, weight)[1]
+
+
+def routed_block(x: Array, weights: dict[str, Any], router: Array, *, dtype: str) -> Call:
+    layer = MixtureOfDepths(_block(weights, x.shape[-1], dtype), x.shape[-1])
+    layer.router = router
+    return lambda: layer(x)
 
 
 def model_prefill(folder: Path, ids: Array, *, dtype: str) -> Call:

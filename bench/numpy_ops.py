@@ -399,6 +399,28 @@ def _layer(x: Array, w: dict[str, Any], cache: _Cache, past: int) -> Array:
     return _swiglu(hidden, h @ w["up"], np.empty_like(hidden)) @ w["down"] + x
 
 
+def route_tokens(x: Array, weight: Array, *, dtype: str) -> Call:
+    """An eighth of the tokens, the fastest way that NumPy has; the gates come in the order of the tokens."""
+    def call() -> Array:
+        r = x @ weight
+        count = r.shape[1] // 8
+        return np.take_along_axis(r, np.sort(np.argpartition(r, -count, axis=1)[:, -count:], axis=1), axis=1)
+
+    return call
+
+
+def routed_block(x: Array, weights: dict[str, Any], router: Array, *, dtype: str) -> Call:
+    def call() -> Array:
+        out, r = x.copy(), x[0] @ router
+        at = np.sort(np.argpartition(r, -(len(r) // 8))[-(len(r) // 8):])
+        placed = weights | {"cos": weights["cos"][at], "sin": weights["sin"][at]}
+        y = _layer(x[0, at], placed, _Cache(weights, len(at)), 0)
+        out[0, at] += r[at, None] * (y - x[0, at])
+        return out
+
+    return call
+
+
 _NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q": "self_attn.q_proj",
           "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
           "up": "mlp.up_proj", "down": "mlp.down_proj"}

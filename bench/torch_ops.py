@@ -62,6 +62,16 @@ def softmax(x: Array, *, dtype: str) -> Call:
     return lambda: torch.softmax(t, -1, out=out)
 
 
+def route_tokens(x: Array, weight: Array, *, dtype: str) -> Call:
+    t, w = _cast(x, dtype), _cast(weight, dtype)
+
+    def call() -> Any:
+        r = (t @ w).float()
+        return r.gather(1, r.topk(r.shape[1] // 8, dim=1).indices.sort(dim=1).values)
+
+    return call
+
+
 def new_softmax(x: Array, *, dtype: str) -> Call:
     t = _cast(x, dtype)
     return lambda: F.softmax(t, dim=-1)

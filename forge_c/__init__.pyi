@@ -17,6 +17,7 @@ from forge_c.functional import merge_attention as merge_attention
 from forge_c.functional import relu as relu
 from forge_c.functional import rms_norm as rms_norm
 from forge_c.functional import rope as rope
+from forge_c.functional import route_tokens as route_tokens
 from forge_c.functional import set_num_threads as set_num_threads
 from forge_c.functional import silu as silu
 from forge_c.functional import softmax as softmax

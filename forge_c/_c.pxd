@@ -86,6 +86,13 @@ cdef extern from "forge.h" nogil:
     fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
                            ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale)
 
+    fc_status fc_router_logits(fc_dtype type, float *logits, const void *x, const float *weight, const fc_rows *rows,
+                               ptrdiff_t n)
+    fc_status fc_largest_logits(int64_t *indices, float *gate, const float *logits, ptrdiff_t batch, ptrdiff_t seq,
+                                ptrdiff_t count)
+    fc_status fc_gate_update(fc_dtype type, void *out, const void *x, const void *y, const float *gate,
+                             const fc_rows *rows, ptrdiff_t n)
+
     ctypedef enum fc_layout:
         FC_PACKED_F32
         FC_PACKED_BF16
@@ -234,10 +241,24 @@ cdef extern from "forge.h" nogil:
         fc_part_kind kind
         const void *weights
         fc_norm norm, post_norm
+    ctypedef struct fc_router:
+        const float *weight
+        float threshold
+        ptrdiff_t inner
+        fc_matrix up
+        const float *down
+        float down_bias
+    ctypedef struct fc_routed_state:
+        void *mixer
+        int64_t *positions
+        ptrdiff_t room
+        const int64_t *held
+        int64_t *chosen
     ctypedef struct fc_layer:
         fc_part mixer, mlp
         int parallel
         float residual_scale
+        const fc_router *router
     ctypedef struct fc_attention_weights:
         ptrdiff_t heads, kv_heads, head_dim
         fc_norm q_norm, k_norm

@@ -36,6 +36,7 @@ include "border/norms.pxi"
 include "border/activations.pxi"
 include "border/rope.pxi"
 include "border/linear.pxi"
+include "border/route_tokens.pxi"
 include "border/writer.pxi"
 include "border/cache.pxi"
 include "border/attention.pxi"
@@ -48,6 +49,6 @@ if os.environ.get("FORGE_C_ISA"):
 # Not KVPages, pack_columns, and what models are built from: what checks their arguments is the package above them.
 __all__ = [
     "KV_CHUNK", "PackedWeight", "attention", "available_isas", "embedding", "gated_linear", "geglu", "gelu",
-    "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope", "set_num_threads",
-    "silu", "softmax", "swiglu", "use_isa",
+    "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope", "route_tokens",
+    "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
 ]

@@ -481,5 +481,24 @@ def merge_attention(rng: Rng) -> Call:
     return Call("merge_attention", arrays, fc.merge_attention, check, 0, any_stride=tuple(arrays))
 
 
+def route_tokens(rng: Rng) -> Call:
+    batch, seq, n = int(rng.integers(0, 4)), int(pick(rng, (0, 1, 2, 3, 8, 50, 300))), int(pick(rng, LENGTHS))
+    capacity = float(pick(rng, (1e-9, 0.125, 0.3, 0.5, 0.99, 1.0)))
+    arrays = {"x": values(rng, (batch, seq, n), pick(rng, DTYPES), pick(rng, KINDS)),
+              "weight": values(rng, (n,), pick(rng, DTYPES), pick(rng, ("normal", "zero", "constant")))}
+
+    def check(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+        logits = fc.route_tokens(a["x"], a["weight"], capacity=1)[1]
+        size = np.abs(ref.f64(a["x"])) @ np.abs(ref.f64(a["weight"]))
+        sound = np.isfinite(size) & (size < OVERFLOW)
+        check_close("router_logits", logits[sound], (ref.f64(a["x"]) @ ref.f64(a["weight"]))[sound], n=n,
+                    magnitude=size[sound], more=n * 2.0**-149)
+        want = ref.route_tokens(logits[..., None], [1.0], capacity)
+        assert all(np.array_equal(g, w, equal_nan=True) for g, w in zip(got, want, strict=True)), "others are chosen"
+
+    return Call("route_tokens", arrays, partial(fc.route_tokens, capacity=capacity), check, 0, options=capacity)
+
+
 FORMS = (rms_norm, layer_norm, softmax, activation, activation, rope, embedding, embedding_packed, linear, linear,
-         linear_packed, linear_integers, linear_blocks, gated, attention, attention, attention_cache, merge_attention)
+         linear_packed, linear_integers, linear_blocks, gated, attention, attention, attention_cache, merge_attention,
+         route_tokens)

@@ -107,6 +107,19 @@ fc_status fc_rope(const fc_rope_args *args);
 fc_status fc_embedding(fc_dtype table_type, fc_dtype out_type, void *out, const void *table, const int64_t *ids,
                        ptrdiff_t count, ptrdiff_t n, ptrdiff_t ldtable, float scale);
 
+/* ---- mixture of depths: only some tokens go through a block ---- */
+
+/* logits (M), contiguous = x . weight (n); rows: of logits (unused) and x */
+fc_status fc_router_logits(fc_dtype type, float *logits, const void *x, const float *weight, const fc_rows *rows,
+                           ptrdiff_t n);
+/* Of each row of logits (B, S) the `count` <= S largest: their indices (B, count), ascending, and gate (B, count), the
+ * logits themselves. Of equal ones that of the lower index; NaN is less than any number. */
+fc_status fc_largest_logits(int64_t *indices, float *gate, const float *logits, ptrdiff_t batch, ptrdiff_t seq,
+                            ptrdiff_t count);
+/* out = (1 - gate (M)) x + gate y: tokens x and what a block made of them, y. rows: of out, x, y. */
+fc_status fc_gate_update(fc_dtype type, void *out, const void *x, const void *y, const float *gate, const fc_rows *rows,
+                         ptrdiff_t n);
+
 /* ---- linear: out (M, N) = out_scale (M) * (x (M, K) @ W (K, N) + bias (N)) + residual (M, N) ----
  * With an index of out the rows are stored in their order, so that residual = out with the same index adds to it,
  * however often a row is named: out[index[i]] += out_scale[i] * (x[i] W + bias). */
@@ -267,10 +280,34 @@ typedef struct {
     const void *weights; /* of the kind: fc_attention_weights, fc_mlp_weights, fc_called */
     fc_norm norm, post_norm;
 } fc_part;
+
+/* Mixture of depths: a token's logit is r = x . weight. Those with r > threshold go through the layer,
+ *     x' = (1 - r) x + r layer(x),
+ * seeing only each other; the others stay as they are. With a predictor it is those for which that is above 0:
+ *     silu(x up + bias) . down + down_bias
+ * The layer's mixer is FC_ATTENTION. */
+typedef struct {
+    const float *weight; /* (hidden) */
+    float threshold;
+    ptrdiff_t inner;   /* of the predictor; 0: there is none */
+    fc_matrix up;      /* (hidden, inner) */
+    const float *down; /* (inner) */
+    float down_bias;
+} fc_router;
+/* What such a layer remembers: the tokens that went through. */
+typedef struct {
+    void *mixer;         /* the mixer's own state, of as many tokens */
+    int64_t *positions;  /* (B, room): where those lie; the pass adds the new ones */
+    ptrdiff_t room;
+    const int64_t *held; /* (B): how many went through before the pass, */
+    int64_t *chosen;     /* (B), and, written by it, in it */
+} fc_routed_state;
+
 typedef struct {
     fc_part mixer, mlp;
     int parallel;
     float residual_scale;
+    const fc_router *router; /* or NULL: all tokens go through */
 } fc_layer;
 
 /* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. Queries,
@@ -326,7 +363,8 @@ typedef struct {
 typedef struct {
     size_t size; /* sizeof(fc_forward_args) of the caller */
     const fc_model *model;
-    void **states;        /* (n_layers) of the mixers' kinds: fc_attention_state, what fc_called takes, or NULL */
+    void **states;        /* (n_layers) of the mixers' kinds: fc_attention_state, what fc_called takes, or NULL; of a
+                           * layer with a router fc_routed_state */
     const int64_t *ids;   /* (B, S), already checked; NULL: x holds what the embedding would give */
     float *x;             /* (B, S, hidden): what the last layer gives, before the norm; or NULL, if there are ids */
     float *hidden;        /* (B, S, hidden) after the norm, may be x; or NULL */

@@ -118,7 +118,9 @@ struct fc_stream {
     X(gated_store_gelu_tanh, (void *out, const float *acc, const float *bias, const float *bias_up, ptrdiff_t n), out, \
       acc, bias, bias_up, n)                                                                                           \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
-      weight_a, weight_b, n)
+      weight_a, weight_b, n)                                                                                           \
+    X(router_logit, (float *logit, const void *x, const float *weight, ptrdiff_t n), logit, x, weight, n)              \
+    X(gate_update, (void *out, const void *x, const void *y, float gate, ptrdiff_t n), out, x, y, gate, n)
 
 #define FC_KERNELS(X)                                                                                                  \
     X(gemm_f32, (const struct fc_gemm *g))                                                                             \

@@ -19,6 +19,7 @@ static const struct {
     double append, read;                            /* a channel of a token, into pages and out of them */
     double score_flop, page_byte, query_block;      /* of attention: a product's operation, a byte of pages, a block */
     double page_value, fold;                        /* a plain value into a page; a value of a partial folded */
+    double router_logit, choose, gate_update;       /* of routed depth: a value; a token; a value */
 } fc_ns = {
     .flop = 0.01,
     .weight_byte = 0.04,
@@ -49,6 +50,9 @@ static const struct {
     .query_block = 200,
     .page_value = 0.4,
     .fold = 0.1,
+    .router_logit = 0.1,
+    .choose = 6,
+    .gate_update = 0.2,
 };
 
 /* Inputs of more bytes come from beyond the second cache: then the next row is prefetched. */

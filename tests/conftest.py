@@ -112,6 +112,10 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Call
     "quantized_linear": (lambda n, d, s: n + 6, 2.0**-149),
     # As gated_linear, from the line above.
     "quantized_gated_linear": (lambda n, d, s: 1.13 * (n + 6) + 10, 128 * SMALLEST_NORMAL),
+    # gamma_n of a dot product in any order. magnitude: |x| @ |weight|.
+    "router_logits": (lambda n, d, s: n + 1, 0.0),
+    # 1 - r, its product by x, and the sum with r y. magnitude: (1 + |r|) |x| + |r y|.
+    "gate_update": (lambda n, d, s: 3, 2.0**-149),
     # Every score is a dot product of length d, scaled (and capped: 4 more); an error e in the scores is 2e in
     # the weights; exp 4, twice; n additions above and below; one rescale a key at most. magnitude: p @ |v|.
     "attention": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16, SMALLEST_NORMAL),

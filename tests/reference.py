@@ -7,7 +7,7 @@ Letters: b batch, i query, j key, h query head, g key/value head, d channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -235,6 +235,25 @@ def gated_linear(x: ArrayLike, gate: ArrayLike, up: ArrayLike, bias: ArrayLike |
 def embedding(ids: ArrayLike, table: ArrayLike, *, scale: float = 1.0) -> F64:
     """scale * table[ids]."""
     return scale * f64(table)[np.asarray(ids)]
+
+
+# ---- mixture of depths: x (batch, seq, d), weight (d,) -----------------------------------------------
+
+def route_tokens(x: ArrayLike, weight: ArrayLike, capacity: float = 0.125) -> tuple[NDArray[np.int64], F64]:
+    """(indices, gate) (batch, c): the c = max(1, int(capacity * seq)) largest of x . weight, ascending by index; of
+    equal ones the lower index, and NaN is less than any number."""
+    r = f64(x) @ f64(weight)
+    count = min(r.shape[1], max(1, int(capacity * r.shape[1])))
+    indices = np.sort(np.argsort(-r, axis=1, kind="stable")[:, :count], axis=1)  # NumPy sorts NaN to the end
+    return indices, np.take_along_axis(r, indices, axis=1)
+
+
+def mixture_of_depths(x: ArrayLike, weight: ArrayLike, block: Callable[[F64, Any], F64], chosen: ArrayLike) -> F64:
+    """x + r (block(X, their positions) - X) where chosen (batch, seq), r = x . weight; x elsewhere."""
+    x, y = f64(x), f64(x).copy()
+    for b, at in enumerate(map(np.flatnonzero, np.asarray(chosen))):
+        y[b, at] += (x[b, at] @ f64(weight))[:, None] * (block(x[b, at], at) - x[b, at])
+    return y
 
 
 # ---- attention: q (b, i, h, d), k (b, j, g, d), v (b, j, g, v_dim) ----------------------------------

@@ -127,6 +127,37 @@ static void check_rope(ptrdiff_t pairs, int interleaved) {
     free(x), free(y), free(cosine), free(sine);
 }
 
+/* Half of S tokens, and these back in place; the gates of the others are no larger. */
+static void check_routing(ptrdiff_t n) {
+    enum { S = 10, C = 5 };
+    float *x = random_floats(S * n), *w = random_floats(n), *y = random_floats(C * n), logits[S], gate[C];
+    float *out = malloc((size_t)(S * n) * 4 + 4);
+    int64_t chosen[C];
+    fc_rows rows = dense_rows(S, 0, n * 4), places = dense_rows(C, n * 4, n * 4);
+    fc_router_logits(FC_F32, logits, x, w, &rows, n);
+    for (ptrdiff_t s = 0; s < S; s++) {
+        double e = 0, size = 0;
+        for (ptrdiff_t i = 0; i < n; i++) e += (double)x[s * n + i] * w[i], size += fabs((double)x[s * n + i] * w[i]);
+        expect(logits[s], e, (double)(n + 1) * U * size);
+    }
+    fc_largest_logits(chosen, gate, logits, 1, S, C);
+    memcpy(out, x, (size_t)(S * n) * 4);
+    places.index[0] = places.index[1] = chosen;
+    places.stride[2][0] = n * 4;
+    fc_gate_update(FC_F32, out, out, y, gate, &places, n);
+    for (ptrdiff_t s = 0, c = 0; s < S; s++) {
+        const int goes = c < C && chosen[c] == s;
+        for (ptrdiff_t j = 0; !goes && j < C; j++) expect(logits[s] > gate[j], 0, 0);
+        if (goes) expect(gate[c], logits[s], 0);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            double r = goes ? logits[s] : 0, p = x[s * n + i], q = goes ? y[c * n + i] : 0;
+            expect(out[s * n + i], (1 - r) * p + r * q, goes ? 4 * U * ((1 + fabs(r)) * fabs(p) + fabs(r * q)) : 0);
+        }
+        c += goes;
+    }
+    free(x), free(w), free(y), free(out);
+}
+
 static void check_linear(ptrdiff_t m, ptrdiff_t k, ptrdiff_t n) {
     float *x = random_floats(m * k), *w = random_floats(k * n), *bias = random_floats(n), *y = random_floats(m * n);
     float *columns = random_floats(k * n), *first = random_floats(m * n);
@@ -268,6 +299,8 @@ int main(void) {
         report("float16, bfloat16");
         for (ptrdiff_t pairs = 1; pairs <= 40; pairs++) check_rope(pairs, 0), check_rope(pairs, 1);
         report("rope");
+        for (ptrdiff_t n = 1; n <= 70; n++) check_routing(n);
+        report("routing");
         for (ptrdiff_t m = 1; m <= 15; m++)
             for (ptrdiff_t n = 1; n <= 67; n += 11) check_linear(m, 3 * n + m, n);
         check_linear(33, 515, 130);

@@ -170,6 +170,39 @@ cdef class CalledPart(Part):
         self.w.call, self.w.self = call_python, <void *>call
 
 
+cdef class Router:
+    """Which tokens go through a layer (mixture of depths): weight (hidden,); those whose logit x . weight is above
+    threshold, or, with a predictor, those for which silu(x up + up_bias) . down + down_bias is above 0: up (hidden,
+    inner), up_bias and down (inner,)."""
+    cdef fc_router c
+    cdef readonly ptrdiff_t hidden
+    cdef readonly object nbytes
+    cdef readonly object params  # weights of its matrix
+    cdef readonly dict arguments  # that make another
+    cdef list held
+
+    def __init__(self, weight not None, double threshold=0.0, *, PackedWeight up=None, up_bias=None, down=None,
+                 double down_bias=0.0):
+        cdef cnp.ndarray w = parameter("Router", "weight", weight, np.size(weight))
+        cdef cnp.ndarray b, d
+        self.hidden, self.held = w.shape[0], [w]
+        self.c.weight, self.c.threshold, self.params = floats(w), <float>threshold, 0
+        if up is not None:
+            one_matrix("Router", "up", up)
+            if up.k != self.hidden:
+                raise ValueError(f"Router: up has shape {up.shape}, expected ({self.hidden}, inner)")
+            if down is None:
+                raise TypeError(f"Router: down is None, expected an array ({up.n},)")
+            b, d = parameter("Router", "up_bias", up_bias, up.n), parameter("Router", "down", down, up.n)
+            self.c.inner, self.c.up, self.c.down, self.c.down_bias = up.n, matrix_of(up), floats(d), <float>down_bias
+            self.c.up.bias = floats(b)
+            self.held += [up, d] if b is None else [up, d, b]
+            self.params = up.n * self.hidden
+        self.nbytes = sum([one.nbytes for one in self.held])
+        self.arguments = {"weight": weight, "threshold": threshold, "up": up, "up_bias": up_bias, "down": down,
+                          "down_bias": down_bias}
+
+
 cdef fc_status call_python(void *call, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
                            ptrdiff_t hidden, const int64_t *start) noexcept nogil:
     with gil:
@@ -216,9 +249,41 @@ cdef class AttentionState:
             self.positions = cnp.PyArray_DIM(cos, 0)
 
 
+cdef class RoutedState:
+    """What a layer with a Router remembers: the AttentionState of the tokens that went through, and their positions
+    (batch, room), held (batch,) of each row; chosen (batch,): how many of a pass, which a forward pass writes. All
+    int64 and contiguous."""
+    cdef fc_routed_state c
+    cdef readonly AttentionState mixer
+    cdef tuple kept
+    cdef ptrdiff_t batch
+
+    def __init__(self, AttentionState mixer not None, cnp.ndarray positions not None, cnp.ndarray held not None,
+                 cnp.ndarray chosen not None):
+        self.mixer, self.kept, self.batch = mixer, (positions, held, chosen), held.size
+        for a, shape in zip(self.kept, ((self.batch, positions.size // max(self.batch, 1)), (self.batch,),
+                                        (self.batch,))):
+            if a.dtype != np.int64 or a.shape != shape or not a.flags.c_contiguous:
+                raise ValueError(f"RoutedState: an array has shape {a.shape} and dtype {a.dtype}, expected int64 "
+                                 f"{shape}, contiguous")
+        self.c.mixer = &mixer.c
+        self.c.positions = <int64_t *>cnp.PyArray_DATA(positions)
+        self.c.room = cnp.PyArray_DIM(positions, 1)
+        self.c.held, self.c.chosen = <const int64_t *>cnp.PyArray_DATA(held), <int64_t *>cnp.PyArray_DATA(chosen)
+
+    @property
+    def positions(self):
+        """How many it can rotate."""
+        return self.mixer.positions
+
+    def rotate_by(self, table):
+        """Another RopeTable, for more positions."""
+        self.mixer.rotate_by(table)
+
+
 cdef class StateTable:
-    """Each layer's state as src_c takes it, made once: AttentionState, any object for a CalledPart, or None; and the
-    scratch memory of forward passes over them."""
+    """Each layer's state as src_c takes it, made once: AttentionState, RoutedState, any object for a CalledPart, or
+    None; and the scratch memory of forward passes over them."""
     cdef void **states
     cdef readonly list held
     cdef fc_workspace *workspace
@@ -234,6 +299,8 @@ cdef class StateTable:
             self.states[i] = <void *>state
             if isinstance(state, AttentionState):
                 self.states[i] = &(<AttentionState>state).c
+            elif isinstance(state, RoutedState):
+                self.states[i] = &(<RoutedState>state).c
 
     def __dealloc__(self):
         fc_workspace_free(self.workspace)
@@ -241,8 +308,9 @@ cdef class StateTable:
 
 
 cdef class LayeredModel:
-    """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None;
-    embedding (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
+    """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and a
+    Router behind them where a layer has one; embedding (vocab, hidden), or packed as (hidden, vocab), so that it may be
+    the head; head (hidden, vocab)."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
@@ -254,7 +322,8 @@ cdef class LayeredModel:
     def __cinit__(self, embedding not None, list layers not None, Norm norm not None,
                   PackedWeight head not None, *, double embedding_scale=1.0):
         cdef ptrdiff_t i
-        self.held, self.parts = layers, [part for layer in layers for part in layer[:2] if part is not None]
+        self.held = layers
+        self.parts = [part for layer in layers for part in (*layer[:2], *layer[4:]) if part is not None]
         self.embedding, self.norm, self.head = embedding, norm, head
         self.c.hidden, self.c.vocab = norm.n, head.n
         if head.k != norm.n:
@@ -267,10 +336,11 @@ cdef class LayeredModel:
             raise MemoryError("LayeredModel: no memory")
         memset(self.layers, 0, len(layers) * sizeof(fc_layer))
         self.c.layers, self.c.n_layers = self.layers, len(layers)
-        for i, (mixer, mlp, parallel, scale) in enumerate(layers):
+        for i, (mixer, mlp, parallel, scale, *router) in enumerate(layers):
             layer_part(&self.layers[i].mixer, mixer, norm.n)
             layer_part(&self.layers[i].mlp, mlp, norm.n)
             self.layers[i].parallel, self.layers[i].residual_scale = bool(parallel), scale
+            layer_router(&self.layers[i], router[0] if router else None, norm.n)
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
@@ -314,7 +384,7 @@ cdef class LayeredModel:
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
         for i, state in enumerate(states.held):
-            check_state(&self.c.layers[i].mixer, i, state, longest)
+            check_state(&self.c.layers[i], i, state, a.batch, a.seq, longest)
         a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
         if logits:
             dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
@@ -330,10 +400,18 @@ cdef class LayeredModel:
         return y, h
 
 
-cdef int check_state(const fc_part *mixer, ptrdiff_t i, object state, ptrdiff_t longest) except -1:
+cdef int check_state(const fc_layer *layer, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
+                     ptrdiff_t longest) except -1:
     """Whether the pass may take `state` for what layer i remembers: src_c follows the pointers in it."""
+    cdef const fc_part *mixer = &layer.mixer
     cdef const fc_attention_weights *w
     cdef AttentionState s
+    if (layer.router != NULL) != isinstance(state, RoutedState):
+        raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected a RoutedState for a layer with a "
+                        "Router, and for no other")
+    if layer.router != NULL:
+        check_routed(i, state, batch, seq)
+        state = (<RoutedState>state).mixer
     if (mixer.kind == FC_ATTENTION) != isinstance(state, AttentionState):
         raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected an AttentionState for an "
                         "AttentionPart, and none for anything else")
@@ -345,6 +423,27 @@ cdef int check_state(const fc_part *mixer, ptrdiff_t i, object state, ptrdiff_t 
                          f"{s.pages.c.v_dim} channels, expected {w.kv_heads} of {w.head_dim} and {w.head_dim}")
     if longest > s.positions:
         raise IndexError(f"forward: position {longest - 1} is outside the table of {s.positions}")
+    return 0
+
+
+cdef int check_routed(ptrdiff_t i, RoutedState state, ptrdiff_t batch, ptrdiff_t seq) except -1:
+    """It is of so many rows, with room for so many more tokens each."""
+    cdef ptrdiff_t b
+    if state.batch != batch:
+        raise ValueError(f"forward: state {i} has {state.batch} rows, expected {batch}")
+    for b in range(batch):
+        if not 0 <= state.c.held[b] <= state.c.room - seq:
+            raise ValueError(f"forward: state {i} has room for {state.c.room} tokens, expected {state.c.held[b] + seq}")
+    return 0
+
+
+cdef int layer_router(fc_layer *layer, object router, ptrdiff_t hidden) except -1:
+    if router is None:
+        return 0
+    if not isinstance(router, Router) or (<Router>router).hidden != hidden or layer.mixer.kind != FC_ATTENTION:
+        raise ValueError(f"LayeredModel: a layer has {router!r}, expected a Router of {hidden} channels, around an "
+                         "AttentionPart")
+    layer.router = &(<Router>router).c
     return 0
 
 

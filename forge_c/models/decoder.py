@@ -24,6 +24,8 @@ __all__ = ["DEFAULT_CONTEXT", "STORED", "Decoder"]
 
 DEFAULT_CONTEXT = 4096  # of new_cache, so that a model made for a million tokens does not ask for their memory
 
+_ROUTED_PAGES = 4  # of a pass; an eighth of them is half a page
+
 STORED = "stored"  # the dtype of a model whose matrices are held as the file has them
 
 Floats = NDArray[np.float32]
@@ -58,11 +60,19 @@ class Decoder:
 
     def _describe(self, spec: ModelSpec, dtype: str) -> None:
         self.spec, self.dtype = spec, dtype
-        self.kinds = tuple(layer.mixer for layer in spec.layers)  # a cache is one of these
+        self.kinds = tuple(layer.remembers for layer in spec.layers)  # a cache is one of these
         self._tables = RopeTables()
 
     def _ropes(self) -> list[Rope]:
         return [r for r in (getattr(layer.mixer, "rope", None) for layer in self.spec.layers) if r is not None]
+
+    @property
+    def pass_tokens(self) -> int:
+        """How many of a row's tokens a pass reads at most: a page of them. More where layers have routers, so that what
+        goes through is still many rows to a matrix; a window's ring takes a page at a time."""
+        routed = any(layer.router is not None for layer in self.spec.layers)
+        windows = any(getattr(layer.mixer, "window", None) is not None for layer in self.spec.layers)
+        return _ROUTED_PAGES * KV_CHUNK if routed and not windows else KV_CHUNK
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +82,8 @@ class Decoder:
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes of weights that one step reads: all but an embedding of its own, of which it reads a row a token."""
+        """Bytes of weights that one step reads: all but an embedding of its own, of which it reads a row a token. Where
+        layers have routers, the most that it may read: a layer through which no token goes is left alone."""
         m = self._model
         return sum(part.nbytes for part in m.parts) + m.norm.nbytes + m.head.nbytes
 
@@ -100,9 +111,9 @@ class Decoder:
 
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
                 hidden: bool = False, fresh: NDArray[np.bool_] | None = None) -> tuple[Any, Any]:
-        """ids (batch, n <= KV_CHUNK), the tokens after those in the cache -> logits (batch, n, vocab), with last_only
-        (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for. fresh: as
-        ModelCache.extending. ValueError for logits of a model without a head."""
+        """ids (batch, n <= pass_tokens), the tokens after those in the cache -> logits (batch, n, vocab), or with
+        last_only (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for.
+        fresh: as ModelCache.extending. ValueError for logits of a model without a head."""
         if logits and self.spec.head.absent:
             raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
                              "false: it was saved without its head, and gives hidden states alone")

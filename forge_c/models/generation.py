@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forge_c.functional import KV_CHUNK
 from forge_c.models.completion import Completion, FinishReason
 from forge_c.models.decoder import Decoder
 from forge_c.models.sampling import Sampler, log_probabilities, most_likely
@@ -294,8 +293,8 @@ def prefill(decoder: Decoder, ids: Ids, cache: ModelCache, *, logits: bool = Tru
     called with how many have been read."""
     found: Any = None
     with cache.expecting(len(ids)):
-        for start in range(0, len(ids), KV_CHUNK):
-            stop = start + KV_CHUNK
+        for start in range(0, len(ids), decoder.pass_tokens):
+            stop = start + decoder.pass_tokens
             found, _ = decoder.forward(ids[None, start:stop], cache, logits=logits and stop >= len(ids), last_only=True)
             progress(min(stop, len(ids)))
     return np.empty(0, np.float32) if found is None else found[0, 0]

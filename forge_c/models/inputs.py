@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from forge_c.functional import attention, embedding, gelu, layer_norm, linear, relu, rms_norm, rope, silu
 from forge_c.models.parts import norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, ModelSpec, Norm
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, ModelSpec, Norm, Router
 from forge_c.models.weights import Tensors
 
 Floats = NDArray[np.float32]
@@ -88,6 +88,7 @@ class _Floats:
 
     def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, tables: RopeTables) -> None:
         self.checkpoint, self.prefix, self.hidden, self.tables = checkpoint, prefix, hidden, tables
+        self.positions: NDArray[np.int64] | None = None  # of the tokens that go through, behind a router
 
     def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
         """(in, out) for linear."""
@@ -143,9 +144,12 @@ def _(kind: Attention, source: _Floats) -> Callable[[Floats, See], Floats]:
         n = x.shape[1]
         q, k, v = q.reshape(1, n, heads, d), k.reshape(1, n, keys, d), v.reshape(1, n, keys, d)
         q, k = (a if norm is None else norm(np.ascontiguousarray(a)) for a, norm in zip((q, k), norms, strict=True))
+        at = source.positions
         if table is not None:
-            q, k = rope(q, table(n, n)), rope(k, table(n, n))
-        found = attention(q, k, v, causal=True, scale=kind.scale, softcap=kind.softcap, window=kind.window)
+            length = n if at is None else int(at[-1]) + 1
+            q, k = (rope(a, table(length, length), positions=at) for a in (q, k))
+        found = attention(q, k, v, causal=True, scale=kind.scale, softcap=kind.softcap, window=kind.window,
+                          q_positions=at, kv_positions=at)
         flat = found.reshape(1, n, heads * d)
         see("self_attn.o_proj", flat)
         return linear(flat, out, out_bias)
@@ -203,6 +207,29 @@ def _through(layer: LayerSpec, source: _Floats, texts: Sequence[Floats], see: Se
         y = part(x if before is None else before(x), see)
         return np.float32(layer.residual_scale) * (y if after is None else after(y))
 
-    for x in texts:
+    def whole(x: Floats) -> Any:
         first = x + branch(x, steps[0])
-        yield first + branch(x if layer.parallel else first, steps[1])
+        return first + branch(x if layer.parallel else first, steps[1])
+
+    for x in texts:
+        if layer.router is None:
+            yield whole(x)
+            continue
+        gate, at = _routed(layer.router, source, x[0])
+        out = x.copy()
+        if len(at):
+            source.positions = at
+            r = gate[at, None]
+            out[0, at] = (1 - r) * x[0, at] + r * whole(x[:, at])[0]
+        yield out
+
+
+def _routed(router: Router, source: _Floats, x: Floats) -> tuple[Floats, NDArray[np.intp]]:
+    """(logits (n,), which tokens go through) of x (n, hidden)."""
+    logits = x @ source.matrix("router", 1, source.hidden).astype(np.float32)[:, 0]
+    if router.predictor is None:
+        return logits, np.flatnonzero(logits > np.float32(router.threshold))
+    up, down = "router.predictor.up", "router.predictor.down"
+    inner = silu(linear(x, source.matrix(up, router.predictor, source.hidden), source.bias(True, up, router.predictor)))
+    scores = inner @ source.matrix(down, 1, router.predictor).astype(np.float32)[:, 0]
+    return logits, np.flatnonzero(scores + source.checkpoint.take(f"{source.prefix}{down}.bias", (1,)) > 0)

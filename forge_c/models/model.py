@@ -170,7 +170,8 @@ def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *,
     dtype = "bfloat16" if dtype == "auto" else dtype
     _check_activations("random_model", activations, dtype)
     spec = model_spec(shape_config(shape))
-    return Model(Decoder(spec, RandomCheckpoint(), dtype, _bar, activations), None, frozenset())
+    checkpoint = RandomCheckpoint(routed=any(layer.router is not None for layer in spec.layers))
+    return Model(Decoder(spec, checkpoint, dtype, _bar, activations), None, frozenset())
 
 
 def _check_importance(importance: Any) -> None:
@@ -301,11 +302,11 @@ class Model:
             RuntimeError: another thread is using the cache.
         """
         tokens, cache = self._fed("model", ids, cache)
-        batch, seq = tokens.shape
+        (batch, seq), most = tokens.shape, self._decoder.pass_tokens if last_only else KV_CHUNK
         logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
         with all_or_nothing(cache, seq):
-            for start in range(0, seq if batch else 0, KV_CHUNK):
-                chunk, wanted = slice(start, start + KV_CHUNK), not last_only or start + KV_CHUNK >= seq
+            for start in range(0, seq if batch else 0, most):
+                chunk, wanted = slice(start, start + most), not last_only or start + most >= seq
                 found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
                 if wanted:
                     logits[:, slice(None) if last_only else chunk] = found

@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.formats.layout import Activations, PackDtype
-from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part
+from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part, Router
 from forge_c.models.balance import balance
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Routed
 from forge_c.models.spec import Norm as NormSpec
+from forge_c.models.spec import Router as RouterSpec
 from forge_c.models.weights import StoredTensors, Tensors
 from forge_c.packing import pack, pack_blocks, pack_gated, pack_gated_blocks
 from forge_c.state.kv import KVCache
+from forge_c.state.routed import RoutedCache
 
 Floats = NDArray[np.float32]
 
@@ -197,6 +199,11 @@ def _(kind: MLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
                    down_bias=source.bias(kind.bias, ("mlp.down_proj", source.hidden)))
 
 
+@new_state.register
+def _(kind: Routed, batch: int, max_seq_len: int, dtype: str) -> RoutedCache:
+    return RoutedCache(new_state(kind.mixer, batch, max_seq_len, dtype))
+
+
 # ---- a layer ----
 
 # Names of the norms before and after the mixer, and before and after the mlp.
@@ -212,8 +219,20 @@ def norm_names(layer: LayerSpec) -> tuple[tuple[str | None, str | None], tuple[s
     return (before, after), (before_mlp, after_mlp)
 
 
-def build_layer(layer: LayerSpec, source: LayerSource) -> tuple[Part | None, Part | None, bool, float]:
-    """(mixer, mlp, parallel, residual scale), as LayeredModel takes a layer."""
+def build_router(spec: RouterSpec, source: LayerSource) -> Router:
+    """In float32 whatever the layer's format: which tokens go through is no matter of formats."""
+    hidden, inner = source.hidden, spec.predictor
+    weight = source.matrix("router", 1, hidden).astype(np.float32).reshape(hidden)
+    if inner is None:
+        return Router(weight, spec.threshold)
+    up = pack(source.matrix("router.predictor.up", inner, hidden).T, "float32")
+    down = source.matrix("router.predictor.down", 1, inner).astype(np.float32).reshape(inner)
+    return Router(weight, spec.threshold, up=up, up_bias=source.vector("router.predictor.up.bias", inner), down=down,
+                  down_bias=float(source.vector("router.predictor.down.bias", 1)[0]))
+
+
+def build_layer(layer: LayerSpec, source: LayerSource) -> tuple[Any, ...]:
+    """(mixer, mlp, parallel, residual scale), and the router if there is one, as LayeredModel takes a layer."""
     (before, after), (before_mlp, after_mlp) = norm_names(layer)
 
     def norms_of(*names: str | None) -> Callable[[], Norms]:
@@ -224,4 +243,5 @@ def build_layer(layer: LayerSpec, source: LayerSource) -> tuple[Part | None, Par
 
     mixer = build_part(layer.mixer, source, norms_of(before, after))
     mlp = build_part(layer.mlp, source, norms_of(before_mlp, after_mlp))
-    return mixer, mlp, layer.parallel, layer.residual_scale
+    made = mixer, mlp, layer.parallel, layer.residual_scale
+    return made if layer.router is None else (*made, build_router(layer.router, source))

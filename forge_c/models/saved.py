@@ -6,7 +6,7 @@
 
 The arrays of packed weights are the panels as the kernels read them. VERSION changes whenever their bytes do; the facts
 of the formats that are in use stand in the file besides. A folder is as little trusted as any other: the objects are of
-four classes, which check what they are made of, every size is compared with the file's, and nothing is executed.
+five classes, which check what they are made of, every size is compared with the file's, and nothing is executed.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from forge_c.files import new_folder, open_regular, read_json
-from forge_c.functional import AttentionPart, LayeredModel, MLPPart, Norm, PackedWeight, _weight_formats
+from forge_c.functional import AttentionPart, LayeredModel, MLPPart, Norm, PackedWeight, Router, _weight_formats
 from forge_c.models.decoder import Decoder
 from forge_c.models.spec import Attention, LayerSpec, ModelSpec
 from forge_c.models.spec.document import from_document, to_document
@@ -43,7 +43,7 @@ _MOST_AXES = 4
 _DTYPES = {"uint8": np.dtype(np.uint8), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
            "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _MADE: Mapping[str, Any] = {"PackedWeight": PackedWeight, "Norm": Norm, "AttentionPart": AttentionPart,
-                            "MLPPart": MLPPart}
+                            "MLPPart": MLPPart, "Router": Router}
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError)
 
 
@@ -236,7 +236,8 @@ def _check_model(spec: ModelSpec, model: LayeredModel) -> None:
     if len(model.held) != spec.n_layers or (model.head.shape != (spec.hidden_size, spec.vocab_size)):
         raise ValueError(f"{len(model.held)} layers and a head of {model.head.shape}, expected {spec.n_layers} and "
                          f"{(spec.hidden_size, spec.vocab_size)}")
-    for i, (layer, (mixer, mlp, parallel, scale)) in enumerate(zip(spec.layers, model.held, strict=True)):
+    for i, (layer, (mixer, mlp, parallel, scale, *router)) in enumerate(zip(spec.layers, model.held, strict=True)):
+        _check_router(i, layer, router[0] if router else None)
         expected = _expected(layer)
         found = tuple({name: (part.arguments or {})[name] for name in wanted} if part is not None else {}
                       for part, wanted in zip((mixer, mlp), expected, strict=True))
@@ -245,6 +246,18 @@ def _check_model(spec: ModelSpec, model: LayeredModel) -> None:
         for part, kind in ((mixer, layer.mixer), (mlp, layer.mlp)):
             if (part is None) != (kind is None):
                 raise ValueError(f"layer {i} has {part}, expected {kind}")
+
+
+def _check_router(i: int, layer: LayerSpec, router: Any) -> None:
+    """ValueError unless layer i has one where the spec does, of its threshold and predictor."""
+    found = expected = None
+    if router is not None:
+        up = router.arguments["up"]
+        found = router.arguments["threshold"], None if up is None else up.shape[1]
+    if layer.router is not None:
+        expected = layer.router.threshold, layer.router.predictor
+    if found != expected:
+        raise ValueError(f"layer {i} has a router of {found}, expected {expected}")
 
 
 def _expected(layer: LayerSpec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 from forge_c.nn.activation import GELU, ReLU
 from forge_c.nn.attention import MultiHeadAttention
 from forge_c.nn.linear import Embedding, Linear
+from forge_c.nn.mixture_of_depths import MixtureOfDepths
 from forge_c.nn.modern_activations import GeGLU, SwiGLU, Swish
 from forge_c.nn.modern_attention import GroupedQueryAttention, MultiQueryAttention
 from forge_c.nn.normalization import LayerNorm, RMSNorm
@@ -9,9 +10,9 @@ from forge_c.nn.positional import RotaryPositionalEmbedding, SinusoidalPositiona
 from forge_c.nn.transformer import ModernTransformerBlock
 
 __all__ = [
-    "GELU", "Embedding", "GeGLU", "GroupedQueryAttention", "LayerNorm", "Linear", "ModernTransformerBlock",
-    "MultiHeadAttention", "MultiQueryAttention", "RMSNorm", "ReLU", "RotaryPositionalEmbedding",
-    "SinusoidalPositionalEncoding", "SwiGLU", "Swish",
+    "GELU", "Embedding", "GeGLU", "GroupedQueryAttention", "LayerNorm", "Linear", "MixtureOfDepths",
+    "ModernTransformerBlock", "MultiHeadAttention", "MultiQueryAttention", "RMSNorm", "ReLU",
+    "RotaryPositionalEmbedding", "SinusoidalPositionalEncoding", "SwiGLU", "Swish",
 ]
 
 

@@ -73,31 +73,36 @@ class GroupedQueryAttention(Layer):
 
     @overload
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: Literal[False] = False,
-                kv_cache: None = None, *,
-                residual: NDArray[Any] | None = None) -> NDArray[Any]: ...
+                kv_cache: None = None, *, residual: NDArray[Any] | None = None,
+                positions: NDArray[np.integer[Any]] | None = None) -> NDArray[Any]: ...
 
     @overload
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
-                kv_cache: KVCache | None = None, *,
-                residual: NDArray[Any] | None = None) -> Any: ...
+                kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None,
+                positions: NDArray[np.integer[Any]] | None = None) -> Any: ...
 
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
-                kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None) -> Any:
+                kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None,
+                positions: NDArray[np.integer[Any]] | None = None) -> Any:
         """x (batch, seq, d_model) -> (batch, seq, d_model), plus `residual` where given.
 
         mask: bool (True = attend; integers count as bool) or float added to the scores, broadcastable to
         (batch, n_heads, seq, kv_len). With use_cache or a kv_cache the result is (y, kv_cache), see the class.
+        positions (seq,) or (batch, seq): where x's tokens lie, ascending integers, and after what a cache holds; RoPE
+        turns by them and causal attention follows them. By default they follow one another, after the cache's tokens.
         """
         a = cast_input(self, "x", x)
         if a.ndim != 3 or a.shape[2] != self.d_model:
             raise ValueError(f"{type(self).__name__}: x has shape {a.shape}, expected (batch, seq, {self.d_model})")
+        placed = None if positions is None else self._placed(positions, a)
         if not use_cache and kv_cache is None:
-            q, k, v = self._project(a, 0)
-            return self._output(functional.attention(q, k, v, causal=self.causal, mask=_mask(mask)), residual)
+            q, k, v = self._project(a, 0, placed)
+            return self._output(functional.attention(q, k, v, causal=self.causal, mask=_mask(mask), q_positions=placed,
+                                                     kv_positions=placed), residual)
         cache = self._room(kv_cache, a)
         with cache.writing():
             past = cache.lengths
-            q, k, v = self._project(a, past)
+            q, k, v = self._project(a, past, placed)
             cache.append(k, v)
             try:
                 heads = functional.attention(q, cache, causal=True, mask=_mask(mask))
@@ -109,15 +114,24 @@ class GroupedQueryAttention(Layer):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _project(self, x: NDArray[Any], past: int | NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
-        """q (batch, seq, n_heads, head_dim), k and v (.., n_kv_heads, ..) of tokens that come after `past` others."""
+    def _placed(self, positions: NDArray[np.integer[Any]], x: NDArray[Any]) -> NDArray[np.integer[Any]]:
+        a = np.asarray(positions)
+        if a.dtype.kind not in "iu" or a.shape not in (x.shape[1:2], x.shape[:2]):
+            raise ValueError(f"{type(self).__name__}: positions has shape {a.shape} and dtype {a.dtype}, expected "
+                             f"integers {x.shape[1:2]} or {x.shape[:2]}")
+        return a
+
+    def _project(self, x: NDArray[Any], past: int | NDArray[np.int64],
+                 positions: NDArray[np.integer[Any]] | None) -> tuple[NDArray[Any], ...]:
+        """q (batch, seq, n_heads, head_dim), k and v (.., n_kv_heads, ..) of tokens at these positions, or after
+        `past` others."""
         batch, seq, _ = x.shape
         qkv = functional.linear(x, self._matrices["qkv"], self._joined("b_q", "b_k", "b_v"))
         heads = qkv.reshape(batch, seq, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
         turned, v = heads[:, :, : -self.n_kv_heads], heads[:, :, -self.n_kv_heads:]
         if self.rope is not None:
-            positions = np.arange(seq) + np.reshape(past, (-1, 1))
-            self.rope.rotate(turned, positions=positions if len(positions) > 1 else positions[0], out=turned)
+            at = np.arange(seq) + np.reshape(past, (-1, 1)) if positions is None else np.atleast_2d(positions)
+            self.rope.rotate(turned, positions=at if len(at) > 1 else at[0], out=turned)
         return turned[:, :, : self.n_heads], turned[:, :, self.n_heads:], v
 
     def _room(self, cache: KVCache | None, x: NDArray[Any]) -> KVCache:
@@ -163,18 +177,19 @@ class MultiQueryAttention(Layer):
 
     @overload
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: Literal[False] = False,
-                kv_cache: None = None, *,
-                residual: NDArray[Any] | None = None) -> NDArray[Any]: ...
+                kv_cache: None = None, *, residual: NDArray[Any] | None = None,
+                positions: NDArray[np.integer[Any]] | None = None) -> NDArray[Any]: ...
 
     @overload
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
-                kv_cache: KVCache | None = None, *,
-                residual: NDArray[Any] | None = None) -> Any: ...
+                kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None,
+                positions: NDArray[np.integer[Any]] | None = None) -> Any: ...
 
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
-                kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None) -> Any:
+                kv_cache: KVCache | None = None, *, residual: NDArray[Any] | None = None,
+                positions: NDArray[np.integer[Any]] | None = None) -> Any:
         """As GroupedQueryAttention."""
-        return self.gqa(x, mask, use_cache, kv_cache, residual=residual)
+        return self.gqa(x, mask, use_cache, kv_cache, residual=residual, positions=positions)
 
     if TYPE_CHECKING:
         __call__ = forward

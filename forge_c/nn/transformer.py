@@ -70,17 +70,17 @@ class ModernTransformerBlock(Layer):
 
     @overload
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: Literal[False] = False,
-                kv_cache: None = None) -> NDArray[Any]: ...
+                kv_cache: None = None, *, positions: NDArray[np.integer[Any]] | None = None) -> NDArray[Any]: ...
 
     @overload
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
-                kv_cache: KVCache | None = None) -> Any: ...
+                kv_cache: KVCache | None = None, *, positions: NDArray[np.integer[Any]] | None = None) -> Any: ...
 
     def forward(self, x: ArrayLike, mask: ArrayLike | None = None, use_cache: bool = False,
-                kv_cache: KVCache | None = None) -> Any:
-        """x (batch, seq, d_model) -> the same shape; mask and cache as in GroupedQueryAttention."""
+                kv_cache: KVCache | None = None, *, positions: NDArray[np.integer[Any]] | None = None) -> Any:
+        """x (batch, seq, d_model) -> the same shape; mask, cache and positions as in GroupedQueryAttention."""
         a = cast_input(self, "x", x)
-        h = self.attention(self.norm1(a), mask, use_cache, kv_cache, residual=a)
+        h = self.attention(self.norm1(a), mask, use_cache, kv_cache, residual=a, positions=positions)
         if isinstance(h, tuple):
             h, kv_cache = h
             return self.ffn(self.norm2(h), residual=h), kv_cache

@@ -15,12 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from forge_c.checks import checked_size
 from forge_c.files import new_folder, read_file, read_json
-from forge_c.functional import KV_CHUNK, AttentionState, StateTable, WriterLock, Writing
+from forge_c.functional import KV_CHUNK, AttentionState, RoutedState, StateTable, WriterLock, Writing
 from forge_c.state.angles import Angles, TableOf
 from forge_c.state.file import open_pages
 from forge_c.state.kv import KVCache
 from forge_c.state.layer import Counts
 from forge_c.state.lengths import checked_row, lengths_after, lengths_kept
+from forge_c.state.routed import RoutedCache
 
 if TYPE_CHECKING:
     from forge_c.models import Model
@@ -37,7 +38,8 @@ class ModelCache:
 
     One thread may use it at a time: a second one gets a RuntimeError. copy.copy, copy.deepcopy and pickle make an
     independent cache; that of a pickle is in memory, whatever this one is in. Attributes:
-        layers: the states, a KVCache for a layer of attention, None for a layer that remembers nothing.
+        layers: the states, a KVCache for a layer of attention, a RoutedCache for one with a router, None for a layer
+            that remembers nothing.
         max_seq_len: the longest a row may become.
         kinds: the mixers whose states they are, by the model's spec.
     """
@@ -299,7 +301,7 @@ class ModelCache:
             header = {"format": _FORMAT, "version": _VERSION, "kinds": list(map(repr, self.kinds)),
                       "lengths": self._lengths.tolist(), "written": self._written.tolist(),
                       "max_seq_len": self.max_seq_len,
-                      "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache)), "float32")}
+                      "dtype": next((s.dtype for s in self.layers if isinstance(s, KVCache | RoutedCache)), "float32")}
             if self._angles.tables:
                 (half / "angles.i64").write_bytes(self._angles.tobytes(self._lengths))
             (half / "ids.i32").write_bytes(b"".join(ids.astype("<i4").tobytes() for ids in self.ids))
@@ -339,6 +341,9 @@ class ModelCache:
             if isinstance(layer, KVCache) and ((cache._lengths != lengths) | (cache._written != written)).any():
                 raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} holds {cache._lengths.tolist()} "
                                  f"tokens, expected {lengths.tolist()}")
+            if isinstance(layer, RoutedCache) and not layer.is_within(lengths):
+                raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} holds tokens beyond the last of "
+                                 f"{lengths.tolist()}")
         cache._lengths[:], cache._written[:] = lengths, written
         cache._ids = _read_ids(folder / "ids.i32", lengths, model.config.vocab_size)
         if cache._angles.tables:
@@ -374,6 +379,8 @@ def _bound(state: Any, table_of: TableOf | None) -> Any:
     """What the forward pass is given of a layer's state: pages and rotation, or the state itself."""
     if isinstance(state, KVCache):
         return AttentionState(state._pages, None if table_of is None else table_of(1))
+    if isinstance(state, RoutedCache):
+        return RoutedState(_bound(state.kv, table_of), state._positions, state.kv._lengths, state._chosen)
     return state
 
 
@@ -410,7 +417,7 @@ def _check_files(folder: Path, layers: Sequence[Any], rows: int, room: int) -> N
     """ValueError unless the files of those layers that are KVCaches have as many rows and as much room: nothing is
     allocated for what the folder's header alone claims."""
     for i, layer in enumerate(layers):
-        if isinstance(layer, KVCache):
+        if isinstance(layer, KVCache | RoutedCache):
             held, _ = open_pages(_layer_file(folder, i), None)
             if (len(held.lengths), held.max_seq_len) != (rows, room):
                 raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} has {len(held.lengths)} rows of "

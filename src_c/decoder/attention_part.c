@@ -38,37 +38,62 @@ static void balance(const struct attention_pass *t) {
     }
 }
 
-/* Queries; keys are rotated on their way into the cache. */
+/* Queries; keys are rotated on their way into the cache, unless that holds them at other places than they have. */
 static fc_status rotate(const struct attention_pass *t) {
     const struct pass *p = t->p;
     if (!t->s->cos) return FC_OK;
     return fc_rope(&(fc_rope_args){
         .size = sizeof(fc_rope_args), .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin,
-        .positions = p->positions, .positions_stride = p->seq, .batch = p->batch, .seq = p->seq, .heads = t->w->heads,
-        .head_dim = t->w->head_dim, .rotary_pairs = t->s->rotary_pairs,
-        .x_stride = {p->seq * t->row, t->row, t->head}, .out_stride = {p->seq * t->row, t->row, t->head}});
+        .positions = p->positions, .batch = 1, .seq = p->rows, .heads = t->w->heads + (p->counts ? t->w->kv_heads : 0),
+        .head_dim = t->w->head_dim, .rotary_pairs = t->s->rotary_pairs, .x_stride = {0, t->row, t->head},
+        .out_stride = {0, t->row, t->head}});
 }
 
-static fc_status append(const struct attention_pass *t) {
+/* Rows [b, b + batch) of `seq` tokens each, which begin at `first` of all M; `cache`: of these rows. */
+struct some_rows {
+    ptrdiff_t b, batch, seq, first;
+    fc_kv_cache cache;
+};
+
+static fc_status append(const struct attention_pass *t, const struct some_rows *r) {
     const struct pass *p = t->p;
-    const float *k = t->qkv + t->w->heads * t->w->head_dim;
+    const float *k = t->qkv + r->first * (t->row / 4) + t->w->heads * t->w->head_dim;
     return fc_append(&(fc_append_args){
-        .size = sizeof(fc_append_args), .cache = t->s->kv, .type = FC_F32, .k = k,
-        .v = k + t->w->kv_heads * t->w->head_dim, .k_stride = {p->seq * t->row, t->row, t->head},
-        .v_stride = {p->seq * t->row, t->row, t->head}, .batch = p->batch, .seq = p->seq, .start = p->start,
-        .cos = t->s->cos, .sin = t->s->sin, .rotary_pairs = t->s->rotary_pairs, .workspace = p->workspace});
+        .size = sizeof(fc_append_args), .cache = &r->cache, .type = FC_F32, .k = k,
+        .v = k + t->w->kv_heads * t->w->head_dim, .k_stride = {r->seq * t->row, t->row, t->head},
+        .v_stride = {r->seq * t->row, t->row, t->head}, .batch = r->batch, .seq = r->seq, .start = p->start + r->b,
+        .cos = p->counts ? NULL : t->s->cos, .sin = t->s->sin, .rotary_pairs = t->s->rotary_pairs,
+        .workspace = p->workspace});
 }
 
-static fc_status attend(const struct attention_pass *t) {
+static fc_status attend(const struct attention_pass *t, const struct some_rows *r) {
     const struct pass *p = t->p;
     const fc_attention_weights *w = t->w;
     const ptrdiff_t out_row = w->heads * t->head;
+    const int apart = p->counts && w->window; /* without a window the order of tokens says who sees whom */
     return fc_attention(&(fc_attention_args){
-        .size = sizeof(fc_attention_args), .q_type = FC_F32, .out = t->attn_out, .q = t->qkv, .cache = t->s->kv,
-        .batch = p->batch, .q_len = p->seq, .kv_len = p->longest, .heads = w->heads, .kv_heads = w->kv_heads,
-        .head_dim = w->head_dim, .v_dim = w->head_dim, .q_stride = {p->seq * t->row, t->row, t->head},
-        .out_stride = {p->seq * out_row, out_row, t->head}, .kv_lens = p->lens, .causal = 1, .window = w->window,
+        .size = sizeof(fc_attention_args), .q_type = FC_F32, .out = t->attn_out + r->first * (out_row / 4),
+        .q = t->qkv + r->first * (t->row / 4), .cache = &r->cache, .batch = r->batch, .q_len = r->seq,
+        .kv_len = p->counts ? p->lens[r->b] : p->longest, .heads = w->heads, .kv_heads = w->kv_heads,
+        .head_dim = w->head_dim, .v_dim = w->head_dim, .q_stride = {r->seq * t->row, t->row, t->head},
+        .out_stride = {r->seq * out_row, out_row, t->head}, .kv_lens = p->lens + r->b,
+        .q_positions = apart ? p->positions + r->first : NULL,
+        .kv_positions = apart ? p->kv_positions + r->b * p->kv_room : NULL, .causal = 1, .window = w->window,
         .scale = w->scale, .softcap = w->softcap, .workspace = p->workspace});
+}
+
+/* All rows at once, or one after the other where they have different numbers of tokens. */
+static fc_status append_and_attend(const struct attention_pass *t) {
+    const struct pass *p = t->p;
+    struct some_rows r = {.batch = p->counts ? 1 : p->batch, .seq = p->seq, .cache = *t->s->kv};
+    fc_status status = FC_OK;
+    for (; r.b < p->batch && status == FC_OK; r.b += r.batch, r.cache.pages += r.batch * r.cache.pages_a_row) {
+        if (p->counts) r.seq = p->counts[r.b];
+        if (r.seq) status = append(t, &r);
+        if (r.seq && status == FC_OK) status = attend(t, &r);
+        r.first += r.batch * r.seq;
+    }
+    return status;
 }
 
 fc_status attention_part(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
@@ -85,8 +110,7 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     if (status == FC_OK) status = norm_heads(&t, &w->k_norm, w->heads, w->kv_heads);
     balance(&t);
     if (status == FC_OK) status = rotate(&t);
-    if (status == FC_OK) status = append(&t);
-    if (status == FC_OK) status = attend(&t);
+    if (status == FC_OK) status = append_and_attend(&t);
     if (status == FC_OK)
         status = project(p, out, p->hidden, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
     fc_scratch_free(&scratch);

@@ -114,7 +114,7 @@ static fc_status add_part(const struct pass *p, const fc_part *part, void *state
     return status == FC_OK ? add_scaled(p, x, x, y, scale) : status;
 }
 
-static fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y) {
+fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y) {
     const int both = layer->mixer.kind != FC_NO_PART && layer->mlp.kind != FC_NO_PART;
     if (!layer->parallel || !both) {
         const fc_status status = add_part(p, &layer->mixer, state, x, y, layer->residual_scale);
@@ -161,7 +161,9 @@ static fc_status forward_program(void *context) {
     const struct forward *ctx = context;
     fc_status status = embed(ctx);
     for (ptrdiff_t i = 0; i < ctx->args->model->n_layers && status == FC_OK; i++) {
-        status = run_layer(&ctx->p, ctx->args->model->layers + i, ctx->args->states[i], ctx->x, ctx->y);
+        const fc_layer *layer = ctx->args->model->layers + i;
+        status = layer->router ? routed_layer(&ctx->p, layer, ctx->args->states[i], ctx->x)
+                               : run_layer(&ctx->p, layer, ctx->args->states[i], ctx->x, ctx->y);
         if (status == FC_OK && ctx->p.rows > 1 && fc_interrupted()) status = FC_INTERRUPTED;
     }
     return status == FC_OK ? results(ctx) : status;

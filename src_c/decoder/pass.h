@@ -10,9 +10,13 @@ struct pass {
     fc_workspace *workspace;
     ptrdiff_t batch, seq, rows, hidden; /* rows M = B * S */
     const int64_t *start; /* (B) tokens that a row's states hold */
-    int64_t *positions;   /* (B, S) */
+    int64_t *positions;   /* (M) */
     int64_t *lens;        /* (B) start + S */
     int64_t longest;      /* of lens */
+    /* Behind a router rows have counts (B) tokens, M in all, one after the other, else NULL; S is what they had before.
+     * kv_positions (B, kv_room): where the tokens lie that went through, these included. */
+    const int64_t *counts, *kv_positions;
+    ptrdiff_t kv_room;
 };
 
 /* Of (rows, n) float32 */
@@ -22,6 +26,10 @@ static inline ptrdiff_t float_bytes(ptrdiff_t rows, ptrdiff_t n) { return fc_tim
 typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
                                 const float *residual);
 part_of_layer attention_part, mlp_part, called_part;
+
+/* x (M, hidden) = layer(x); y: as large. run_layer takes no notice of a router, routed_layer runs its tokens alone. */
+fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y);
+fc_status routed_layer(const struct pass *p, const fc_layer *layer, const fc_routed_state *state, float *x);
 
 /* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of out and residual out_stride floats apart, of x x_stride; norm
  * and residual may be NULL; gated: out (M, n), contiguous, = f(..) * (..), see fc_linear */

@@ -21,6 +21,7 @@
 #include "../kernels/rms_norm.h"
 #include "../kernels/roofline.h"
 #include "../kernels/rope.h"
+#include "../kernels/route_tokens.h"
 #include "../kernels/search.h"
 #include "../kernels/softmax.h"
 

@@ -10,7 +10,9 @@ from forge_c.models.spec.kinds import (
     ModelSpec,
     Norm,
     Rope,
+    Routed,
+    Router,
 )
 
 __all__ = ["FAMILIES", "MLP", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "ModelSpec", "Norm", "Rope",
-           "model_spec"]
+           "Routed", "Router", "model_spec"]

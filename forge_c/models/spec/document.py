@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forge_c.checks import short
-from forge_c.models.spec.kinds import MLP, Attention, GatedMLP, ModelSpec
+from forge_c.models.spec.kinds import ABSENT, MLP, Attention, GatedMLP, ModelSpec
 from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
 from forge_c.rotary import rope_table
 
@@ -20,7 +20,8 @@ _MOST_ITEMS = 1 << 20
 def to_document(value: Any) -> Any:
     """Dataclasses as objects; a part's has its kind's name, since a layer may have any."""
     if is_dataclass(value):
-        found = {field.name: to_document(getattr(value, field.name)) for field in fields(value)}
+        found = {field.name: to_document(getattr(value, field.name)) for field in fields(value)
+                 if ABSENT not in field.metadata or getattr(value, field.name) != field.default}
         return {"kind": type(value).__name__, **found} if type(value).__name__ in _PARTS else found
     if isinstance(value, Mapping):
         return {key: to_document(item) for key, item in value.items()}
@@ -37,6 +38,10 @@ def from_document(document: Any) -> ModelSpec:
     for i, layer in enumerate(spec.layers):
         if isinstance(layer.mixer, Attention):
             _check_attention(layer.mixer, f"spec.layers[{i}].mixer")
+        if layer.router is not None:
+            _check(layer.mixer, isinstance(layer.mixer, Attention), f"spec.layers[{i}].mixer")
+            size = layer.router.predictor
+            _check(size, size is None or 1 <= size <= MAX_WIDTH, f"spec.layers[{i}].router.predictor")
     return spec
 
 
@@ -83,13 +88,14 @@ def _plain(kind: Any, given: Any, where: str) -> Any:
 
 
 def _data(kind: type, given: Any, where: str) -> Any:
-    """A dataclass that has all of its fields, and no others."""
+    """A dataclass that has all of its fields but those that may be absent, and no others."""
     _check(given, isinstance(given, dict), where)
     names = [field.name for field in fields(kind)]
-    if given.keys() != set(names):
+    needed = {field.name for field in fields(kind) if ABSENT not in field.metadata}
+    if not needed <= given.keys() <= set(names):
         raise ValueError(f"{where} has {short(sorted(given))}, expected {', '.join(names)}")
     hints = get_type_hints(kind)
-    return kind(**{name: _value(hints[name], given[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _value(hints[name], given[name], f"{where}.{name}") for name in names if name in given})
 
 
 def _part(given: Any, where: str) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+ABSENT = "absent"  # in a field's metadata: a document leaves it out where it has its default
+
 # ---- what parts are made of ----
 
 
@@ -74,9 +76,32 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Router:
+    """Mixture of depths (arXiv 2404.02258): the tokens with r = x . w above the threshold go through the layer, seeing
+    only each other: (1 - r) x + r layer(x). predictor: inner channels of an MLP that says which, instead of r."""
+
+    threshold: float = 0.0
+    predictor: int | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer with a router remembers: of its mixer, the tokens that went through."""
+
+    mixer: Attention
+    router: Router
+
+    @property
+    def rope(self) -> Rope | None:
+        """The mixer's rotation."""
+        return self.mixer.rope
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """h = x + s mixer(x), h + s mlp(h); or, parallel, x + s (mixer(x) + mlp(x)).
-    mixer and mlp: data of a kind, or None. norms: before a part, after it, or both."""
+    mixer and mlp: data of a kind, or None. norms: before a part, after it, or both. router: of the tokens that go
+    through, or None: all do; with one the mixer is Attention."""
 
     mixer: Any
     mlp: Any
@@ -84,6 +109,12 @@ class LayerSpec:
     norms: Literal["pre", "post", "both"] = "pre"
     parallel: bool = False
     residual_scale: float = 1.0
+    router: Router | None = field(default=None, metadata={ABSENT: True})
+
+    @property
+    def remembers(self) -> Any:
+        """The kind whose state the layer has."""
+        return self.mixer if self.router is None else Routed(self.mixer, self.router)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,14 @@ _GRANITE = COMMON | BIASES | {"embedding_multiplier": 1.0, "attention_multiplier
 
 def llama(config: Mapping[str, Any]) -> ModelSpec:
     """Pre-norm layers of grouped-query attention and SwiGLU."""
-    c = Reader(config, _LLAMA)
+    return llama_as(config, {})[0]
+
+
+def llama_as(config: Mapping[str, Any], more: Mapping[str, Any]) -> tuple[ModelSpec, Reader]:
+    """(the spec, the config) of a family that is LLaMA and has keys `more` besides, with their defaults."""
+    c = Reader(config, _LLAMA | dict(more))
     layer = _layer(c)
-    return blocks.decoder(c, [layer] * blocks.sizes(c).layers, layer.norm)
+    return blocks.decoder(c, [layer] * blocks.sizes(c).layers, layer.norm), c
 
 
 def mistral(config: Mapping[str, Any]) -> ModelSpec:

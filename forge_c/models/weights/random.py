@@ -15,14 +15,21 @@ _LLAMA_1B: dict[str, Any] = {
     "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64,
     "max_position_embeddings": 4096, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }
+_TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-1.1b": _LLAMA_1B,
     "llama-1.1b-short": _LLAMA_1B | {"num_hidden_layers": 2},
-    "llama-tiny": _LLAMA_1B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
-                               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    "llama-1.1b-mod": _LLAMA_1B | {"model_type": "mixture_of_depths", "router_threshold": 1.33},
+    "llama-tiny": _LLAMA_1B | _TINY,
+    "llama-tiny-mod": _LLAMA_1B | _TINY | {"model_type": "mixture_of_depths", "num_hidden_layers": 4,
+                                           "router_threshold": [0.283, 0.235]},
 }
 _BLOCK = 1 << 22  # elements that are drawn once; every tensor is cut from them
 _STD = 0.02
+# In a model of routers embeddings stand out from what layers add, so that logits are normal, whatever the text: of std
+# 512 * 0.02 * sqrt(hidden) * 0.02 / 8. An eighth of all tokens is above 1.15 of that, the shapes' thresholds.
+_ROUTED = {"embed_tokens.weight": 512.0, "router.weight": 0.125}
 
 
 def shape_config(name: str) -> Mapping[str, Any]:
@@ -36,10 +43,11 @@ class RandomCheckpoint:
     """Holds every tensor that it is asked for: bfloat16, normal with std 0.02, and around 1 for a norm's weight.
 
     The same name and shape give the same values. They are cut from one block of random numbers at random offsets:
-    a model of gigabytes is there in seconds.
+    a model of gigabytes is there in seconds. routed: for a model with routers, an eighth of whose tokens go through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, routed: bool = False) -> None:
+        self._scales = _ROUTED if routed else {}
         drawn = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
         self._block = (drawn * np.float32(_STD)).astype(ml_dtypes.bfloat16)
 
@@ -62,6 +70,9 @@ class RandomCheckpoint:
             at += piece.size
         if name.endswith("norm.weight"):
             flat += ml_dtypes.bfloat16(1)
+        for ending, scale in self._scales.items():
+            if name.endswith(ending):
+                flat *= ml_dtypes.bfloat16(scale)
         return flat.reshape(shape)
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
