@@ -15,6 +15,7 @@ _IMPLEMENTATIONS = ("forge_c", "numpy", "torch", "onnxruntime")
 _TITLES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "softmax": "Softmax", "rope": "Rotary positions",
            "swiglu": "SwiGLU", "activations": "Activations", "linear": "Linear",
            "attention": "Grouped-query attention", "kv_cache": "KV cache", "transformer": "Transformer block",
+           "ssd_scan": "Mamba-2's scan", "gated_delta": "Gated delta rule", "s4d": "Diagonal state spaces",
            "models": "The embedded model",
            "mission": "Modern components and what they replace"}
 
