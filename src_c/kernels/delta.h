@@ -55,32 +55,35 @@ FC_INLINE vf tile_times(const float *tile, const float *q, ptrdiff_t n, int vect
 }
 
 FC_INLINE void delta_columns(const struct fc_head_scan *s, ptrdiff_t p0, int vectors, int each_n) {
-    const ptrdiff_t of_decay = (1 + s->queries) * s->kind, of_decayed = of_decay + each_n * s->kind;
+    /* in registers: stores to the tile might change *s, for all that the compiler knows */
+    const ptrdiff_t n = s->n, tokens = s->tokens, width = s->width, of_decay = (1 + s->queries) * s->kind;
+    const ptrdiff_t of_decayed = of_decay + each_n * s->kind;
+    float *tile = s->tile;
     struct delta_pass d = {.next = {{vf_zero(), vf_zero()}, {vf_zero(), vf_zero()}}};
     tile_in(s, p0, vectors, s->keys + of_decayed, d.next);
-    for (ptrdiff_t t = 0; t < s->tokens; t++) {
-        const float *keys = s->keys + t * s->token;
+    for (ptrdiff_t t = 0; t < tokens; t++) {
+        const float *keys = s->keys + t * s->token, *v = s->u + t * width + p0;
+        float *y = s->y + t * width + p0;
         d.k = keys, d.q = keys + s->kind, d.decays = keys + of_decay;
-        d.next_k = keys + of_decayed + (t + 1 < s->tokens ? s->token : 0);
+        d.next_k = keys + of_decayed + (t + 1 < tokens ? s->token : 0);
         d.decay = each_n ? vf_zero() : vf_load1(s->decay + t);
-        const float *v = s->u + t * s->width + p0;
-        float *y = s->y + t * s->width + p0;
+#pragma GCC unroll 2
         for (int c = 0; c < vectors; c++) {
             d.u[c] = vf_load1(s->beta + t) * (vf_load(v + c * FC_N) - (d.next[c][0] + d.next[c][1]));
             d.y[c][0] = d.y[c][1] = d.next[c][0] = d.next[c][1] = vf_zero();
         }
         ptrdiff_t i = 0;
-        for (; i + 2 <= s->n; i += 2) {
-            delta_row(&d, s->tile, i, 0, vectors, each_n);
-            delta_row(&d, s->tile, i + 1, 1, vectors, each_n);
+        for (; i + 2 <= n; i += 2) {
+            delta_row(&d, tile, i, 0, vectors, each_n);
+            delta_row(&d, tile, i + 1, 1, vectors, each_n);
         }
-        if (i < s->n) delta_row(&d, s->tile, i, 0, vectors, each_n);
-        for (int c = 0; c < vectors; c++) {
-            vf_store(y + c * FC_N, d.y[c][0] + d.y[c][1]);
-            for (ptrdiff_t r = 1; r < s->queries; r++)
-                vf_store(y + r * s->tokens * s->width + c * FC_N,
-                         tile_times(s->tile + c * FC_N, d.q + r * s->kind, s->n, vectors));
-        }
+        if (i < n) delta_row(&d, tile, i, 0, vectors, each_n);
+#pragma GCC unroll 2
+        for (int c = 0; c < vectors; c++) vf_store(y + c * FC_N, d.y[c][0] + d.y[c][1]);
+        for (ptrdiff_t r = 1; r < s->queries; r++)
+            for (int c = 0; c < vectors; c++)
+                vf_store(y + r * tokens * width + c * FC_N,
+                         tile_times(tile + c * FC_N, d.q + r * s->kind, n, vectors));
     }
     tile_out(s, p0, vectors);
 }

@@ -13,11 +13,12 @@ FC_INLINE vf of_mode(const float *modes, int m, int kind) {
 /* `modes` (FC_N / 2 or 1) of them from m0 on, FC_N channels from p0 on, over all tokens of the block */
 FC_INLINE void modes_over_tokens(const struct fc_head_scan *s, ptrdiff_t m0, ptrdiff_t p0, int modes) {
     const float *c = s->keys + p0 / FC_PANEL * s->line + m0 * FC_MODE_FLOATS * FC_PANEL + p0 % FC_PANEL;
+    const ptrdiff_t tokens = s->tokens, width = s->width;
     const float *u = s->u + p0;
     float *y = s->y + p0;
     vf x[FC_N]; /* real and imaginary part of each mode */
     state_in(x, s, 2 * m0, p0, 2 * modes);
-    for (ptrdiff_t t = 0; t < s->tokens; t++, u += s->width, y += s->width) {
+    for (ptrdiff_t t = 0; t < tokens; t++, u += width, y += width) {
         const vf ut = vf_load(u);
         vf sum = vf_load(y);
 #pragma GCC unroll 8

@@ -2,8 +2,8 @@
  *     S = decay S + k u^T,   y_r = S^T q_r          S (n, p), k and q (n), u and y (p)
  * Mamba-2 (arXiv 2405.21060) is  decay = e^(dt A),  u = dt x,  k = B,  q = C,  and then  y + D x,  times silu(z).
  *
- * A square of S stays in registers over a block of tokens: lanes are p, so that no sum crosses them, and each y is one
- * chain over n. A block of tokens only says how long a square stays, so that no bit depends on it. */
+ * A square of S stays in registers over a block of tokens: lanes are p, so that no sum crosses them, and each y is a
+ * chain over n, of two sums a square. A block of tokens only says how long a square stays, so that no bit depends on it. */
 
 /* h[j] = S[n0 + j] from p0 on, `rows` of them, zeros beyond p */
 FC_INLINE void state_in(vf h[FC_N], const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows) {
@@ -50,35 +50,44 @@ FC_INLINE void state_out(const vf h[FC_N], const struct fc_head_scan *s, ptrdiff
 /* `rows` (FC_N or 1) of S from n0 on, FC_N columns from p0 on, over all tokens of the block; adds their share to y.
  * each_n: whether every n has a decay of its own. */
 FC_INLINE void square_over_tokens(const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows, int each_n) {
-    const float *k = s->keys + n0 / FC_PANEL * s->line + n0 % FC_PANEL, *u = s->u + p0;
+    /* in registers: stores to y might change *s, for all that the compiler knows */
+    const ptrdiff_t tokens = s->tokens, queries = s->queries, kind = s->kind, token = s->token, width = s->width;
+    const float *k = s->keys + n0 / FC_PANEL * s->line + n0 % FC_PANEL, *u = s->u + p0, *decays = s->decay;
     float *y = s->y + p0;
-    const ptrdiff_t of_decay = (1 + s->queries) * s->kind;
     vf h[FC_N];
     state_in(h, s, n0, p0, rows);
-    for (ptrdiff_t t = 0; t < s->tokens; t++, k += s->token, u += s->width, y += s->width) {
-        const vf ut = vf_load(u), decay = each_n ? vf_zero() : vf_load1(s->decay + t);
+    for (ptrdiff_t t = 0; t < tokens; t++, k += token, u += width, y += width) {
+        const vf ut = vf_load(u), decay = each_n ? vf_zero() : vf_load1(decays + t);
 #pragma GCC unroll 16
         for (int j = 0; j < rows; j++) {
-            const vf kept = (each_n ? vf_load1(k + of_decay + j) : decay) * h[j];
+            const vf kept = (each_n ? vf_load1(k + (1 + queries) * kind + j) : decay) * h[j];
             h[j] = vf_fma(ut, vf_load1(k + j), kept);
         }
-        const float *q = k + s->kind;
+        const float *q = k + kind;
         float *yr = y;
-        for (ptrdiff_t r = 0; r < s->queries; r++, q += s->kind, yr += s->tokens * s->width) {
-            vf sum = vf_load(yr);
+        ptrdiff_t r = 0;
+        do {
+            vf sum[2] = {vf_load(yr), vf_zero()};
 #pragma GCC unroll 16
-            for (int j = 0; j < rows; j++) sum = vf_fma(h[j], vf_load1(q + j), sum);
-            vf_store(yr, sum);
-        }
+            for (int j = 0; j < rows; j++) sum[j % 2] = vf_fma(h[j], vf_load1(q + j), sum[j % 2]);
+            vf_store(yr, rows > 1 ? sum[0] + sum[1] : sum[0]);
+            q += kind, yr += tokens * width;
+        } while (++r < queries);
     }
     state_out(h, s, n0, p0, rows);
 }
 
+/* Squares of the same n and neighbouring p one after the other: a few columns of u and y, and k and q of FC_N n, stay in
+ * the first cache. */
 FC_INLINE void head_outer_any(const struct fc_head_scan *s, int each_n) {
-    for (ptrdiff_t p0 = 0; p0 < s->p; p0 += FC_N) {
+    enum { COLUMNS = 64 };
+    for (ptrdiff_t begin = 0; begin < s->p; begin += COLUMNS) {
+        const ptrdiff_t end = s->p - begin < COLUMNS ? s->p : begin + COLUMNS;
         ptrdiff_t n0 = 0;
-        for (; n0 + FC_N <= s->n; n0 += FC_N) square_over_tokens(s, n0, p0, FC_N, each_n);
-        for (; n0 < s->n; n0++) square_over_tokens(s, n0, p0, 1, each_n);
+        for (; n0 + FC_N <= s->n; n0 += FC_N)
+            for (ptrdiff_t p0 = begin; p0 < end; p0 += FC_N) square_over_tokens(s, n0, p0, FC_N, each_n);
+        for (; n0 < s->n; n0++)
+            for (ptrdiff_t p0 = begin; p0 < end; p0 += FC_N) square_over_tokens(s, n0, p0, 1, each_n);
     }
 }
 

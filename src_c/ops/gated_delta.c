@@ -6,7 +6,25 @@ static const char *token_of(const void *x, const ptrdiff_t *stride, const struct
     return (const char *)x + at->b * stride[0] + at->start * stride[1] + head * stride[2];
 }
 
-static void fill_decays(struct head_block *at, const char *k) {
+static const char *k_of(const struct head_block *at) {
+    const fc_gated_delta_args *a = at->heads->args;
+    return token_of(a->k, a->k_stride, at, at->h / (a->heads / a->k_heads));
+}
+
+static void fill_keys(struct head_block *at) {
+    const fc_gated_delta_args *a = at->heads->args;
+    const struct fc_kernels *kernels = at->heads->k;
+    const struct fc_head_scan *s = &at->scan;
+    kernels->head_rows[a->type](at->keys, s->token, s->line, k_of(at), a->k_stride[1], s->tokens, a->n, NULL, 1.0f);
+    for (ptrdiff_t r = 0; r < s->queries; r++) {
+        const ptrdiff_t head = a->q_heads > a->heads ? at->h * s->queries + r : at->h / (a->heads / a->q_heads);
+        const char *q = token_of(a->q, a->q_stride, at, head);
+        kernels->head_rows[a->type](at->keys + (1 + r) * s->kind, s->token, s->line, q, a->q_stride[1], s->tokens, a->n,
+                                    NULL, a->scale);
+    }
+}
+
+static void fill_decays(struct head_block *at) {
     const fc_gated_delta_args *a = at->heads->args;
     const struct fc_kernels *kernels = at->heads->k;
     const struct fc_head_scan *s = &at->scan;
@@ -24,22 +42,14 @@ static void fill_decays(struct head_block *at, const char *k) {
         for (ptrdiff_t t = 0; t < s->tokens; t++) decay[t] = 1.0f;
     }
     if (a->beta) /* k times its decay is what the delta rule asks S before it decays */
-        kernels->head_rows[a->type](decays, s->token, s->line, k, a->k_stride[1], s->tokens, a->n, decay, 1.0f);
+        kernels->head_rows[a->type](decays, s->token, s->line, k_of(at), a->k_stride[1], s->tokens, a->n, decay, 1.0f);
 }
 
 static void fill(struct head_block *at) {
     const fc_gated_delta_args *a = at->heads->args;
     const struct fc_kernels *kernels = at->heads->k;
     const struct fc_head_scan *s = &at->scan;
-    const char *k = token_of(a->k, a->k_stride, at, at->h / (a->heads / a->k_heads));
-    kernels->head_rows[a->type](at->keys, s->token, s->line, k, a->k_stride[1], s->tokens, a->n, NULL, 1.0f);
-    for (ptrdiff_t r = 0; r < s->queries; r++) {
-        const ptrdiff_t head = a->q_heads > a->heads ? at->h * s->queries + r : at->h / (a->heads / a->q_heads);
-        const char *q = token_of(a->q, a->q_stride, at, head);
-        kernels->head_rows[a->type](at->keys + (1 + r) * s->kind, s->token, s->line, q, a->q_stride[1], s->tokens, a->n,
-                                    NULL, a->scale);
-    }
-    fill_decays(at, k);
+    fill_decays(at);
     if (a->beta)
         kernels->scalars_f32[a->beta_type](at->steps + FC_HEAD_TOKENS, token_of(a->beta, a->beta_stride, at, at->h),
                                            a->beta_stride[1], s->tokens);
@@ -81,6 +91,8 @@ fc_status fc_gated_delta(const fc_gated_delta_args *a) {
         .new_state_stride = a->new_state_stride,
         .delta = a->beta != NULL,
         .each_n = a->each_n,
+        .share = a->k_heads == a->q_heads && a->heads >= a->k_heads && a->k_heads ? a->heads / a->k_heads : 1,
+        .fill_keys = fill_keys,
         .fill = fill,
         .put = put,
     };

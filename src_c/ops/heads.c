@@ -8,26 +8,23 @@ static ptrdiff_t padded(ptrdiff_t n) { return fc_round_up(n, FC_PANEL); }
 
 /* Floats of each part of a thread's scratch, in its order. */
 struct parts {
-    ptrdiff_t steps, keys, u, y, state, tile;
+    ptrdiff_t steps, keys, u, y, tile;
 };
 
 static struct parts parts_of(const struct heads *c) {
     const ptrdiff_t block = fc_times(FC_HEAD_TOKENS, padded(c->columns));
-    const int several = c->seq > FC_HEAD_TOKENS;
     return (struct parts){
         .steps = FC_HEAD_STEPS * FC_HEAD_TOKENS,
         .keys = fc_times(c->kinds * FC_HEAD_TOKENS, padded(c->n)),
         .u = block,
         .y = fc_times(c->queries, block),
-        .state = several ? fc_times(padded(c->n), padded(c->columns)) : 0,
         .tile = c->delta ? fc_times(2 * FC_PANEL, c->n) : 0,
     };
 }
 
 static int alloc_scratch(struct heads *c, fc_workspace *workspace, int threads) {
     const struct parts p = parts_of(c);
-    ptrdiff_t floats = fc_plus(fc_plus(p.steps, p.keys), fc_plus(p.u, p.y));
-    floats = fc_plus(floats, fc_plus(p.state, p.tile));
+    const ptrdiff_t floats = fc_plus(fc_plus(fc_plus(p.steps, p.keys), fc_plus(p.u, p.y)), p.tile);
     return fc_scratch_alloc(workspace, &c->scratch, threads, (size_t)fc_times(floats, 4));
 }
 
@@ -40,7 +37,7 @@ static void lay_out(struct head_block *at, const struct parts *p, float *scratch
     at->keys = at->steps + p->steps;
     at->u = at->keys + p->keys;
     s->keys = at->keys, s->u = at->u, s->y = at->u + p->u;
-    s->tile = s->y + p->y + p->state;
+    s->tile = s->y + p->y;
     s->kind = c->delta ? padded(c->n) : FC_PANEL;
     s->token = c->kinds * s->kind;
     s->line = c->delta ? FC_PANEL : FC_HEAD_TOKENS * s->token;
@@ -54,46 +51,47 @@ static char *place(const void *state, const ptrdiff_t *stride, const struct head
     return (char *)(uintptr_t)state + at->b * stride[0] + at->h * stride[1] + at->p0 * from_p;
 }
 
-/* S before the block and after it: the caller's at the ends of the span, scratch in between. */
-static void place_states(struct head_block *at, float *between) {
+/* S before the block, which before the first is the caller's, and after it. */
+static void place_states(struct head_block *at) {
     const struct heads *c = at->heads;
     struct fc_head_scan *s = &at->scan;
-    const ptrdiff_t row = s->width * 4, *strides = c->begin == 0 ? c->state_stride : c->new_state_stride;
-    const void *before = c->begin == 0 ? c->state : c->new_state;
-    s->from = s->to = (char *)between;
-    s->from_n = s->to_n = row, s->from_p = s->to_p = 4;
-    if (at->start == c->begin) {
-        s->from = before ? place(before, strides, at) : NULL;
-        s->from_n = c->by_p ? 4 : strides[2], s->from_p = c->by_p ? strides[2] : 4;
-    }
-    if (at->start + s->tokens == c->end) {
-        s->to = place(c->new_state, c->new_state_stride, at);
-        s->to_n = c->by_p ? 4 : c->new_state_stride[2], s->to_p = c->by_p ? c->new_state_stride[2] : 4;
-    }
+    const int first = at->start == 0;
+    const void *before = first ? c->state : c->new_state;
+    const ptrdiff_t *stride = first ? c->state_stride : c->new_state_stride;
+    s->from = before ? place(before, stride, at) : NULL;
+    s->from_n = c->by_p ? 4 : stride[2], s->from_p = c->by_p ? stride[2] : 4;
+    s->to = place(c->new_state, c->new_state_stride, at);
+    s->to_n = c->by_p ? 4 : c->new_state_stride[2], s->to_p = c->by_p ? c->new_state_stride[2] : 4;
 }
 
-/* Without tokens any leaf that keeps no columns back copies the state. */
-static void (*leaf_of(const struct heads *c, ptrdiff_t tokens))(const struct fc_head_scan *) {
-    if (c->delta && tokens) return c->k->head_delta;
-    return c->modes ? c->k->head_modes : c->k->head_outer;
+/* Item i from at->start on. Without tokens its state is copied, which any leaf does but the delta rule's. */
+static void run_block(struct head_block *at, ptrdiff_t i, int new_keys) {
+    const struct heads *c = at->heads;
+    at->b = i / c->parts / c->heads, at->h = i / c->parts % c->heads, at->p0 = i % c->parts * c->columns;
+    at->scan.p = fc_smaller(c->columns, c->p - at->p0);
+    place_states(at);
+    if (!at->scan.tokens) {
+        (c->modes ? c->k->head_modes : c->k->head_outer)(&at->scan);
+        return;
+    }
+    if (new_keys) c->fill_keys(at);
+    c->fill(at);
+    (c->modes ? c->k->head_modes : c->delta ? c->k->head_delta : c->k->head_outer)(&at->scan);
+    c->put(at);
 }
 
 static void run_items(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct heads *c = context;
     const struct parts p = parts_of(c);
+    const ptrdiff_t together = c->share * c->parts;
     struct head_block at = {.heads = c};
     lay_out(&at, &p, fc_scratch_of(&c->scratch, rank));
-    float *between = at.scan.y + p.y;
-    for (ptrdiff_t i = begin; i < end; i++) {
-        at.b = i / c->parts / c->heads, at.h = i / c->parts % c->heads, at.p0 = i % c->parts * c->columns;
-        at.scan.p = fc_smaller(c->columns, c->p - at.p0);
+    for (ptrdiff_t stop; begin < end; begin = stop) {
+        stop = fc_smaller(end, (begin / together + 1) * together);
         at.start = c->begin;
-        do { /* once where there are no tokens: the state is copied */
+        do { /* once where there are no tokens */
             at.scan.tokens = fc_smaller(FC_HEAD_TOKENS, c->end - at.start);
-            place_states(&at, between);
-            if (at.scan.tokens) c->fill(&at);
-            leaf_of(c, at.scan.tokens)(&at.scan);
-            if (at.scan.tokens) c->put(&at);
+            for (ptrdiff_t i = begin; i < stop; i++) run_block(&at, i, i == begin);
             at.start += at.scan.tokens;
         } while (at.start < c->end);
     }

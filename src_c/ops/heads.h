@@ -1,8 +1,8 @@
-/* Heads whose state S (n, p) goes through tokens in time order: what ssd_scan and gated_delta share.
+/* Heads whose state S (n, p) goes through tokens in time order: what ssd_scan, gated_delta and s4d_scan share.
  *
- * An item is one head of one row, or some of its columns p where heads are few. It goes through its tokens block by
- * block: inputs become float32, a leaf takes S through them, results are stored. A block, an item and a span of tokens
- * are only how far one goes at a time: the arithmetic of a token knows none of them. */
+ * An item is one head of one row, or some of its columns p where heads are few. Items that share their k and q go
+ * through the tokens together, block by block: inputs become float32, a leaf takes S through them, results are stored.
+ * A block, an item and a span of tokens are only how far one goes at a time: the arithmetic of a token knows none. */
 #ifndef FC_HEADS_H
 #define FC_HEADS_H
 
@@ -16,11 +16,11 @@ struct head_block {
     ptrdiff_t b, h, p0, start;
     float *steps; /* (FC_HEAD_STEPS, FC_HEAD_TOKENS) */
     float *keys, *u;
-    struct fc_head_scan scan; /* whose inputs are float32 once `fill` has run */
+    struct fc_head_scan scan; /* whose inputs are float32 once `fill_keys` and `fill` have run */
 };
 
 /* Tokens of a block: what they bring stays in the first cache. Rows of scratch with a number for each of them. */
-enum { FC_HEAD_TOKENS = 32, FC_HEAD_STEPS = 3 };
+enum { FC_HEAD_TOKENS = 64, FC_HEAD_STEPS = 3 };
 
 struct heads {
     const struct fc_kernels *k;
@@ -35,6 +35,8 @@ struct heads {
     int each_n;                         /* each n has a decay of its own */
     int modes;                          /* S4D: n are the real and imaginary parts of modes */
     ptrdiff_t most_columns;             /* of an item; 0: as there are */
+    ptrdiff_t share;                    /* neighbouring heads whose keys are the same */
+    void (*fill_keys)(struct head_block *at); /* of the first of them */
     void (*fill)(struct head_block *at);
     void (*put)(const struct head_block *at);
     /* what fc_heads_run decides */

@@ -5,11 +5,21 @@ static const char *token_of(const void *x, const ptrdiff_t *stride, const struct
     return (const char *)x + at->b * stride[0] + at->start * stride[1] + head * stride[2];
 }
 
-static void fill(struct head_block *at) {
-    const struct heads *c = at->heads;
-    const fc_ssd_scan_args *a = c->args;
+static void fill_keys(struct head_block *at) {
+    const struct fc_kernels *k = at->heads->k;
+    const fc_ssd_scan_args *a = at->heads->args;
     const struct fc_head_scan *s = &at->scan;
     const ptrdiff_t group = at->h / (a->heads / a->groups);
+    k->head_rows[a->type](at->keys, s->token, s->line, token_of(a->b, a->b_stride, at, group), a->b_stride[1],
+                          s->tokens, a->n, NULL, 1.0f);
+    k->head_rows[a->type](at->keys + s->kind, s->token, s->line, token_of(a->c, a->c_stride, at, group), a->c_stride[1],
+                          s->tokens, a->n, NULL, 1.0f);
+}
+
+static void fill(struct head_block *at) {
+    const struct fc_kernels *k = at->heads->k;
+    const fc_ssd_scan_args *a = at->heads->args;
+    const struct fc_head_scan *s = &at->scan;
     float *decay = at->steps, *dt = at->steps + 2 * FC_HEAD_TOKENS;
     const struct fc_ssd_steps steps = {
         .a = fc_get_float(a->a, at->h),
@@ -18,14 +28,10 @@ static void fill(struct head_block *at) {
         .hi = a->dt_max,
         .softplus = a->dt_softplus,
     };
-    c->k->scalars_f32[a->dt_type](dt, token_of(a->dt, a->dt_stride, at, at->h), a->dt_stride[1], s->tokens);
-    c->k->ssd_steps(dt, decay, s->tokens, &steps);
-    c->k->head_rows[a->type](at->keys, s->token, s->line, token_of(a->b, a->b_stride, at, group), a->b_stride[1],
-                             s->tokens, a->n, NULL, 1.0f);
-    c->k->head_rows[a->type](at->keys + s->kind, s->token, s->line, token_of(a->c, a->c_stride, at, group),
-                             a->c_stride[1], s->tokens, a->n, NULL, 1.0f);
+    k->scalars_f32[a->dt_type](dt, token_of(a->dt, a->dt_stride, at, at->h), a->dt_stride[1], s->tokens);
+    k->ssd_steps(dt, decay, s->tokens, &steps);
     const char *x = token_of(a->x, a->x_stride, at, at->h) + at->p0 * fc_size_of(a->type);
-    c->k->head_rows[a->type](at->u, s->width, FC_PANEL, x, a->x_stride[1], s->tokens, s->p, dt, 1.0f);
+    k->head_rows[a->type](at->u, s->width, FC_PANEL, x, a->x_stride[1], s->tokens, s->p, dt, 1.0f);
 }
 
 static void put(const struct head_block *at) {
@@ -62,6 +68,8 @@ fc_status fc_ssd_scan(const fc_ssd_scan_args *a) {
         .state_stride = a->state_stride,
         .new_state_stride = a->new_state_stride,
         .by_p = 1,
+        .share = a->groups ? a->heads / a->groups : 1,
+        .fill_keys = fill_keys,
         .fill = fill,
         .put = put,
     };
