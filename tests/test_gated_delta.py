@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference as ref
+from c_constants import c_constant
 from conftest import DTYPES, check_close
 from guard import guarded_copy
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,8 @@ from suite import case
 import forge_c as fc
 
 F32 = np.dtype(np.float32)
+BLOCK = c_constant("FC_HEAD_TOKENS", "ops/heads.h")
+CUTS = ([1] * 3 * BLOCK, [0, 3 * BLOCK, 0], [BLOCK, 2 * BLOCK], [BLOCK - 1, 2, 0, BLOCK, BLOCK - 1], [BLOCK // 4] * 12)
 RULES = ("linear", "gated", "delta", "gated_delta")
 EACH_RULE = pytest.mark.parametrize("rule", RULES)
 
@@ -87,7 +90,7 @@ def tokens(a: dict[str, Any], some: slice) -> dict[str, Any]:
 @EACH_RULE
 def test_sizes(isa, dtype, rng, rule):
     for p, n in ((1, 1), (1, 16), (16, 1), (8, 8), (15, 17), (17, 15), (33, 40), (64, 128), (0, 3), (3, 0)):
-        for seq in (0, 1, 2, 31, 32, 33, 70):
+        for seq in (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5):
             with case(p, n, seq):
                 a = inputs(rng, rule, 1, seq, 2, p, n, 2, 2, dtype, state=seq % 2 == 0)
                 check(run(a), a)
@@ -207,9 +210,9 @@ def test_mamba_2_is_the_gated_rule(isa, rng):
 @EACH_RULE
 def test_any_cut_gives_the_bits_of_the_whole(isa, dtype, rng, rule):
     for each_n in (False, True):
-        a = inputs(rng, rule, seq=75, p=19, n=37, q_heads=8, dtype=dtype, each_n=each_n)
+        a = inputs(rng, rule, seq=3 * BLOCK, p=19, n=37, q_heads=8, dtype=dtype, each_n=each_n)
         whole = run(a)
-        for sizes in ([1] * 75, [0, 75, 0], [32, 43], [31, 1, 33, 10], [64, 11], [5] * 15):
+        for sizes in CUTS:
             state, parts, at = a["state"], [], 0
             for size in sizes:
                 y, state = run(tokens(a, slice(at, at + size)) | {"state": state})
@@ -275,7 +278,7 @@ def test_out_and_in_place(isa, dtype, rng, rule):
 @EACH_RULE
 @pytest.mark.parametrize("at_end", [False, True])
 def test_arrays_between_forbidden_pages(isa, dtype, rng, at_end, rule):
-    for p, n, seq, each_n in ((1, 1, 1, False), (3, 5, 2, True), (16, 16, 33, False), (17, 33, 1, True),
+    for p, n, seq, each_n in ((1, 1, 1, False), (3, 5, 2, True), (16, 16, BLOCK + 1, False), (17, 33, 1, True),
                               (35, 19, 40, True)):
         a = inputs(rng, rule, 1, seq, 2, p, n, 4, 1, dtype, each_n)
         held = {key: guarded_copy(x, at_end=at_end) for key, x in a.items()}

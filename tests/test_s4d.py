@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference as ref
+from c_constants import c_constant
 from conftest import DTYPES, check_close
 from guard import guarded_copy
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,8 @@ from suite import case
 import forge_c as fc
 
 F32 = np.dtype(np.float32)
+BLOCK = c_constant("FC_HEAD_TOKENS", "ops/heads.h")
+CUTS = ([1] * 3 * BLOCK, [0, 3 * BLOCK, 0], [BLOCK, 2 * BLOCK], [BLOCK - 1, 2, 0, BLOCK, BLOCK - 1], [BLOCK // 4] * 12)
 METHODS = pytest.mark.parametrize("method", ["zoh", "bilinear"])
 SYSTEM = ("A", "B", "C", "dt")
 
@@ -68,7 +71,7 @@ def bits(result: tuple[Any, Any]) -> bytes:
 @METHODS
 def test_sizes(isa, dtype, rng, method):
     for channels, n in ((1, 1), (3, 2), (8, 8), (16, 16), (17, 7), (33, 9), (70, 32), (130, 3), (0, 3), (3, 0)):
-        for seq in (0, 1, 2, 31, 33, 70):
+        for seq in (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1):
             with case(channels, n, seq):
                 a = inputs(rng, 2, seq, channels, n, dtype, seq % 2 == 1) | {"method": method}
                 check(fc.s4d_scan(**a), a)
@@ -149,9 +152,9 @@ def test_the_convolution_is_the_recurrence(isa, rng, method):
 
 
 def test_any_cut_gives_the_bits_of_the_whole(isa, dtype, rng):
-    a = inputs(rng, seq=75, channels=19, n=13, dtype=dtype)
+    a = inputs(rng, seq=3 * BLOCK, channels=19, n=13, dtype=dtype)
     whole = fc.s4d_scan(**a)
-    for sizes in ([1] * 75, [0, 75, 0], [32, 43], [31, 1, 33, 10], [5] * 15):
+    for sizes in CUTS:
         state, parts, at = a["state"], [], 0
         for size in sizes:
             y, state = fc.s4d_scan(**a | {"u": a["u"][:, at:at + size], "state": state})
@@ -212,7 +215,7 @@ def test_out_and_in_place(isa, dtype, rng):
 
 @pytest.mark.parametrize("at_end", [False, True])
 def test_arrays_between_forbidden_pages(isa, dtype, rng, at_end):
-    for channels, n, seq in ((1, 1, 1), (3, 5, 2), (16, 8, 33), (35, 19, 40)):
+    for channels, n, seq in ((1, 1, 1), (3, 5, 2), (16, 8, BLOCK + 1), (35, 19, 40)):
         a = inputs(rng, 1, seq, channels, n, dtype)
         held = {key: guarded_copy(x, at_end=at_end) for key, x in a.items()}
         outs = tuple(guarded_copy(np.zeros(x.shape, x.dtype), at_end=at_end) for x in (a["u"], a["state"]))

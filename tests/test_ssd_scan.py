@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference as ref
+from c_constants import c_constant
 from conftest import DTYPES, check_close
 from guard import guarded_copy
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,8 @@ from suite import case
 import forge_c as fc
 
 F32 = np.dtype(np.float32)
+BLOCK = c_constant("FC_HEAD_TOKENS", "ops/heads.h")
+CUTS = ([1] * 3 * BLOCK, [0, 3 * BLOCK, 0], [BLOCK, 2 * BLOCK], [BLOCK - 1, 2, 0, BLOCK, BLOCK - 1], [BLOCK // 4] * 12)
 FREE = (-np.inf, np.inf)
 
 
@@ -71,7 +74,7 @@ def tokens(a: dict[str, Any], some: slice) -> dict[str, Any]:
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
 def test_sizes(isa, dtype, rng, everything):
     for p, n in ((1, 1), (1, 16), (16, 1), (8, 8), (15, 17), (17, 15), (33, 40), (64, 128), (80, 16), (0, 3), (3, 0)):
-        for seq in (0, 1, 2, 31, 32, 33, 70):
+        for seq in (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5):
             with case(p, n, seq):
                 a = inputs(rng, 1, seq, 2, p, 1, n, dtype, everything)
                 check(fc.ssd_scan(**a), a)
@@ -117,9 +120,9 @@ def test_golden_numbers(isa):
 
 
 def test_any_cut_gives_the_bits_of_the_whole(isa, dtype, rng):
-    a = inputs(rng, seq=75, p=19, n=37, dtype=dtype)
+    a = inputs(rng, seq=3 * BLOCK, p=19, n=37, dtype=dtype)
     whole = fc.ssd_scan(**a)
-    for sizes in ([1] * 75, [0, 75, 0], [32, 43], [31, 1, 33, 10], [64, 11], [5] * 15):
+    for sizes in CUTS:
         state, parts, at = a["state"], [], 0
         for size in sizes:
             y, state = fc.ssd_scan(**tokens(a, slice(at, at + size)) | {"state": state})
@@ -130,10 +133,11 @@ def test_any_cut_gives_the_bits_of_the_whole(isa, dtype, rng):
 
 def test_a_long_sequence_is_cut_where_it_likes(isa, rng):
     """Longer than what is done between two looks for Ctrl-C."""
-    a = inputs(rng, 1, 9000, 1, 3, 1, 5)
+    span = c_constant("SPAN", "ops/heads.c")
+    a = inputs(rng, 1, span + 700, 1, 3, 1, 5)
     y, state = fc.ssd_scan(**a)
-    first = fc.ssd_scan(**tokens(a, slice(0, 4321)))
-    second = fc.ssd_scan(**tokens(a, slice(4321, None)) | {"state": first[1]})
+    first = fc.ssd_scan(**tokens(a, slice(0, span // 2 + 7)))
+    second = fc.ssd_scan(**tokens(a, slice(span // 2 + 7, None)) | {"state": first[1]})
     assert bits((np.concatenate([first[0], second[0]], axis=1), second[1])) == bits((y, state))
 
 
@@ -200,7 +204,7 @@ def test_out_and_in_place(isa, dtype, rng):
 
 @pytest.mark.parametrize("at_end", [False, True])
 def test_arrays_between_forbidden_pages(isa, dtype, rng, at_end):
-    for p, n, seq in ((1, 1, 1), (3, 5, 2), (16, 16, 33), (17, 33, 1), (35, 19, 40)):
+    for p, n, seq in ((1, 1, 1), (3, 5, 2), (16, 16, BLOCK + 1), (17, 33, 1), (35, 19, BLOCK + 8)):
         a = inputs(rng, 1, seq, 2, p, 1, n, dtype)
         held = {key: guarded_copy(x, at_end=at_end) if isinstance(x, np.ndarray) else x for key, x in a.items()}
         outs = tuple(guarded_copy(np.zeros(x.shape, x.dtype), at_end=at_end) for x in (a["x"], a["state"]))
