@@ -296,6 +296,7 @@ def kernel(a=ABC, b=ABC, c=ABC, dt=DT, length=3, **options):
     (lambda: kernel(length=-1), ValueError, "s4d_kernel: length is -1, expected 0 to"),
     (lambda: kernel(length=2.5), TypeError, "s4d_kernel: length is 2.5, expected an integer"),
     (lambda: kernel(length=2**63), ValueError, "s4d_kernel: length is 9223372036854775808, expected 0 to"),
+    (lambda: kernel(length=2**60), ValueError, "s4d_kernel: length is 1152921504606846976, expected 0 to"),
     (lambda: kernel(a=ABC[0]), ValueError, "s4d_kernel: A has shape (5,), expected (channels, n)"),
     (lambda: kernel(method=None), ValueError, "s4d_kernel: method is None, expected 'zoh' or 'bilinear'"),
 ])

@@ -65,8 +65,8 @@ def s4d_kernel(A, B, C, dt, length, *, method="zoh"):
     cdef fc_status status
     held = s4d_system(fn, &s, A, B, C, dt, method, None)
     count = integer(fn, "length", length)
-    if not 0 <= count <= PY_SSIZE_T_MAX:
-        raise ValueError(f"{fn}: length is {count}, expected 0 to {PY_SSIZE_T_MAX}")
+    if not 0 <= count <= PY_SSIZE_T_MAX // (4 * max(s.channels, 1)):
+        raise ValueError(f"{fn}: length is {count}, expected 0 to {PY_SSIZE_T_MAX // (4 * max(s.channels, 1))}")
     dims[0], dims[1] = s.channels, count
     y = new_array(2, dims, FC_F32)
     if cnp.PyArray_SIZE(y):
