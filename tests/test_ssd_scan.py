@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -265,6 +266,24 @@ def test_nan_and_infinity(isa, dtype, rng, special):
                 np.testing.assert_array_equal(g[touched], w[touched])
                 if name in ("x", "B", "C", "z", "dt"):
                     assert g[:, :2].tobytes() == c.astype(np.float64)[:, :2].tobytes() or g.shape == want[1].shape
+
+
+@pytest.mark.alone
+def test_a_state_that_has_died_away_costs_nothing(isa, one_thread):
+    """Subnormal numbers count as 0 in the recurrence, and are numbers again after it."""
+    x, bc = np.zeros((1, 256, 2, 64), np.float32), np.ones((1, 256, 1, 64), np.float32)
+    dt, a = np.full((1, 256, 2), 1e-5, np.float32), np.full(2, -1, np.float32)
+    one, tiny = np.ones((1, 2, 64, 64), np.float32), np.full((1, 2, 64, 64), 1e-40, np.float32)
+
+    def seconds(state):
+        start = time.perf_counter()
+        fc.ssd_scan(x, dt, a, bc, bc, state=state)
+        return time.perf_counter() - start
+
+    y, h = fc.ssd_scan(x, dt, a, bc, bc, state=tiny)
+    assert not y.any() and not h.any()
+    assert (tiny * np.float32(1.5)).all()
+    assert min(seconds(tiny) for _ in range(20)) < 10 * min(seconds(one) for _ in range(20))
 
 
 # ---- drift ------------------------------------------------------------------------------------------

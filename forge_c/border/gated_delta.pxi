@@ -41,7 +41,8 @@ def gated_delta(q, k, v, g=None, beta=None, *, rule="gated_delta", scale=None, s
     for each row of S; beta (batch, seq, v's heads); both of any float dtype, and given where the rule takes them.
     scale is n**-0.5 by default. `state` (batch, v's heads, n, p) float32 is S before the first token, None: zeros; S
     after the last one is returned: given with the next call, it continues the sequence, in the same bits however it is
-    cut. Arithmetic is float32; y (batch, seq, the larger of both heads, p) has q's dtype.
+    cut. Arithmetic is float32, where a state under 2**-126 counts as 0; y (batch, seq, the larger of both heads, p) has
+    q's dtype.
     The given state is not written to. `out` is a pair (y, state), either of which may be None; out[0] may be v itself,
     out[1] the given state itself, which then becomes the new one.
 

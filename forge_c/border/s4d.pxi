@@ -126,8 +126,8 @@ def s4d_scan(u, A, B, C, dt, D=None, *, method="zoh", state=None, out=None):
     u (batch, seq, channels) float32, float16 or bfloat16; A, B, C (channels, n) complex64, dt (channels,), which with
     `method` give dA and dB as s4d_kernel says; D (channels,) or None. `state` (batch, channels, n) complex64 is x
     before the first token, None: zeros; x after the last one is returned: given with the next call, it continues the
-    sequence, in the same bits however it is cut. Arithmetic is float32, dA carried in two floats; y has u's shape and
-    dtype.
+    sequence, in the same bits however it is cut. Arithmetic is float32, dA carried in two floats, a state under 2**-126
+    counts as 0; y has u's shape and dtype.
     The given state is not written to. `out` is a pair (y, state), either of which may be None; out[0] may be u itself,
     out[1] the given state itself, which then becomes the new one.
 

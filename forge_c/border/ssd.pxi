@@ -104,7 +104,8 @@ def ssd_scan(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
     group h // (heads // groups). dt (batch, seq, heads) of any strides; A, D, dt_bias (heads,); D, dt_bias and z may
     be None. `state` (batch, heads, p, n) float32 is h before the first token, None: zeros; h after the last one is
     returned: given with the next call, it continues the sequence, in the same bits however it is cut. Arithmetic is
-    float32; y has x's shape and dtype. dt_limit is (0, inf) by default; (-inf, inf) lets a negative dt through.
+    float32, where a state under 2**-126 counts as 0; y has x's shape and dtype. dt_limit is (0, inf) by default;
+    (-inf, inf) lets a negative dt through.
     The given state is not written to. `out` is a pair (y, state), either of which may be None; out[0] may be x or z
     itself, out[1] the given state itself, which then becomes the new one.
 

@@ -95,8 +95,10 @@ FC_INLINE void head_delta_any(const struct fc_head_scan *s, int each_n) {
 }
 
 static void head_delta(const struct fc_head_scan *s) {
+    const uint64_t before = vf_flush_subnormals();
     if (s->decay) head_delta_any(s, 0);
     else head_delta_any(s, 1);
+    vf_keep_subnormals(before);
 }
 
 /* decay = e^g in place, n of each token; by the delta rule the decayed k too */

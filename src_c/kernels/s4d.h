@@ -42,12 +42,14 @@ FC_INLINE void modes_over_tokens(const struct fc_head_scan *s, ptrdiff_t m0, ptr
 
 static void head_modes(const struct fc_head_scan *s) {
     const ptrdiff_t modes = s->n / 2;
+    const uint64_t before = vf_flush_subnormals();
     memset(s->y, 0, (size_t)(s->tokens * s->width) * 4);
     for (ptrdiff_t p0 = 0; p0 < s->p; p0 += FC_N) {
         ptrdiff_t m = 0;
         for (; m + FC_N / 2 <= modes; m += FC_N / 2) modes_over_tokens(s, m, p0, FC_N / 2);
         for (; m < modes; m++) modes_over_tokens(s, m, p0, 1);
     }
+    vf_keep_subnormals(before);
 }
 
 /* ---- the same as a convolution: y_t = sum over l of K_l u_(t-l),  K_l = sum over modes of 2 Re(C dA^l dB) ---- */
