@@ -225,6 +225,7 @@ def ssd_scan(x: Array, dt: Array, A: Array, B: Array, C: Array, *, dtype: str) -
 
 
 def ssd_step(x: Array, dt: Array, A: Array, B: Array, C: Array, state: Array, *, dtype: str) -> Call:
+    state = state.copy()
     out = np.empty_like(x), state
     return lambda: fc.ssd_scan(x, dt, A, B, C, state=state, out=out)[0]
 
@@ -236,6 +237,7 @@ def gated_delta(q: Array, k: Array, v: Array, g: Array, beta: Array, *, dtype: s
 
 
 def gated_delta_step(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, *, dtype: str) -> Call:
+    state = state.copy()
     out = np.empty_like(v), state
     return lambda: fc.gated_delta(q, k, v, g, beta, state=state, out=out)[0]
 
@@ -246,8 +248,8 @@ def s4d_scan(u: Array, A: Array, B: Array, C: Array, dt: Array, *, dtype: str) -
     return lambda: fc.s4d_scan(u, A, B, C, dt, out=out)[0]
 
 
-def s4d_kernel(A: Array, B: Array, C: Array, dt: Array, *, length: int, dtype: str) -> Call:
-    return lambda: fc.s4d_kernel(A, B, C, dt, length)
+def s4d_kernel(A: Array, B: Array, C: Array, dt: Array, *, taps: int, dtype: str) -> Call:
+    return lambda: fc.s4d_kernel(A, B, C, dt, taps)
 
 
 def model_prefill(folder: Path, ids: Array, *, dtype: str) -> Call:

@@ -66,7 +66,7 @@ def gated_delta(q: Array, k: Array, v: Array, g: Array, beta: Array, *, dtype: s
 
 def ssd_step(x: Array, dt: Array, A: Array, B: Array, C: Array, state: Array, *, dtype: str) -> Call:
     """One token, into the state."""
-    out = np.empty_like(x)
+    out, state = np.empty_like(x), state.copy()
 
     def call() -> Array:
         np.multiply(state, np.exp(dt[:, 0] * A)[..., None, None], out=state)
@@ -78,6 +78,7 @@ def ssd_step(x: Array, dt: Array, A: Array, B: Array, C: Array, state: Array, *,
 
 def gated_delta_step(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, *, dtype: str) -> Call:
     """One token, into the state."""
+    state = state.copy()
     scale = np.float32(q.shape[3] ** -0.5)
 
     def call() -> Array:
@@ -89,10 +90,10 @@ def gated_delta_step(q: Array, k: Array, v: Array, g: Array, beta: Array, state:
     return call
 
 
-def s4d_kernel(A: Array, B: Array, C: Array, dt: Array, *, length: int, dtype: str) -> Call:
+def s4d_kernel(A: Array, B: Array, C: Array, dt: Array, *, taps: int, dtype: str) -> Call:
     def call() -> Array:
         da = np.exp(dt[:, None] * A)
-        powers = np.exp((dt[:, None] * A)[..., None] * np.arange(length, dtype=np.float32))
+        powers = np.exp((dt[:, None] * A)[..., None] * np.arange(taps, dtype=np.float32))
         return 2 * np.sum(((da - 1) / A * B * C)[..., None] * powers, axis=1).real
 
     return call

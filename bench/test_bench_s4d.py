@@ -31,5 +31,5 @@ def test_scan_by_fft(bench, normal, seq):
 
 
 def test_kernel(bench, normal):
-    bench("s4d_kernel", *system(normal), length=1024, case="s4d_kernel of 1024, 512 channels, 32 modes", hot=True,
+    bench("s4d_kernel", *system(normal), taps=1024, case="s4d_kernel of 1024, 512 channels, 32 modes", hot=True,
           written=CHANNELS * 1024 * 4, flops=8 * CHANNELS * MODES * 1024)
