@@ -80,18 +80,20 @@ static void run_block(struct head_block *at, ptrdiff_t i, int new_keys) {
     c->put(at);
 }
 
+/* All items of a row go through a block of tokens before any goes on: what a token brings its heads lies side by side,
+ * and rows of one head are pages apart. */
 static void run_items(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct heads *c = context;
     const struct parts p = parts_of(c);
-    const ptrdiff_t together = c->share * c->parts;
+    const ptrdiff_t row = c->heads * c->parts, together = c->share * c->parts;
     struct head_block at = {.heads = c};
     lay_out(&at, &p, fc_scratch_of(&c->scratch, rank));
     for (ptrdiff_t stop; begin < end; begin = stop) {
-        stop = fc_smaller(end, (begin / together + 1) * together);
+        stop = fc_smaller(end, (begin / row + 1) * row);
         at.start = c->begin;
         do { /* once where there are no tokens */
             at.scan.tokens = fc_smaller(FC_HEAD_TOKENS, c->end - at.start);
-            for (ptrdiff_t i = begin; i < stop; i++) run_block(&at, i, i == begin);
+            for (ptrdiff_t i = begin; i < stop; i++) run_block(&at, i, i == begin || i % together == 0);
             at.start += at.scan.tokens;
         } while (at.start < c->end);
     }

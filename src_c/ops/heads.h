@@ -1,7 +1,7 @@
 /* Heads whose state S (n, p) goes through tokens in time order: what ssd_scan, gated_delta and s4d_scan share.
  *
- * An item is one head of one row, or some of its columns p where heads are few. Items that share their k and q go
- * through the tokens together, block by block: inputs become float32, a leaf takes S through them, results are stored.
+ * An item is one head of one row, or some of its columns p where heads are few. Items go through the tokens block by
+ * block: inputs become float32, k and q once where heads share them, a leaf takes S through them, results are stored.
  * A block, an item and a span of tokens are only how far one goes at a time: the arithmetic of a token knows none. */
 #ifndef FC_HEADS_H
 #define FC_HEADS_H
@@ -20,7 +20,7 @@ struct head_block {
 };
 
 /* Tokens of a block: what they bring stays in the first cache. Rows of scratch with a number for each of them. */
-enum { FC_HEAD_TOKENS = 64, FC_HEAD_STEPS = 3 };
+enum { FC_HEAD_TOKENS = 128, FC_HEAD_STEPS = 3 };
 
 struct heads {
     const struct fc_kernels *k;
