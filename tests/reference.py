@@ -334,21 +334,22 @@ def ssd_scan(x: ArrayLike, dt: ArrayLike, A: ArrayLike, B: ArrayLike, C: ArrayLi
 def gated_delta(q: ArrayLike, k: ArrayLike, v: ArrayLike, g: ArrayLike | None = None, beta: ArrayLike | None = None, *,
                 scale: float | None = None, state: ArrayLike | None = None) -> tuple[F64, F64]:
     """S = exp(g) S, u = v or beta (v - S k), S = S + k u, y = scale S q; S (b, h, n, p), q, k (b, i, .., n)."""
-    q, k, v = f64(q), f64(k), f64(v)
+    q, k, v, g = f64(q), f64(k), f64(v), np.zeros(np.shape(v)[:3]) if g is None else f64(g)
     (batch, seq, heads, p), n, most = v.shape, q.shape[-1], max(v.shape[2], q.shape[2])
-    decay = np.exp(np.zeros((batch, seq, heads)) if g is None else f64(g))
-    decay = decay if decay.ndim == 4 else decay[..., None]
     q, k = np.repeat(q, most // q.shape[2], axis=2), np.repeat(k, heads // k.shape[2], axis=2)
+    decay, y = np.exp(g if g.ndim == 4 else g[..., None])[..., None], np.zeros((batch, seq, most, p))
     s = np.zeros((batch, heads, n, p)) if state is None else f64(state)
-    y = np.zeros((batch, seq, most, p))
     with np.errstate(all="ignore"):
         for t in range(seq):
-            s = decay[:, t, ..., None] * s
-            seen = np.sum(s * k[:, t, ..., None], axis=2)
-            u = v[:, t] if beta is None else f64(beta)[:, t, :, None] * (v[:, t] - seen)
-            s = s + k[:, t, ..., None] * u[:, :, None]
+            s = delta_step(decay[:, t] * s, k[:, t, ..., None], v[:, t], None if beta is None else f64(beta)[:, t])
             y[:, t] = np.sum(np.repeat(s, most // heads, axis=1) * q[:, t, ..., None], axis=2)
         return y * (max(n, 1) ** -0.5 if scale is None else scale), s
+
+
+def delta_step(s: F64, k: F64, v: F64, beta: F64 | None) -> F64:
+    """S + k u, u = v or, by the delta rule, beta (v - S k)."""
+    u = v if beta is None else beta[..., None] * (v - np.sum(s * k, axis=2))
+    return s + k * u[:, :, None]
 
 
 def s4d_system(A: ArrayLike, B: ArrayLike, dt: ArrayLike, method: str = "zoh") -> tuple[Any, Any]:
