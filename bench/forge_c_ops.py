@@ -233,6 +233,40 @@ def routed_block(x: Array, weights: dict[str, Any], router: Array, *, dtype: str
     return lambda: layer(x)
 
 
+def ssd_scan(x: Array, dt: Array, A: Array, B: Array, C: Array, *, dtype: str) -> Call:
+    x, B, C = _cast(x, dtype), _cast(B, dtype), _cast(C, dtype)
+    out = np.empty_like(x), np.empty((x.shape[0], *x.shape[2:], B.shape[3]), np.float32)
+    return lambda: fc.ssd_scan(x, dt, A, B, C, out=out)[0]
+
+
+def ssd_step(x: Array, dt: Array, A: Array, B: Array, C: Array, state: Array, *, dtype: str) -> Call:
+    state = state.copy()
+    out = np.empty_like(x), state
+    return lambda: fc.ssd_scan(x, dt, A, B, C, state=state, out=out)[0]
+
+
+def gated_delta(q: Array, k: Array, v: Array, g: Array, beta: Array, *, dtype: str) -> Call:
+    q, k, v = _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)
+    out = np.empty_like(v), np.empty((*v.shape[::2], q.shape[3], v.shape[3]), np.float32)
+    return lambda: fc.gated_delta(q, k, v, g, beta, out=out)[0]
+
+
+def gated_delta_step(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, *, dtype: str) -> Call:
+    state = state.copy()
+    out = np.empty_like(v), state
+    return lambda: fc.gated_delta(q, k, v, g, beta, state=state, out=out)[0]
+
+
+def s4d_scan(u: Array, A: Array, B: Array, C: Array, dt: Array, *, dtype: str) -> Call:
+    u = _cast(u, dtype)
+    out = np.empty_like(u), None
+    return lambda: fc.s4d_scan(u, A, B, C, dt, out=out)[0]
+
+
+def s4d_kernel(A: Array, B: Array, C: Array, dt: Array, *, taps: int, dtype: str) -> Call:
+    return lambda: fc.s4d_kernel(A, B, C, dt, taps)
+
+
 def model_prefill(folder: Path, ids: Array, *, dtype: str) -> Call:
     model = fc.models.load(folder, dtype)
     cache = model.new_cache(1, len(ids))

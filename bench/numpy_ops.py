@@ -13,6 +13,17 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16, in which checkpoints are stored)
 import numpy as np
+from numpy_states import (  # noqa: F401
+    gated_delta,
+    gated_delta_chunked,
+    gated_delta_step,
+    s4d_kernel,
+    s4d_scan,
+    s4d_scan_fft,
+    ssd_scan,
+    ssd_scan_chunked,
+    ssd_step,
+)
 
 Array = np.ndarray
 Call = Callable[[], Any]

@@ -6,6 +6,7 @@ from forge_c.functional import PackedWeight as PackedWeight
 from forge_c.functional import attention as attention
 from forge_c.functional import available_isas as available_isas
 from forge_c.functional import embedding as embedding
+from forge_c.functional import gated_delta as gated_delta
 from forge_c.functional import gated_linear as gated_linear
 from forge_c.functional import geglu as geglu
 from forge_c.functional import gelu as gelu
@@ -18,9 +19,12 @@ from forge_c.functional import relu as relu
 from forge_c.functional import rms_norm as rms_norm
 from forge_c.functional import rope as rope
 from forge_c.functional import route_tokens as route_tokens
+from forge_c.functional import s4d_kernel as s4d_kernel
+from forge_c.functional import s4d_scan as s4d_scan
 from forge_c.functional import set_num_threads as set_num_threads
 from forge_c.functional import silu as silu
 from forge_c.functional import softmax as softmax
+from forge_c.functional import ssd_scan as ssd_scan
 from forge_c.functional import swiglu as swiglu
 from forge_c.functional import use_isa as use_isa
 from forge_c.packing import pack as pack

@@ -215,6 +215,87 @@ cdef extern from "forge.h" nogil:
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
 
+    ctypedef struct fc_ssd_scan_args:
+        size_t size
+        fc_dtype type, dt_type
+        void *out
+        float *new_state
+        const void *x
+        const void *dt
+        const void *b
+        const void *c
+        const void *z
+        const float *a
+        const float *d
+        const float *dt_bias
+        const float *state
+        ptrdiff_t batch, seq, heads, groups, p, n
+        ptrdiff_t out_stride[3]
+        ptrdiff_t x_stride[3]
+        ptrdiff_t dt_stride[3]
+        ptrdiff_t b_stride[3]
+        ptrdiff_t c_stride[3]
+        ptrdiff_t z_stride[3]
+        ptrdiff_t state_stride[3]
+        ptrdiff_t new_state_stride[3]
+        float dt_min, dt_max
+        int dt_softplus
+        fc_workspace *workspace
+    fc_status fc_ssd_scan(const fc_ssd_scan_args *args)
+    ctypedef struct fc_gated_delta_args:
+        size_t size
+        fc_dtype type, g_type, beta_type
+        void *out
+        float *new_state
+        const void *q
+        const void *k
+        const void *v
+        const void *g
+        const void *beta
+        const float *state
+        ptrdiff_t batch, seq, q_heads, k_heads, heads, n, p
+        ptrdiff_t out_stride[3]
+        ptrdiff_t q_stride[3]
+        ptrdiff_t k_stride[3]
+        ptrdiff_t v_stride[3]
+        ptrdiff_t g_stride[3]
+        ptrdiff_t beta_stride[3]
+        ptrdiff_t state_stride[3]
+        ptrdiff_t new_state_stride[3]
+        float scale
+        int each_n
+        fc_workspace *workspace
+    fc_status fc_gated_delta(const fc_gated_delta_args *args)
+    ctypedef struct fc_s4d_modes_args:
+        size_t size
+        float *modes
+        const float *a
+        const float *b
+        const float *c
+        const float *dt
+        ptrdiff_t channels, n
+        int bilinear
+        fc_workspace *workspace
+    ptrdiff_t fc_s4d_modes_floats(ptrdiff_t channels, ptrdiff_t n)
+    fc_status fc_s4d_modes(const fc_s4d_modes_args *args)
+    fc_status fc_s4d_kernel(float *out, const fc_s4d_modes_args *args, ptrdiff_t length)
+    ctypedef struct fc_s4d_scan_args:
+        size_t size
+        fc_dtype type
+        void *out
+        float *new_state
+        const void *u
+        const float *modes
+        const float *d
+        const float *state
+        ptrdiff_t batch, seq, channels, n
+        ptrdiff_t out_stride[2]
+        ptrdiff_t u_stride[2]
+        ptrdiff_t state_stride[2]
+        ptrdiff_t new_state_stride[2]
+        fc_workspace *workspace
+    fc_status fc_s4d_scan(const fc_s4d_scan_args *args)
+
     ctypedef enum fc_norm_kind:
         FC_NO_NORM
         FC_RMS_NORM

@@ -40,6 +40,9 @@ include "border/route_tokens.pxi"
 include "border/writer.pxi"
 include "border/cache.pxi"
 include "border/attention.pxi"
+include "border/ssd.pxi"
+include "border/gated_delta.pxi"
+include "border/s4d.pxi"
 include "border/decoder.pxi"
 
 set_num_threads(default_threads(_bound_cpus())[0])
@@ -48,7 +51,7 @@ if os.environ.get("FORGE_C_ISA"):
 
 # Not KVPages, pack_columns, and what models are built from: what checks their arguments is the package above them.
 __all__ = [
-    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "embedding", "gated_linear", "geglu", "gelu",
-    "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope", "route_tokens",
-    "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
+    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "embedding", "gated_delta", "gated_linear",
+    "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope",
+    "route_tokens", "s4d_kernel", "s4d_scan", "set_num_threads", "silu", "softmax", "ssd_scan", "swiglu", "use_isa",
 ]

@@ -15,8 +15,9 @@ from fuzz.arrays import DTYPES, Arena, values
 
 ALLOWED = (TypeError, ValueError, IndexError, MemoryError)
 NAMES = ("rms_norm", "layer_norm", "softmax", "relu", "silu", "gelu", "swiglu", "geglu", "rope", "embedding", "linear",
-         "attention", "KVCache", "pack", "RopeTable", "rope_table", "PackedWeight", "kv_cache_nbytes",
-         "set_num_threads", "use_isa", "nn.", "Linear", "RMSNorm", "route_tokens")
+         "attention", "route_tokens", "ssd_scan", "gated_delta", "s4d_",
+         "KVCache", "pack", "RopeTable", "rope_table", "PackedWeight", "kv_cache_nbytes",
+         "set_num_threads", "use_isa", "nn.", "Linear", "RMSNorm")
 SCALARS: tuple[Any, ...] = (
     0, 1, -1, 2, 0.5, -0.0, np.nan, np.inf, -np.inf, 1e308, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 2**70,
     -2**63, 10**400, "x", "", b"y", None, [], [1], {}, (), object(), 1j, True, np.float16(2), np.int8(-3),
@@ -169,6 +170,11 @@ OPTIONS: tuple[tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]], ...] 
     (fc.attention, {"q": X, "k": KV, "v": KV},
      ("window", "scale", "softcap", "kv_lens", "sinks", "mask", "causal", "q_positions", "kv_positions", "return_lse",
       "out", "k", "v")),
+    (fc.ssd_scan, {"x": X, "dt": X[..., 0], "A": X[0, 0, :, 0], "B": X[:, :, :2], "C": X[:, :, :2]},
+     ("dt", "A", "D", "z", "dt_bias", "dt_softplus", "dt_limit", "state", "out")),
+    (fc.gated_delta, {"q": X, "k": X, "v": X, "rule": "linear"}, ("g", "beta", "rule", "scale", "state", "out")),
+    (fc.s4d_kernel, {name: KV[0, :2, 0].astype(np.complex64) for name in "ABC"} | {"dt": KV[0, 0, 0, :2], "length": 3},
+     ("A", "dt", "length", "method")),
     (fc.pack, {"weight": X[0, 0]}, ("dtype", "group_size", "weight")),
     (fc.pack_gated, {"gate": X[0, 0], "up": X[0, 0]}, ("dtype", "group_size", "gate", "up")),
     (fc.kv_cache_nbytes, {"batch": 1, "seq_len": 2, "n_kv_heads": 3, "head_dim": 4}, ("batch", "seq_len", "head_dim")),

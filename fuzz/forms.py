@@ -16,9 +16,17 @@ from ggml_blocks import random_blocks
 from test_activations import REFERENCE, magnitude
 from test_attention import check_pair, expected, multiplies_pairs
 from test_attention_cache import integer_roundings
+from test_gated_delta import RULES
+from test_gated_delta import check as check_gated_delta
+from test_gated_delta import inputs as gated_delta_inputs
+from test_gated_delta import run as run_gated_delta
 from test_layer_norm import bound as layer_norm_bound
 from test_linear import check_gated, rounded
 from test_rope import pair_length
+from test_s4d import check as check_s4d
+from test_s4d import inputs as s4d_inputs
+from test_ssd_scan import check as check_ssd
+from test_ssd_scan import inputs as ssd_inputs
 
 import forge_c as fc
 from forge_c.formats.blocks import DTYPE_OF
@@ -499,6 +507,41 @@ def route_tokens(rng: Rng) -> Call:
     return Call("route_tokens", arrays, partial(fc.route_tokens, capacity=capacity), check, 0, options=capacity)
 
 
+# ---- states -----------------------------------------------------------------------------------------
+
+
+def _split(a: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """(arrays, other options)"""
+    return ({name: x for name, x in a.items() if isinstance(x, np.ndarray)},
+            {name: x for name, x in a.items() if not isinstance(x, np.ndarray)})
+
+
+def ssd_scan(rng: Rng) -> Call:
+    groups, share = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    arrays, options = _split(ssd_inputs(rng, int(rng.integers(0, 4)), pick(rng, LENGTHS[:16]), groups * share,
+                                        pick(rng, LENGTHS), groups, pick(rng, LENGTHS), pick(rng, DTYPES),
+                                        rng.random() < 0.5))
+    return Call("ssd_scan", arrays, partial(fc.ssd_scan, **options), lambda got, a: check_ssd(got, a | options), 2,
+                any_stride=("dt",))
+
+
+def gated_delta(rng: Rng) -> Call:
+    heads, share, rule = int(rng.integers(1, 4)), int(rng.integers(1, 4)), pick(rng, RULES)
+    more_of_q = bool(rng.random() < 0.5)
+    of_v, of_q = (heads, heads * share) if more_of_q else (heads * share, heads)
+    arrays = gated_delta_inputs(rng, rule, int(rng.integers(0, 4)), pick(rng, LENGTHS[:16]), of_v, pick(rng, LENGTHS),
+                                pick(rng, LENGTHS), of_q, heads, pick(rng, DTYPES), rng.random() < 0.3,
+                                rng.random() < 0.5)
+    return Call("gated_delta", arrays, lambda out=None, **a: run_gated_delta(a, out=out),
+                lambda got, a: check_gated_delta(got, a), 2, any_stride=("beta",))
+
+
+def s4d_scan(rng: Rng) -> Call:
+    arrays, _ = _split(s4d_inputs(rng, int(rng.integers(0, 4)), pick(rng, LENGTHS[:16]), pick(rng, LENGTHS),
+                                  pick(rng, LENGTHS[:12]), pick(rng, DTYPES), rng.random() < 0.5))
+    return Call("s4d_scan", arrays, fc.s4d_scan, lambda got, a: check_s4d(got, a), 2, any_stride=("A", "B", "C"))
+
+
 FORMS = (rms_norm, layer_norm, softmax, activation, activation, rope, embedding, embedding_packed, linear, linear,
          linear_packed, linear_integers, linear_blocks, gated, attention, attention, attention_cache, merge_attention,
-         route_tokens)
+         route_tokens, ssd_scan, gated_delta, s4d_scan)

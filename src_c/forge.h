@@ -255,6 +255,78 @@ fc_status fc_attention(const fc_attention_args *args);
 fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n);
 
+/* ---- state spaces and linear attention: tokens in time order, from `state` (NULL: zeros) to new_state ----
+ * Both may be the same; the last axis of every array is contiguous but for dt, g and beta, the strides are those of the
+ * axes before it. A sequence in pieces, each from the state that the last one left, gives the bits of the whole. */
+
+/* Mamba-2: dt = clip(softplus(dt + dt_bias));  h = e^(dt A) h + dt x B^T;  out = (h C + D x) silu(z) */
+typedef struct {
+    size_t size; /* sizeof(fc_ssd_scan_args) */
+    fc_dtype type, dt_type;    /* of x, B, C, z and out; of dt */
+    void *out;                 /* (B, S, H, P) */
+    float *new_state;          /* (B, H, P, N) */
+    const void *x, *dt, *b, *c; /* (B, S, H, P), (B, S, H), (B, S, groups, N) twice */
+    const void *z;             /* (B, S, H, P) or NULL */
+    const float *a, *d, *dt_bias; /* (H) each; d, dt_bias may be NULL */
+    const float *state;        /* (B, H, P, N) */
+    ptrdiff_t batch, seq, heads, groups, p, n;
+    ptrdiff_t out_stride[3], x_stride[3], dt_stride[3], b_stride[3], c_stride[3], z_stride[3]; /* batch, token, head */
+    ptrdiff_t state_stride[3], new_state_stride[3]; /* batch, head, row */
+    float dt_min, dt_max;
+    int dt_softplus;
+    fc_workspace *workspace;
+} fc_ssd_scan_args;
+fc_status fc_ssd_scan(const fc_ssd_scan_args *args);
+
+/* S = e^g S;  S = S + k u^T, u = v or, by the delta rule, beta (v - S^T k);  out = scale S^T q.  H heads of v, each
+ * with its S, and k_heads, q_heads of k and q: neighbours share one where there are fewer. Of q there may be more: then
+ * neighbours share an S, and out has q's heads. */
+typedef struct {
+    size_t size; /* sizeof(fc_gated_delta_args) */
+    fc_dtype type, g_type, beta_type; /* of q, k, v and out; of g; of beta */
+    void *out;                  /* (B, S, max(H, q_heads), P) */
+    float *new_state;           /* (B, H, N, P) */
+    const void *q, *k, *v;      /* (B, S, q_heads, N), (B, S, k_heads, N), (B, S, H, P) */
+    const void *g;              /* (B, S, H), each_n: (B, S, H, N); NULL: 0 */
+    const void *beta;           /* (B, S, H); NULL: not the delta rule */
+    const float *state;         /* (B, H, N, P) */
+    ptrdiff_t batch, seq, q_heads, k_heads, heads, n, p;
+    ptrdiff_t out_stride[3], q_stride[3], k_stride[3], v_stride[3]; /* batch, token, head */
+    ptrdiff_t g_stride[3], beta_stride[3], state_stride[3], new_state_stride[3]; /* of the states batch, head, row */
+    float scale;
+    int each_n;
+    fc_workspace *workspace;
+} fc_gated_delta_args;
+fc_status fc_gated_delta(const fc_gated_delta_args *args);
+
+/* S4D: x = dA x + dB u,  out = 2 Re(C x) + D u,  x (N) complex, of each channel. fc_s4d_modes makes what tokens are
+ * multiplied by, fc_s4d_modes_floats(channels, n) floats, from A, B, C (channels, N) complex64 and dt (channels). */
+typedef struct {
+    size_t size; /* sizeof(fc_s4d_modes_args) */
+    float *modes; /* not of fc_s4d_kernel */
+    const float *a, *b, *c, *dt;
+    ptrdiff_t channels, n;
+    int bilinear; /* else zero-order hold */
+    fc_workspace *workspace;
+} fc_s4d_modes_args;
+ptrdiff_t fc_s4d_modes_floats(ptrdiff_t channels, ptrdiff_t n); /* PTRDIFF_MAX: more than that */
+fc_status fc_s4d_modes(const fc_s4d_modes_args *args);
+/* out (channels, length): the response to one u of 1, without D */
+fc_status fc_s4d_kernel(float *out, const fc_s4d_modes_args *args, ptrdiff_t length);
+typedef struct {
+    size_t size; /* sizeof(fc_s4d_scan_args) */
+    fc_dtype type;      /* of u and out */
+    void *out;          /* (B, S, channels) */
+    float *new_state;   /* (B, channels, N) complex64 */
+    const void *u;      /* (B, S, channels) */
+    const float *modes, *d; /* d (channels) or NULL */
+    const float *state; /* (B, channels, N) complex64 */
+    ptrdiff_t batch, seq, channels, n;
+    ptrdiff_t out_stride[2], u_stride[2], state_stride[2], new_state_stride[2];
+    fc_workspace *workspace;
+} fc_s4d_scan_args;
+fc_status fc_s4d_scan(const fc_s4d_scan_args *args);
+
 /* ---- a model's forward pass: layers of parts, each of a kind ----
  * A layer is a mixer, which sees the tokens before, and an mlp, which does not:
  *     h = x + s mixer(x),  h + s mlp(h)        or, parallel,  x + s (mixer(x) + mlp(x))

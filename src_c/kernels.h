@@ -64,6 +64,41 @@ struct fc_attention_row {
     float *w_scale;
 };
 
+/* A block of tokens of one head, whose state is S (n, p); see kernels/ssd.h, kernels/delta.h and kernels/s4d.h. */
+struct fc_head_scan {
+    const char *from;                     /* S before, NULL: zeros; may be `to`, S after */
+    char *to;
+    ptrdiff_t from_n, from_p, to_n, to_p; /* bytes from n to n + 1, from p to p + 1: one of two is 4 */
+    float *y;                             /* (queries, tokens, width) */
+    const float *u;                       /* (tokens, width): u, or v of the delta rule */
+    /* k, q of each query, the decays of each n, and k times these for the delta rule: floats from one kind to the next,
+     * from token to token, and from 16 of the n to the next, which are 16 for the delta rule. S4D: the modes of 16
+     * channels, `line` floats to those of the next 16 */
+    const float *keys;
+    ptrdiff_t kind, token, line;
+    const float *decay; /* (tokens), or NULL: those of each n */
+    const float *beta;  /* (tokens), of the delta rule, else NULL */
+    float *tile;        /* (n, 2 vectors), of the delta rule */
+    ptrdiff_t n, p, width, tokens, queries;
+};
+
+/* A mode of S4D: its floats for 16 channels each; terms of its convolution that are made at once */
+enum { FC_MODE_FLOATS = 8, FC_POWERS = 8 };
+
+struct fc_ssd_steps {
+    float a, bias, lo, hi;
+    int softplus;
+};
+
+struct fc_head_output {
+    void *out;
+    const float *y; /* (tokens, width) */
+    const void *x, *z;
+    ptrdiff_t ldo, width, ldx, ldz;
+    float d;         /* of the head, */
+    const float *ds; /* or (p) of each column; NULL: none */
+};
+
 /* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
  * kernels/stream.h. */
 struct fc_stream {
@@ -117,6 +152,10 @@ struct fc_stream {
       bias, bias_up, n)                                                                                                \
     X(gated_store_gelu_tanh, (void *out, const float *acc, const float *bias, const float *bias_up, ptrdiff_t n), out, \
       acc, bias, bias_up, n)                                                                                           \
+    X(head_rows, (float *out, ptrdiff_t token, ptrdiff_t line, const void *x, ptrdiff_t ldx, ptrdiff_t tokens,         \
+                  ptrdiff_t n, const float *scale, float factor), out, token, line, x, ldx, tokens, n, scale, factor)  \
+    X(scalars_f32, (float *out, const void *x, ptrdiff_t stride, ptrdiff_t n), out, x, stride, n)                      \
+    X(head_output, (const struct fc_head_output *o, ptrdiff_t tokens, ptrdiff_t p), o, tokens, p)                      \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
       weight_a, weight_b, n)                                                                                           \
     X(router_logit, (float *logit, const void *x, const float *weight, ptrdiff_t n), logit, x, weight, n)              \
@@ -142,6 +181,13 @@ struct fc_stream {
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
     X(search, (float *out, const float *w, const float *h, const struct fc_search *s))                                 \
+    X(head_outer, (const struct fc_head_scan *s))                                                                      \
+    X(head_delta, (const struct fc_head_scan *s))                                                                      \
+    X(ssd_steps, (float *dt, float *decay, ptrdiff_t tokens, const struct fc_ssd_steps *s))                            \
+    X(key_decays, (const struct fc_head_scan *s, float *keys))                                                         \
+    X(head_modes, (const struct fc_head_scan *s))                                                                      \
+    X(mode_powers, (float *out, double *powers, const double *step, ptrdiff_t modes, ptrdiff_t length))                \
+    X(exp_f32, (float *x, ptrdiff_t n))                                                                                \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
     X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \

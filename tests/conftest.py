@@ -50,7 +50,7 @@ SMALLEST_NORMAL = 2.0**-126
 OPENMP = functional._openmp() != "none"
 
 for _name in ("rms_norm", "layer_norm", "rope", "gelu", "silu", "swiglu", "geglu", "softmax", "linear", "group_terms",
-              "gated_linear", "attention"):
+              "gated_linear", "attention", "ssd_scan", "gated_delta", "s4d_scan"):
     setattr(reference, _name, once(getattr(reference, _name)))
 
 
@@ -123,6 +123,16 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Call
     "attention_pairs": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16 + 2**16, lambda n: sums_flushed(n + 1)),
     # The log of a sum of n terms, absolute. magnitude: 1 + |lse|.
     "lse": (lambda n, d, s: (d + 8) * (1 + s) + n + 8, 0.0),
+    # n tokens; a token's term loses a rounding to its product and one to the sum, 4 to the decay, and 10 of the size of
+    # the exponent s: that is a rounded product, and its dt a sum whose softplus is good to 4 ulp. d terms in a result,
+    # a skip, a gate. magnitude: the sum of the sizes of all terms.
+    "ssd_scan": (lambda n, d, s: (n + 1) * (6 + 10 * s) + d + 16, SMALLEST_NORMAL),
+    # As above. By the delta rule the largest column's length instead of terms, and d more roundings a token for S k.
+    "gated_delta": (lambda n, d, s: (n + 1) * (2 * d + 12 + 2 * s) + d + 8, SMALLEST_NORMAL),
+    # n tokens, each a complex product in two steps and its input; d modes in a result, and the skip.
+    "s4d_scan": (lambda n, d, s: 10 * (n + 1) + 4 * d + 4, SMALLEST_NORMAL),
+    # Made in float64.
+    "s4d_kernel": (lambda n, d, s: 0.01, 0.0),
     # Two weights from exp of a rounded difference (p |log p| < 0.37), two products, a sum, a division.
     # magnitude: the larger |out| of the two parts.
     "merge_attention": (lambda n, d, s: 16, 0.0),

@@ -97,10 +97,23 @@ def _append(k: Any, v: Any, lens: Any) -> Any:
     return *cache, cache.lengths
 
 
+def _s4d(u: Any, dt: Any, D: Any, out: Any = None) -> Any:
+    modes = np.tile(-0.5 + 1j * np.arange(3), (20, 1)).astype(np.complex64)
+    return fc.s4d_scan(u, modes, modes, modes, dt, D, out=None if out is None else (out, None))[0]
+
+
 _X = rows((3, 5, 33), (64, 16, 512))
 _SIZES = {"x": rows((3, 7, 20), (2, 48, 256)), "bias": vector(35, 200), "residual": rows((3, 7, 35), (2, 48, 200))}
 _ATTENTION = {"q": rows((2, 3, 4, 16), (2, 150, 4, 32)), "k": rows((2, 7, 2, 16), (2, 300, 2, 32)),
               "v": rows((2, 7, 2, 24), (2, 300, 2, 40))}
+_SSD = {"x": rows((2, 5, 4, 20), (2, 64, 8, 64)), "dt": Arg("copied", (2, 5, 4), (2, 64, 8)), "A": vector(4, 8),
+        "B": rows((2, 5, 2, 17), (2, 64, 2, 32)), "C": rows((2, 5, 2, 17), (2, 64, 2, 32)), "D": vector(4, 8),
+        "z": rows((2, 5, 4, 20), (2, 64, 8, 64)), "dt_bias": vector(4, 8),
+        "state": Arg("rows", (2, 4, 20, 17), (2, 8, 64, 32), dtype="float32")}
+_DELTA = {"q": rows((2, 5, 2, 17), (2, 8, 4, 32)), "k": rows((2, 5, 2, 17), (2, 8, 4, 32)),
+          "v": rows((2, 5, 4, 20), (2, 8, 8, 64)), "g": Arg("copied", (2, 5, 4), (2, 8, 8)),
+          "beta": Arg("copied", (2, 5, 4), (2, 8, 8)),
+          "state": Arg("rows", (2, 4, 17, 20), (2, 8, 32, 64), dtype="float32")}
 _ROPE = {"cos": Arg("asarray", (ROPE_POSITIONS, 8), (ROPE_POSITIONS, 16), dtype="float32"),
          "sin": Arg("asarray", (ROPE_POSITIONS, 8), (ROPE_POSITIONS, 16), dtype="float32"),
          "positions": Arg("positions", (2, 5), (2, 64), below=ROPE_POSITIONS)}
@@ -157,6 +170,13 @@ OPS = {op.name: op for op in (
     Op("merge_attention", fc.merge_attention,
        {"out_a": Arg("copied", (2, 3, 16), (4, 256, 64)), "lse_a": Arg("copied", (2, 3), (4, 256), dtype="float32"),
         "out_b": Arg("copied", (2, 3, 16), (4, 256, 64)), "lse_b": Arg("copied", (2, 3), (4, 256), dtype="float32")}),
+    Op("ssd_scan", lambda **a: fc.ssd_scan(**a, dt_softplus=True, dt_limit=(0.0, 0.01)), _SSD, 2,
+       frozenset({"x", "z"})),
+    Op("gated_delta", lambda **a: fc.gated_delta(**a, scale=1e-6), _DELTA, 2, frozenset({"v"})),
+    Op("gated_delta_of_rows", lambda **a: fc.gated_delta(**a, rule="gated"),
+       {name: arg for name, arg in _DELTA.items() if name != "beta"} | {"g": rows((2, 5, 4, 17), (2, 8, 8, 32))}, 2,
+       frozenset({"v"})),
+    Op("s4d_scan", _s4d, {"u": rows((2, 5, 20)), "dt": vector(20), "D": vector(20)}, 1, frozenset({"u"})),
     Op("KVCache.append", _append, {"k": numpy_only(2, 5, 2, 16), "v": numpy_only(2, 5, 2, 16),
                                    "lens": Arg("lens", (2,), below=6)}),
     Op("pack", lambda weight: fc.pack(weight).unpack(), {"weight": numpy_only(20, 35)}),

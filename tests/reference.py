@@ -324,3 +324,77 @@ def merge_attention(out_a: ArrayLike, lse_a: ArrayLike, out_b: ArrayLike,
         parts = np.where(weight[..., None] == 0, 0.0, weight[..., None] * out)
         merged = parts.sum(axis=0) / np.where(total == 0, 1.0, total)[..., None]
         return merged, np.where(peak == -np.inf, -np.inf, peak + np.log(total))
+
+
+# ---- state spaces and linear attention, token after token -------------------------------------------
+
+def softplus(x: ArrayLike) -> F64:
+    """log(1 + exp(x))."""
+    x = f64(x)
+    return np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, 20))))
+
+
+def ssd_scan(x: ArrayLike, dt: ArrayLike, A: ArrayLike, B: ArrayLike, C: ArrayLike, D: ArrayLike | None = None, *,
+             z: ArrayLike | None = None, dt_bias: ArrayLike | None = None, dt_softplus: bool = False,
+             dt_limit: tuple[float, float] = (0.0, math.inf), state: ArrayLike | None = None) -> tuple[F64, F64]:
+    """h = exp(dt A) h + dt x B, y = (h C + D x) silu(z); h (b, h, p, n), x (b, i, h, p), B, C (b, i, g, n)."""
+    x, step = f64(x), f64(dt) + (0 if dt_bias is None else f64(dt_bias))
+    step = np.clip(softplus(step) if dt_softplus else step, *dt_limit)[..., None, None]
+    b, c = (np.repeat(f64(a), x.shape[2] // np.shape(a)[2], axis=2)[..., None, :] for a in (B, C))
+    h = np.zeros((len(x), *x.shape[2:], b.shape[-1])) if state is None else f64(state)
+    y = np.zeros(x.shape) if D is None else f64(D)[:, None] * x
+    with np.errstate(all="ignore"):
+        for t in range(x.shape[1]):
+            h = np.exp(step[:, t] * f64(A)[:, None, None]) * h + step[:, t] * x[:, t, ..., None] * b[:, t]
+            y[:, t] += np.sum(h * c[:, t], axis=-1)
+        return y if z is None else y * silu(z), h
+
+
+def gated_delta(q: ArrayLike, k: ArrayLike, v: ArrayLike, g: ArrayLike | None = None, beta: ArrayLike | None = None, *,
+                scale: float | None = None, state: ArrayLike | None = None) -> tuple[F64, F64]:
+    """S = exp(g) S, u = v or beta (v - S k), S = S + k u, y = scale S q; S (b, h, n, p), q, k (b, i, .., n)."""
+    q, k, v, g = f64(q), f64(k), f64(v), np.zeros(np.shape(v)[:3]) if g is None else f64(g)
+    (batch, seq, heads, p), n, most = v.shape, q.shape[-1], max(v.shape[2], q.shape[2])
+    q, k = np.repeat(q, most // q.shape[2], axis=2), np.repeat(k, heads // k.shape[2], axis=2)
+    decay, y = np.exp(g if g.ndim == 4 else g[..., None])[..., None], np.zeros((batch, seq, most, p))
+    s = np.zeros((batch, heads, n, p)) if state is None else f64(state)
+    with np.errstate(all="ignore"):
+        for t in range(seq):
+            s = delta_step(decay[:, t] * s, k[:, t, ..., None], v[:, t], None if beta is None else f64(beta)[:, t])
+            y[:, t] = np.sum(np.repeat(s, most // heads, axis=1) * q[:, t, ..., None], axis=2)
+        return y * (max(n, 1) ** -0.5 if scale is None else scale), s
+
+
+def delta_step(s: F64, k: F64, v: F64, beta: F64 | None) -> F64:
+    """S + k u, u = v or, by the delta rule, beta (v - S k)."""
+    u = v if beta is None else beta[..., None] * (v - np.sum(s * k, axis=2))
+    return s + k * u[:, :, None]
+
+
+def s4d_system(A: ArrayLike, B: ArrayLike, dt: ArrayLike, method: str = "zoh") -> tuple[Any, Any]:
+    """(dA, dB) complex (channels, n): exp(dt A), (dA - 1) / A B; bilinear (1 + dt A/2) / (1 - dt A/2), dt / (..) B."""
+    a, b, step = np.asarray(A, np.complex128), np.asarray(B, np.complex128), f64(dt)[:, None]
+    with np.errstate(all="ignore"):
+        if method == "bilinear":
+            return (1 + step * a / 2) / (1 - step * a / 2), step / (1 - step * a / 2) * b
+        return np.exp(step * a), np.where(a == 0, step, np.expm1(step * a) / np.where(a == 0, 1, a)) * b
+
+
+def s4d_kernel(A: ArrayLike, B: ArrayLike, C: ArrayLike, dt: ArrayLike, length: int, *, method: str = "zoh") -> F64:
+    """K[l] = sum of 2 real(C dA^l dB), (channels, length)."""
+    da, db = s4d_system(A, B, dt, method)
+    powers = da[..., None] ** np.arange(length)
+    return np.sum(2 * np.real((np.asarray(C, np.complex128) * db)[..., None] * powers), axis=1)
+
+
+def s4d_scan(u: ArrayLike, A: ArrayLike, B: ArrayLike, C: ArrayLike, dt: ArrayLike, D: ArrayLike | None = None, *,
+             method: str = "zoh", state: ArrayLike | None = None) -> tuple[F64, Any]:
+    """x = dA x + dB u, y = sum of 2 real(C x) + D u; u (b, i, channels), x (b, channels, n) complex."""
+    u, (da, db) = f64(u), s4d_system(A, B, dt, method)
+    x = np.zeros((len(u), *da.shape), np.complex128) if state is None else np.asarray(state, np.complex128)
+    y = np.zeros(u.shape) if D is None else f64(D) * u
+    with np.errstate(all="ignore"):
+        for t in range(u.shape[1]):
+            x = da * x + db * u[:, t, :, None]
+            y[:, t] += np.sum(2 * np.real(np.asarray(C, np.complex128) * x), axis=-1)
+        return y, x

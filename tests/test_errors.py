@@ -321,6 +321,40 @@ MASKS = [Wrong(call, TypeError, f"{name} is a MaskedArray, expected a NumPy arra
     "generate: prompt": lambda o: fc.models.load().generate(np.ma.masked_array([1])),
     "score: prompt": lambda o: fc.models.load().score(np.ma.masked_array([[1, 2]])),
     "collect_importance: ids": lambda o: fc.models.collect_importance(None, [np.ma.masked_array([1])])}.items()]
+
+
+HEADS, STEPS, BC = a(1, 2, 4, 8), a(1, 2, 4), a(1, 2, 2, 3)
+MODES = np.ones((8, 3), np.complex64)
+
+
+def scan(out: Any, x: Any = HEADS, dt: Any = STEPS, B: Any = BC, **options: Any) -> Any:
+    return fc.ssd_scan(x, dt, a(4), B, BC, out=(out, None), **options)
+
+
+STATES = [
+    Wrong(lambda o: scan(o, x=a(2, 4, 8)), ValueError,
+          "ssd_scan: x has shape (2, 4, 8), expected (batch, seq, heads, p)", BTSD),
+    Wrong(lambda o: scan(o, x=a(*BTSD, dtype=F64)), TypeError,
+          "ssd_scan: x has dtype float64, " + DTYPES_HINT.format("x"), BTSD),
+    Wrong(lambda o: scan(o, dt=a(1, 2, 3)), ValueError, "ssd_scan: dt has shape (1, 2, 3), expected (1, 2, 4)", BTSD),
+    Wrong(lambda o: scan(o, B=a(1, 2, 3, 3)), ValueError,
+          "ssd_scan: x has 4 heads, expected a multiple of B's 3 groups", BTSD),
+    Wrong(lambda o: scan(o, dt_limit=(2, 1)), ValueError,
+          "ssd_scan: dt_limit is (2, 1), expected the smaller number first", BTSD),
+    Wrong(lambda o: scan(o, state=a(1, 4, 8, 3, dtype=F16)), TypeError,
+          "ssd_scan: state has dtype float16, expected float32", BTSD),
+    Wrong(lambda o: scan(o, dt=o[..., 0]), ValueError, "ssd_scan: out overlaps dt; pass an array of its own", BTSD),
+    Wrong(lambda o: fc.gated_delta(HEADS, HEADS, HEADS, rule="linear", out=o), TypeError,
+          "gated_delta: out is a ndarray, expected a pair (y, state)", BTSD),
+    Wrong(lambda o: fc.gated_delta(HEADS, HEADS, HEADS, STEPS, out=(o, None)), ValueError,
+          "gated_delta: beta is None, expected an array with rule='gated_delta'", BTSD),
+    Wrong(lambda o: fc.gated_delta(o, HEADS, HEADS, rule="linear", out=(o, None)), ValueError,
+          "gated_delta: out overlaps q; pass an array of its own", BTSD),
+    Wrong(lambda o: fc.s4d_scan(a(1, 2, 8), MODES, MODES, MODES, a(7), out=(o[None], None)), ValueError,
+          "s4d_scan: dt has shape (7,), expected (8,)", (2, 8)),
+    Wrong(lambda o: fc.s4d_scan(a(1, 2, 8), MODES.real, MODES, MODES, a(8), out=(o[None], None)), TypeError,
+          "s4d_scan: A has dtype float32, expected complex64; pass A.astype(np.complex64)", (2, 8)),
+]
 CACHE = [
     Wrong(lambda o: fc.KVCache(0, 8, 2, 8), ValueError, "KVCache: batch is 0, expected at least 1"),
     Wrong(lambda o: fc.KVCache(1, 8.0, 2, 8), TypeError, "KVCache: max_seq_len is 8.0, expected an integer"),
@@ -451,7 +485,7 @@ OPTIONS = [
 ]
 
 GROUPS = {"norms": NORMS, "elementwise": ELEMENTWISE, "rope": ROPE, "linear": LINEAR, "attention": ATTENTION,
-          "masks": MASKS, "cache": CACHE, "layers": LAYERS, "runtime": RUNTIME,
+          "masks": MASKS, "states": STATES, "cache": CACHE, "layers": LAYERS, "runtime": RUNTIME,
           "options": OPTIONS}
 CASES = [pytest.param(wrong, id=f"{group}-{i}") for group, cases in GROUPS.items() for i, wrong in enumerate(cases)]
 

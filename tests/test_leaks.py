@@ -108,6 +108,8 @@ ODD = {
                           fc.attention(z(1, 0, 2, 4), KV, KV, return_lse=True),
                           fc.attention(z(1, 2, 2, 4), KV, KV, mask=np.ones(3, bool), kv_lens=[] or np.array([2]))),
     "merge": lambda: fc.merge_attention(z(2, 0), z(2), z(2, 0), z(2)),
+    "states": lambda: (fc.ssd_scan(z(1, 0, 2, 4), z(1, 0, 2), z(2), z(1, 0, 1, 3), z(1, 0, 1, 3)),
+                       fc.gated_delta(KV, KV, KV, rule="linear", out=(None, z(1, 2, 4, 4)))),
     "buffers": lambda: (fc.relu(memoryview(z(2, 3))), fc.relu(memoryview(bytearray(12)).cast("f"))),
 }
 

@@ -24,6 +24,9 @@
 #include "../kernels/route_tokens.h"
 #include "../kernels/search.h"
 #include "../kernels/softmax.h"
+#include "../kernels/ssd.h"
+#include "../kernels/delta.h"
+#include "../kernels/s4d.h"
 
 #define FC_DEFINE(name, params, ...)                                                                                   \
     static void name##_f32 params { name##_any(FC_F32, __VA_ARGS__); }                                                 \

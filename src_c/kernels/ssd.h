@@ -1,0 +1,175 @@
+/* One head of a state-space or linear-attention layer, token after token:
+ *     S = decay S + k u^T,   y_r = S^T q_r          S (n, p), k and q (n), u and y (p)
+ * Mamba-2 (arXiv 2405.21060) is  decay = e^(dt A),  u = dt x,  k = B,  q = C,  and then  y + D x,  times silu(z).
+ *
+ * A square of S stays in registers over a block of tokens: lanes are p, so that no sum crosses them, and each y is a
+ * chain over n, of two sums a square. A block of tokens only says how long a square stays, so that no bit depends on it. */
+
+/* h[j] = S[n0 + j] from p0 on, `rows` of them, zeros beyond p */
+FC_INLINE void state_in(vf h[FC_N], const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows) {
+    const ptrdiff_t lanes = s->p - p0 < FC_N ? s->p - p0 : FC_N;
+    const char *from = s->from ? s->from + n0 * s->from_n + p0 * s->from_p : NULL;
+    if (!from) {
+        for (int j = 0; j < rows; j++) h[j] = vf_zero();
+    } else if (s->from_p == 4) {
+        for (int j = 0; j < rows; j++) {
+            const char *row = from + j * s->from_n;
+            h[j] = lanes == FC_N ? vf_load(row) : vf_load_n((const float *)(const void *)row, lanes);
+        }
+    } else if (rows == FC_N && lanes == FC_N) {
+        vf_load_transposed(h, from, s->from_p);
+    } else {
+        float square[FC_N][FC_N] = {{0}};
+        for (ptrdiff_t i = 0; i < lanes; i++) memcpy(square[i], from + i * s->from_p, (size_t)rows * 4);
+        vf all[FC_N];
+        vf_load_transposed(all, (const char *)square, sizeof square[0]);
+        for (int j = 0; j < rows; j++) h[j] = all[j];
+    }
+}
+
+FC_INLINE void state_out(const vf h[FC_N], const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows) {
+    const ptrdiff_t lanes = s->p - p0 < FC_N ? s->p - p0 : FC_N;
+    char *to = s->to + n0 * s->to_n + p0 * s->to_p;
+    if (s->to_p == 4) {
+        for (int j = 0; j < rows; j++) {
+            char *row = to + j * s->to_n;
+            if (lanes == FC_N) vf_store(row, h[j]);
+            else vf_store_n((float *)(void *)row, h[j], lanes);
+        }
+    } else {
+        vf row[FC_N];
+        for (int j = 0; j < FC_N; j++) row[j] = j < rows ? h[j] : vf_zero();
+        vf_transpose(row);
+        for (ptrdiff_t i = 0; i < lanes; i++) {
+            if (rows == FC_N) vf_store(to + i * s->to_p, row[i]);
+            else memcpy(to + i * s->to_p, &row[i], (size_t)rows * 4);
+        }
+    }
+}
+
+/* `rows` (FC_N or 1) of S from n0 on, FC_N columns from p0 on, over all tokens of the block; adds their share to y.
+ * each_n: whether every n has a decay of its own. */
+FC_INLINE void square_over_tokens(const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows, int each_n) {
+    /* in registers: stores to y might change *s, for all that the compiler knows */
+    const ptrdiff_t tokens = s->tokens, queries = s->queries, kind = s->kind, token = s->token, width = s->width;
+    const float *k = s->keys + n0 / FC_PANEL * s->line + n0 % FC_PANEL, *u = s->u + p0, *decays = s->decay;
+    float *y = s->y + p0;
+    vf h[FC_N];
+    state_in(h, s, n0, p0, rows);
+    for (ptrdiff_t t = 0; t < tokens; t++, k += token, u += width, y += width) {
+        const vf ut = vf_load(u), decay = each_n ? vf_zero() : vf_load1(decays + t);
+#pragma GCC unroll 16
+        for (int j = 0; j < rows; j++) {
+            const vf kept = (each_n ? vf_load1(k + (1 + queries) * kind + j) : decay) * h[j];
+            h[j] = vf_fma(ut, vf_load1(k + j), kept);
+        }
+        const float *q = k + kind;
+        float *yr = y;
+        ptrdiff_t r = 0;
+        do {
+            vf sum[2] = {vf_load(yr), vf_zero()};
+#pragma GCC unroll 16
+            for (int j = 0; j < rows; j++) sum[j % 2] = vf_fma(h[j], vf_load1(q + j), sum[j % 2]);
+            vf_store(yr, rows > 1 ? sum[0] + sum[1] : sum[0]);
+            q += kind, yr += tokens * width;
+        } while (++r < queries);
+    }
+    state_out(h, s, n0, p0, rows);
+}
+
+/* Squares of the same n and neighbouring p one after the other: a few columns of u and y, and k and q of FC_N n, stay in
+ * the first cache. */
+FC_INLINE void head_outer_any(const struct fc_head_scan *s, int each_n) {
+    enum { COLUMNS = 64 };
+    for (ptrdiff_t begin = 0; begin < s->p; begin += COLUMNS) {
+        const ptrdiff_t end = s->p - begin < COLUMNS ? s->p : begin + COLUMNS;
+        ptrdiff_t n0 = 0;
+        for (; n0 + FC_N <= s->n; n0 += FC_N)
+            for (ptrdiff_t p0 = begin; p0 < end; p0 += FC_N) square_over_tokens(s, n0, p0, FC_N, each_n);
+        for (; n0 < s->n; n0++)
+            for (ptrdiff_t p0 = begin; p0 < end; p0 += FC_N) square_over_tokens(s, n0, p0, 1, each_n);
+    }
+}
+
+static void head_outer(const struct fc_head_scan *s) {
+    const uint64_t before = vf_flush_subnormals(); /* a state dies away where nothing comes in */
+    memset(s->y, 0, (size_t)(s->queries * s->tokens * s->width) * 4);
+    if (s->decay) head_outer_any(s, 0);
+    else head_outer_any(s, 1);
+    vf_keep_subnormals(before);
+}
+
+/* ---- a block's inputs as float32, and its results ---- */
+
+/* The next head's row begins where this one ends: by the time it is asked for, it is in the second cache. */
+FC_INLINE void prefetch_after(const void *row, ptrdiff_t bytes) {
+    for (ptrdiff_t i = 0; i < bytes; i += FC_LINE) __builtin_prefetch((const char *)row + bytes + i, 0, 2);
+}
+
+/* out[t] = x[t] factor scale[t], n of each of `tokens` rows: 16 neighbours together, `line` floats to the next 16,
+ * `token` to the next row. scale may be NULL. */
+FC_INLINE void head_rows_any(fc_dtype type, float *out, ptrdiff_t token, ptrdiff_t line, const void *x, ptrdiff_t ldx,
+                             ptrdiff_t tokens, ptrdiff_t n, const float *scale, float factor) {
+    for (ptrdiff_t t = 0; t < tokens; t++, out += token, x = (const char *)x + ldx) {
+        const vf by = vf_set1(scale ? scale[t] * factor : factor);
+        for (ptrdiff_t i = 0; i < n; i += FC_N)
+            vf_store(out + i / FC_PANEL * line + i % FC_PANEL, vf_get_upto(type, x, i, n) * by);
+        prefetch_after(x, n * fc_size_of(type));
+    }
+}
+
+/* out[i] = x[i], `stride` bytes from one to the next */
+FC_INLINE void scalars_f32_any(fc_dtype type, float *out, const void *x, ptrdiff_t stride, ptrdiff_t n) {
+    const ptrdiff_t size = type == FC_F32 ? 4 : 2;
+    const char *at = x;
+    for (ptrdiff_t i = 0; i < n; i += FC_N) {
+        const ptrdiff_t count = n - i < FC_N ? n - i : FC_N;
+        float part[FC_N] = {0};
+        for (ptrdiff_t j = 0; j < count; j++, at += stride) memcpy((char *)part + j * size, at, (size_t)size);
+        vf_store_n(out + i, vf_get(type, part, 0), count);
+    }
+}
+
+/* out = (y + D x) silu(z) of each token; x, z may be NULL */
+FC_INLINE void head_output_any(fc_dtype type, const struct fc_head_output *o, ptrdiff_t tokens, ptrdiff_t p) {
+    const vf d = vf_set1(o->d);
+    for (ptrdiff_t t = 0; t < tokens; t++) {
+        const float *y = o->y + t * o->width;
+        const char *x = o->x ? (const char *)o->x + t * o->ldx : NULL;
+        const char *z = o->z ? (const char *)o->z + t * o->ldz : NULL;
+        char *out = (char *)o->out + t * o->ldo;
+        for (ptrdiff_t i = 0; i < p; i += FC_N) {
+            vf a = vf_load(y + i);
+            if (x) a = vf_fma(o->ds ? vf_get_upto(FC_F32, o->ds, i, p) : d, vf_get_upto(type, x, i, p), a);
+            if (z) a *= vf_activate(FC_SILU, vf_get_upto(type, z, i, p));
+            vf_put_upto(type, out, i, a, p);
+        }
+        prefetch_after(out, p * fc_size_of(type));
+    }
+}
+
+/* 2 s + 2/3 s^3 + ...,  s = x / (2 + x):  log(1 + x) for 0 <= x <= 1, minimax */
+FC_INLINE vf vf_log1p_fraction(vf x) {
+    vf s = x / (x + vf_set1(2.0f)), z = s * s;
+    vf p = vf_fma(z, vf_set1(0.116195515f), vf_set1(0.10851692f));
+    p = vf_fma(z, p, vf_set1(0.14296286f));
+    p = vf_fma(z, p, vf_set1(0.19999851f));
+    p = vf_fma(z, p, vf_set1(0.33333334f));
+    vf twice = s + s;
+    return vf_fma(twice * z, p, twice);
+}
+
+/* max(x, 0) + log(1 + e^-|x|): nothing overflows, nothing is lost for x << 0, and x > 20 is x */
+FC_INLINE vf vf_softplus(vf x) { return vf_max(vf_zero(), x) + vf_log1p_fraction(vf_exp_negative(-vf_abs(x))); }
+
+/* dt = clip(softplus(dt + bias)),  decay = e^(dt A) */
+static void ssd_steps(float *dt, float *decay, ptrdiff_t tokens, const struct fc_ssd_steps *s) {
+    for (ptrdiff_t t = 0; t < tokens; t += FC_N) {
+        const ptrdiff_t count = tokens - t < FC_N ? tokens - t : FC_N;
+        vf d = vf_load_n(dt + t, count) + vf_set1(s->bias);
+        if (s->softplus) d = vf_softplus(d);
+        d = vf_min(vf_set1(s->hi), vf_max(vf_set1(s->lo), d));
+        vf_store_n(dt + t, d, count);
+        vf_store_n(decay + t, vf_exp(d * vf_set1(s->a)), count);
+    }
+}
