@@ -1,6 +1,14 @@
 /* simd.h's backend words for 32-byte vectors: AVX2, FMA, F16C. */
 #include <immintrin.h>
 
+/* Bits 6 and 15 of MXCSR: subnormal numbers count as 0, read and written. */
+FC_INLINE unsigned vf_flush_begin(void) {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+}
+FC_INLINE void vf_flush_end(unsigned before) { _mm_setcsr(before); }
+
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 FC_INLINE vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 FC_INLINE vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }

@@ -1,6 +1,14 @@
 /* simd.h's backend words for 64-byte vectors: AVX-512 F, BW, DQ, VL. */
 #include <immintrin.h>
 
+/* Bits 6 and 15 of MXCSR: subnormal numbers count as 0, read and written. */
+FC_INLINE unsigned vf_flush_begin(void) {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+}
+FC_INLINE void vf_flush_end(unsigned before) { _mm_setcsr(before); }
+
 #define FC_MASK(n) ((__mmask16)((1u << (n)) - 1u))
 
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -39,6 +47,14 @@ FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(r));
 }
 
+#define FC_HAS_SCALE 1
+FC_INLINE vf vf_off_integer(vf a) {
+    return (vf)_mm512_reduce_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FC_INLINE vf vf_scale_from(vf a, vf n, vf x, vf least) {
+    const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(kept, (__m512)a, (__m512)n);
+}
 FC_INLINE vf vf_scale2(vf a, vf n) { return (vf)_mm512_scalef_ps((__m512)a, (__m512)n); }
 
 FC_INLINE vf vf_swap(vf a) { return (vf)_mm512_permute_ps((__m512)a, 0xB1); }

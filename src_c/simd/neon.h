@@ -3,6 +3,15 @@
 
 #include "narrow.h"
 
+/* Bit 24 of FPCR: subnormal numbers count as 0, read and written. */
+FC_INLINE uint64_t vf_flush_begin(void) {
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before | 1u << 24));
+    return before;
+}
+FC_INLINE void vf_flush_end(uint64_t before) { __asm__ volatile("msr fpcr, %0" : : "r"(before)); }
+
 FC_INLINE void vf_stream(float *p, vf a) { vf_store(p, a); } /* C has no word for stnp */
 FC_INLINE void vf_stream_end(void) {}
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }

@@ -3,6 +3,14 @@
 
 #include "narrow.h"
 
+/* Bits 6 and 15 of MXCSR: subnormal numbers count as 0, read and written. */
+FC_INLINE unsigned vf_flush_begin(void) {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+}
+FC_INLINE void vf_flush_end(unsigned before) { _mm_setcsr(before); }
+
 FC_INLINE void vf_stream(float *p, vf a) { _mm_stream_ps(p, (__m128)a); }
 FC_INLINE void vf_stream_end(void) { _mm_sfence(); }
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
