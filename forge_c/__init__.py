@@ -15,9 +15,9 @@ from forge_c.version import __version__
 _HOME = {
     name: module
     for module, names in {
-        "functional": "PackedWeight attention available_isas embedding gated_linear geglu gelu get_num_threads isa "
-                      "layer_norm linear merge_attention relu rms_norm rope set_num_threads silu softmax swiglu "
-                      "use_isa",
+        "functional": "PackedWeight attention available_isas causal_conv1d embedding gated_linear geglu gelu "
+                      "get_num_threads isa layer_norm linear merge_attention relu rms_norm rope selective_scan "
+                      "set_num_threads silu softmax swiglu use_isa",
         "state.kv": "KVCache kv_cache_nbytes",
         "packing": "pack pack_gated",
         "rotary": "RopeTable rope_table",

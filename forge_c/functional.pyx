@@ -39,6 +39,8 @@ include "border/linear.pxi"
 include "border/writer.pxi"
 include "border/cache.pxi"
 include "border/attention.pxi"
+include "border/conv1d.pxi"
+include "border/scan.pxi"
 include "border/decoder.pxi"
 
 set_num_threads(default_threads(_bound_cpus())[0])
@@ -47,7 +49,7 @@ if os.environ.get("FORGE_C_ISA"):
 
 # Not KVPages, pack_columns, and what models are built from: what checks their arguments is the package above them.
 __all__ = [
-    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "embedding", "gated_linear", "geglu", "gelu",
-    "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope", "set_num_threads",
-    "silu", "softmax", "swiglu", "use_isa",
+    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "causal_conv1d", "embedding", "gated_linear", "geglu",
+    "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope",
+    "selective_scan", "set_num_threads", "silu", "softmax", "swiglu", "use_isa",
 ]

@@ -64,6 +64,16 @@ struct fc_attention_row {
     float *w_scale;
 };
 
+/* Panels of channels of a selective scan over a run of tokens; see kernels/scan.h. */
+struct fc_scan {
+    float *h;                  /* (panels, n, FC_PANEL) */
+    const float *a;            /* (panels, n, FC_PANEL) */
+    const float *step, *input; /* (panels, tokens, FC_PANEL), panels `stride` apart: delta log2(e), delta u */
+    float *y;                  /* like them */
+    const float *b, *c;        /* (tokens, n) */
+    ptrdiff_t tokens, n, channels, stride;
+};
+
 /* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
  * kernels/stream.h. */
 struct fc_stream {
@@ -117,6 +127,15 @@ struct fc_stream {
       bias, bias_up, n)                                                                                                \
     X(gated_store_gelu_tanh, (void *out, const float *acc, const float *bias, const float *bias_up, ptrdiff_t n), out, \
       acc, bias, bias_up, n)                                                                                           \
+    X(conv1d, (void *out, ptrdiff_t ldo, const void *x, ptrdiff_t ldx, const float *weight, const float *bias,         \
+               ptrdiff_t n, ptrdiff_t tokens, ptrdiff_t width, int silu), out, ldo, x, ldx, weight, bias, n, tokens,   \
+      width, silu)                                                                                                     \
+    X(scan_begin, (float *step, float *input, float *y, ptrdiff_t stride, const void *u, const void *delta,            \
+                   const float *bias, const float *d, ptrdiff_t n, int softplus, const void *next_u,                   \
+                   const void *next_delta), step, input, y, stride, u, delta, bias, d, n, softplus, next_u,            \
+      next_delta)                                                                                                      \
+    X(scan_end, (void *out, const float *y, ptrdiff_t stride, const void *z, ptrdiff_t n, const void *next_z), out,    \
+      y, stride, z, n, next_z)                                                                                         \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
       weight_a, weight_b, n)
 
@@ -140,6 +159,8 @@ struct fc_stream {
     X(attention_fold, (float *o, float *max, float *sum, const float *o_part, float max_part, float sum_part,          \
                        ptrdiff_t n))                                                                                   \
     X(search, (float *out, const float *w, const float *h, const struct fc_search *s))                                 \
+    X(scan, (const struct fc_scan *s))                                                                                 \
+    X(panel_to_columns, (float *out, ptrdiff_t ld, const float *panel, ptrdiff_t k, ptrdiff_t columns))                \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
     X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \

@@ -19,6 +19,8 @@ static const struct {
     double append, read;                            /* a channel of a token, into pages and out of them */
     double score_flop, page_byte, query_block;      /* of attention: a product's operation, a byte of pages, a block */
     double page_value, fold;                        /* a plain value into a page; a value of a partial folded */
+    double conv1d;                                  /* a channel of a token */
+    double scan, scan_channel, scan_load;           /* a state of a channel of a token; a channel of one; a state */
 } fc_ns = {
     .flop = 0.01,
     .weight_byte = 0.04,
@@ -49,6 +51,10 @@ static const struct {
     .query_block = 200,
     .page_value = 0.4,
     .fold = 0.1,
+    .conv1d = 0.3,
+    .scan = 0.3,
+    .scan_channel = 2,
+    .scan_load = 0.5,
 };
 
 /* Inputs of more bytes come from beyond the second cache: then the next row is prefetched. */

@@ -308,6 +308,86 @@ ATTENTION = [
     Wrong(lambda o: fc.merge_attention(a(), a(), a(), a()), ValueError,
           "merge_attention: out_a has shape (), expected at least one axis"),
 ]
+X3, STEPS, A43, B23 = a(1, 2, 4), (1, 2, 4), a(4, 3), a(1, 2, 3)
+
+
+def scan(out: Any, u: Any = X3, delta: Any = X3, A: Any = A43, B: Any = B23, C: Any = B23, **options: Any) -> Any:
+    return fc.selective_scan(u, delta, A, B, C, out=out if isinstance(out, tuple | list) else (out, None), **options)
+
+
+SCANS = [
+    Wrong(lambda o: fc.causal_conv1d(X, a(4, 3), out=(o, None)), ValueError,
+          "causal_conv1d: x has shape (2, 4), expected (batch, seq, channels)"),
+    Wrong(lambda o: fc.causal_conv1d(a(*STEPS, dtype=F64), a(4, 3), out=(o, None)), TypeError,
+          "causal_conv1d: x has dtype float64, " + DTYPES_HINT.format("x"), STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3.swapaxes(1, 2), a(2, 3), out=(o, None)), ValueError,
+          "causal_conv1d: x has stride 16 bytes on its last axis, expected 4 (contiguous); "
+          "pass np.ascontiguousarray(x)", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(3, 4), out=(o, None)), ValueError,
+          "causal_conv1d: weight has shape (3, 4), expected (4, width)", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 1, 3), out=(o, None)), ValueError,
+          "causal_conv1d: weight has shape (4, 1, 3), expected (4, width)", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 0), out=(o, None)), ValueError,
+          "causal_conv1d: weight has shape (4, 0), expected (4, width) with a width of 1 or more", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3, dtype=F64), out=(o, None)), TypeError,
+          "causal_conv1d: weight has dtype float64, " + DTYPES_HINT.format("weight"), STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3), a(3), out=(o, None)), ValueError,
+          "causal_conv1d: bias has shape (3,), expected (4,)", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3), activation="gelu", out=(o, None)), ValueError,
+          "causal_conv1d: activation is 'gelu', expected None or 'silu'", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3), state=a(1, 3, 4), out=(o, None)), ValueError,
+          "causal_conv1d: state has shape (1, 3, 4), expected (1, 2, 4)", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3), state=a(1, 2, 4, dtype=F16), out=(o, None)), TypeError,
+          "causal_conv1d: state has dtype float16, expected float32", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3), out=o), TypeError,
+          "causal_conv1d: out is a ndarray, expected a pair (y, state)", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 4), out=(None, o)), ValueError,
+          "causal_conv1d: out[1] has shape (1, 2, 4), expected (1, 3, 4)", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(o, a(4, 4), out=(o, None)), ValueError,
+          "causal_conv1d: out overlaps x; pass an array of its own", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3), out=(o, o)), ValueError,
+          "causal_conv1d: out[1] overlaps out[0]; pass an array of its own", STEPS),
+    Wrong(lambda o: fc.causal_conv1d(X3, a(4, 3), state=o.reshape(-1)[:8].reshape(1, 2, 4),
+                                     out=(None, o.reshape(-1)[4:].reshape(1, 2, 4))), ValueError,
+          "causal_conv1d: out[1] overlaps state; pass an array of its own, or state itself", (1, 3, 4)),
+    Wrong(lambda o: scan(o, X), ValueError, "selective_scan: u has shape (2, 4), expected (batch, seq, channels)"),
+    Wrong(lambda o: scan(o, a(*STEPS, dtype=F64)), TypeError,
+          "selective_scan: u has dtype float64, " + DTYPES_HINT.format("u"), STEPS),
+    Wrong(lambda o: scan(o, delta=a(1, 2, 1)), ValueError,
+          "selective_scan: delta has shape (1, 2, 1), expected (1, 2, 4)", STEPS),
+    Wrong(lambda o: scan(o, delta=a(*STEPS, dtype=BF16)), TypeError,
+          "selective_scan: delta has dtype bfloat16, expected float32", STEPS),
+    Wrong(lambda o: scan(o, A=a(3, 4)), ValueError, "selective_scan: A has shape (3, 4), expected (4, n)", STEPS),
+    Wrong(lambda o: scan(o, A=a(4, 3, dtype=F64)), TypeError,
+          "selective_scan: A has dtype float64, " + DTYPES_HINT.format("A"), STEPS),
+    Wrong(lambda o: scan(o, B=a(1, 2, 4)), ValueError,
+          "selective_scan: B has shape (1, 2, 4), expected (1, 2, 3)", STEPS),
+    Wrong(lambda o: scan(o, C=a(1, 3, 2).swapaxes(1, 2)), ValueError,
+          "selective_scan: C has stride 8 bytes on its last axis, expected 4 (contiguous); "
+          "pass np.ascontiguousarray(C)", STEPS),
+    Wrong(lambda o: scan(o, D=a(3)), ValueError, "selective_scan: D has shape (3,), expected (4,)", STEPS),
+    Wrong(lambda o: scan(o, z=a(2, 4)), ValueError, "selective_scan: z has shape (2, 4), expected (1, 2, 4)", STEPS),
+    Wrong(lambda o: scan(o, delta_bias=a(1, 4)), ValueError,
+          "selective_scan: delta_bias has shape (1, 4), expected (4,)", STEPS),
+    Wrong(lambda o: scan(o, delta_softplus=a(2)), TypeError,
+          "selective_scan: delta_softplus is array([1., 1.], dtype=float32), expected True or False", STEPS),
+    Wrong(lambda o: scan(o, state=a(1, 3, 4)), ValueError,
+          "selective_scan: state has shape (1, 3, 4), expected (1, 4, 3)", STEPS),
+    Wrong(lambda o: scan(o, state=a(1, 4, 3, dtype=F64)), TypeError,
+          "selective_scan: state has dtype float64, expected float32", STEPS),
+    Wrong(lambda o: scan([o, None]), TypeError,
+          "selective_scan: out is a list, expected a pair (y, state)", STEPS),
+    Wrong(lambda o: scan(o, a(1, 3, 4), a(1, 3, 4), B=a(1, 3, 3), C=a(1, 3, 3)), ValueError,
+          "selective_scan: out has shape (1, 2, 4), expected (1, 3, 4)", STEPS),
+    Wrong(lambda o: scan(o[:, :2], o[:, 1:]), ValueError,
+          "selective_scan: out overlaps u; pass an array of its own, or u itself", (1, 3, 4)),
+    Wrong(lambda o: scan(o, A=a(4, 4), B=o, C=a(*STEPS)), ValueError,
+          "selective_scan: out overlaps B; pass an array of its own", STEPS),
+    Wrong(lambda o: scan((None, o), state=a(1, 4, 3)), ValueError,
+          "selective_scan: out[1] has shape (1, 4, 4), expected (1, 4, 3)", (1, 4, 4)),
+    Wrong(lambda o: scan((None, o), A=o[0]), ValueError,
+          "selective_scan: out[1] overlaps A; pass an array of its own", (1, 4, 3)),
+]
 CACHE = [
     Wrong(lambda o: fc.KVCache(0, 8, 2, 8), ValueError, "KVCache: batch is 0, expected at least 1"),
     Wrong(lambda o: fc.KVCache(1, 8.0, 2, 8), TypeError, "KVCache: max_seq_len is 8.0, expected an integer"),
@@ -438,8 +518,7 @@ OPTIONS = [
 ]
 
 GROUPS = {"norms": NORMS, "elementwise": ELEMENTWISE, "rope": ROPE, "linear": LINEAR, "attention": ATTENTION,
-          "cache": CACHE, "layers": LAYERS, "runtime": RUNTIME,
-          "options": OPTIONS}
+          "scans": SCANS, "cache": CACHE, "layers": LAYERS, "runtime": RUNTIME, "options": OPTIONS}
 CASES = [pytest.param(wrong, id=f"{group}-{i}") for group, cases in GROUPS.items() for i, wrong in enumerate(cases)]
 
 
