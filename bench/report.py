@@ -15,7 +15,7 @@ _IMPLEMENTATIONS = ("forge_c", "numpy", "torch", "onnxruntime")
 _TITLES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "softmax": "Softmax", "rope": "Rotary positions",
            "swiglu": "SwiGLU", "activations": "Activations", "linear": "Linear",
            "attention": "Grouped-query attention", "kv_cache": "KV cache", "transformer": "Transformer block",
-           "models": "The embedded model",
+           "causal_conv1d": "Causal convolution", "selective_scan": "Mamba's scan", "models": "The embedded model",
            "mission": "Modern components and what they replace"}
 
 _PAGES = {"benchmarks": "Benchmarks of all components", "benchmarks-rows": "Benchmarks: norms, positions, activations",
