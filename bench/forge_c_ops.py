@@ -37,6 +37,20 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     return lambda: fc.layer_norm(x, weight, bias, out=out)
 
 
+def causal_conv1d(x: Array, weight: Array, bias: Array, *, activation: str | None, dtype: str) -> Call:
+    x = _cast(x, dtype)
+    out = np.empty_like(x), np.empty((len(x), weight.shape[1] - 1, x.shape[2]), np.float32)
+    return lambda: fc.causal_conv1d(x, weight, bias, activation=activation, out=out)[0]
+
+
+def selective_scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, z: Array, delta_bias: Array,
+                   state: Array, *, dtype: str) -> Call:
+    u, delta, B, C, z = (_cast(a, dtype) for a in (u, delta, B, C, z))
+    out = np.empty_like(u), np.empty_like(state)
+    return lambda: fc.selective_scan(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True,
+                                     state=state, out=out)[0]
+
+
 def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
     x, residual = _cast(x, dtype), _cast(residual, dtype)
     out = np.empty_like(x), np.empty_like(x)

@@ -65,6 +65,79 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     return call
 
 
+def causal_conv1d(x: Array, weight: Array, bias: Array, *, activation: str | None, dtype: str) -> Call:
+    """All tokens at once, tap by tap."""
+    width, seq = weight.shape[1], x.shape[1]
+    out, product, taps = np.empty_like(x), np.empty_like(x), np.ascontiguousarray(weight.T)
+    padded = np.concatenate([np.zeros((len(x), width - 1, x.shape[2]), np.float32), x], axis=1)
+
+    def call() -> Array:
+        padded[:, width - 1:] = x
+        np.multiply(padded[:, :seq], taps[0], out=out)
+        for k in range(1, width):
+            np.add(out, np.multiply(padded[:, k:k + seq], taps[k], out=product), out=out)
+        np.add(out, bias, out=out)
+        return out if activation is None else _silu(out, product)
+
+    return call
+
+
+def causal_conv1d_by_tokens(x: Array, weight: Array, bias: Array, *, activation: str | None, dtype: str) -> Call:
+    """A loop over tokens, as a state is usually kept: the last inputs shifted by one."""
+    taps = np.ascontiguousarray(weight.T)
+
+    def call() -> Array:
+        out, last = np.empty_like(x), np.zeros((len(x), *taps.shape), np.float32)
+        for t in range(x.shape[1]):
+            last[:, :-1] = last[:, 1:]
+            last[:, -1] = x[:, t]
+            out[:, t] = (last * taps).sum(axis=1) + bias
+        return out if activation is None else _silu(out, np.empty_like(out))
+
+    return call
+
+
+def selective_scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, z: Array, delta_bias: Array,
+                   state: Array, *, dtype: str) -> Call:
+    """Whatever does not wait for the token before, for 32 tokens at a time; a loop only for h = decay h + added."""
+    chunk, (batch, seq, channels) = 32, u.shape
+    decay, added = np.empty((2, batch, min(chunk, seq), channels, A.shape[1]), np.float32)
+    out, gate = np.empty_like(u), np.empty_like(u)
+
+    def call() -> Array:
+        h = state.copy()
+        dt = np.logaddexp(0, delta + delta_bias)
+        scaled = dt * u
+        for first in range(0, seq, chunk):
+            some = slice(first, min(first + chunk, seq))
+            n = some.stop - first
+            np.exp(np.multiply(dt[:, some, :, None], A, out=decay[:, :n]), out=decay[:, :n])
+            np.multiply(scaled[:, some, :, None], B[:, some, None], out=added[:, :n])
+            for t in range(n):
+                h = np.add(np.multiply(decay[:, t], h, out=decay[:, t]), added[:, t], out=added[:, t])
+            np.matvec(added[:, :n], C[:, some], out=out[:, some])
+            h = h.copy()
+        np.add(out, D * u, out=out)
+        return np.multiply(out, _silu(z, gate), out=out)
+
+    return call
+
+
+def selective_scan_by_tokens(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, z: Array,
+                             delta_bias: Array, state: Array, *, dtype: str) -> Call:
+    """A loop over tokens."""
+    def call() -> Array:
+        h, out = state.copy(), np.empty_like(u)
+        for t in range(u.shape[1]):
+            dt = np.logaddexp(0, delta[:, t] + delta_bias)
+            h = np.exp(dt[..., None] * A) * h + (dt * u[:, t])[..., None] * B[:, t, None]
+            y = np.matvec(h, C[:, t]) + D * u[:, t]
+            out[:, t] = y * (z[:, t] / (1 + np.exp(-z[:, t])))
+        return out
+
+    return call
+
+
 def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
     h, out = np.empty_like(x), np.empty_like(x)
     return lambda: _rms_norm(np.add(x, residual, out=h), weight, out)

@@ -44,6 +44,38 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, dtype: str) -> Call:
     return lambda: F.layer_norm(t, w.shape, w, b, 1e-5)
 
 
+def causal_conv1d(x: Array, weight: Array, bias: Array, *, activation: str | None, dtype: str) -> Call:
+    """As transformers' Mamba does: channels first, which is how it has them."""
+    t, w, b = _cast(x.swapaxes(1, 2), dtype), _cast(weight[:, None], dtype), _cast(bias, dtype)
+    width, seq = weight.shape[1], x.shape[1]
+
+    def call() -> torch.Tensor:
+        y = F.conv1d(t, w, b, padding=width - 1, groups=len(w))[..., :seq]
+        return (y if activation is None else F.silu(y)).transpose(1, 2)
+
+    return call
+
+
+def selective_scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, z: Array, delta_bias: Array,
+                   state: Array, *, dtype: str) -> Call:
+    """As transformers' Mamba does without kernels for CUDA."""
+    x, dt, gate = (_cast(a.swapaxes(1, 2), dtype) for a in (u, delta, z))
+    a, b, c, d, bias, first = (torch.from_numpy(p) for p in (A, B, C, D, delta_bias, state))
+
+    def call() -> torch.Tensor:
+        h, step = first.clone(), F.softplus(dt + bias[:, None])
+        decay = torch.exp(a[None, :, None] * step[..., None])
+        added = step[..., None] * b[:, None].float() * x[..., None].float()
+        outputs = []
+        for t in range(x.shape[-1]):
+            h = decay[:, :, t] * h + added[:, :, t]
+            outputs.append((h @ c[:, t, :, None])[..., 0])
+        y = torch.stack(outputs, dim=-1) + x * d[None, :, None]
+        return (y * F.silu(gate)).transpose(1, 2)
+
+    return call
+
+
 def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
     t, r, w = (_cast(a, dtype) for a in (x, residual, weight))
     h = torch.zeros_like(t)

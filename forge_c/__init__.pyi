@@ -5,6 +5,7 @@ from forge_c import packing as packing
 from forge_c.functional import PackedWeight as PackedWeight
 from forge_c.functional import attention as attention
 from forge_c.functional import available_isas as available_isas
+from forge_c.functional import causal_conv1d as causal_conv1d
 from forge_c.functional import embedding as embedding
 from forge_c.functional import gated_delta as gated_delta
 from forge_c.functional import gated_linear as gated_linear
@@ -21,6 +22,7 @@ from forge_c.functional import rope as rope
 from forge_c.functional import route_tokens as route_tokens
 from forge_c.functional import s4d_kernel as s4d_kernel
 from forge_c.functional import s4d_scan as s4d_scan
+from forge_c.functional import selective_scan as selective_scan
 from forge_c.functional import set_num_threads as set_num_threads
 from forge_c.functional import silu as silu
 from forge_c.functional import softmax as softmax

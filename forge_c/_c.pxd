@@ -295,6 +295,53 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t new_state_stride[2]
         fc_workspace *workspace
     fc_status fc_s4d_scan(const fc_s4d_scan_args *args)
+    ctypedef struct fc_conv1d_args:
+        size_t size
+        fc_dtype type
+        void *out
+        const void *x
+        float *new_state
+        const float *state
+        fc_layout layout
+        fc_dtype weight_type
+        const void *weight
+        ptrdiff_t ldw
+        const float *bias
+        int silu
+        ptrdiff_t batch, seq, channels, width
+        ptrdiff_t out_stride[2]
+        ptrdiff_t x_stride[2]
+        ptrdiff_t new_state_stride[2]
+        ptrdiff_t state_stride[2]
+        fc_workspace *workspace
+    fc_status fc_conv1d(const fc_conv1d_args *args)
+    ctypedef struct fc_scan_args:
+        size_t size
+        fc_dtype type
+        void *out
+        const void *u
+        const void *delta
+        const void *z
+        float *new_state
+        const float *state
+        const float *a
+        const void *b
+        const void *c
+        const float *d
+        const float *delta_bias
+        int delta_softplus
+        ptrdiff_t batch, seq, channels, n
+        ptrdiff_t lda
+        ptrdiff_t out_stride[2]
+        ptrdiff_t u_stride[2]
+        ptrdiff_t delta_stride[2]
+        ptrdiff_t z_stride[2]
+        ptrdiff_t b_stride[2]
+        ptrdiff_t c_stride[2]
+        ptrdiff_t new_state_stride[2]
+        ptrdiff_t state_stride[2]
+        fc_workspace *workspace
+    fc_status fc_selective_scan(const fc_scan_args *args)
 
     ctypedef enum fc_norm_kind:
         FC_NO_NORM

@@ -40,6 +40,9 @@ include "border/route_tokens.pxi"
 include "border/writer.pxi"
 include "border/cache.pxi"
 include "border/attention.pxi"
+include "border/states.pxi"
+include "border/conv1d.pxi"
+include "border/scan.pxi"
 include "border/ssd.pxi"
 include "border/gated_delta.pxi"
 include "border/s4d.pxi"
@@ -51,7 +54,8 @@ if os.environ.get("FORGE_C_ISA"):
 
 # Not KVPages, pack_columns, and what models are built from: what checks their arguments is the package above them.
 __all__ = [
-    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "embedding", "gated_delta", "gated_linear",
-    "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu", "rms_norm", "rope",
-    "route_tokens", "s4d_kernel", "s4d_scan", "set_num_threads", "silu", "softmax", "ssd_scan", "swiglu", "use_isa",
+    "KV_CHUNK", "PackedWeight", "attention", "available_isas", "causal_conv1d", "embedding", "gated_delta",
+    "gated_linear", "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu",
+    "rms_norm", "rope", "route_tokens", "s4d_kernel", "s4d_scan", "selective_scan", "set_num_threads", "silu",
+    "softmax", "ssd_scan", "swiglu", "use_isa",
 ]

@@ -25,6 +25,8 @@ from test_linear import check_gated, rounded
 from test_rope import pair_length
 from test_s4d import check as check_s4d
 from test_s4d import inputs as s4d_inputs
+from test_selective_scan import check as check_scan
+from test_selective_scan import inputs as scan_inputs
 from test_ssd_scan import check as check_ssd
 from test_ssd_scan import inputs as ssd_inputs
 
@@ -542,6 +544,38 @@ def s4d_scan(rng: Rng) -> Call:
     return Call("s4d_scan", arrays, fc.s4d_scan, lambda got, a: check_s4d(got, a), 2, any_stride=("A", "B", "C"))
 
 
+def causal_conv1d(rng: Rng) -> Call:
+    batch, seq, channels, width = (pick(rng, sizes) for sizes in ((0, 1, 2, 3), LENGTHS, LENGTHS, (1, 2, 3, 4, 7)))
+    arrays = {"x": values(rng, (batch, seq, channels), pick(rng, DTYPES), pick(rng, KINDS)),
+              "weight": values(rng, (channels, width), pick(rng, DTYPES))}
+    if rng.random() < 0.5:
+        arrays["bias"] = values(rng, (channels,), pick(rng, DTYPES))
+    if rng.random() < 0.5:
+        arrays["state"] = values(rng, (batch, width - 1, channels), F32)
+    silu = pick(rng, (None, "silu"))
+
+    def check(got: tuple[Array, ...], a: dict[str, Array]) -> None:
+        want = ref.causal_conv1d(**a, activation=silu)
+        size = ref.causal_conv1d(**{name: np.abs(ref.f64(x)) for name, x in a.items()})[0]
+        np.testing.assert_array_equal(got[1], want[1])
+        compare("causal_conv1d_silu" if silu else "causal_conv1d", got[0], want[0], ~(size > OVERFLOW), n=width,
+                magnitude=np.nan_to_num(size))
+
+    return Call("causal_conv1d", arrays, partial(fc.causal_conv1d, activation=silu), check, 2, any_stride=("weight",),
+                options=silu)
+
+
+def selective_scan(rng: Rng) -> Call:
+    a = scan_inputs(rng, *(pick(rng, sizes) for sizes in ((0, 1, 2), LENGTHS[:13], LENGTHS[:14], (0, 1, 2, 3, 16, 17))),
+                    pick(rng, DTYPES), [name for name in ("D", "z", "delta_bias", "state") if rng.random() < 0.4])
+    for name in rng.choice(list(a), 2):
+        if name not in ("A", "delta", "delta_bias", "z"):  # infinity times silu(z): 0 in float32 sooner than in float64
+            a[name] = values(rng, a[name].shape, a[name].dtype, pick(rng, ("tiny", "large", "zero", "nan", "inf")))
+    alias = [name for name in ("u", "delta", "z") if name in a]
+    return Call("selective_scan", a, partial(fc.selective_scan, delta_softplus=True),
+                lambda got, given: check_scan(got, given, True), 2, alias, ("A",))
+
+
 FORMS = (rms_norm, layer_norm, softmax, activation, activation, rope, embedding, embedding_packed, linear, linear,
          linear_packed, linear_integers, linear_blocks, gated, attention, attention, attention_cache, merge_attention,
-         route_tokens, ssd_scan, gated_delta, s4d_scan)
+         route_tokens, ssd_scan, gated_delta, s4d_scan, causal_conv1d, selective_scan)

@@ -326,6 +326,50 @@ typedef struct {
     fc_workspace *workspace;
 } fc_s4d_scan_args;
 fc_status fc_s4d_scan(const fc_s4d_scan_args *args);
+/* ---- state-space models: tokens change a state, which is float32 and returned; any cut of a sequence gives the bits
+ * of the whole. (batch, seq, channels) arrays with strides of axes 0 and 1 in bytes. ---- */
+
+/* out[t] = f(bias + sum over k < width of weight[k] x[t - width + 1 + k]) for each channel, f: nothing, or silu. What
+ * lies before x is the state, the last width - 1 inputs. */
+typedef struct {
+    size_t size; /* sizeof(fc_conv1d_args) */
+    fc_dtype type; /* of x and out */
+    void *out;
+    const void *x; /* both (batch, seq, channels); out is not x */
+    float *new_state;
+    const float *state; /* both (batch, width - 1, channels); NULL: zeros; may be new_state */
+    fc_layout layout;   /* FC_COLS: weight (channels, width), ldw apart; FC_PACKED_F32: fc_pack_columns' panels of it */
+    fc_dtype weight_type; /* of FC_COLS */
+    const void *weight;
+    ptrdiff_t ldw;
+    const float *bias; /* (channels) or NULL */
+    int silu;
+    ptrdiff_t batch, seq, channels, width; /* width >= 1 */
+    ptrdiff_t out_stride[2], x_stride[2], new_state_stride[2], state_stride[2];
+    fc_workspace *workspace;
+} fc_conv1d_args;
+fc_status fc_conv1d(const fc_conv1d_args *args);
+
+/* Mamba's scan: delta = delta + delta_bias, or softplus of it;  h[n] = e^(delta a[n]) h[n] + delta u b[n];
+ * out = (d u + sum over n of h[n] c[n]) silu(z). */
+typedef struct {
+    size_t size; /* sizeof(fc_scan_args) */
+    fc_dtype type; /* of out, u, delta, b, c, z */
+    void *out;
+    const void *u, *delta, *z; /* (batch, seq, channels), as out, which may be one of them; z NULL: no gate */
+    float *new_state;
+    const float *state; /* h: both (batch, channels, n); NULL: zeros; may be new_state */
+    const float *a;     /* (channels, n), lda apart */
+    const void *b, *c;  /* (batch, seq, n) */
+    const float *d, *delta_bias; /* (channels) or NULL */
+    int delta_softplus;
+    ptrdiff_t batch, seq, channels, n;
+    ptrdiff_t lda;
+    ptrdiff_t out_stride[2], u_stride[2], delta_stride[2], z_stride[2], b_stride[2], c_stride[2];
+    ptrdiff_t new_state_stride[2], state_stride[2]; /* batch, channel */
+    fc_workspace *workspace;
+} fc_scan_args;
+fc_status fc_selective_scan(const fc_scan_args *args);
 
 /* ---- a model's forward pass: layers of parts, each of a kind ----
  * A layer is a mixer, which sees the tokens before, and an mlp, which does not:

@@ -99,6 +99,16 @@ struct fc_head_output {
     const float *ds; /* or (p) of each column; NULL: none */
 };
 
+/* Panels of channels of a selective scan over a run of tokens; see kernels/scan.h. */
+struct fc_scan {
+    float *h;                  /* (panels, n, FC_PANEL) */
+    const float *a;            /* (panels, n, FC_PANEL) */
+    const float *step, *input; /* (panels, tokens, FC_PANEL), panels `stride` apart: delta log2(e), delta u */
+    float *y;                  /* like them */
+    const float *b, *c;        /* (tokens, n) */
+    ptrdiff_t tokens, n, channels, stride;
+};
+
 /* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
  * kernels/stream.h. */
 struct fc_stream {
@@ -156,6 +166,15 @@ struct fc_stream {
                   ptrdiff_t n, const float *scale, float factor), out, token, line, x, ldx, tokens, n, scale, factor)  \
     X(scalars_f32, (float *out, const void *x, ptrdiff_t stride, ptrdiff_t n), out, x, stride, n)                      \
     X(head_output, (const struct fc_head_output *o, ptrdiff_t tokens, ptrdiff_t p), o, tokens, p)                      \
+    X(conv1d, (void *out, ptrdiff_t ldo, const void *x, ptrdiff_t ldx, const float *weight, const float *bias,         \
+               ptrdiff_t n, ptrdiff_t tokens, ptrdiff_t width, int silu), out, ldo, x, ldx, weight, bias, n, tokens,   \
+      width, silu)                                                                                                     \
+    X(scan_begin, (float *step, float *input, float *y, ptrdiff_t stride, const void *u, const void *delta,            \
+                   const float *bias, const float *d, ptrdiff_t n, int softplus, const void *next_u,                   \
+                   const void *next_delta), step, input, y, stride, u, delta, bias, d, n, softplus, next_u,            \
+      next_delta)                                                                                                      \
+    X(scan_end, (void *out, const float *y, ptrdiff_t stride, const void *z, ptrdiff_t n, const void *next_z), out,    \
+      y, stride, z, n, next_z)                                                                                         \
     X(merge, (void *out, const void *a, const void *b, float weight_a, float weight_b, ptrdiff_t n), out, a, b,        \
       weight_a, weight_b, n)                                                                                           \
     X(router_logit, (float *logit, const void *x, const float *weight, ptrdiff_t n), logit, x, weight, n)              \
@@ -188,6 +207,8 @@ struct fc_stream {
     X(head_modes, (const struct fc_head_scan *s))                                                                      \
     X(mode_powers, (float *out, double *powers, const double *step, ptrdiff_t modes, ptrdiff_t length))                \
     X(exp_f32, (float *x, ptrdiff_t n))                                                                                \
+    X(scan, (const struct fc_scan *s))                                                                                 \
+    X(panel_to_columns, (float *out, ptrdiff_t ld, const float *panel, ptrdiff_t k, ptrdiff_t columns))                \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \
     X(peak_i8, (float *sink, ptrdiff_t iterations))                                                                    \

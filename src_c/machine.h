@@ -20,6 +20,8 @@ static const struct {
     double score_flop, page_byte, query_block;      /* of attention: a product's operation, a byte of pages, a block */
     double page_value, fold;                        /* a plain value into a page; a value of a partial folded */
     double router_logit, choose, gate_update;       /* of routed depth: a value; a token; a value */
+    double conv1d;                                  /* a channel of a token */
+    double scan, scan_channel, scan_load;           /* a state of a channel of a token; a channel of one; a state */
 } fc_ns = {
     .flop = 0.01,
     .weight_byte = 0.04,
@@ -53,6 +55,10 @@ static const struct {
     .router_logit = 0.1,
     .choose = 6,
     .gate_update = 0.2,
+    .conv1d = 0.3,
+    .scan = 0.3,
+    .scan_channel = 2,
+    .scan_load = 0.5,
 };
 
 /* Inputs of more bytes come from beyond the second cache: then the next row is prefetched. */

@@ -54,7 +54,6 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_transpose(r)         r[FC_N] as a square matrix, in place
  *   vf_load_transposed(r, p, ld)   r[j][i] = float j of row i, rows ld bytes apart
  *   vf_stream(p, a), vf_stream_end()   store past the caches, p a multiple of FC_BYTES; after the last one, the fence
- *   vf_dup(p)               p[0] p[0] p[1] p[1] ...  from FC_N/2 floats
  *   vf_swap(a)              a[1] a[0] a[3] a[2] ...
  *   vf_add_product(acc, a, b)      acc + a*b as vf_fma; see below
  *   vi_madd16(a, b)                int16 lanes: a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
@@ -67,6 +66,8 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
  *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
  *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
+ *   FC_HAS_SCALE     vf_off_integer(a)            a less the nearest integer, 0 for infinity
+ *                    vf_scale_from(a, n, x, y)    x < y ? 0 : a * 2^n, n any integral float or infinity
  *   FC_HAS_MADDUBS   vi_maddubs(u8, s8)           int16 lanes: the sum of two products of bytes, which must fit
  *                    vi_add_maddubs(acc, u8, s8)  acc + that
  *
@@ -253,20 +254,58 @@ FC_INLINE vf vf_exp(vf x) {
 /* 2^n, n in the lowest bits of t; unsigned, as the bits above them go over the edge */
 FC_INLINE vf vf_power_of_2(vf t) { return (vf)(((vu)t << 23) + 0x3f800000u); }
 
-/* 2^x for x <= 0, as the weights of attention need it: 2^n (1 + r (c1 + ... + c6 r^5)), r = x - n exact, c minimax; 0
- * where 2^n is no normal float. A NaN stays one. */
-FC_INLINE vf vf_exp2_negative(vf x) {
-    const vf magic = vf_set1(12582912.0f);
-    x = vf_max(vf_set1(-127.0f), x);
-    vf t = x + magic, r = x - (t - magic);
+/* 2^r for |r| <= 1/2: 1 + r (c1 + ... + c6 r^5), c minimax */
+FC_INLINE vf vf_exp2_near_0(vf r) {
     vf p = vf_fma(r, vf_set1(1.53533620e-4f), vf_set1(1.33988750e-3f));
     p = vf_fma(r, p, vf_set1(9.61843692e-3f));
     p = vf_fma(r, p, vf_set1(5.55033237e-2f));
     p = vf_fma(r, p, vf_set1(0.240226477f));
     p = vf_fma(r, p, vf_set1(0.693147182f));
-    p = vf_fma(r, p, vf_set1(1.0f));
-    return p * vf_power_of_2(t);
+    return vf_fma(r, p, vf_set1(1.0f));
 }
+
+/* 2^x for x <= 0, as the weights of attention need it: 2^n 2^r, r = x - n exact; 0 where 2^n is no normal float. A NaN
+ * stays one. */
+FC_INLINE vf vf_exp2_negative(vf x) {
+    const vf magic = vf_set1(12582912.0f);
+    x = vf_max(vf_set1(-127.0f), x);
+    vf t = x + magic, r = x - (t - magic);
+    return vf_exp2_near_0(r) * vf_power_of_2(t);
+}
+
+/* The same address, but the compiler cannot know: what lies there is loaded anew, since keeping it would not leave
+ * enough registers for what changes. */
+FC_INLINE const char *opaque(const char *p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
+
+/* 2^x for any x, 1 for 0: 2^n 2^r as above, and 0 where that is no normal float, which would take processors a hundred
+ * cycles. Where the ISA has no word for that, 2^(n - 1) times 2 2^r, since a result may be finite where 2^n is not; 0
+ * where 2^(n - 1) is no normal float. n + 126 is then in the lowest bits of t, and all constants stay in memory, as the
+ * registers of a loop that has state would not hold both. */
+#ifdef FC_HAS_SCALE
+FC_INLINE vf vf_exp2(vf x) {
+    vf r = vf_off_integer(x);
+    return vf_scale_from(vf_exp2_near_0(r), x - r, x, vf_set1(-126.0f));
+}
+#else
+#define FC_ALL(value) {[0 ... FC_N - 1] = value}
+static const float fc_exp2_constants[10][FC_N] __attribute__((aligned(FC_BYTES))) = {
+    FC_ALL(-126.0f), FC_ALL(129.0f), FC_ALL(12582912.0f + 126), FC_ALL(2 * 1.53533620e-4f), FC_ALL(2 * 1.33988750e-3f),
+    FC_ALL(2 * 9.61843692e-3f), FC_ALL(2 * 5.55033237e-2f), FC_ALL(2 * 0.240226477f), FC_ALL(2 * 0.693147182f),
+    FC_ALL(2.0f)};
+#undef FC_ALL
+FC_INLINE vf vf_exp2(vf x) {
+    const char *c = opaque((const char *)fc_exp2_constants);
+    x = vf_min(vf_load(c + FC_BYTES), vf_max(vf_load(c), x));
+    vf t = x + vf_load(c + 2 * FC_BYTES), r = x - (t - vf_load(c + 2 * FC_BYTES));
+    vf p = vf_load(c + 3 * FC_BYTES);
+#pragma GCC unroll 6
+    for (int i = 4; i < 10; i++) p = vf_fma(r, p, vf_load(c + i * FC_BYTES));
+    return p * (vf)((vu)t << 23);
+}
+#endif
 
 /* e^r and, in the lowest bits of *t, n, where x = n ln2 + r: e^x = 2^n e^r. -127 ln2 <= x <= 129 ln2. */
 FC_INLINE vf vf_exp_parts(vf x, vf *t) {
@@ -289,6 +328,20 @@ FC_INLINE vf vf_times_sigmoid(vf x, vf u) {
     const vf s = (vf)((vu)(127 - half) << 23);
     return x * s / (s + p * (vf)((vu)(n - half + 127) << 23));
 }
+
+/* log(1 + x) = 2 s (1 + s^2 p(s^2)) for 0 <= x <= 1, s = x / (2 + x), p minimax */
+FC_INLINE vf vf_log1p_fraction(vf x) {
+    vf s = x / (x + vf_set1(2.0f)), z = s * s;
+    vf p = vf_fma(z, vf_set1(0.121508345f), vf_set1(0.107135929f));
+    p = vf_fma(z, p, vf_set1(0.143084824f));
+    p = vf_fma(z, p, vf_set1(0.19999437f));
+    p = vf_fma(z, p, vf_set1(0.333333373f));
+    vf twice = s + s;
+    return vf_fma(twice * z, p, twice);
+}
+
+/* max(x, 0) + log(1 + e^-|x|): nothing overflows, nothing is lost for x << 0, and x > 20 is x */
+FC_INLINE vf vf_softplus(vf x) { return vf_max(vf_zero(), x) + vf_log1p_fraction(vf_exp_negative(-vf_abs(x))); }
 
 /* |x| < 0.625: x + x^3 p(x^2);  else sign(x) (1 - 2 / (e^(2|x|) + 1)) */
 FC_INLINE vf vf_tanh(vf x) {

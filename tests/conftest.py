@@ -50,7 +50,7 @@ SMALLEST_NORMAL = 2.0**-126
 OPENMP = functional._openmp() != "none"
 
 for _name in ("rms_norm", "layer_norm", "rope", "gelu", "silu", "swiglu", "geglu", "softmax", "linear", "group_terms",
-              "gated_linear", "attention", "ssd_scan", "gated_delta", "s4d_scan"):
+              "gated_linear", "attention", "ssd_scan", "gated_delta", "s4d_scan", "causal_conv1d", "selective_scan"):
     setattr(reference, _name, once(getattr(reference, _name)))
 
 
@@ -133,6 +133,12 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Call
     "s4d_scan": (lambda n, d, s: 10 * (n + 1) + 4 * d + 4, SMALLEST_NORMAL),
     # Made in float64.
     "s4d_kernel": (lambda n, d, s: 0.01, 0.0),
+    # gamma of a sum of n products and the bias. magnitude: |weight| |x| summed, + |bias|; a product may be subnormal.
+    "causal_conv1d": (lambda n, d, s: n + 1, lambda n: n * 2.0**-149),
+    # silu' <= 1.1, and silu of it as above.
+    "causal_conv1d_silu": (lambda n, d, s: 1.1 * (n + 1) + 5, lambda n: (n + 2) * 2.0**-149),
+    # magnitude: the roundings themselves, see test_selective_scan.magnitudes.
+    "selective_scan": (lambda n, d, s: 1, SMALLEST_NORMAL),
     # Two weights from exp of a rounded difference (p |log p| < 0.37), two products, a sum, a division.
     # magnitude: the larger |out| of the two parts.
     "merge_attention": (lambda n, d, s: 16, 0.0),

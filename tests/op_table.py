@@ -26,6 +26,7 @@ class Arg:
     big: tuple[int, ...] = ()
     below: int = 0  # integers 0 .. below - 1 instead of normal numbers
     dtype: str = ""  # instead of the operation's
+    scale: float = 1.0
 
     def make(self, rng: np.random.Generator, dtype: Any, big: bool) -> NDArray[Any]:
         shape = self.big if big else self.shape
@@ -33,7 +34,7 @@ class Arg:
             return rng.integers(0, self.below, shape)
         if self.dtype == "bool":
             return rng.random(shape) < 0.7
-        return rng.standard_normal(shape, np.float32).astype(self.dtype or dtype)
+        return (rng.standard_normal(shape, np.float32) * np.float32(self.scale)).astype(self.dtype or dtype)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ _DELTA = {"q": rows((2, 5, 2, 17), (2, 8, 4, 32)), "k": rows((2, 5, 2, 17), (2, 
 _ROPE = {"cos": Arg("asarray", (ROPE_POSITIONS, 8), (ROPE_POSITIONS, 16), dtype="float32"),
          "sin": Arg("asarray", (ROPE_POSITIONS, 8), (ROPE_POSITIONS, 16), dtype="float32"),
          "positions": Arg("positions", (2, 5), (2, 64), below=ROPE_POSITIONS)}
+_CHANNELS = rows((2, 5, 33), (2, 40, 512))
+_SCAN = {"u": _CHANNELS, "delta": _CHANNELS, "A": Arg("copied", (33, 5), (512, 16), scale=0.1),
+         "B": rows((2, 5, 5), (2, 40, 16)), "C": rows((2, 5, 5), (2, 40, 16))}
 _GATED = {"x": _SIZES["x"], "gate": Arg("asarray", (20, 35), (256, 200)),
           "up": Arg("asarray", (20, 35), (256, 200)), "bias": Arg("copied", (2, 35), (2, 200))}
 
@@ -177,6 +181,16 @@ OPS = {op.name: op for op in (
        {name: arg for name, arg in _DELTA.items() if name != "beta"} | {"g": rows((2, 5, 4, 17), (2, 8, 8, 32))}, 2,
        frozenset({"v"})),
     Op("s4d_scan", _s4d, {"u": rows((2, 5, 20)), "dt": vector(20), "D": vector(20)}, 1, frozenset({"u"})),
+    Op("causal_conv1d", fc.causal_conv1d,
+       {"x": rows((2, 5, 33), (2, 300, 512)), "weight": Arg("copied", (33, 4), (512, 4)), "bias": vector(33, 512),
+        "state": Arg("rows", (2, 3, 33), (2, 3, 512), dtype="float32")}, 2),
+    Op("causal_conv1d_silu", lambda **a: fc.causal_conv1d(**a, activation="silu"),
+       {"x": rows((2, 5, 33), (2, 300, 512)), "weight": Arg("copied", (33, 7), (512, 7))}, 2),
+    Op("selective_scan", fc.selective_scan, {**_SCAN, "state": Arg("rows", (2, 33, 5), (2, 512, 16), dtype="float32")},
+       2, frozenset({"u", "delta"})),
+    Op("selective_scan_gated", lambda **a: fc.selective_scan(**a, delta_softplus=True),
+       {**_SCAN, "D": vector(33, 512), "z": _CHANNELS, "delta_bias": vector(33, 512)}, 2,
+       frozenset({"u", "delta", "z"})),
     Op("KVCache.append", _append, {"k": numpy_only(2, 5, 2, 16), "v": numpy_only(2, 5, 2, 16),
                                    "lens": Arg("lens", (2,), below=6)}),
     Op("pack", lambda weight: fc.pack(weight).unpack(), {"weight": numpy_only(20, 35)}),

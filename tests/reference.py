@@ -328,6 +328,21 @@ def merge_attention(out_a: ArrayLike, lse_a: ArrayLike, out_b: ArrayLike,
 
 # ---- state spaces and linear attention, token after token -------------------------------------------
 
+
+# ---- state-space models: x, u, delta, z (batch, seq, channels) --------------------------------------
+
+def causal_conv1d(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, *, activation: str | None = None,
+                  state: ArrayLike | None = None) -> tuple[F64, F64]:
+    """y[t] = bias + sum of weight[:, k] x[t - width + 1 + k], the state what lies before x; and the next state."""
+    x, weight = f64(x), f64(weight)
+    (batch, seq, channels), width = x.shape, weight.shape[1]
+    before = np.zeros((batch, width - 1, channels)) if state is None else f64(state)
+    seen = np.concatenate([before, x], axis=1)
+    with np.errstate(invalid="ignore"):
+        y = sum(weight[:, k] * seen[:, k:k + seq] for k in range(width)) + (0 if bias is None else f64(bias))
+    return y if activation is None else silu(y), seen[:, seq:]
+
+
 def softplus(x: ArrayLike) -> F64:
     """log(1 + exp(x))."""
     x = f64(x)
@@ -398,3 +413,19 @@ def s4d_scan(u: ArrayLike, A: ArrayLike, B: ArrayLike, C: ArrayLike, dt: ArrayLi
             x = da * x + db * u[:, t, :, None]
             y[:, t] += np.sum(2 * np.real(np.asarray(C, np.complex128) * x), axis=-1)
         return y, x
+
+
+def selective_scan(u: ArrayLike, delta: ArrayLike, A: ArrayLike, B: ArrayLike, C: ArrayLike, D: ArrayLike | None = None,
+                   *, z: ArrayLike | None = None, delta_bias: ArrayLike | None = None, delta_softplus: bool = False,
+                   state: ArrayLike | None = None) -> tuple[F64, F64]:
+    """h = exp(delta A) h + delta B u, y = (<h, C> + D u) silu(z); (y, h after the last token)."""
+    u, dt, b, c = f64(u), f64(delta) + (0 if delta_bias is None else f64(delta_bias)), f64(B), f64(C)
+    dt = softplus(dt) if delta_softplus else dt
+    h = np.zeros((len(u), *np.shape(A))) if state is None else f64(state)
+    y = np.zeros(u.shape) if D is None else f64(D) * u
+    with np.errstate(all="ignore"):
+        for t in range(u.shape[1]):
+            step = dt[:, t, :, None]
+            h = np.exp(step * f64(A)) * h + step * b[:, t, None] * u[:, t, :, None]
+            y[:, t] += np.sum(h * c[:, t, None], axis=-1)
+        return y if z is None else y * silu(z), h

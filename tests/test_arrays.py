@@ -365,6 +365,10 @@ def empty(*shape: int) -> NDArray[np.float32]:
     return np.zeros(shape, np.float32)
 
 
+def scan(batch: int, seq: int, channels: int, n: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    return fc.selective_scan(*[empty(batch, seq, channels)] * 2, empty(channels, n), *[empty(batch, seq, n)] * 2)
+
+
 EMPTY = {
     "rms_norm no rows": (lambda: fc.rms_norm(empty(0, 4), empty(4)), (0, 4)),
     "rms_norm no channels": (lambda: fc.rms_norm(empty(2, 0), empty(0)), (2, 0)),
@@ -423,6 +427,15 @@ EMPTY = {
     "s4d_scan no channels": (lambda: fc.s4d_scan(empty(1, 2, 0), *[np.zeros((0, 3), np.complex64)] * 3, empty(0))[0],
                              (1, 2, 0)),
     "s4d_kernel no taps": (lambda: fc.s4d_kernel(*[np.zeros((2, 3), np.complex64)] * 3, empty(2), 0), (2, 0)),
+    "causal_conv1d no tokens": (lambda: fc.causal_conv1d(empty(2, 0, 3), empty(3, 4))[0], (2, 0, 3)),
+    "causal_conv1d no tokens, its state": (lambda: fc.causal_conv1d(empty(2, 0, 3), empty(3, 4))[1], (2, 3, 3)),
+    "causal_conv1d no batch": (lambda: fc.causal_conv1d(empty(0, 2, 3), empty(3, 4))[1], (0, 3, 3)),
+    "causal_conv1d no channels": (lambda: fc.causal_conv1d(empty(1, 2, 0), empty(0, 4))[0], (1, 2, 0)),
+    "selective_scan no tokens": (lambda: scan(2, 0, 3, 4)[0], (2, 0, 3)),
+    "selective_scan no tokens, its state": (lambda: scan(2, 0, 3, 4)[1], (2, 3, 4)),
+    "selective_scan no batch": (lambda: scan(0, 2, 3, 4)[1], (0, 3, 4)),
+    "selective_scan no channels": (lambda: scan(1, 2, 0, 4)[0], (1, 2, 0)),
+    "selective_scan no states": (lambda: scan(1, 2, 3, 0)[0], (1, 2, 3)),
     "a single number": (lambda: fc.relu(np.array(3.0, np.float32)), ()),
     "two single numbers": (lambda: fc.swiglu(np.float32(0), np.float32(1)), ()),
     "embedding of a single id": (lambda: fc.embedding(np.array(2), empty(3, 4)), (4,)),

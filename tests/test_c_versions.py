@@ -63,6 +63,13 @@ int main(void) {
                            .heads = 1, .kv_heads = 1, .head_dim = 4, .v_dim = 4, .scale = 1};
     REFUSES(a.size, fc_attention(&a));
     REFUSES(c.size, fc_attention(&a));
+
+    fc_conv1d_args v = {.size = sizeof v, .out = out, .x = x, .new_state = out, .layout = FC_COLS, .weight = x,
+                        .ldw = 4, .batch = 1, .seq = 1, .channels = 1, .width = 1};
+    REFUSES(v.size, fc_conv1d(&v));
+    fc_scan_args s = {.size = sizeof s, .out = out, .u = x, .delta = x, .new_state = out + 1, .a = x, .b = x, .c = x,
+                      .batch = 1, .seq = 1, .channels = 1, .n = 1, .lda = 4};
+    REFUSES(s.size, fc_selective_scan(&s));
     return 0;
 }
 """

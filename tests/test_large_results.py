@@ -39,6 +39,12 @@ def turned(x: Array, out: Array | None) -> Array:
     return fc.rope(x.reshape(heads), TABLE, positions=positions, out=to).reshape(x.shape)
 
 
+def convolved(x: Array, out: Array | None) -> Array:
+    """Of width 2; before the first row stands the last of those that are repeated."""
+    taps, before = np.stack([weight(x), 1 - weight(x)], axis=1), x[None, REPEATED - 1 : REPEATED].astype(np.float32)
+    return fc.causal_conv1d(x[None], taps, state=before, out=None if out is None else (out[None], None))[0][0]
+
+
 OPS: dict[str, Callable[[Array, Any], Any]] = {
     "rms_norm": lambda x, out: fc.rms_norm(x, weight(x), out=out),
     "rms_norm residual": lambda x, out: fc.rms_norm(x, weight(x), residual=x[:, ::-1].copy(), out=out),
@@ -48,6 +54,7 @@ OPS: dict[str, Callable[[Array, Any], Any]] = {
     "silu": lambda x, out: fc.silu(x, out=out),
     "geglu": lambda x, out: fc.geglu(x, x[:, ::-1].copy(), out=out),
     "rope": turned,
+    "causal_conv1d": convolved,
 }
 
 

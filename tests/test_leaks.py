@@ -110,6 +110,8 @@ ODD = {
     "merge": lambda: fc.merge_attention(z(2, 0), z(2), z(2, 0), z(2)),
     "states": lambda: (fc.ssd_scan(z(1, 0, 2, 4), z(1, 0, 2), z(2), z(1, 0, 1, 3), z(1, 0, 1, 3)),
                        fc.gated_delta(KV, KV, KV, rule="linear", out=(None, z(1, 2, 4, 4)))),
+    "scans": lambda: (fc.causal_conv1d(z(1, 0, 3), z(3, 4)), fc.causal_conv1d(z(1, 2, 3), z(3, 1)),
+                      fc.selective_scan(z(1, 0, 3), z(1, 0, 3), z(3, 2), z(1, 0, 2), z(1, 0, 2), state=z(1, 3, 2))),
     "buffers": lambda: (fc.relu(memoryview(z(2, 3))), fc.relu(memoryview(bytearray(12)).cast("f"))),
 }
 
@@ -145,6 +147,8 @@ WRONG = {
     "cache made": failing(lambda: fc.KVCache(1, 8, 2, 4, dtype="int3"), ValueError),
     "pack": failing(lambda: fc.pack(z(4)), ValueError),
     "pack int4": failing(lambda: fc.pack(z(4, 4) + F32(np.nan), "int4"), ValueError),
+    "width": failing(lambda: fc.causal_conv1d(z(1, 2, 3), z(3, 0)), ValueError),
+    "state": failing(lambda: fc.causal_conv1d(z(1, 2, 3), z(3, 4), state=z(1, 4, 3)), ValueError),
     "group": failing(lambda: fc.pack(z(4, 4), "int8", group_size=7), ValueError),
 }
 

@@ -34,6 +34,8 @@ FC_INLINE vf first_of_two(vf x) {
     F(exp, INFINITY, vf_exp(x), e_to(x))                                                                               \
     F(exp_negative, 0, vf_exp_negative(x), e_to(x))                                                                    \
     F(exp2_negative, 0, vf_exp2_negative(x), exp2(x))                                                                  \
+    F(exp2, INFINITY, vf_exp2(x), exp2(x))                                                                             \
+    F(softplus, INFINITY, vf_softplus(x), x > 40 ? x : log1p(e_to(x)))                                                 \
     F(sigmoid, INFINITY, vf_times_sigmoid(vf_set1(1.0f), x), 1 / (1 + e_to(-x)))                                       \
     F(softmax, INFINITY, first_of_two(x), 1 / (1 + e_to(-x)))                                                          \
     F(tanh, INFINITY, vf_tanh(x), tanh(x))                                                                             \

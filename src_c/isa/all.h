@@ -8,6 +8,7 @@
 
 #include "../kernels/stream.h"
 #include "../kernels/activations.h"
+#include "../kernels/conv1d.h"
 #include "../kernels/convert.h"
 #include "../kernels/gemm.h"
 #include "../kernels/quantize.h"
@@ -22,6 +23,7 @@
 #include "../kernels/roofline.h"
 #include "../kernels/rope.h"
 #include "../kernels/route_tokens.h"
+#include "../kernels/scan.h"
 #include "../kernels/search.h"
 #include "../kernels/softmax.h"
 #include "../kernels/ssd.h"

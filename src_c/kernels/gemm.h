@@ -79,13 +79,6 @@ FC_INLINE const char *line_of(gemm_format f, const char *w, ptrdiff_t panel_stri
     return w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * vector_bytes(f);
 }
 
-/* The same address, but the compiler cannot know: a line is loaded anew for each of its parts, since keeping all of
- * them would not leave enough registers for the accumulators. */
-FC_INLINE const char *opaque(const char *p) {
-    __asm__ volatile("" : "+r"(p));
-    return p;
-}
-
 /* Prefetches a share of the block of W that comes after this one: each row tile for another part, line by line, into
  * L2. A tile that is alone reads as fast as memory gives, and fetches what it needs next: against s8 further away,
  * since between its products and the next ones a row of weights takes longer than the bytes it is for. */

@@ -148,20 +148,6 @@ FC_INLINE void head_output_any(fc_dtype type, const struct fc_head_output *o, pt
     }
 }
 
-/* 2 s + 2/3 s^3 + ...,  s = x / (2 + x):  log(1 + x) for 0 <= x <= 1, minimax */
-FC_INLINE vf vf_log1p_fraction(vf x) {
-    vf s = x / (x + vf_set1(2.0f)), z = s * s;
-    vf p = vf_fma(z, vf_set1(0.116195515f), vf_set1(0.10851692f));
-    p = vf_fma(z, p, vf_set1(0.14296286f));
-    p = vf_fma(z, p, vf_set1(0.19999851f));
-    p = vf_fma(z, p, vf_set1(0.33333334f));
-    vf twice = s + s;
-    return vf_fma(twice * z, p, twice);
-}
-
-/* max(x, 0) + log(1 + e^-|x|): nothing overflows, nothing is lost for x << 0, and x > 20 is x */
-FC_INLINE vf vf_softplus(vf x) { return vf_max(vf_zero(), x) + vf_log1p_fraction(vf_exp_negative(-vf_abs(x))); }
-
 /* dt = clip(softplus(dt + bias)),  decay = e^(dt A) */
 static void ssd_steps(float *dt, float *decay, ptrdiff_t tokens, const struct fc_ssd_steps *s) {
     for (ptrdiff_t t = 0; t < tokens; t += FC_N) {

@@ -39,6 +39,14 @@ FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(r));
 }
 
+#define FC_HAS_SCALE 1
+FC_INLINE vf vf_off_integer(vf a) {
+    return (vf)_mm512_reduce_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FC_INLINE vf vf_scale_from(vf a, vf n, vf x, vf least) {
+    const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(kept, (__m512)a, (__m512)n);
+}
 FC_INLINE vf vf_scale2(vf a, vf n) { return (vf)_mm512_scalef_ps((__m512)a, (__m512)n); }
 
 FC_INLINE vf vf_swap(vf a) { return (vf)_mm512_permute_ps((__m512)a, 0xB1); }

@@ -129,6 +129,11 @@ SOFT_INLINE float soft_scalef(float a, float b) {
 }
 SOFT(__m512, soft_f32, scalef_ps, (__m512 a, __m512 b), soft_scalef(a[i], b[i]))
 
+SOFT(__m512, soft_f32, maskz_scalef_ps, (__mmask16 k, __m512 a, __m512 b), SOFT_BIT(k) ? soft_scalef(a[i], b[i]) : 0.0f)
+
+/* a less the nearest integer, ties to even; the manual has 0 for infinity. Other modes are not ours. */
+SOFT(__m512, soft_f32, reduce_ps, (__m512 a, int imm), ((void)imm, isinf(a[i]) ? 0.0f : a[i] - __builtin_rintf(a[i])))
+
 SOFT_INLINE float soft_reduce_add_ps(__m512 a) {
     float s[16];
     memcpy(s, &a, 64);
@@ -295,6 +300,8 @@ SOFT_INLINE __m512 soft_cvtph_ps(__m256i a) {
 #define _mm512_abs_ps soft_abs_ps
 #define _mm512_cmp_ps_mask soft_cmp_ps_mask
 #define _mm512_scalef_ps soft_scalef_ps
+#define _mm512_maskz_scalef_ps soft_maskz_scalef_ps
+#define _mm512_reduce_ps soft_reduce_ps
 #define _mm512_reduce_add_ps soft_reduce_add_ps
 #define _mm512_dpbf16_ps soft_dpbf16_ps
 #define _mm512_add_epi32 soft_add_epi32

@@ -1,0 +1,144 @@
+/* Depthwise causal convolution: an item is a run of tokens of one sequence. The first width - 1 tokens of a sequence
+ * look back into the state, and are computed from a float32 copy of it with what follows; all others where x lies. */
+#include "rows.h"
+
+/* tokens that the kernel takes; tokens of an item; channels whose x, weights and results stay in L1: whole panels */
+enum { AT_ONCE = 4, RUN = 64, BLOCK = 256 };
+
+struct conv1d {
+    const struct fc_kernels *k;
+    const fc_conv1d_args *args;
+    const float *weight; /* panels */
+    ptrdiff_t x_bytes, runs, head; /* bytes of a token; runs of a sequence; tokens that look back into the state */
+    fc_scratch looking_back; /* a thread: (width - 1 + head, channels), then results (AT_ONCE, channels), float32 */
+    fc_scratch stage;        /* a thread: (AT_ONCE, BLOCK) on their way past the caches */
+};
+
+static const char *x_at(const fc_conv1d_args *args, ptrdiff_t b, ptrdiff_t t) {
+    return (const char *)args->x + b * args->x_stride[0] + t * args->x_stride[1];
+}
+static char *out_at(const fc_conv1d_args *args, ptrdiff_t b, ptrdiff_t t) {
+    return (char *)args->out + b * args->out_stride[0] + t * args->out_stride[1];
+}
+static const float *state_at(const fc_conv1d_args *args, ptrdiff_t b, ptrdiff_t t) {
+    const char *state = (const char *)args->state + b * args->state_stride[0] + t * args->state_stride[1];
+    return (const float *)(const void *)state;
+}
+
+/* Tokens [0, head) of row b, from float32 to float32, then rounded: the bits of the kernel for x's own type. */
+static void convolve_head(const struct conv1d *ctx, ptrdiff_t b, float *rows) {
+    const fc_conv1d_args *args = ctx->args;
+    const ptrdiff_t back = args->width - 1, n = args->channels, bytes = n * 4;
+    float *out = rows + (back + ctx->head) * n;
+    for (ptrdiff_t j = 0; j < back; j++) {
+        if (args->state) memcpy(rows + j * n, state_at(args, b, j), (size_t)bytes);
+        else memset(rows + j * n, 0, (size_t)bytes);
+    }
+    for (ptrdiff_t t = 0; t < ctx->head; t++)
+        ctx->k->to_f32[args->type](rows + (back + t) * n, x_at(args, b, t), n, 1.0f);
+    for (ptrdiff_t t = 0; t < ctx->head; t += AT_ONCE) {
+        const ptrdiff_t count = fc_smaller(AT_ONCE, ctx->head - t);
+        ctx->k->conv1d[FC_F32](out, bytes, rows + t * n, bytes, ctx->weight, args->bias, n, count, args->width,
+                               args->silu);
+        for (ptrdiff_t r = 0; r < count; r++)
+            fc_convert_row(ctx->k, args->type, out_at(args, b, t + r), FC_F32, out + r * n, n, 1.0f);
+    }
+}
+
+/* Channels [c0, c0 + n) of `count` tokens from t on; stage: where they go past the caches, a stream for each token. */
+static void convolve_block(const struct conv1d *ctx, ptrdiff_t b, ptrdiff_t t, ptrdiff_t count, ptrdiff_t c0,
+                           ptrdiff_t n, char *stage, struct fc_stream *streams) {
+    const fc_conv1d_args *args = ctx->args;
+    const ptrdiff_t size = fc_size_of(args->type), skip = c0 * size;
+    ctx->k->conv1d[args->type](stage ? stage : out_at(args, b, t) + skip, stage ? n * size : args->out_stride[1],
+                               x_at(args, b, t - args->width + 1) + skip, args->x_stride[1],
+                               ctx->weight + c0 * args->width, args->bias ? args->bias + c0 : NULL, n, count,
+                               args->width, args->silu);
+    for (ptrdiff_t r = 0; stage && r < count; r++)
+        ctx->k->stream_row(streams + r, out_at(args, b, t + r) + skip, stage + r * n * size, n * size,
+                           x_at(args, b, t + r) + skip + AT_ONCE * args->x_stride[1]);
+}
+
+/* Tokens [begin, end) of row b, none of which looks back into the state. */
+static void convolve_run(const struct conv1d *ctx, ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end, char *stage,
+                         struct fc_stream *streams) {
+    const ptrdiff_t channels = ctx->args->channels;
+    for (ptrdiff_t t = begin; t < end; t += AT_ONCE)
+        for (ptrdiff_t c = 0; c < channels; c += BLOCK)
+            convolve_block(ctx, b, t, fc_smaller(AT_ONCE, end - t), c, fc_smaller(BLOCK, channels - c), stage, streams);
+}
+
+static void convolve_runs(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct conv1d *ctx = context;
+    struct fc_stream streams[AT_ONCE] = {{0}};
+    char *stage = ctx->stage.block ? fc_scratch_of(&ctx->stage, rank) : NULL;
+    for (ptrdiff_t i = begin; i < end; i++) {
+        const ptrdiff_t b = i / ctx->runs, t = i % ctx->runs * RUN, stop = fc_smaller(t + RUN, ctx->args->seq);
+        if (t == 0 && ctx->head) convolve_head(ctx, b, fc_scratch_of(&ctx->looking_back, rank));
+        const ptrdiff_t first = t < ctx->head ? ctx->head : t;
+        if (first < stop) convolve_run(ctx, b, first, stop, stage, streams);
+    }
+    for (int r = 0; stage && r < AT_ONCE; r++) ctx->k->stream_end(streams + r);
+}
+
+/* The last width - 1 inputs, in order: the new state may be the old one. */
+static void keep_state(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct conv1d *ctx = context;
+    const fc_conv1d_args *args = ctx->args;
+    const ptrdiff_t back = args->width - 1;
+    (void)rank;
+    for (ptrdiff_t i = begin * back; i < end * back; i++) {
+        const ptrdiff_t b = i / back, j = i % back, t = args->seq - back + j;
+        char *to = (char *)args->new_state + b * args->new_state_stride[0] + j * args->new_state_stride[1];
+        if (t >= 0) ctx->k->to_f32[args->type]((float *)(void *)to, x_at(args, b, t), args->channels, 1.0f);
+        else if (args->state) memmove(to, state_at(args, b, t + back), (size_t)args->channels * 4);
+        else memset(to, 0, (size_t)args->channels * 4);
+    }
+}
+
+/* Panels from (channels, width), or as they came */
+static fc_status lay_out_weight(struct conv1d *ctx, fc_scratch *panels) {
+    const fc_conv1d_args *args = ctx->args;
+    const ptrdiff_t panel = FC_PANEL * args->width, count = (args->channels + FC_PANEL - 1) / FC_PANEL;
+    ctx->weight = args->weight;
+    if (args->layout == FC_PACKED_F32) return FC_OK;
+    if (fc_scratch_alloc(args->workspace, panels, 1, (size_t)fc_times(fc_times(count, panel), 4))) return FC_NO_MEMORY;
+    float *to = (float *)(void *)panels->base;
+    ctx->weight = to;
+    for (ptrdiff_t p = 0; p < count; p++)
+        ctx->k->panel_cols[args->weight_type](to + p * panel, (const char *)args->weight + p * FC_PANEL * args->ldw,
+                                              args->ldw, args->width,
+                                              fc_smaller(FC_PANEL, args->channels - p * FC_PANEL));
+    return FC_OK;
+}
+
+static fc_status convolve(struct conv1d *ctx) {
+    const fc_conv1d_args *args = ctx->args;
+    const ptrdiff_t back = args->width - 1, items = args->batch * ctx->runs;
+    const double channel_ns = args->silu ? fc_ns.conv1d + fc_ns.activation[FC_SILU] : fc_ns.conv1d;
+    const double ns = (double)args->channels * channel_ns * (double)fc_smaller(RUN, args->seq);
+    const int threads = fc_threads_for(items, ns);
+    const ptrdiff_t rows = fc_plus(back, ctx->head + AT_ONCE);
+    if (ctx->head && fc_scratch_alloc(args->workspace, &ctx->looking_back, threads,
+                                      (size_t)fc_times(rows, fc_times(args->channels, 4))))
+        return FC_NO_MEMORY;
+    if (fc_should_stream((double)args->batch * (double)args->seq * (double)ctx->x_bytes, 0) &&
+        fc_scratch_alloc(args->workspace, &ctx->stage, threads, AT_ONCE * BLOCK * 4))
+        return FC_NO_MEMORY;
+    return fc_static(threads, items, ns, convolve_runs, ctx);
+}
+
+fc_status fc_conv1d(const fc_conv1d_args *args) {
+    if (!FC_IS_OURS(args)) return FC_BAD_SIZE;
+    fc_scratch panels = {0};
+    struct conv1d ctx = {.k = fc_k, .args = args, .x_bytes = args->channels * fc_size_of(args->type),
+                         .runs = (args->seq + RUN - 1) / RUN, .head = fc_smaller(args->width - 1, args->seq)};
+    fc_status status = lay_out_weight(&ctx, &panels);
+    if (status == FC_OK) status = convolve(&ctx);
+    fc_scratch_free(&ctx.stage);
+    fc_scratch_free(&ctx.looking_back);
+    fc_scratch_free(&panels);
+    if (status != FC_OK || args->width == 1) return status;
+    const double ns = (double)((args->width - 1) * args->channels) * fc_ns.convert;
+    return fc_static(fc_threads_for(args->batch, ns), args->batch, ns, keep_state, &ctx);
+}
