@@ -40,6 +40,7 @@ include "border/writer.pxi"
 include "border/cache.pxi"
 include "border/attention.pxi"
 include "border/decoder.pxi"
+include "border/state_space.pxi"
 
 set_num_threads(default_threads(_bound_cpus())[0])
 if os.environ.get("FORGE_C_ISA"):
