@@ -15,7 +15,7 @@ from forge_c.models.gguf_tokenizer import gguf_tokenizer
 from forge_c.models.hub import find
 from forge_c.models.inputs import Inputs
 from forge_c.models.model import EMBEDDED
-from forge_c.models.spec import ModelSpec, model_spec
+from forge_c.models.spec import ModelSpec, model_spec, tensor_names
 from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer
 from forge_c.models.tokenizer_files import load_tokenizer
@@ -60,7 +60,8 @@ def _opened(path: str | os.PathLike[str] | None) -> tuple[ModelSpec, Tensors, To
         spec = gguf_spec(file, frozenset())
         return spec, GGUFCheckpoint(file, spec), gguf_tokenizer(file.metadata, str(file.path))[0]
     folder = EMBEDDED if path is None else find(path, lambda found: None)
-    return model_spec(read_json(folder / "config.json")), Checkpoint(folder), load_tokenizer(folder)
+    spec = model_spec(read_json(folder / "config.json"))
+    return spec, Checkpoint(folder, tensor_names(spec.model_type)), load_tokenizer(folder)
 
 
 def _ids(text: Any, tokenizer: Tokenizer | None, spec: ModelSpec) -> NDArray[np.int64]:
