@@ -1,6 +1,7 @@
 """Mamba and Mamba-2 as layers: the papers' formulas in float64, states, formats, first weights."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from forge_c.nn import Mamba, Mamba2, SSMState
+from forge_c.nn import S4D, GatedDeltaNet, Mamba, Mamba2, ShortConv
+from forge_c.nn.ssm import SSMState
 
 Array = NDArray[Any]
 X = np.random.default_rng(0).standard_normal((2, 21, 24))
@@ -18,7 +20,12 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "mamba with biases": lambda **o: Mamba(24, 6, 3, 3, dt_rank=7, bias=True, conv_bias=False, seed=2, **o),
     "mamba2": lambda **o: Mamba2(24, d_state=6, head_dim=8, seed=3, **o),
     "mamba2 with groups": lambda **o: Mamba2(24, 5, 3, 2, head_dim=4, n_groups=3, bias=True, eps=1e-3,
-                                             dt_limit=(0.01, 0.05), seed=4, **o)}
+                                             dt_limit=(0.01, 0.05), seed=4, **o),
+    "short conv": lambda **o: ShortConv(24, seed=5, **o), "short conv with biases": lambda **o: ShortConv(
+        24, 5, True, seed=6, **o),
+    "delta": lambda **o: GatedDeltaNet(24, 4, 2, 6, seed=9, **o), "delta with other values": lambda **o: GatedDeltaNet(
+        24, 3, 3, 5, 3, v_dim=7, eps=1e-3, seed=10, **o),
+    "s4d": lambda **o: S4D(24, 10, seed=7, **o), "s4d bilinear": lambda **o: S4D(24, 6, method="bilinear", seed=8, **o)}
 
 
 @pytest.fixture(params=LAYERS)
@@ -31,15 +38,49 @@ def layer(request) -> Any:
     return made
 
 
+def s4d(layer: Any, x: Array) -> Array:
+    a, c = -np.exp(layer.A_log.astype(np.float64)) + 1j * layer.A_imag, layer.C_real + 1j * layer.C_imag
+    dt = np.exp(layer.dt_log.astype(np.float64))[:, None]
+    if layer.method == "zoh":
+        da, db = np.exp(dt * a), (np.exp(dt * a) - 1) / a
+    else:
+        da, db = (1 + dt * a / 2) / (1 - dt * a / 2), dt / (1 - dt * a / 2)
+    h, y = np.zeros((len(x), *a.shape), np.complex128), np.empty_like(x)
+    for t in range(x.shape[1]):
+        h = da * h + db * x[:, t, :, None]
+        y[:, t] = 2 * (c * h).sum(-1).real + layer.D * x[:, t]
+    normal = np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))
+    value, gate = np.split(y * normal(y) @ layer.W_out + layer.b_out, 2, axis=-1)
+    return value / (1 + np.exp(-gate))
+
+
+def delta(layer: Any, x: Array) -> Array:
+    heads, keys, values = layer.n_heads, layer.n_kv_heads * layer.head_dim, layer.n_heads * layer.v_dim
+    qkv, z, b, a = np.split(x @ layer.W_in, np.cumsum([2 * keys + values, values, heads]), axis=-1)
+    q, k, v = np.split(convolved(layer, qkv), [keys, 2 * keys], axis=-1)
+    q, k = (np.repeat(s.reshape(*x.shape[:2], layer.n_kv_heads, -1), heads // layer.n_kv_heads, axis=2) for s in (q, k))
+    q, k = (s / np.sqrt(np.square(s).sum(-1, keepdims=True) + 1e-6) for s in (q, k))
+    v, beta = v.reshape(*x.shape[:2], heads, -1), 1 / (1 + np.exp(-b))
+    decay = np.exp(-np.exp(layer.A_log.astype(np.float64)) * np.log1p(np.exp(a + layer.b_dt)))
+    h, o = np.zeros((len(x), heads, layer.head_dim, layer.v_dim)), np.empty_like(v)
+    for t in range(x.shape[1]):
+        h = decay[:, t, :, None, None] * h
+        wrong = beta[:, t, :, None] * (v[:, t] - np.einsum("bhk,bhkv->bhv", k[:, t], h))
+        h = h + k[:, t, :, :, None] * wrong[:, :, None]
+        o[:, t] = np.einsum("bhk,bhkv->bhv", q[:, t], h) / np.sqrt(layer.head_dim)
+    o = o / np.sqrt(np.square(o).mean(-1, keepdims=True) + layer.eps) * layer.norm
+    return o.reshape(z.shape) * silu(z) @ layer.W_out
+
+
 def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
 
-def convolved(layer: Any, x: Array) -> Array:
-    width = layer.conv.shape[1]
+def convolved(layer: Any, x: Array, activated: bool = True) -> Array:
+    width, f = layer.conv.shape[1], silu if activated else np.asarray
     padded = np.concatenate([np.zeros((len(x), width - 1, x.shape[2])), x], axis=1)
     y = sum(padded[:, k : k + x.shape[1]] * layer.conv[:, k] for k in range(width))
-    return silu(y + (0 if layer.b_conv is None else layer.b_conv))
+    return f(y + (0 if layer.b_conv is None else layer.b_conv))
 
 
 def expected(layer: Any, x: Array) -> Array:
@@ -47,6 +88,11 @@ def expected(layer: Any, x: Array) -> Array:
     def plus(bias: Any) -> Any:
         return 0 if bias is None else bias.astype(np.float64)
 
+    if isinstance(layer, S4D | GatedDeltaNet):
+        return s4d(layer, x) if isinstance(layer, S4D) else delta(layer, x)
+    if isinstance(layer, ShortConv):
+        b, c, u = np.split(x @ layer.W_in + plus(layer.b_in), 3, axis=-1)
+        return c * convolved(layer, b * u, False) @ layer.W_out + plus(layer.b_out)
     mixed, n, a = x @ layer.W_in + plus(layer.b_in), layer.d_state, -np.exp(layer.A_log.astype(np.float64))
     if isinstance(layer, Mamba):
         u, z = np.split(mixed, 2, axis=-1)
@@ -106,7 +152,8 @@ def test_formats(layer, dtype, off):
     packed, want = layer.astype(dtype), layer(X)
     assert packed.dtype == dtype and dtype in repr(packed)
     assert 0 < np.linalg.norm(packed(X) - want) < off * np.linalg.norm(want)
-    assert packed.A_log.tobytes() == layer.A_log.tobytes() and packed.conv.tobytes() == layer.conv.tobytes()
+    for name in ("A_log", "conv", "D", "A_imag"):
+        assert not hasattr(layer, name) or getattr(packed, name).tobytes() == getattr(layer, name).tobytes()
     y, state = packed(X[:, :20], use_cache=True)
     assert np.concatenate([y, packed(X[:, 20:], state=state)[0]], axis=1).tobytes() == packed(X).tobytes()
 
@@ -115,20 +162,21 @@ def test_formats(layer, dtype, off):
 def test_what_is_between_is_float32(layer, dtype):
     x = X.astype(dtype)
     y, state = layer(x, use_cache=True)
-    assert y.dtype == dtype and state.h.dtype == state.conv.dtype == np.float32
+    assert y.dtype == dtype and state.conv.dtype == np.float32
+    assert state.h.dtype == (np.complex64 if isinstance(layer, S4D) else np.float32)
     assert y.tobytes() == layer(x.astype(np.float32)).astype(dtype).tobytes()
 
 
 def test_parameters_load_and_are_read_only(layer):
     held = layer.parameters()
-    assert {"W_in", "W_out", "conv", "A_log", "D", "b_dt"} <= held.keys()
+    assert "W_out" in held and ("A_log" in held) == (not isinstance(layer, ShortConv))
     other = LAYERS["mamba"]()
     if held.keys() == other.parameters().keys() and held["W_in"].shape == other.W_in.shape:
         assert other.load(held)(X).tobytes() == layer(X).tobytes()
     with pytest.raises(ValueError, match="read-only"):
-        held["A_log"][0] = 1
-    with pytest.raises(ValueError, match=f"^{type(layer).__name__}: A_log has shape"):
-        layer.A_log = np.zeros(3)
+        held["W_out"][0] = 1
+    with pytest.raises(ValueError, match=f"^{type(layer).__name__}: W_out has shape"):
+        layer.W_out = np.zeros(3)
 
 
 @pytest.mark.parametrize("make", [lambda: Mamba(512, seed=0), lambda: Mamba2(1024, seed=0)])
@@ -152,6 +200,8 @@ def test_errors():
             (lambda: layer(X[:1], state=state), r"Mamba: state has conv \(2, 3, 48\) and h \(2, 48, 16\), expected"),
             (lambda: Mamba2(24, head_dim=7), "Mamba2: head_dim is 7 and n_groups 1, expected 48 channels in whole"),
             (lambda: Mamba2(24, head_dim=8, n_groups=4), "Mamba2: head_dim is 8 and n_groups 4"),
+            (lambda: S4D(24, 5), "S4D: d_state is 5, expected an even number"),
+            (lambda: S4D(24, method="euler"), "S4D: method is 'euler', expected zoh or bilinear"),
             (lambda: Mamba(0), "Mamba: d_model is 0, expected at least 1")):
         with pytest.raises(ValueError, match=message):
             call()
