@@ -79,21 +79,24 @@ class CalledPart(Part):
     def __init__(self, hidden: int, call: Callable[[Array, Any, NDArray[np.int64]], Array], *, norm: Norm | None = None,
                  post_norm: Norm | None = None) -> None: ...
 
-class MambaPart(Part):
+class RecurrentPart(Part):
+    floats: int
+
+class MambaPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, x_proj: PackedWeight, dt_proj: PackedWeight,
                  out_proj: PackedWeight, *, a: Array, d: Array | None, dt_bias: Array | None,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
                  norm: Norm | None = None, post_norm: Norm | None = None, dt_norm: Norm | None = None,
                  b_norm: Norm | None = None, c_norm: Norm | None = None) -> None: ...
 
-class Mamba2Part(Part):
+class Mamba2Part(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *, heads: int, groups: int,
                  n: int, a: Array, d: Array | None, dt_bias: Array | None, conv_bias: Array | None = None,
                  in_bias: Array | None = None, out_bias: Array | None = None, dt_min: float = 0.0,
                  dt_max: float | None = None, norm: Norm | None = None, post_norm: Norm | None = None,
                  inner_norm: Norm | None = None, norm_before_gate: bool = False) -> None: ...
 
-class ShortConvPart(Part):
+class ShortConvPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
                  norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from model_folder import STATE_SPACE, small, write
 
+import forge_c as fc
 from forge_c.functional import KV_CHUNK, RecurrentSlots, StateTable
 from forge_c.models import Model, ModelCache, load
 from forge_c.state.recurrent import SLOTS, History, RecurrentState
@@ -147,6 +148,20 @@ def test_rows_of_different_histories_go_on_as_each_alone(model):
         found = model(step, cache)
         for b, n in enumerate(before + tokens):
             assert found[b].tobytes() == model(IDS[:1, :n])[0, -tokens:].tobytes()
+
+
+def test_threads_change_no_bit(model):
+    """Rows in different slots too, which are calls of their own."""
+    before, found = fc.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            fc.set_num_threads(threads)
+            cache = fed(model, 300, 301)
+            model(IDS[:1, :2], cache.row(0))
+            found.append(model(IDS[:, 301:310], cache).tobytes() + model(IDS[:, :1], cache).tobytes())
+    finally:
+        fc.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
 
 
 def test_forks_copies_and_pickles_go_their_own_ways(model):

@@ -42,7 +42,7 @@ cdef class RecurrentSlots:
 
 cdef class RecurrentPart(Part):
     """What the kinds share: floats of a slot, vectors, the convolution."""
-    cdef ptrdiff_t floats
+    cdef readonly ptrdiff_t floats
 
     cdef const float *vector(self, str name, object value, ptrdiff_t n) except? NULL:
         """(n,), kept; None: NULL."""

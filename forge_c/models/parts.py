@@ -188,6 +188,13 @@ def _(kind: Attention, batch: int, max_seq_len: int, dtype: str) -> KVCache:
     return KVCache(batch, max_seq_len, kind.n_kv_heads, kind.head_dim, dtype=dtype, window=kind.window)
 
 
+@new_state.register(Mamba)
+@new_state.register(Mamba2)
+@new_state.register(ShortConv)
+def _(kind: Mamba | Mamba2 | ShortConv, batch: int, max_seq_len: int, dtype: str) -> RecurrentState:
+    return RecurrentState(batch, kind.floats)
+
+
 @build_part.register
 def _(kind: Mamba, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     inner, n, rank = kind.inner, kind.state, kind.dt_rank
@@ -212,11 +219,6 @@ def _input_norm(kind: Mamba, source: LayerSource, name: str, n: int) -> Norm | N
     return Norm(kind.norm.kind, n, eps=kind.norm.eps)
 
 
-@new_state.register
-def _(kind: Mamba, batch: int, max_seq_len: int, dtype: str) -> RecurrentState:
-    return RecurrentState(batch, (kind.conv - 1 + kind.state) * kind.inner)
-
-
 @build_part.register
 def _(kind: Mamba2, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     rows = kind.inner + kind.channels + kind.heads
@@ -234,11 +236,6 @@ def _(kind: Mamba2, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         inner_norm=None if kind.norm is None else source.norm(kind.norm, "mixer.norm", kind.inner))
 
 
-@new_state.register
-def _(kind: Mamba2, batch: int, max_seq_len: int, dtype: str) -> RecurrentState:
-    return RecurrentState(batch, (kind.conv - 1) * kind.channels + kind.inner * kind.state)
-
-
 @build_part.register
 def _(kind: ShortConv, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     hidden = source.hidden
@@ -248,11 +245,6 @@ def _(kind: ShortConv, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         source.packed("mixer.out_proj", hidden, hidden), conv_bias=source.bias(kind.bias, ("mixer.conv1d", hidden)),
         in_bias=source.bias(kind.bias, ("mixer.in_proj", 3 * hidden)),
         out_bias=source.bias(kind.bias, ("mixer.out_proj", hidden)), norm=norm, post_norm=post_norm)
-
-
-@new_state.register
-def _(kind: ShortConv, batch: int, max_seq_len: int, dtype: str) -> RecurrentState:
-    return RecurrentState(batch, (kind.width - 1) * kind.channels)
 
 
 @build_part.register

@@ -32,11 +32,12 @@ from forge_c.functional import (
     MLPPart,
     Norm,
     PackedWeight,
+    RecurrentPart,
     ShortConvPart,
     _weight_formats,
 )
 from forge_c.models.decoder import Decoder
-from forge_c.models.spec import Attention, LayerSpec, Mamba2, ModelSpec
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, ShortConv
 from forge_c.models.spec.document import from_document, to_document
 from forge_c.models.tokenizer_files import save_tokenizer
 from forge_c.models.weights.gguf import StoredType
@@ -55,6 +56,8 @@ _DTYPES = {"uint8": np.dtype(np.uint8), "float32": np.dtype(np.float32), "float1
 _MADE: Mapping[str, Any] = {"PackedWeight": PackedWeight, "Norm": Norm, "AttentionPart": AttentionPart,
                             "MLPPart": MLPPart, "MambaPart": MambaPart, "Mamba2Part": Mamba2Part,
                             "ShortConvPart": ShortConvPart}
+_PARTS_OF: Mapping[type, Any] = {Attention: AttentionPart, Mamba: MambaPart, Mamba2: Mamba2Part,
+                                 ShortConv: ShortConvPart, GatedMLP: MLPPart, MLP: MLPPart}
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError)
 
 
@@ -254,8 +257,10 @@ def _check_model(spec: ModelSpec, model: LayeredModel) -> None:
         if (*found, parallel, scale) != (*expected, layer.parallel, layer.residual_scale):
             raise ValueError(f"layer {i} is {found}, expected {expected}")
         for part, kind in ((mixer, layer.mixer), (mlp, layer.mlp)):
-            if (part is None) != (kind is None):
+            if not isinstance(part, _PARTS_OF.get(type(kind), type(None))):
                 raise ValueError(f"layer {i} has {part}, expected {kind}")
+        if isinstance(mixer, RecurrentPart) and mixer.floats != layer.mixer.floats:
+            raise ValueError(f"layer {i} remembers {mixer.floats} numbers, expected {layer.mixer.floats}")
 
 
 def _expected(layer: LayerSpec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -63,6 +63,11 @@ class Mamba:
     norm: Norm | None = None
     weighted: bool = False
 
+    @property
+    def floats(self) -> int:
+        """Of a row's state."""
+        return (self.conv - 1 + self.state) * self.inner
+
 
 @dataclass(frozen=True)
 class Mamba2:
@@ -92,6 +97,11 @@ class Mamba2:
         """Of the convolution: x, B and C."""
         return self.inner + 2 * self.groups * self.state
 
+    @property
+    def floats(self) -> int:
+        """Of a row's state."""
+        return (self.conv - 1) * self.channels + self.inner * self.state
+
 
 @dataclass(frozen=True)
 class ShortConv:
@@ -100,6 +110,11 @@ class ShortConv:
     channels: int
     width: int
     bias: bool = False
+
+    @property
+    def floats(self) -> int:
+        """Of a row's state."""
+        return (self.width - 1) * self.channels
 
 
 # ---- feed-forward parts ----
