@@ -364,6 +364,9 @@ cdef extern from "forge.h" nogil:
         FC_GATED_MLP
         FC_MLP
         FC_CALLED
+        FC_MAMBA
+        FC_MAMBA2
+        FC_SHORT_CONV
         FC_PART_KINDS
     ctypedef struct fc_part:
         fc_part_kind kind
@@ -405,11 +408,45 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t inner
         fc_matrix up, gate, down
         fc_activation activation
+        int squared
     ctypedef fc_status fc_call(void *self, void *state, float *out, const float *x, ptrdiff_t batch, ptrdiff_t seq,
                                ptrdiff_t hidden, const int64_t *start) noexcept nogil
     ctypedef struct fc_called:
         fc_call *call
         void *self
+    ctypedef struct fc_recurrent_state:
+        float *memory
+        ptrdiff_t slots, floats
+        const int64_t *from_ "from"
+        const int64_t *to
+    ctypedef struct fc_conv_weights:
+        ptrdiff_t width
+        const float *panels
+        const float *bias
+    ctypedef struct fc_mamba_weights:
+        ptrdiff_t inner, n, rank
+        fc_matrix in_ "in"
+        fc_matrix x, dt, out
+        fc_conv_weights conv
+        const float *a
+        const float *d
+        const float *dt_bias
+        fc_norm dt_norm, b_norm, c_norm
+    ctypedef struct fc_mamba2_weights:
+        ptrdiff_t heads, head_dim, groups, n
+        fc_matrix in_ "in"
+        fc_matrix out
+        fc_conv_weights conv
+        const float *a
+        const float *d
+        const float *dt_bias
+        float dt_min, dt_max
+        fc_norm norm
+        int norm_before_gate
+    ctypedef struct fc_short_conv_weights:
+        fc_matrix in_ "in"
+        fc_matrix out
+        fc_conv_weights conv
     ctypedef struct fc_model:
         ptrdiff_t hidden, vocab
         fc_dtype embedding_type

@@ -86,6 +86,33 @@ class Router:
     arguments: dict[str, Any]
     def __init__(self, weight: Array, threshold: float = 0.0, *, up: PackedWeight | None = None,
                  up_bias: Array | None = None, down: Array | None = None, down_bias: float = 0.0) -> None: ...
+class RecurrentPart(Part):
+    floats: int
+
+class MambaPart(RecurrentPart):
+    def __init__(self, in_proj: PackedWeight, conv: PackedWeight, x_proj: PackedWeight, dt_proj: PackedWeight,
+                 out_proj: PackedWeight, *, a: Array, d: Array | None, dt_bias: Array | None,
+                 conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
+                 norm: Norm | None = None, post_norm: Norm | None = None, dt_norm: Norm | None = None,
+                 b_norm: Norm | None = None, c_norm: Norm | None = None) -> None: ...
+
+class Mamba2Part(RecurrentPart):
+    def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *, heads: int, groups: int,
+                 n: int, a: Array, d: Array | None, dt_bias: Array | None, conv_bias: Array | None = None,
+                 in_bias: Array | None = None, out_bias: Array | None = None, dt_min: float = 0.0,
+                 dt_max: float | None = None, norm: Norm | None = None, post_norm: Norm | None = None,
+                 inner_norm: Norm | None = None, norm_before_gate: bool = False) -> None: ...
+
+class ShortConvPart(RecurrentPart):
+    def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *,
+                 conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
+                 norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+
+class RecurrentSlots:
+    memory: NDArray[np.float32]
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    def __init__(self, memory: NDArray[np.float32], source: NDArray[np.int64], target: NDArray[np.int64]) -> None: ...
 
 class AttentionState:
     pages: KVPages

@@ -47,6 +47,7 @@ include "border/ssd.pxi"
 include "border/gated_delta.pxi"
 include "border/s4d.pxi"
 include "border/decoder.pxi"
+include "border/state_space.pxi"
 
 set_num_threads(default_threads(_bound_cpus())[0])
 if os.environ.get("FORGE_C_ISA"):

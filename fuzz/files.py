@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from model_folder import FAMILIES, small, write
+from model_folder import FAMILIES, STATE_SPACE, small, write
 from tokenizers import decoders, pre_tokenizers, processors, trainers
 
 import forge_c as fc
@@ -140,12 +140,13 @@ def tokenizer_files(rng: Rng) -> Files:
 @cache
 def base_folder(family: str, shards: int) -> Files:
     folder = Path(os.environ["FUZZ_SCRATCH"]) / f"{family}{shards}"
-    write(folder, small(family, num_hidden_layers=2, vocab_size=300), shards=shards)
+    layers = {} if family in STATE_SPACE else {"num_hidden_layers": 2}
+    write(folder, small(family, vocab_size=300, **layers), shards=shards)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def mutated_model(rng: Rng, folder: Path, done: list[str]) -> None:
-    family = pick(rng, FAMILIES)
+    family = pick(rng, (*FAMILIES, *STATE_SPACE))
     files = base_folder(family, pick(rng, (1, 1, 2))) | tokenizer_files(rng)
     done.append(family)
     for _ in range(int(rng.integers(1, 4))):
@@ -184,7 +185,7 @@ def base_saved(family: str, dtype: str) -> Files:
 
 
 def mutated_saved(rng: Rng, folder: Path, done: list[str]) -> None:
-    family, dtype = pick(rng, FAMILIES), pick(rng, ("float32", "bfloat16", "int8", "int4"))
+    family, dtype = pick(rng, (*FAMILIES, *STATE_SPACE)), pick(rng, ("float32", "bfloat16", "int8", "int4"))
     done.append(f"{family} in {dtype}, saved")
     files = dict(base_saved(family, dtype))
     for _ in range(int(rng.integers(1, 4))):

@@ -390,10 +390,12 @@ typedef struct {
     const float *bias; /* as in fc_linear_args, or NULL */
 } fc_matrix;
 
-typedef enum { FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_PART_KINDS } fc_part_kind;
+typedef enum {
+    FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_PART_KINDS
+} fc_part_kind;
 typedef struct {
     fc_part_kind kind;
-    const void *weights; /* of the kind: fc_attention_weights, fc_mlp_weights, fc_called */
+    const void *weights; /* of the kind: fc_attention_weights, fc_mlp_weights, fc_called, fc_mamba_weights, .. */
     fc_norm norm, post_norm;
 } fc_part;
 
@@ -444,13 +446,14 @@ typedef struct {
     ptrdiff_t rotary_pairs;
 } fc_attention_state;
 
-/* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up) */
+/* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up), or down f(x up)^2 */
 typedef struct {
     ptrdiff_t inner;
     fc_matrix up; /* gated: the pair (hidden, 2 inner), as fc_linear takes it, else (hidden, inner) */
     fc_matrix gate; /* gated, with data: the pair is this and `up` (hidden, inner), in formats of their own */
     fc_matrix down; /* (inner, hidden) */
     fc_activation activation;
+    int squared; /* FC_MLP */
 } fc_mlp_weights;
 
 /* FC_CALLED: out (B, S, hidden) from x, which is normalised, by a function of the caller's; on the calling thread */
@@ -460,6 +463,53 @@ typedef struct {
     fc_call *call;
     void *self;
 } fc_called;
+
+/* States that are as large after a million tokens as after one. A pass reads each row's slot `from` and writes its slot
+ * `to`, another one: a state that was stays as it is. A slot: the convolution's last inputs (width - 1, channels), then
+ * the scan's state. */
+typedef struct {
+    float *memory; /* (B, slots, floats) */
+    ptrdiff_t slots, floats;
+    const int64_t *from, *to; /* (B); from < 0: zeros */
+} fc_recurrent_state;
+typedef struct {
+    ptrdiff_t width;
+    const float *panels; /* (width, channels) in fc_pack_columns' panels */
+    const float *bias;   /* (channels) or NULL */
+} fc_conv_weights;
+
+/* FC_MAMBA: x, z = in(..);  u = silu(conv(x));  dt, B, C = x(u), each through its norm if it has one;
+ * out(fc_selective_scan(u, dt(dt), a, B, C, d, z)) */
+typedef struct {
+    ptrdiff_t inner, n, rank;
+    fc_matrix in;  /* (hidden, 2 inner) */
+    fc_matrix x;   /* (inner, rank + 2 n) */
+    fc_matrix dt;  /* (rank, inner) */
+    fc_matrix out; /* (inner, hidden) */
+    fc_conv_weights conv;             /* of inner channels */
+    const float *a, *d, *dt_bias;     /* (inner, n), (inner) twice */
+    fc_norm dt_norm, b_norm, c_norm;  /* of rank, n and n channels */
+} fc_mamba_weights;
+
+/* FC_MAMBA2, inner = heads head_dim:  z, xBC, dt = in(..);  x, B, C = silu(conv(xBC));  y = fc_ssd_scan(x, dt, ..);
+ * out(norm(y silu(z))) or, norm_before_gate, out(norm(y) silu(z)); norm: of the channels of each group */
+typedef struct {
+    ptrdiff_t heads, head_dim, groups, n;
+    fc_matrix in;  /* (hidden, 2 inner + 2 groups n + heads) */
+    fc_matrix out; /* (inner, hidden) */
+    fc_conv_weights conv;         /* of inner + 2 groups n channels */
+    const float *a, *d, *dt_bias; /* (heads) each */
+    float dt_min, dt_max;
+    fc_norm norm; /* weight (inner); or none */
+    int norm_before_gate;
+} fc_mamba2_weights;
+
+/* FC_SHORT_CONV: b, c, x = in(..);  out(c conv(b x)), conv without an activation */
+typedef struct {
+    fc_matrix in;  /* (hidden, 3 hidden) */
+    fc_matrix out; /* (hidden, hidden) */
+    fc_conv_weights conv;
+} fc_short_conv_weights;
 
 typedef struct {
     ptrdiff_t hidden, vocab;
@@ -479,8 +529,8 @@ typedef struct {
 typedef struct {
     size_t size; /* sizeof(fc_forward_args) of the caller */
     const fc_model *model;
-    void **states;        /* (n_layers) of the mixers' kinds: fc_attention_state, what fc_called takes, or NULL; of a
-                           * layer with a router fc_routed_state */
+    void **states;        /* (n_layers) of the mixers' kinds: fc_attention_state, fc_recurrent_state, what fc_called
+                           * takes, or NULL; of a layer with a router fc_routed_state */
     const int64_t *ids;   /* (B, S), already checked; NULL: x holds what the embedding would give */
     float *x;             /* (B, S, hidden): what the last layer gives, before the norm; or NULL, if there are ids */
     float *hidden;        /* (B, S, hidden) after the norm, may be x; or NULL */

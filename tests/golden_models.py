@@ -48,12 +48,21 @@ class Golden:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The tensor of that name: N(0, 1/in) for matrices, 1 + N(0, 0.1) for norms, N(0, 0.1) for biases."""
+    """The tensor of that name: N(0, 1/in) for matrices, 1 + N(0, 0.1) for norms, N(0, 0.1) for biases; those of a
+    state space so that each counts."""
     drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("norm.weight") or name.endswith("layernorm.weight"):
         return (1 + 0.1 * drawn).astype(np.float32)
-    if "embed_tokens" in name:
+    if "embed_tokens" in name or "embeddings" in name:
         return (0.5 * drawn).astype(np.float32)
+    if name.endswith(("norm_f.weight", ".D")):
+        return (1 + 0.3 * drawn).astype(np.float32)
+    if name.endswith(("dt_bias", "dt_proj.bias")):
+        return drawn.astype(np.float32)
+    if name.endswith("A_log"):  # decays from within a token to hundreds of them
+        return (1.5 * drawn - 1).astype(np.float32)
+    if name.endswith(("conv1d.weight", "conv.conv.weight")):
+        return (drawn * shape[-1] ** -0.5).astype(np.float32)
     return (drawn * (shape[-1] ** -0.5 if len(shape) == 2 else 0.1)).astype(np.float32)
 
 

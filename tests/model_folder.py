@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,29 @@ _OWN: dict[str, Config] = {
                 "logits_scaling": 0.25},
 }
 FAMILIES = tuple(_OWN)
+_NO_HEADS: Config = dict.fromkeys(("intermediate_size", "num_attention_heads", "num_key_value_heads",
+                                   "max_position_embeddings"), ...) | {"state_size": 6}
+_STATE_SPACE: dict[str, Config] = {
+    "mamba": _NO_HEADS | {"time_step_rank": 3},
+    "falcon_mamba": _NO_HEADS | {"time_step_rank": "auto", "conv_kernel": 3},
+    "mamba2": _NO_HEADS | {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+}
+_HEADS: Config = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 6}
+_HYBRIDS: dict[str, Config] = {
+    "bamba": _HEADS | {"attn_layer_indices": [1]},
+    "granitemoehybrid": _HEADS | _OWN["granite"] | {
+        "num_local_experts": 0, "shared_intermediate_size": 40, "position_embedding_type": "rope",
+        "layer_types": ["mamba", "attention", "mamba"]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
+    "nemotron_h": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "mlp", "full_attention",
+                                                                 "linear_attention"],
+                   "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 6, "head_dim": 8},
+}
+_STATE_SPACE |= _HYBRIDS
+STATE_SPACE = tuple(_STATE_SPACE)  # families whose layers have recurrent states, all or some
+_OWN |= _STATE_SPACE
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_TIED = (*_GEMMAS, "smollm3")
+_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2")
 BYTES = {"tokenizer_class": "ByteTokenizer"}
 
 
@@ -43,6 +64,8 @@ def small(family: str = "llama", **changes: Any) -> Config:
 def tensors(config: Mapping[str, Any], seed: int = 0, dtype: DTypeLike = np.float32) -> Tensors:
     """Random weights under Hugging Face names; matrices are (out, in), and attention is strong enough to matter."""
     rng, family = np.random.default_rng(seed), config["model_type"]
+    if family in STATE_SPACE:
+        return _state_space(config, rng, dtype)
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     queries, keys = heads * head_dim, config["num_key_value_heads"] * head_dim
@@ -84,6 +107,98 @@ def tensors(config: Mapping[str, Any], seed: int = 0, dtype: DTypeLike = np.floa
     if not config.get("tie_word_embeddings", family in _TIED):
         matrix("lm_head", config["vocab_size"], hidden)
     return {name: np.ascontiguousarray(value.astype(dtype)) for name, value in found.items()}
+
+
+def _state_space(config: Mapping[str, Any], rng: np.random.Generator, dtype: DTypeLike) -> Tensors:
+    """Of families with recurrent layers, by the shapes of their tensors."""
+    found: Tensors = {}
+    for name, shape in _shapes(config):
+        last = name.rpartition(".")[2]
+        if last in ("D", "A_log"):
+            found[name] = rng.uniform(0.5, 1.5, shape) if last == "D" else rng.uniform(-3, 1, shape)
+        elif "norm" in name:
+            found[name] = rng.uniform(0.6, 1.4, shape)
+        elif len(shape) == 1:
+            found[name] = rng.standard_normal(shape) * 0.3 - ("dt" in name)
+        else:
+            found[name] = rng.standard_normal(shape) * (0.1 if "embed" in name else 2 * shape[-1] ** -0.5)
+    return {name: np.ascontiguousarray(value.astype(dtype)) for name, value in found.items()}
+
+
+def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    family, hidden, vocab = config["model_type"], config["hidden_size"], config["vocab_size"]
+    backbone = family in ("mamba", "falcon_mamba", "mamba2", "nemotron_h")
+    root = "backbone" if backbone else "model"
+    yield f"{root}.{'embeddings' if backbone else 'embed_tokens'}.weight", (vocab, hidden)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{root}.layers.{i}"
+        kind = _kind(config, i)
+        if backbone:
+            yield f"{layer}.norm.weight", (hidden,)
+        else:
+            names = {"bamba": ("input_layernorm", "pre_ff_layernorm"), "lfm2": ("operator_norm", "ffn_norm")}
+            for name in names.get(family, ("input_layernorm", "post_attention_layernorm")):
+                yield f"{layer}.{name}.weight", (hidden,)
+        mixer = f"{layer}." + ("mixer" if backbone else {"attention": "self_attn", "conv": "conv"}.get(kind, "mamba"))
+        for name, shape in _mixer_shapes(config, kind):
+            yield f"{mixer}.{name}", shape
+        inner = config.get("intermediate_size")
+        if family == "granitemoehybrid":
+            yield f"{layer}.shared_mlp.input_linear.weight", (2 * config["shared_intermediate_size"], hidden)
+            yield f"{layer}.shared_mlp.output_linear.weight", (hidden, config["shared_intermediate_size"])
+        elif not backbone:
+            inner = -(-int(2 * inner / 3) // 8) * 8 if family == "lfm2" else inner
+            gate, up, down = ("w1", "w3", "w2") if family == "lfm2" else ("gate_proj", "up_proj", "down_proj")
+            for name, shape in ((gate, (inner, hidden)), (up, (inner, hidden)), (down, (hidden, inner))):
+                yield f"{layer}.feed_forward.{name}.weight", shape
+    last = {"bamba": "final_layernorm", "lfm2": "embedding_norm"}.get(family, "norm_f" if backbone else "norm")
+    yield f"{root}.{last}.weight", (hidden,)
+    if not config.get("tie_word_embeddings", family in _TIED):
+        yield "lm_head.weight", (vocab, hidden)
+
+
+def _kind(config: Mapping[str, Any], i: int) -> str:
+    types = config.get("layer_types") or config.get("layers_block_type")
+    if config["model_type"] == "bamba":
+        return "attention" if i in config["attn_layer_indices"] else "mamba2"
+    if types is None:
+        return "mamba2" if config["model_type"] == "mamba2" else "mamba"
+    return {"mamba": "mamba2", "linear_attention": "mamba2", "full_attention": "attention"}.get(types[i], types[i])
+
+
+def _mixer_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config["hidden_size"], 2 * config["hidden_size"]
+    if kind == "attention":
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        d, lfm = config.get("head_dim") or hidden // heads, config["model_type"] == "lfm2"
+        return [("q_proj.weight", (heads * d, hidden)), ("k_proj.weight", (kv_heads * d, hidden)),
+                ("v_proj.weight", (kv_heads * d, hidden)),
+                ("out_proj.weight" if lfm else "o_proj.weight", (hidden, heads * d)),
+                *([("q_layernorm.weight", (d,)), ("k_layernorm.weight", (d,))] if lfm else [])]
+    if kind == "conv":
+        return [("conv.weight", (hidden, 1, 3)), ("in_proj.weight", (3 * hidden, hidden)),
+                ("out_proj.weight", (hidden, hidden))]
+    if kind == "mlp":
+        width = config["intermediate_size"]
+        return [("up_proj.weight", (width, hidden)), ("down_proj.weight", (hidden, width))]
+
+    def of(*keys: str) -> int:
+        return int(next(config[key] for key in keys if key in config))
+
+    n = of("state_size", "mamba_d_state", "ssm_state_size")
+    width = config.get("conv_kernel", 4)
+    if kind == "mamba":
+        rank = config["time_step_rank"]
+        rank = -(-hidden // 16) if rank == "auto" else rank
+        return [("in_proj.weight", (2 * inner, hidden)), ("conv1d.weight", (inner, 1, width)),
+                ("conv1d.bias", (inner,)), ("x_proj.weight", (rank + 2 * n, inner)), ("dt_proj.weight", (inner, rank)),
+                ("dt_proj.bias", (inner,)), ("A_log", (inner, n)), ("D", (inner,)),
+                ("out_proj.weight", (hidden, inner))]
+    heads, groups = of("num_heads", "mamba_n_heads", "mamba_num_heads"), of("n_groups", "mamba_n_groups")
+    channels = inner + 2 * groups * n
+    return [("in_proj.weight", (inner + channels + heads, hidden)), ("conv1d.weight", (channels, 1, width)),
+            ("conv1d.bias", (channels,)), ("dt_bias", (heads,)), ("A_log", (heads,)), ("D", (heads,)),
+            ("norm.weight", (inner,)), ("out_proj.weight", (hidden, inner))]
 
 
 def write_json(path: Path, value: Any) -> None:

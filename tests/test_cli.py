@@ -424,7 +424,7 @@ def damaged(folder: Path, case: str) -> None:
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
     elif case == "family":
-        write_json(folder / "config.json", small() | {"model_type": "mamba"})
+        write_json(folder / "config.json", small() | {"model_type": "rwkv"})
     elif case == "json":
         (folder / "config.json").write_text("{\n\n]")
     elif case == "tokenizer":
@@ -438,7 +438,7 @@ def damaged(folder: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "reason"), [
-    ("truncated", "model.safetensors"), ("family", "model_type is 'mamba'"), ("json", "not valid JSON"),
+    ("truncated", "model.safetensors"), ("family", "model_type is 'rwkv'"), ("json", "not valid JSON"),
     ("tokenizer", "a text prompt needs a tokenizer"), ("config.json", "has no config.json"),
     ("model.safetensors", "model.safetensors: no such file"),
 ])

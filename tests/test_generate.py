@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from model_folder import BYTES, FAMILIES, small, tensors, write
+from model_folder import BYTES, FAMILIES, STATE_SPACE, small, tensors, write
 
 from forge_c.functional import KV_CHUNK
 from forge_c.models import Model, load
@@ -22,7 +22,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 LONGROPE = {"max_position_embeddings": 128, "original_max_position_embeddings": 16, "rope_scaling": {
     "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}}
-MODELS: dict[str, tuple[dict[str, Any], Any]] = {family: (small(family), np.float32) for family in FAMILIES} | {
+MODELS: dict[str, tuple[dict[str, Any], Any]] = {
+    **{family: (small(family), np.float32) for family in (*FAMILIES, *STATE_SPACE)},
     "bfloat16": (small(), BF16), "gemma2 bfloat16": (small("gemma2"), BF16),
     "int8": (small(), BF16), "gemma2 int8": (small("gemma2"), BF16), "int4": (small(), np.float32),
     "dynamic": (small(**DYNAMIC), np.float32), "longrope": (small("phi3", **LONGROPE), np.float32),
@@ -112,7 +113,7 @@ def test_greedy_is_the_best_token_again_and_again(model_of, name):
     assert len(set(found.tolist())) > 3, "a model that repeats itself tests nothing"
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "bfloat16"])
+@pytest.mark.parametrize("name", [*FAMILIES, *STATE_SPACE, "bfloat16"])
 def test_greedy_without_a_cache(model_of, name):
     model = model_of(name)
     ids = prompts(model, 6)[0].tolist()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from model_folder import FAMILIES, small, write
+from model_folder import FAMILIES, STATE_SPACE, small, write
 
 from forge_c.functional import KV_CHUNK
 from forge_c.models import Model, ModelCache, load
@@ -54,7 +54,7 @@ def held(cache: ModelCache) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *STATE_SPACE])
 @pytest.mark.filterwarnings("ignore:generate")
 def test_turns_are_the_whole(model_of, read, name, options):
     """Each turn is what a call with everything before it gives, and reads no token twice."""

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_folder import FAMILIES, small, tensors, write
+from model_folder import FAMILIES, STATE_SPACE, small, tensors, write
 from numpy.typing import NDArray
 
 from forge_c.models import collect_importance, inputs, load
 from forge_c.models.mix import Formats
 from forge_c.models.model import Model
+from forge_c.models.spec import tensor_names
 from forge_c.models.weights import Checkpoint
 
 Array = NDArray[Any]
@@ -34,7 +35,7 @@ def folders(tmp_path_factory):
 
 def seen_by(model: Model, folder: Any, ids: Array) -> list[Array]:
     """What goes into each layer, and comes out of the last, as `inputs` computes it."""
-    through = inputs.Inputs(model.config, Checkpoint(folder), [ids])
+    through = inputs.Inputs(model.config, Checkpoint(folder, tensor_names(model.config.model_type)), [ids])
     found = [through._x[0]]
     for i in range(model.config.n_layers):
         through.layer(i)
@@ -42,7 +43,7 @@ def seen_by(model: Model, folder: Any, ids: Array) -> list[Array]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *STATE_SPACE])
 def test_a_text_goes_through_the_layers_as_in_the_model(folders, family):
     """Every family's: norms before and after, biases, fused matrices, windows, caps, scales."""
     folder = folders(family)
@@ -119,7 +120,7 @@ def test_which_format_a_matrix_of_an_int4_model_has(name, layer, expected):
         assert Formats(plain, 32).of(name, layer, 576) == plain
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *STATE_SPACE])
 def test_every_family_loads_in_mixed_and_plain_formats(folders, family):
     """More bits are nearer to what it says in float32; random weights make much of every error."""
     ids = np.random.default_rng(0).integers(0, 97, (4, 30))

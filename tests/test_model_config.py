@@ -485,7 +485,7 @@ ACTIVATIONS = "silu, swish, gelu, gelu_pytorch_tanh, gelu_new, relu"
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"model_type": "mamba"}, f"config.json: model_type is 'mamba', expected one of {FAMILY_NAMES}"),
+    ({"model_type": "rwkv"}, f"config.json: model_type is 'rwkv', expected one of {FAMILY_NAMES}"),
     ({"model_type": ...}, f"config.json: model_type is None, expected one of {FAMILY_NAMES}"),
     ({"model_type": ["llama"]}, f"config.json: model_type is ['llama'], expected one of {FAMILY_NAMES}"),
     ({"model_type": "Llama"}, f"config.json: model_type is 'Llama', expected one of {FAMILY_NAMES}"),

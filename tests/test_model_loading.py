@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from model_folder import BYTES, FAMILIES, container, small, tensors, write, write_json
+from model_folder import BYTES, FAMILIES, STATE_SPACE, container, small, tensors, write, write_json
 from refusal import SPARE, refused
 from safetensors.numpy import save_file
 
@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 # ---- the same weights, stored in several ways ------------------------------------------------------
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *STATE_SPACE])
 def test_shards_are_one_model(tmp_path, family):
     one, three = write(tmp_path / "1", small(family)), write(tmp_path / "3", small(family), shards=3)
     assert not (three / "model.safetensors").exists()

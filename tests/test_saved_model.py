@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 from ggml_blocks import QUANTIZED
-from model_folder import BYTES, FAMILIES, small, write, write_json
+from model_folder import BYTES, FAMILIES, STATE_SPACE, small, write, write_json
 from test_gguf_models import BLOCKS, of_blocks
 
 from forge_c.functional import CalledPart
@@ -24,7 +24,7 @@ from forge_c.models.spec.document import from_document, to_document
 
 IDS = np.random.default_rng(0).integers(0, 97, (2, 40))
 EVERY_OPTION: dict[str, dict[str, Any]] = {
-    **{family: {} for family in FAMILIES}, "llama biases": {"attention_bias": True, "mlp_bias": True},
+    **{family: {} for family in (*FAMILIES, *STATE_SPACE)}, "llama biases": {"attention_bias": True, "mlp_bias": True},
     "llama dynamic": {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
     "llama ends": {"eos_token_id": [3, 5], "bos_token_id": 1}, "llama tied": {"tie_word_embeddings": True},
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_folder import FAMILIES
+from model_folder import FAMILIES, STATE_SPACE
 
 from forge_c.functional import KV_CHUNK
 from forge_c.models import Model, load
@@ -21,7 +21,7 @@ def rows_of(model: Model) -> list[np.ndarray]:
 # ---- score -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "dynamic"])
+@pytest.mark.parametrize("name", [*FAMILIES, *STATE_SPACE, "dynamic"])
 def test_scores_are_the_log_softmax_of_whole_logits(model_of, name):
     model = model_of(name)
     rows = rows_of(model)
@@ -79,17 +79,17 @@ def test_hidden_states_are_those_of_transformers(tmp_path, family):
         np.testing.assert_allclose(model.hidden(ids, layer=layer), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "dynamic"])
+@pytest.mark.parametrize("name", [*FAMILIES, *STATE_SPACE, "dynamic"])
 def test_hidden_states_lead_to_the_logits(model_of, isa, name):
     """In chunks or whole, in a cache or without, for every layer the same bits."""
-    model = model_of(name)
+    model, step = model_of(name), KV_CHUNK // 2
     ids = np.stack([np.random.default_rng(i).integers(0, 97, KV_CHUNK + 30) for i in range(2)])
     for layer in (-1, 0, 1, model.config.n_layers - 1):
         whole = model.hidden(ids, layer=layer)
         assert whole.dtype == np.float32 and whole.shape == (2, KV_CHUNK + 30, 32)
         cache = model.new_cache(2, KV_CHUNK + 30)
         with cache.expecting(KV_CHUNK + 30):
-            parts = [model.hidden(ids[:, at : at + 100], cache, layer=layer) for at in range(0, KV_CHUNK + 30, 100)]
+            parts = [model.hidden(ids[:, at : at + step], cache, layer=layer) for at in range(0, KV_CHUNK + 30, step)]
         assert np.concatenate(parts, axis=1).tobytes() == whole.tobytes()
         assert [row.tolist() for row in cache.ids] == ids.tolist()
         assert whole[1].tobytes() == model.hidden(ids[1:], layer=layer)[0].tobytes()

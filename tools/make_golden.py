@@ -46,6 +46,35 @@ LONGROPE = scaled("longrope", short_factor=[1.0 + 0.1 * i for i in range(6)],
 BY_TYPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}
 
+# Families without attention have no sizes of it.
+NO_HEADS = {"intermediate_size": ..., "num_attention_heads": ..., "num_key_value_heads": ...,
+            "max_position_embeddings": ...}
+
+
+def mamba(**changes: Any) -> dict[str, Any]:
+    return NO_HEADS | {"state_size": 7, "time_step_rank": 5} | changes
+
+
+def mamba2(**changes: Any) -> dict[str, Any]:
+    return NO_HEADS | {"state_size": 9, "num_heads": 8, "head_dim": 12, "n_groups": 2} | changes
+
+
+def mamba_in_a_hybrid(**changes: Any) -> dict[str, Any]:
+    return {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 9} | changes
+
+
+def nemotron(types: str, **changes: Any) -> dict[str, Any]:
+    return {"layers_block_type": types.split(), "num_hidden_layers": ..., "head_dim": 20, "mamba_num_heads": 8,
+            "mamba_head_dim": 12, "n_groups": 4, "ssm_state_size": 9} | changes
+
+
+def conv_layers(types: str) -> dict[str, Any]:
+    return {"layer_types": types.split()}
+
+
+DENSE = {"num_local_experts": 0, "shared_intermediate_size": 56, "embedding_multiplier": 3.0, "logits_scaling": 5.0,
+         "residual_multiplier": 0.3, "attention_multiplier": 0.2}
+
 # name: (family, what differs from SMALL, prompt length)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama": ("Llama", {}, 37),
@@ -90,6 +119,29 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "granite_tied": ("Granite", heads(6, 2, hidden_size=60, embedding_multiplier=12.0, logits_scaling=8.0,
                                       residual_multiplier=0.22, attention_multiplier=0.0625,
                                       tie_word_embeddings=True), 37),
+    "mamba": ("Mamba", mamba(), 37),
+    "mamba_biases_untied": ("Mamba", mamba(use_bias=True, use_conv_bias=False, tie_word_embeddings=False,
+                                           conv_kernel=3, state_size=16, time_step_rank="auto", expand=3), 37),
+    "mamba_long_prompt": ("Mamba", mamba(num_hidden_layers=2, vocab_size=33), 530),
+    "falcon_mamba": ("FalconMamba", mamba(mixer_rms_eps=1e-3, conv_kernel=5), 37),
+    "mamba2": ("Mamba2", mamba2(), 37),
+    "mamba2_limits_biases_tied": ("Mamba2", mamba2(use_bias=True, time_step_limit=(0.6, 0.8), n_groups=1,
+                                                   tie_word_embeddings=True, conv_kernel=3), 37),
+    "bamba": ("Bamba", mamba_in_a_hybrid(attn_layer_indices=[1]), 37),
+    "bamba_biases": ("Bamba", mamba_in_a_hybrid(
+        attn_layer_indices=[0, 2], attention_bias=True, mlp_bias=True, mamba_proj_bias=True, mamba_conv_bias=False,
+        mamba_n_groups=4, tie_word_embeddings=True), 37),
+    "granitemoehybrid": ("GraniteMoeHybrid", mamba_in_a_hybrid(**DENSE, position_embedding_type="rope") | layers(
+        "linear full linear"), 37),
+    "granitemoehybrid_without_rope": ("GraniteMoeHybrid", mamba_in_a_hybrid(
+        **DENSE, attention_bias=True, tie_word_embeddings=True, mamba_d_conv=3) | layers("full linear linear"), 37),
+    "lfm2": ("Lfm2", {"block_multiple_of": 16} | conv_layers("conv full_attention conv"), 37),
+    "lfm2_biases_untied": ("Lfm2", {"block_auto_adjust_ff_dim": False, "conv_bias": True, "conv_L_cache": 5,
+                                    "tie_word_embeddings": False} | conv_layers("full_attention conv conv"), 37),
+    "nemotron_h": ("NemotronH", nemotron("linear_attention mlp full_attention linear_attention mlp"), 37),
+    "nemotron_h_biases": ("NemotronH", nemotron("full_attention linear_attention mlp", use_bias=True, mlp_bias=True,
+                                                n_groups=1, use_conv_bias=False, time_step_min=0.7), 37),
+    "mamba2_long_prompt": ("Mamba2", mamba2(num_hidden_layers=2, vocab_size=33, n_groups=4), 530),
 }
 
 
@@ -100,7 +152,8 @@ def config_class(family: str) -> Any:
 
 @torch.no_grad()
 def make(name: str, family: str, changes: dict[str, Any], seq_len: int) -> None:
-    config = config_class(family)(**(SMALL | changes), attn_implementation="eager")
+    sizes = {key: value for key, value in (SMALL | changes).items() if value is not ...}
+    config = config_class(family)(**sizes, attn_implementation="eager")
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for parameter_name, parameter in model.named_parameters():

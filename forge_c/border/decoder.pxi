@@ -135,7 +135,7 @@ cdef class AttentionPart(Part):
 
 cdef class MLPPart(Part):
     """down(f(gate) * up) if `up` is a pair from pack_gated, (hidden, 2 inner), or (gate, up), each (hidden, inner);
-    else down(f(up)), (hidden, inner)."""
+    else down(f(up)), (hidden, inner), of which f may be "relu2", the square of relu."""
     cdef fc_mlp_weights w
 
     def __init__(self, up not None, PackedWeight down not None, *, str activation not None="silu",
@@ -147,7 +147,8 @@ cdef class MLPPart(Part):
         cdef bint gated = first.gated or len(sides) == 2
         memset(&self.w, 0, sizeof(self.w))
         self.begin(FC_GATED_MLP if gated else FC_MLP, &self.w, down.n, norm, post_norm)
-        self.w.inner, self.w.activation = down.k, GATES[activation]
+        self.w.inner, self.w.squared = down.k, activation == "relu2" and not gated
+        self.w.activation = GATES["relu" if self.w.squared else activation]
         if len(sides) == 1:
             self.w.up = self.matrix("up", first, shape, up_bias)
         else:
@@ -282,8 +283,8 @@ cdef class RoutedState:
 
 
 cdef class StateTable:
-    """Each layer's state as src_c takes it, made once: AttentionState, RoutedState, any object for a CalledPart, or
-    None; and the scratch memory of forward passes over them."""
+    """Each layer's state as src_c takes it, made once: AttentionState, RoutedState, RecurrentSlots, any object for
+    a CalledPart, or None; and the scratch memory of forward passes over them."""
     cdef void **states
     cdef readonly list held
     cdef fc_workspace *workspace
@@ -301,6 +302,8 @@ cdef class StateTable:
                 self.states[i] = &(<AttentionState>state).c
             elif isinstance(state, RoutedState):
                 self.states[i] = &(<RoutedState>state).c
+            elif isinstance(state, RecurrentSlots):
+                self.states[i] = &(<RecurrentSlots>state).c
 
     def __dealloc__(self):
         fc_workspace_free(self.workspace)
@@ -384,7 +387,7 @@ cdef class LayeredModel:
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
         for i, state in enumerate(states.held):
-            check_state(&self.c.layers[i], i, state, a.batch, a.seq, longest)
+            check_state(&self.c.layers[i], self.held[i][0], i, state, a.batch, a.seq, longest)
         a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
         if logits:
             dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
@@ -400,7 +403,7 @@ cdef class LayeredModel:
         return y, h
 
 
-cdef int check_state(const fc_layer *layer, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
+cdef int check_state(const fc_layer *layer, Part part, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
                      ptrdiff_t longest) except -1:
     """Whether the pass may take `state` for what layer i remembers: src_c follows the pointers in it."""
     cdef const fc_part *mixer = &layer.mixer
@@ -412,9 +415,12 @@ cdef int check_state(const fc_layer *layer, ptrdiff_t i, object state, ptrdiff_t
     if layer.router != NULL:
         check_routed(i, state, batch, seq)
         state = (<RoutedState>state).mixer
-    if (mixer.kind == FC_ATTENTION) != isinstance(state, AttentionState):
+    if (mixer.kind == FC_ATTENTION) != isinstance(state, AttentionState) or (
+            isinstance(part, RecurrentPart) != isinstance(state, RecurrentSlots)):
         raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected an AttentionState for an "
-                        "AttentionPart, and none for anything else")
+                        "AttentionPart, RecurrentSlots for a recurrent one, and neither for anything else")
+    if isinstance(part, RecurrentPart):
+        return (<RecurrentSlots>state).check(i, batch, (<RecurrentPart>part).floats)
     if mixer.kind != FC_ATTENTION:
         return 0
     s, w = state, <const fc_attention_weights *>mixer.weights

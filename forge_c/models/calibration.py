@@ -17,7 +17,7 @@ from forge_c.models.hub import find
 from forge_c.models.inputs import Inputs
 from forge_c.models.model import EMBEDDED
 from forge_c.models.saved import is_saved
-from forge_c.models.spec import ModelSpec, model_spec
+from forge_c.models.spec import ModelSpec, model_spec, tensor_names
 from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer
 from forge_c.models.tokenizer_files import load_tokenizer
@@ -64,7 +64,8 @@ def _opened(path: str | os.PathLike[str] | None) -> tuple[ModelSpec, Tensors, To
     if path is not None and is_saved(Path(path)):
         raise ValueError(f"collect_importance: {path} was packed already; give it the files that were")
     folder = EMBEDDED if path is None else find(path, lambda found: None)
-    return model_spec(read_json(folder / "config.json")), Checkpoint(folder), load_tokenizer(folder)
+    spec = model_spec(read_json(folder / "config.json"))
+    return spec, Checkpoint(folder, tensor_names(spec.model_type)), load_tokenizer(folder)
 
 
 def _ids(text: Any, tokenizer: Tokenizer | None, spec: ModelSpec) -> NDArray[np.int64]:

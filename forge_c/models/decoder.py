@@ -15,7 +15,7 @@ from forge_c.models.inputs import can_observe, importance_of, of_random_tokens
 from forge_c.models.mix import Formats, weighs
 from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
 from forge_c.models.rope_tables import RopeTables, depends_on_length
-from forge_c.models.spec import ModelSpec, Rope
+from forge_c.models.spec import Attention, ModelSpec, Rope
 from forge_c.models.weights import StoredTensors, Tensors
 from forge_c.packing import pack, pack_blocks
 from forge_c.state import ModelCache
@@ -93,12 +93,15 @@ class Decoder:
         return sum(part.params for part in self._model.parts)
 
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None, dtype: str = "float32") -> ModelCache:
-        """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096).
+        """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096), or
+        the context alone where no layer has attention: then a cache is as large for any of them.
 
         Layers with a sliding window keep no more than the window needs. dtype "float32", "bfloat16" or "int8".
         """
         if max_seq_len is None:
-            max_seq_len = min(self.spec.max_position_embeddings, DEFAULT_CONTEXT)
+            max_seq_len = self.spec.max_position_embeddings
+            if any(isinstance(kind, Attention) for kind in self.kinds):
+                max_seq_len = min(max_seq_len, DEFAULT_CONTEXT)
         rows, room = checked_size("new_cache", "batch", batch), checked_size("new_cache", "max_seq_len", max_seq_len)
         layers = [new_state(kind, rows, room, dtype) for kind in self.kinds]
         tables = [self._tables.of(getattr(kind, "rope", None)) for kind in self.kinds]

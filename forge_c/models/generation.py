@@ -174,11 +174,8 @@ class Generation:
             length = min(len(held), len(row.prompt) - 1)
             differs = np.flatnonzero(held[:length] != row.prompt[:length])
             kept[i] = differs[0] if len(differs) else length
-        try:
-            cache.truncate(kept)
-        except ValueError:  # a layer with a window cannot go back so far
-            kept[kept < cache.lengths] = 0
-            cache.truncate(kept)
+        kept = cache.nearest(kept)  # a layer with a window, or a recurrent one, cannot go back to everywhere
+        cache.truncate(kept)
         for row, n in zip(self.rows, kept.tolist(), strict=True):
             row.before, row.prompt = row.prompt[:n], row.prompt[n:]
 

@@ -5,6 +5,7 @@ text, tokens drawn at random show most of it: which channels are far larger than
 much larger they do not show, so the root is taken of what they say."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
@@ -12,10 +13,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forge_c.functional import attention, embedding, gelu, layer_norm, linear, relu, rms_norm, rope, silu
+from forge_c.functional import (
+    attention,
+    causal_conv1d,
+    embedding,
+    gelu,
+    layer_norm,
+    linear,
+    relu,
+    rms_norm,
+    rope,
+    selective_scan,
+    silu,
+    ssd_scan,
+)
 from forge_c.models.parts import norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, ModelSpec, Norm, Router
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, Norm, Router, ShortConv
 from forge_c.models.weights import Tensors
 
 Floats = NDArray[np.float32]
@@ -97,6 +111,9 @@ class _Floats:
     def bias(self, wanted: bool, name: str, n: int) -> Floats | None:
         return self.checkpoint.take(f"{self.prefix}{name}.bias", (n,)).astype(np.float32) if wanted else None
 
+    def tensor(self, name: str, *shape: int) -> Floats:
+        return self.checkpoint.take(self.prefix + name, shape).astype(np.float32)
+
     def norm(self, spec: Norm, name: str, n: int) -> Callable[[Floats], Floats]:
         """The norm as a function."""
         weight = self.checkpoint.take(f"{self.prefix}{name}.weight", (n,)).astype(np.float32)
@@ -157,8 +174,97 @@ def _(kind: Attention, source: _Floats) -> Callable[[Floats, See], Floats]:
     return compute
 
 
+def _convolved(kind: Mamba | Mamba2, source: _Floats, channels: int) -> Callable[[Floats], Floats]:
+    weight = source.tensor("mixer.conv1d.weight", channels, 1, kind.conv).reshape(channels, kind.conv)
+    bias = source.bias(kind.conv_bias, "mixer.conv1d", channels)
+    return lambda x: causal_conv1d(x, weight, bias, activation="silu")[0]
+
+
+@_observed.register
+def _(kind: Mamba, source: _Floats) -> Callable[[Floats, See], Floats]:
+    inner, n, rank, conv = kind.inner, kind.state, kind.dt_rank, _convolved(kind, source, kind.inner)
+    first, first_bias = (source.matrix("mixer.in_proj", 2 * inner, source.hidden),
+                         source.bias(kind.bias, "mixer.in_proj", 2 * inner))
+    of_x, of_dt = source.matrix("mixer.x_proj", rank + 2 * n, inner), source.matrix("mixer.dt_proj", inner, rank)
+    dt_bias, a = source.tensor("mixer.dt_proj.bias", inner), -np.exp(source.tensor("mixer.A_log", inner, n))
+    d, out = source.tensor("mixer.D", inner), source.matrix("mixer.out_proj", source.hidden, inner)
+    out_bias = source.bias(kind.bias, "mixer.out_proj", source.hidden)
+    norms: list[Callable[[Floats], Floats]] = [np.ascontiguousarray] * 3
+    if kind.norm is not None:
+        eps = kind.norm.eps
+        norms = [source.norm(kind.norm, f"mixer.{name}_layernorm", size) if kind.weighted else (
+            lambda x: rms_norm(x, eps=eps)) for name, size in (("dt", rank), ("b", n), ("c", n))]
+
+    def compute(x: Floats, see: See) -> Floats:
+        see("mixer.in_proj", x)
+        u, z = np.split(linear(x, first, first_bias), 2, axis=-1)
+        u = conv(u)
+        see("mixer.x_proj", u)
+        parts = np.split(linear(u, of_x), [rank, rank + n], axis=-1)
+        dt, b, c = (norm(np.ascontiguousarray(part)) for norm, part in zip(norms, parts, strict=True))
+        y, _ = selective_scan(u, linear(dt, of_dt), a, b, c, d, z=z, delta_bias=dt_bias, delta_softplus=True)
+        see("mixer.out_proj", y)
+        return linear(y, out, out_bias)
+
+    return compute
+
+
+@_observed.register
+def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
+    inner, channels, heads = kind.inner, kind.channels, kind.heads
+    conv, rows = _convolved(kind, source, channels), inner + channels + heads
+    first, first_bias = (source.matrix("mixer.in_proj", rows, source.hidden),
+                         source.bias(kind.bias, "mixer.in_proj", rows))
+    a, d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("A_log", "D", "dt_bias"))
+    out, out_bias = (source.matrix("mixer.out_proj", source.hidden, inner),
+                     source.bias(kind.bias, "mixer.out_proj", source.hidden))
+    weight = None if kind.norm is None else source.tensor("mixer.norm.weight", inner)
+    limit = (kind.dt_min, math.inf if kind.dt_max is None else kind.dt_max)
+
+    def gated(y: Floats, z: Floats) -> Floats:
+        gate = silu(np.ascontiguousarray(z))
+        if kind.norm is None or weight is None:
+            return y * gate
+        grouped = (y if kind.norm_before_gate else y * gate).reshape(1, -1, kind.groups, inner // kind.groups)
+        y = rms_norm(grouped, eps=kind.norm.eps).reshape(y.shape) * weight
+        return y * gate if kind.norm_before_gate else y
+
+    def compute(x: Floats, see: See) -> Floats:
+        see("mixer.in_proj", x)
+        n = x.shape[1]
+        z, xbc, dt = np.split(linear(x, first, first_bias), [inner, inner + channels], axis=-1)
+        u, b, c = np.split(conv(xbc), [inner, (inner + channels) // 2], axis=-1)
+        b, c = (np.ascontiguousarray(part).reshape(1, n, kind.groups, kind.state) for part in (b, c))
+        y, _ = ssd_scan(np.ascontiguousarray(u).reshape(1, n, heads, kind.head_dim), dt, -np.exp(a), b, c, d,
+                        dt_bias=dt_bias, dt_softplus=True, dt_limit=limit)
+        y = gated(y.reshape(1, n, inner), z)
+        see("mixer.out_proj", y)
+        return linear(y, out, out_bias)
+
+    return compute
+
+
+@_observed.register
+def _(kind: ShortConv, source: _Floats) -> Callable[[Floats, See], Floats]:
+    n = source.hidden
+    weight = source.tensor("mixer.conv1d.weight", n, 1, kind.width).reshape(n, kind.width)
+    first, out = source.matrix("mixer.in_proj", 3 * n, n), source.matrix("mixer.out_proj", n, n)
+    first_bias, bias, out_bias = (source.bias(kind.bias, f"mixer.{name}", size)
+                                  for name, size in (("in_proj", 3 * n), ("conv1d", n), ("out_proj", n)))
+
+    def compute(x: Floats, see: See) -> Floats:
+        see("mixer.in_proj", x)
+        b, c, u = np.split(linear(x, first, first_bias), 3, axis=-1)
+        y = c * causal_conv1d(b * u, weight, bias)[0]
+        see("mixer.out_proj", y)
+        return linear(y, out, out_bias)
+
+    return compute
+
+
 _ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
-    "silu": silu, "gelu": gelu, "relu": relu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
+    "silu": silu, "gelu": gelu, "relu": relu, "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+    "relu2": lambda x: np.square(relu(x))}
 
 
 def _mlp(kind: GatedMLP | MLP, source: _Floats, names: Sequence[str], gated: bool) -> Callable[[Floats, See], Floats]:

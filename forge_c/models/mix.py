@@ -20,7 +20,9 @@ _FOUR: _Pair = "q4_k", "q4_1"  # 4.6 or 5 bits a weight
 _FIVE: _Pair = "q5_k", "q5_1"  # 5.6 or 6
 _MOST: _Pair = "q6_k", "q8_0"  # 6.6 or 8.5
 _ROLES = {"v_proj": _MOST, "lm_head": _MOST, "k_proj": _FIVE, "qkv_proj": _FIVE, "down_proj": _FIVE, "up_proj": _FIVE,
-          "gate_up_proj": _FIVE}
+          "gate_up_proj": _FIVE, "x_proj": _MOST}
+# Of a state space: what each token does to the state follows from it, by an exponential, and it is small.
+_WHOLE: dict[str, PackDtype] = {"dt_proj": "bfloat16"}
 MIXED = "int4"  # the dtype of a model that mixes
 _UNWEIGHED = ("float32", "bfloat16", "int8", "q8_0")  # that keep what a weight is worth anyway
 
@@ -39,9 +41,12 @@ class Formats:
 
     def of(self, name: str, layer: int | None, in_features: int) -> PackDtype:
         """The format of a matrix, such as "self_attn.q_proj"."""
+        role_name = name.rpartition(".")[2]
+        if role_name in _WHOLE and self.dtype != "float32":
+            return _WHOLE[role_name]
         if self.dtype != MIXED:
             return self.dtype
-        role = _ROLES.get(name.rpartition(".")[2], _FOUR)
+        role = _ROLES.get(role_name, _FOUR)
         if role is _FOUR and layer is not None and layer >= self.layers - self.layers // 8:
             role = _FIVE
         return role[in_features % 256 > 0]

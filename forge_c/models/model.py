@@ -27,7 +27,7 @@ from forge_c.models.prompts import Prompts, checked_ids, conversations, texts_or
 from forge_c.models.sampling import Unsaid
 from forge_c.models.saved import is_saved, load_saved, save_model
 from forge_c.models.scoring import embedded, hidden_states, scored
-from forge_c.models.spec import Attention, Head, ModelSpec, model_spec
+from forge_c.models.spec import Attention, Head, ModelSpec, model_spec, tensor_names
 from forge_c.models.spec.gguf import gguf_spec
 from forge_c.models.tokenizer import Tokenizer
 from forge_c.models.tokenizer_files import load_tokenizer
@@ -67,7 +67,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
             weights count the same.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
-    granite. Nothing in the folder or the file is executed.
+    granite, mamba, falcon_mamba, mamba2, bamba, granitemoehybrid and nemotron_h (without experts), lfm2. Nothing in the
+    folder or the file is executed.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing; it says what to get.
@@ -86,7 +87,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
         return _load_saved(Path(path), dtype, activations, ignored, importance)
     folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
     spec = _spec(folder, ignored)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, tensor_names(spec.model_type))
     spec = replace(spec, head=_head(spec.head, checkpoint))
     if dtype == "auto":
         dtype = "bfloat16" if checkpoint.dtypes() == {"BF16"} else "float32"
@@ -255,7 +256,8 @@ class Model:
                 f"{_heads(s)}vocab_size={s.vocab_size}, dtype={self.dtype!r})")
 
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None, *, dtype: str = "float32") -> ModelCache:
-        """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096).
+        """An empty cache for `batch` rows of up to max_seq_len tokens, by default min(the model's context, 4096),
+        and any number where no layer has attention.
 
         Layers with a sliding window keep only what the window needs. dtype "float32", "bfloat16" or
         "int8", one scale a token and head.

@@ -15,14 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.formats.layout import Activations, PackDtype
-from forge_c.functional import AttentionPart, MLPPart, Norm, PackedWeight, Part, Router
+from forge_c.functional import (
+    AttentionPart,
+    Mamba2Part,
+    MambaPart,
+    MLPPart,
+    Norm,
+    PackedWeight,
+    Part,
+    Router,
+    ShortConvPart,
+)
 from forge_c.models.balance import balance
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Routed
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, Routed, ShortConv
 from forge_c.models.spec import Norm as NormSpec
 from forge_c.models.spec import Router as RouterSpec
 from forge_c.models.weights import StoredTensors, Tensors
 from forge_c.packing import pack, pack_blocks, pack_gated, pack_gated_blocks
 from forge_c.state.kv import KVCache
+from forge_c.state.recurrent import RecurrentState
 from forge_c.state.routed import RoutedCache
 
 Floats = NDArray[np.float32]
@@ -50,9 +61,10 @@ class LayerSource:
 
     def _pack(self, name: str, matrix: NDArray[Any]) -> PackedWeight:
         """A matrix (out, in) in the format of the one of that name."""
+        form = self.formats(name, matrix.shape[1])
+        rounded = None if form in ("float32", "bfloat16") else self.activations
         with self._naming(name):
-            return pack(matrix.T, self.formats(name, matrix.shape[1]), activations=self.activations,
-                        importance=self.importance(name))
+            return pack(matrix.T, form, activations=rounded, importance=self.importance(name))
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
@@ -90,7 +102,19 @@ class LayerSource:
 
     def vector(self, name: str, n: int) -> Floats:
         """(n,) in float32."""
-        return self.checkpoint.take(self.prefix + name, (n,)).astype(np.float32)
+        return self.tensor(name, n)
+
+    def tensor(self, name: str, *shape: int) -> Floats:
+        """Of any shape, in float32."""
+        return self.checkpoint.take(self.prefix + name, shape).astype(np.float32)
+
+    def convolution(self, name: str, channels: int, width: int) -> PackedWeight:
+        """A short convolution of each channel: (width, channels), in float32 whatever the model's dtype."""
+        return pack(self.tensor(f"{name}.weight", channels, 1, width).reshape(channels, width).T)
+
+    def decay(self, name: str, *shape: int) -> Floats:
+        """A of a state space, from its logarithm."""
+        return -np.exp(self.tensor(name, *shape))
 
     def norm(self, spec: NormSpec, name: str, n: int) -> Norm:
         """A norm over n channels."""
@@ -178,6 +202,65 @@ def _(kind: Attention, batch: int, max_seq_len: int, dtype: str) -> KVCache:
     return KVCache(batch, max_seq_len, kind.n_kv_heads, kind.head_dim, dtype=dtype, window=kind.window)
 
 
+@new_state.register(Mamba)
+@new_state.register(Mamba2)
+@new_state.register(ShortConv)
+def _(kind: Mamba | Mamba2 | ShortConv, batch: int, max_seq_len: int, dtype: str) -> RecurrentState:
+    return RecurrentState(batch, kind.floats)
+
+
+@build_part.register
+def _(kind: Mamba, source: LayerSource, norms: Callable[[], Norms]) -> Part:
+    inner, n, rank = kind.inner, kind.state, kind.dt_rank
+    norm, post_norm = norms()
+    inputs = [_input_norm(kind, source, name, size) for name, size in (("dt", rank), ("b", n), ("c", n))]
+    return MambaPart(
+        source.packed("mixer.in_proj", 2 * inner, source.hidden), source.convolution("mixer.conv1d", inner, kind.conv),
+        source.packed("mixer.x_proj", rank + 2 * n, inner), source.packed("mixer.dt_proj", inner, rank),
+        source.packed("mixer.out_proj", source.hidden, inner), a=source.decay("mixer.A_log", inner, n),
+        d=source.vector("mixer.D", inner), dt_bias=source.vector("mixer.dt_proj.bias", inner),
+        conv_bias=source.bias(kind.conv_bias, ("mixer.conv1d", inner)),
+        in_bias=source.bias(kind.bias, ("mixer.in_proj", 2 * inner)),
+        out_bias=source.bias(kind.bias, ("mixer.out_proj", source.hidden)), norm=norm, post_norm=post_norm,
+        dt_norm=inputs[0], b_norm=inputs[1], c_norm=inputs[2])
+
+
+def _input_norm(kind: Mamba, source: LayerSource, name: str, n: int) -> Norm | None:
+    if kind.norm is None:
+        return None
+    if kind.weighted:
+        return source.norm(kind.norm, f"mixer.{name}_layernorm", n)
+    return Norm(kind.norm.kind, n, eps=kind.norm.eps)
+
+
+@build_part.register
+def _(kind: Mamba2, source: LayerSource, norms: Callable[[], Norms]) -> Part:
+    rows = kind.inner + kind.channels + kind.heads
+    norm, post_norm = norms()
+    return Mamba2Part(
+        source.packed("mixer.in_proj", rows, source.hidden),
+        source.convolution("mixer.conv1d", kind.channels, kind.conv),
+        source.packed("mixer.out_proj", source.hidden, kind.inner), heads=kind.heads, groups=kind.groups, n=kind.state,
+        a=source.decay("mixer.A_log", kind.heads), d=source.vector("mixer.D", kind.heads),
+        dt_bias=source.vector("mixer.dt_bias", kind.heads),
+        conv_bias=source.bias(kind.conv_bias, ("mixer.conv1d", kind.channels)),
+        in_bias=source.bias(kind.bias, ("mixer.in_proj", rows)),
+        out_bias=source.bias(kind.bias, ("mixer.out_proj", source.hidden)), dt_min=kind.dt_min, dt_max=kind.dt_max,
+        norm=norm, post_norm=post_norm, norm_before_gate=kind.norm_before_gate,
+        inner_norm=None if kind.norm is None else source.norm(kind.norm, "mixer.norm", kind.inner))
+
+
+@build_part.register
+def _(kind: ShortConv, source: LayerSource, norms: Callable[[], Norms]) -> Part:
+    hidden = source.hidden
+    norm, post_norm = norms()
+    return ShortConvPart(
+        source.packed("mixer.in_proj", 3 * hidden, hidden), source.convolution("mixer.conv1d", hidden, kind.width),
+        source.packed("mixer.out_proj", hidden, hidden), conv_bias=source.bias(kind.bias, ("mixer.conv1d", hidden)),
+        in_bias=source.bias(kind.bias, ("mixer.in_proj", 3 * hidden)),
+        out_bias=source.bias(kind.bias, ("mixer.out_proj", hidden)), norm=norm, post_norm=post_norm)
+
+
 @build_part.register
 def _(kind: GatedMLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     width, hidden = kind.width, source.hidden
@@ -210,7 +293,8 @@ def _(kind: Routed, batch: int, max_seq_len: int, dtype: str) -> RoutedCache:
 _NORM_NAMES = {"pre": ("input_layernorm", None, "post_attention_layernorm", None),
                "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
                "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-                        "post_feedforward_layernorm")}
+                        "post_feedforward_layernorm"),
+               "alone": ("input_layernorm", None, "input_layernorm", None)}
 
 
 def norm_names(layer: LayerSpec) -> tuple[tuple[str | None, str | None], tuple[str | None, str | None]]:

@@ -6,7 +6,7 @@
 
 The arrays of packed weights are the panels as the kernels read them. VERSION changes whenever their bytes do; the facts
 of the formats that are in use stand in the file besides. A folder is as little trusted as any other: the objects are of
-five classes, which check what they are made of, every size is compared with the file's, and nothing is executed.
+few classes, which check what they are made of, every size is compared with the file's, and nothing is executed.
 """
 from __future__ import annotations
 
@@ -24,9 +24,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from forge_c.files import new_folder, open_regular, read_json
-from forge_c.functional import AttentionPart, LayeredModel, MLPPart, Norm, PackedWeight, Router, _weight_formats
+from forge_c.functional import (
+    AttentionPart,
+    LayeredModel,
+    Mamba2Part,
+    MambaPart,
+    MLPPart,
+    Norm,
+    PackedWeight,
+    RecurrentPart,
+    Router,
+    ShortConvPart,
+    _weight_formats,
+)
 from forge_c.models.decoder import Decoder
-from forge_c.models.spec import Attention, LayerSpec, ModelSpec
+from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, ShortConv
 from forge_c.models.spec.document import from_document, to_document
 from forge_c.models.tokenizer_files import save_tokenizer
 from forge_c.models.weights.gguf import StoredType
@@ -43,7 +55,10 @@ _MOST_AXES = 4
 _DTYPES = {"uint8": np.dtype(np.uint8), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
            "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _MADE: Mapping[str, Any] = {"PackedWeight": PackedWeight, "Norm": Norm, "AttentionPart": AttentionPart,
-                            "MLPPart": MLPPart, "Router": Router}
+                            "MLPPart": MLPPart, "MambaPart": MambaPart, "Mamba2Part": Mamba2Part,
+                            "ShortConvPart": ShortConvPart, "Router": Router}
+_PARTS_OF: Mapping[type, Any] = {Attention: AttentionPart, Mamba: MambaPart, Mamba2: Mamba2Part,
+                                 ShortConv: ShortConvPart, GatedMLP: MLPPart, MLP: MLPPart}
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError)
 
 
@@ -244,8 +259,10 @@ def _check_model(spec: ModelSpec, model: LayeredModel) -> None:
         if (*found, parallel, scale) != (*expected, layer.parallel, layer.residual_scale):
             raise ValueError(f"layer {i} is {found}, expected {expected}")
         for part, kind in ((mixer, layer.mixer), (mlp, layer.mlp)):
-            if (part is None) != (kind is None):
+            if not isinstance(part, _PARTS_OF.get(type(kind), type(None))):
                 raise ValueError(f"layer {i} has {part}, expected {kind}")
+        if isinstance(mixer, RecurrentPart) and mixer.floats != layer.mixer.floats:
+            raise ValueError(f"layer {i} remembers {mixer.floats} numbers, expected {layer.mixer.floats}")
 
 
 def _check_router(i: int, layer: LayerSpec, router: Any) -> None:
@@ -262,8 +279,14 @@ def _check_router(i: int, layer: LayerSpec, router: Any) -> None:
 
 def _expected(layer: LayerSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of a layer's parts, the arguments that its spec decides."""
-    a, mlp = layer.mixer, layer.mlp
-    mixer = {} if not isinstance(a, Attention) else {
-        "heads": a.n_heads, "kv_heads": a.n_kv_heads, "head_dim": a.head_dim, "scale": a.scale,
-        "softcap": a.softcap or 0.0, "window": a.window}
-    return mixer, {} if mlp is None else {"activation": mlp.activation}
+    return _mixer_arguments(layer.mixer), {} if layer.mlp is None else {"activation": layer.mlp.activation}
+
+
+def _mixer_arguments(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, Attention):
+        return {"heads": kind.n_heads, "kv_heads": kind.n_kv_heads, "head_dim": kind.head_dim, "scale": kind.scale,
+                "softcap": kind.softcap or 0.0, "window": kind.window}
+    if isinstance(kind, Mamba2):
+        return {"heads": kind.heads, "groups": kind.groups, "n": kind.state, "dt_min": kind.dt_min,
+                "dt_max": kind.dt_max, "norm_before_gate": kind.norm_before_gate}
+    return {}

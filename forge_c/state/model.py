@@ -21,6 +21,7 @@ from forge_c.state.file import open_pages
 from forge_c.state.kv import KVCache
 from forge_c.state.layer import Counts
 from forge_c.state.lengths import checked_row, lengths_after, lengths_kept
+from forge_c.state.recurrent import RecurrentState, saved_rows
 from forge_c.state.routed import RoutedCache
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class ModelCache:
 
     One thread may use it at a time: a second one gets a RuntimeError. copy.copy, copy.deepcopy and pickle make an
     independent cache; that of a pickle is in memory, whatever this one is in. Attributes:
-        layers: the states, a KVCache for a layer of attention, a RoutedCache for one with a router, None for a layer
-            that remembers nothing.
+        layers: the states, a KVCache for a layer of attention, a RoutedCache for one with a router, a RecurrentState
+            for one whose memory does not grow, None for a layer that remembers nothing.
         max_seq_len: the longest a row may become.
         kinds: the mixers whose states they are, by the model's spec.
     """
@@ -52,11 +53,15 @@ class ModelCache:
         self._written = lengths.copy()  # the most that a row has ever held: in a ring older tokens are gone
         self._angles = Angles(tables, [array("q") for _ in lengths], np.zeros_like(lengths))
         self._ids = [array("i") for _ in lengths]  # of each row, as far as they came through a model
-        self._live = [s for s in self.layers if s is not None and not s.told_by_lengths]
         self._bind()
 
     def _bind(self) -> None:
-        """What the forward pass takes of each layer; the lengths and the lock are one for all."""
+        """What the forward pass takes of each layer; the lengths and the lock are one for all, and so is what recurrent
+        layers know of their slots."""
+        recurrent = [s for s in self.layers if isinstance(s, RecurrentState)]
+        for state in recurrent[1:]:
+            state.join(recurrent[0].history)
+        self._live = [s for s in self.layers if s is not None and not s.told_by_lengths and s not in recurrent[1:]]
         bound = [_bound(s, t) for s, t in zip(self.layers, self._tables, strict=True)]
         rotating = [(s, t) for s, t in zip(bound, self._tables, strict=True) if t is not None]
         self._rotating = [(s, t) for s, t in rotating if not t.depends_on_length]
@@ -232,6 +237,22 @@ class ModelCache:
             for row, kept in zip(self._ids, keep.tolist(), strict=True):
                 del row[kept:]
 
+    def nearest(self, n: ArrayLike) -> Counts:
+        """(batch,): how many tokens of each row `truncate` can keep, up to n; layers with a window or a recurrent state
+        cannot go back to everywhere.
+
+        Raises:
+            TypeError, ValueError: n is not an integer, is negative or more than there are.
+        """
+        keep = lengths_kept("ModelCache.nearest", self._lengths, n)
+        while True:
+            before = keep
+            for layer in self.layers:
+                if layer is not None:
+                    keep = _nearest(layer, keep)
+            if (keep == before).all():
+                return keep
+
     def row(self, i: int) -> ModelCache:
         """Row i alone, sharing memory and length with this cache.
 
@@ -245,7 +266,6 @@ class ModelCache:
         one = slice(i, i + 1)
         twin._lengths, twin._reserved, twin._written = self._lengths[one], self._reserved[one], self._written[one]
         twin._ids, twin._angles = self._ids[one], self._angles.row(i)
-        twin._live = [s for s in twin.layers if s is not None and not s.told_by_lengths]
         twin._bind()
         return twin
 
@@ -338,12 +358,14 @@ class ModelCache:
         for i, layer in enumerate(cache.layers):
             if layer is not None:
                 layer.restore(_layer_file(folder, i))
-            if isinstance(layer, KVCache) and ((cache._lengths != lengths) | (cache._written != written)).any():
-                raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} holds {cache._lengths.tolist()} "
-                                 f"tokens, expected {lengths.tolist()}")
             if isinstance(layer, RoutedCache) and not layer.is_within(lengths):
                 raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} holds tokens beyond the last of "
                                  f"{lengths.tolist()}")
+            held, most = (layer.history.lengths, written) if isinstance(layer, RecurrentState) else (
+                cache._lengths, cache._written)
+            if isinstance(layer, KVCache | RecurrentState) and ((held != lengths) | (most != written)).any():
+                raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} holds {held.tolist()} tokens, "
+                                 f"expected {lengths.tolist()}")
         cache._lengths[:], cache._written[:] = lengths, written
         cache._ids = _read_ids(folder / "ids.i32", lengths, model.config.vocab_size)
         if cache._angles.tables:
@@ -369,8 +391,9 @@ def all_or_nothing(cache: ModelCache, tokens: int) -> Iterator[None]:
             try:
                 cache.truncate(before)
             except ValueError:
+                kind = "a layer with a window" if cache.can_reread else "a recurrent layer"
                 why = ("a row was being read again" if (cache.lengths < before).any() else
-                       f"a layer with a window could not go back to {before.tolist()}")
+                       f"{kind} could not go back to {before.tolist()}")
                 error.add_note(f"model: the cache holds {cache.lengths.tolist()} tokens: {why}")
             raise
 
@@ -381,7 +404,21 @@ def _bound(state: Any, table_of: TableOf | None) -> Any:
         return AttentionState(state._pages, None if table_of is None else table_of(1))
     if isinstance(state, RoutedCache):
         return RoutedState(_bound(state.kv, table_of), state._positions, state.kv._lengths, state._chosen)
-    return state
+    return state.bound() if isinstance(state, RecurrentState) else state
+
+
+def _nearest(layer: Any, keep: Counts) -> Counts:
+    """The most tokens of each row, up to `keep`, to which a layer can go back: there, or else to its beginning, unless
+    it says."""
+    if isinstance(layer, RecurrentState):
+        return layer.nearest(keep)
+    found = keep.copy()
+    for i in range(len(keep)):
+        try:
+            layer.check_truncate(np.where(np.arange(len(keep)) == i, keep, 0))
+        except ValueError:
+            found[i] = 0
+    return found
 
 
 def _unpickled(kinds: Kinds, layers: Sequence[Any], tables: Sequence[TableOf | None], lengths: Counts, written: Counts,
@@ -414,9 +451,11 @@ def _layer_file(folder: Path, i: int) -> Path:
 
 
 def _check_files(folder: Path, layers: Sequence[Any], rows: int, room: int) -> None:
-    """ValueError unless the files of those layers that are KVCaches have as many rows and as much room: nothing is
-    allocated for what the folder's header alone claims."""
+    """ValueError unless the files of those layers that are KVCaches have as many rows and as much room, and those of
+    recurrent ones as many rows: nothing is allocated for what the folder's header alone claims."""
     for i, layer in enumerate(layers):
+        if isinstance(layer, RecurrentState) and (found := saved_rows(_layer_file(folder, i))) != rows:
+            raise ValueError(f"ModelCache.load: {folder} is damaged: layer {i} has {found} rows, expected {rows}")
         if isinstance(layer, KVCache | RoutedCache):
             held, _ = open_pages(_layer_file(folder, i), None)
             if (len(held.lengths), held.max_seq_len) != (rows, room):

@@ -4,7 +4,8 @@
 #include "pass.h"
 
 static part_of_layer *const parts[FC_PART_KINDS] = {
-    [FC_ATTENTION] = attention_part, [FC_GATED_MLP] = mlp_part, [FC_MLP] = mlp_part, [FC_CALLED] = called_part};
+    [FC_ATTENTION] = attention_part, [FC_GATED_MLP] = mlp_part, [FC_MLP] = mlp_part, [FC_CALLED] = called_part,
+    [FC_MAMBA] = mamba_part, [FC_MAMBA2] = mamba2_part, [FC_SHORT_CONV] = short_conv_part};
 
 /* ---- steps that parts share ---- */
 
@@ -89,6 +90,27 @@ static void add_scaled_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int r
 fc_status add_scaled(const struct pass *p, float *out, const float *x, const float *y, float scale) {
     const double ns = (double)p->hidden * fc_ns.add_scaled;
     return fc_static(fc_threads_for(p->rows, ns), p->rows, ns, add_scaled_rows, &(struct sum){p, out, x, y, scale});
+}
+
+struct product {
+    float *y;
+    const float *x;
+    ptrdiff_t y_row, x_row, n;
+};
+
+static void multiply_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct product *ctx = context;
+    (void)rank;
+    for (ptrdiff_t r = begin; r < end; r++) {
+        float *y = ctx->y + r * ctx->y_row;
+        const float *x = ctx->x + r * ctx->x_row;
+        for (ptrdiff_t i = 0; i < ctx->n; i++) y[i] *= x[i];
+    }
+}
+
+fc_status multiply(const struct pass *p, float *y, ptrdiff_t y_row, const float *x, ptrdiff_t x_row, ptrdiff_t n) {
+    const double ns = (double)n * fc_ns.add_scaled;
+    return fc_static(fc_threads_for(p->rows, ns), p->rows, ns, multiply_rows, &(struct product){y, x, y_row, x_row, n});
 }
 
 /* out = post_norm(part(norm(x))) + residual */

@@ -1,4 +1,4 @@
-/* FC_GATED_MLP: down (f(x gate) * (x up)), and FC_MLP: down f(x up). */
+/* FC_GATED_MLP: down (f(x gate) * (x up)), and FC_MLP: down f(x up) or down f(x up)^2. */
 #include "pass.h"
 
 /* inner (M, inner) = f(norm(x) gate) * (norm(x) up) from two matrices; ups: as large */
@@ -29,6 +29,7 @@ fc_status mlp_part(const struct pass *p, const fc_part *part, void *state, float
     } else {
         status = project(p, inner, w->inner, x, p->rows, p->hidden, &w->up, p->hidden, w->inner, &part->norm, NULL);
         if (status == FC_OK) status = activate(inner, w->activation, p->rows, w->inner);
+        if (status == FC_OK && w->squared) status = multiply(p, inner, w->inner, inner, w->inner, w->inner);
     }
     if (status == FC_OK)
         status = project(p, out, p->hidden, inner, p->rows, w->inner, &w->down, w->inner, p->hidden, NULL, residual);

@@ -25,7 +25,8 @@ static inline ptrdiff_t float_bytes(ptrdiff_t rows, ptrdiff_t n) { return fc_tim
 /* out (M, hidden) = part(norm(x (M, hidden))) + residual (M, hidden); residual may be NULL or out itself */
 typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
                                 const float *residual);
-part_of_layer attention_part, mlp_part, called_part;
+part_of_layer attention_part, mlp_part, called_part, mamba_part, mamba2_part,
+    short_conv_part;
 
 /* x (M, hidden) = layer(x); y: as large. run_layer takes no notice of a router, routed_layer runs its tokens alone. */
 fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y);
@@ -45,6 +46,9 @@ fc_status normalise(float *out, const float *x, const fc_norm *norm, ptrdiff_t r
 
 /* out = x + scale y, (M, hidden) each; out may be x or y */
 fc_status add_scaled(const struct pass *p, float *out, const float *x, const float *y, float scale);
+
+/* y *= x, (M, n) each, rows y_row and x_row floats apart */
+fc_status multiply(const struct pass *p, float *y, ptrdiff_t y_row, const float *x, ptrdiff_t x_row, ptrdiff_t n);
 
 /* y = f(y), (rows, n) */
 fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n);

@@ -7,12 +7,16 @@ from forge_c.models.spec.kinds import (
     GatedMLP,
     Head,
     LayerSpec,
+    Mamba,
+    Mamba2,
     ModelSpec,
     Norm,
     Rope,
     Routed,
     Router,
+    ShortConv,
 )
+from forge_c.models.spec.names import tensor_names
 
-__all__ = ["FAMILIES", "MLP", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "ModelSpec", "Norm", "Rope",
-           "Routed", "Router", "model_spec"]
+__all__ = ["FAMILIES", "MLP", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "Mamba", "Mamba2", "ModelSpec",
+           "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec", "tensor_names"]

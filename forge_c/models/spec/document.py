@@ -8,11 +8,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forge_c.checks import short
-from forge_c.models.spec.kinds import ABSENT, MLP, Attention, GatedMLP, ModelSpec
+from forge_c.models.spec.kinds import ABSENT, MLP, Attention, GatedMLP, Mamba, Mamba2, ModelSpec, ShortConv
 from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
 from forge_c.rotary import rope_table
 
-_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (Attention, GatedMLP, MLP)}
+_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (Attention, Mamba, Mamba2, ShortConv, GatedMLP, MLP)}
 _MOST = 1 << 40  # of any integer
 _MOST_ITEMS = 1 << 20
 
@@ -42,6 +42,11 @@ def from_document(document: Any) -> ModelSpec:
             _check(layer.mixer, isinstance(layer.mixer, Attention), f"spec.layers[{i}].mixer")
             size = layer.router.predictor
             _check(size, size is None or 1 <= size <= MAX_WIDTH, f"spec.layers[{i}].router.predictor")
+        if isinstance(layer.mixer, Mamba | Mamba2):
+            _check_recurrent(layer.mixer, f"spec.layers[{i}].mixer")
+        if isinstance(layer.mixer, ShortConv):
+            _check(layer.mixer.width, 1 <= layer.mixer.width <= MAX_WIDTH, f"spec.layers[{i}].mixer.width")
+            _check(layer.mixer.channels, layer.mixer.channels == spec.hidden_size, f"spec.layers[{i}].mixer.channels")
     return spec
 
 
@@ -53,6 +58,15 @@ def _check_attention(a: Attention, where: str) -> None:
     if a.rope is not None:
         _check(a.rope.dim, 2 <= a.rope.dim <= a.head_dim, f"{where}.rope.dim")
         rope_table(a.rope.dim, 1, a.rope.theta, scaling=a.rope.scaling)  # an impossible setting is an error here
+
+
+def _check_recurrent(m: Mamba | Mamba2, where: str) -> None:
+    sizes = ("inner", "dt_rank") if isinstance(m, Mamba) else ("heads", "head_dim", "groups")
+    for name in (*sizes, "conv", "state"):
+        _check(getattr(m, name), 1 <= getattr(m, name) <= MAX_WIDTH, f"{where}.{name}")
+    if isinstance(m, Mamba2):
+        _check(m.groups, m.heads % m.groups == 0, f"{where}.groups")
+        _check(m.heads, m.inner <= MAX_WIDTH, f"{where}.heads")
 
 
 def _value(kind: Any, given: Any, where: str) -> Any:

@@ -5,8 +5,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from forge_c.models.spec.gemma import gemma, gemma2, gemma3, gemma3_with_images
+from forge_c.models.spec.hybrid import bamba, granitemoehybrid, lfm2, nemotron_h
 from forge_c.models.spec.kinds import ModelSpec
 from forge_c.models.spec.llama import granite, llama, mistral, smollm3
+from forge_c.models.spec.mamba import falcon_mamba, mamba, mamba2
 from forge_c.models.spec.mixture_of_depths import mixture_of_depths
 from forge_c.models.spec.phi import phi3
 from forge_c.models.spec.quantized import check_not_quantized
@@ -16,7 +18,8 @@ from forge_c.rotary import rope_table
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma": gemma, "gemma2": gemma2,
     "gemma3_text": gemma3, "gemma3": gemma3_with_images, "phi3": phi3, "smollm3": smollm3, "granite": granite,
-    "mixture_of_depths": mixture_of_depths}
+    "mixture_of_depths": mixture_of_depths, "mamba": mamba, "falcon_mamba": falcon_mamba, "mamba2": mamba2,
+    "bamba": bamba, "granitemoehybrid": granitemoehybrid, "lfm2": lfm2, "nemotron_h": nemotron_h}
 
 
 def model_spec(config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelSpec:

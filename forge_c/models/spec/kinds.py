@@ -50,6 +50,75 @@ class Attention:
     fused: bool = False
 
 
+@dataclass(frozen=True)
+class Mamba:
+    """The selective state space of Mamba: inner channels, each with `state` numbers; conv: width of the convolution;
+    dt_rank: what a token's step is projected from. norm: of dt, B and C; weighted: whether that has weights. bias: of
+    the first and the last projection."""
+
+    inner: int
+    state: int
+    conv: int
+    dt_rank: int
+    conv_bias: bool = True
+    bias: bool = False
+    norm: Norm | None = None
+    weighted: bool = False
+
+    @property
+    def floats(self) -> int:
+        """Of a row's state."""
+        return (self.conv - 1 + self.state) * self.inner
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """The state space of Mamba-2: heads of head_dim channels, `state` numbers to each channel, groups of heads that
+    share B and C. norm: of the channels of each group, after the gate or before it. dt_min, dt_max: what a token's step
+    is clipped to; None: no bound."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    conv: int
+    conv_bias: bool = True
+    bias: bool = False
+    norm: Norm | None = None
+    norm_before_gate: bool = False
+    dt_min: float = 0.0
+    dt_max: float | None = None
+
+    @property
+    def inner(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: x, B and C."""
+        return self.inner + 2 * self.groups * self.state
+
+    @property
+    def floats(self) -> int:
+        """Of a row's state."""
+        return (self.conv - 1) * self.channels + self.inner * self.state
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """A gated convolution of `width` tokens: b, c, x = in(..), then out(c conv(b x)), all of `channels`."""
+
+    channels: int
+    width: int
+    bias: bool = False
+
+    @property
+    def floats(self) -> int:
+        """Of a row's state."""
+        return (self.width - 1) * self.channels
+
+
 # ---- feed-forward parts ----
 
 
@@ -65,7 +134,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class MLP:
-    """down(f(up(x)))."""
+    """down(f(up(x))); activation as in forge_c.gated_linear, or relu2, the square of relu."""
 
     width: int
     activation: str
@@ -100,13 +169,13 @@ class Routed:
 @dataclass(frozen=True)
 class LayerSpec:
     """h = x + s mixer(x), h + s mlp(h); or, parallel, x + s (mixer(x) + mlp(x)).
-    mixer and mlp: data of a kind, or None. norms: before a part, after it, or both. router: of the tokens that go
-    through, or None: all do; with one the mixer is Attention."""
+    mixer and mlp: data of a kind, or None. norms: before a part, after it, or both; alone: before the layer's
+    only part. router: of the tokens that go through, or None: all do; with one the mixer is Attention."""
 
     mixer: Any
     mlp: Any
     norm: Norm
-    norms: Literal["pre", "post", "both"] = "pre"
+    norms: Literal["pre", "post", "both", "alone"] = "pre"
     parallel: bool = False
     residual_scale: float = 1.0
     router: Router | None = field(default=None, metadata={ABSENT: True})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +48,8 @@ class _Entry(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors files by name, each read when it is asked for.
+    """The tensors of a folder's safetensors files by name, each read when it is asked for. usual: the name that LLaMA's
+    files would give a tensor.
 
     Raises:
         FileNotFoundError: no safetensors file, or a shard that the index names is missing.
@@ -56,7 +57,7 @@ class Checkpoint:
             another program's format.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, usual: Callable[[str], str] = str) -> None:
         self.folder = folder
         self._entries: dict[str, _Entry] = {}
         self._taken: set[str] = set()
@@ -69,7 +70,8 @@ class Checkpoint:
             if twice:
                 raise ValueError(f"{path}: tensor {min(twice)} stands also in {self._entries[min(twice)].path.name}")
             self._entries |= found
-        check_tensors((name, entry.dtype, entry.path) for name, entry in self._entries.items())
+        self._entries = _renamed(folder, self._entries, usual)
+        check_tensors((entry.name, entry.dtype, entry.path) for entry in self._entries.values())
         place = next((p for p in _PLACES if f"{p}embed_tokens.weight" in self._entries), "model.")
         self._entries, others = _text_model(folder, place, self._entries)
         self.is_headless = not place and "lm_head.weight" not in self._entries  # saved without what makes logits
@@ -146,6 +148,15 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         if not (folder / shard).exists():
             raise FileNotFoundError(f"{folder / shard}: no such file, which the index names")
         yield folder / shard, tensors
+
+
+def _renamed(folder: Path, entries: Mapping[str, _Entry], usual: Callable[[str], str]) -> dict[str, _Entry]:
+    found: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        if usual(name) in found:
+            raise ValueError(f"{folder}: tensors {found[usual(name)].name} and {name} have the same place in the model")
+        found[usual(name)] = entry
+    return found
 
 
 def _text_model(folder: Path, place: str, entries: Mapping[str, _Entry]) -> tuple[dict[str, _Entry], list[str]]:

@@ -17,13 +17,26 @@ _LLAMA_1B: dict[str, Any] = {
 }
 _TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+_MAMBA: dict[str, Any] = {
+    "model_type": "mamba", "vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16,
+    "expand": 2, "conv_kernel": 4, "time_step_rank": 48, "tie_word_embeddings": True,
+}
+_MAMBA2: dict[str, Any] = {
+    "model_type": "mamba2", "vocab_size": 50288, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 128,
+    "expand": 2, "conv_kernel": 4, "num_heads": 24, "head_dim": 64, "n_groups": 1, "tie_word_embeddings": True,
+}
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-1.1b": _LLAMA_1B,
     "llama-1.1b-short": _LLAMA_1B | {"num_hidden_layers": 2},
     "llama-1.1b-mod": _LLAMA_1B | {"model_type": "mixture_of_depths", "router_threshold": 1.33},
+    "mamba-130m": _MAMBA,
+    "mamba2-130m": _MAMBA2,
     "llama-tiny": _LLAMA_1B | _TINY,
     "llama-tiny-mod": _LLAMA_1B | _TINY | {"model_type": "mixture_of_depths", "num_hidden_layers": 4,
                                            "router_threshold": [0.283, 0.235]},
+    "mamba-tiny": _MAMBA | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": "auto"},
+    "mamba2-tiny": _MAMBA2 | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8,
+                              "head_dim": 16, "state_size": 24},
 }
 _BLOCK = 1 << 22  # elements that are drawn once; every tensor is cut from them
 _STD = 0.02
@@ -40,7 +53,8 @@ def shape_config(name: str) -> Mapping[str, Any]:
 
 
 class RandomCheckpoint:
-    """Holds every tensor that it is asked for: bfloat16, normal with std 0.02, and around 1 for a norm's weight.
+    """Holds every tensor that it is asked for: bfloat16, normal with std 0.02, and around 1 for a norm's weight and for
+    what a state space lets through.
 
     The same name and shape give the same values. They are cut from one block of random numbers at random offsets:
     a model of gigabytes is there in seconds. routed: for a model with routers, an eighth of whose tokens go through.
@@ -68,7 +82,7 @@ class RandomCheckpoint:
             piece = self._block[start : start + flat.size - at]
             flat[at : at + piece.size] = piece
             at += piece.size
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "mixer.D")):
             flat += ml_dtypes.bfloat16(1)
         for ending, scale in self._scales.items():
             if name.endswith(ending):
