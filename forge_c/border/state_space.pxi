@@ -109,8 +109,8 @@ cdef class Mamba2Part(RecurrentPart):
         cdef ptrdiff_t inner = out_proj.k, channels = out_proj.k + 2 * groups * n
         memset(&self.w, 0, sizeof(self.w))
         if heads < 1 or groups < 1 or heads % groups or inner % heads or n < 0:
-            raise ValueError(f"Mamba2Part: heads is {heads} and groups {groups}, expected a divisor of {inner}, and one "
-                             "of that")
+            raise ValueError(f"Mamba2Part: heads is {heads} and groups {groups}, expected a divisor of {inner}, and "
+                             "one of that")
         self.begin(FC_MAMBA2, &self.w, out_proj.n, norm, post_norm)
         self.w.heads, self.w.head_dim, self.w.groups, self.w.n = heads, inner // heads, groups, n
         self.w.in_ = self.matrix("in_proj", in_proj, (self.hidden, inner + channels + heads), in_bias)
