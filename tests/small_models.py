@@ -1,7 +1,9 @@
 """Fixtures: a tiny random model of each family, made once for a module's tests, and one that reads bytes."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from model_folder import BYTES, small, write
@@ -37,3 +39,18 @@ def model(model_of) -> Model:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Model:
     return load(write(tmp_path_factory.mktemp("model"), small(vocab_size=256), tokenizer=BYTES))
+
+
+@contextmanager
+def interrupted(model: Model) -> Iterator[None]:
+    """A call of the model within the block ends in a KeyboardInterrupt, after its pass has written what it writes."""
+    real = model._decoder._model
+
+    class Failing:
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            real.forward(*arguments, **options)
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(model._decoder, "_model", Failing())
+        yield

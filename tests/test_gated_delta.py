@@ -13,6 +13,7 @@ from conftest import DTYPES, check_close
 from guard import guarded_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 from suite import case
 
 import forge_c as fc
@@ -244,16 +245,7 @@ def test_any_thread_count_gives_the_same_bits(isa, dtype, rng, each_thread_count
 def test_any_strides_and_alignment(isa, dtype, rng):
     a = inputs(rng, each_n=True, dtype=dtype)
     want = bits(run(a))
-
-    def unaligned(x):
-        return np.frombuffer(b"." + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape)
-
-    def padded(x):
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(2, 3)])[..., 2:-3]
-
-    views = {"reversed": lambda x: x[::-1].copy()[::-1], "padded": padded, "unaligned": unaligned,
-             "swapped": lambda x: x.swapaxes(0, 1).copy().swapaxes(0, 1)}
-    for name, view in views.items():
+    for name, view in LAYOUTS.items():
         assert bits(run({key: view(x) for key, x in a.items()})) == want, name
     wide = {name: a[name].astype(np.float32) for name in ("g", "beta")}
     assert bits(run(a | wide)) == want

@@ -13,7 +13,7 @@ import pytest
 import reference as ref
 from child import run_script
 from model_folder import small, tensors, write
-from small_models import DYNAMIC
+from small_models import DYNAMIC, interrupted
 
 from forge_c.models import Model, ModelCache, collect_importance, load, random_model
 from forge_c.models.decoder import Decoder
@@ -312,18 +312,10 @@ def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(model, ids):
         cache.truncate(0)
 
 
-def test_an_error_rolls_every_layer_back(model, ids, monkeypatch):
+def test_an_error_rolls_every_layer_back(model, ids):
     cache = model.new_cache(2, 330)
     model(ids[:, :10], cache)
-    real = model._decoder._model
-
-    class Failing:
-        def forward(self, *arguments: Any, **options: Any) -> Any:
-            real.forward(*arguments, **options)
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(model._decoder, "_model", Failing())
+    with interrupted(model):
         model(ids[:, 10:30], cache)
     assert cache.lengths.tolist() == [10, 10]
     assert model(ids[:, 10:], cache).tobytes() == model(ids)[:, 10:].tobytes()

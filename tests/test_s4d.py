@@ -12,6 +12,7 @@ from conftest import DTYPES, check_close
 from guard import guarded_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 from suite import case
 
 import forge_c as fc
@@ -184,16 +185,7 @@ def test_any_thread_count_gives_the_same_bits(isa, dtype, rng, each_thread_count
 def test_any_strides_and_alignment(isa, dtype, rng):
     a = inputs(rng, dtype=dtype)
     want = bits(fc.s4d_scan(**a))
-
-    def unaligned(x):
-        return np.frombuffer(b"." + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape)
-
-    def padded(x):
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(2, 3)])[..., 2:-3]
-
-    views = {"reversed": lambda x: x[::-1].copy()[::-1], "padded": padded, "unaligned": unaligned,
-             "swapped": lambda x: x.swapaxes(0, 1).copy().swapaxes(0, 1)}
-    for name, view in views.items():
+    for name, view in LAYOUTS.items():
         odd = {key: view(x) if x.ndim > 1 or name == "unaligned" else x for key, x in a.items()}
         assert bits(fc.s4d_scan(**odd)) == want, name
     assert bits(fc.s4d_scan(**a | {name: np.asfortranarray(a[name]) for name in "ABC"})) == want

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from model_folder import small, write
 from numpy.typing import NDArray
-from small_models import ANGLES_BY_LENGTH
+from small_models import ANGLES_BY_LENGTH, interrupted
 
 from forge_c.functional import AttentionState, CalledPart, LayeredModel, Part, StateTable
 from forge_c.models import Model, ModelCache, load
@@ -143,18 +143,10 @@ def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(model, ids):
     assert rest[0].tobytes() == whole[0, 100:150].tobytes()
 
 
-def test_an_error_rolls_every_layer_back(model, ids, monkeypatch):
+def test_an_error_rolls_every_layer_back(model, ids):
     cache = model.new_cache(2, 300)
     model(ids[:, :10], cache)
-    real = model._decoder._model
-
-    class Failing:
-        def forward(self, *arguments: Any, **options: Any) -> Any:
-            real.forward(*arguments, **options)
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(model._decoder, "_model", Failing())
+    with interrupted(model):
         model(ids[:, 10:30], cache)
     assert cache.lengths.tolist() == [10, 10]
     assert model(ids[:, 10:], cache).tobytes() == model(ids)[:, 10:].tobytes()
