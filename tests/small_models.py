@@ -42,15 +42,21 @@ def texts(tmp_path_factory) -> Model:
 
 
 @contextmanager
-def interrupted(model: Model) -> Iterator[None]:
-    """A call of the model within the block ends in a KeyboardInterrupt, after its pass has written what it writes."""
-    real = model._decoder._model
+def interrupted(model: Model, after: int = 1,
+                error: type[BaseException] = KeyboardInterrupt) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+    """The call of the model within the block ends in this error, after so many passes have written what they write."""
+    real, calls = model._decoder._model, 0
 
     class Failing:
         def forward(self, *arguments: Any, **options: Any) -> Any:
-            real.forward(*arguments, **options)
-            raise KeyboardInterrupt
+            nonlocal calls
+            calls += 1
+            found = real.forward(*arguments, **options)
+            if calls == after:
+                raise error
+            return found
 
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(error) as caught:
         patched.setattr(model._decoder, "_model", Failing())
-        yield
+        yield caught
+    assert calls == after

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from model_folder import BYTES, FAMILIES, STATE_SPACE, small, tensors, write
+from small_models import interrupted
 
 from forge_c.functional import KV_CHUNK
 from forge_c.models import Model, load
@@ -382,26 +383,14 @@ def test_a_rejected_call_leaves_the_cache_alone(model):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_an_error_in_the_middle_leaves_the_cache_usable(model_of, monkeypatch, name, error):
+def test_an_error_in_the_middle_leaves_the_cache_usable(model_of, name, error):
     model = model_of(name)
     ids = prompts(model, 2 * KV_CHUNK + 40)[0][None]
     whole = model(ids)
-    real, left = model._decoder._model, [0]
-
-    class Failing:
-        def forward(self, *arguments, **options):
-            left[0] -= 1
-            found = real.forward(*arguments, **options)
-            if left[0] == 0:
-                raise error
-            return found
-
-    monkeypatch.setattr(model._decoder, "_model", Failing())
     for call in (1, 2, 3):  # of three chunks
         cache = model.new_cache(1, ids.shape[1])
         model(ids[:, :10], cache)
-        left[0] = call
-        with pytest.raises(error) as caught:
+        with interrupted(model, call, error) as caught:
             model(ids[:, 10:], cache)
         held = cache.seq_len
         assert {layer.seq_len for layer in cache.layers} == {held}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model_folder import STATE_SPACE, small, write
+from small_models import interrupted
 
 import forge_c as fc
 from forge_c.functional import KV_CHUNK, RecurrentSlots, StateTable
@@ -83,37 +84,19 @@ def test_rows_go_back_each_to_a_place_of_its_own(model):
     goes_on(model, cache, 0, 40)
 
 
-def test_a_prompt_of_many_passes_can_be_taken_back(model, monkeypatch):
+def test_a_prompt_of_many_passes_can_be_taken_back(model):
     """As Ctrl-C in its last pass does."""
     cache = fed(model, 7)
-    real, calls = model._decoder._model, []
-
-    class Failing:
-        def forward(self, *arguments: Any, **options: Any) -> Any:
-            calls.append(real.forward(*arguments, **options))
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return calls[-1]
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as caught:
-        patched.setattr(model._decoder, "_model", Failing())
+    with interrupted(model, after=3) as caught:
         model(IDS[:, 7 : 7 + 2 * KV_CHUNK + 1], cache)
-    assert len(calls) == 3 and not hasattr(caught.value, "__notes__")
+    assert not hasattr(caught.value, "__notes__")
     goes_on(model, cache, 7, 7)
 
 
-def test_a_pass_that_fails_changes_nothing(model, monkeypatch):
+def test_a_pass_that_fails_changes_nothing(model):
     cache = fed(model, 20, 21)
-    real = model._decoder._model
-
-    class Failing:
-        def forward(self, *arguments: Any, **options: Any) -> Any:
-            real.forward(*arguments, **options)
-            raise KeyboardInterrupt
-
     for tokens in (1, 1, 9, 1):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(model._decoder, "_model", Failing())
+        with interrupted(model):
             model(IDS[:, 21 : 21 + tokens], cache)
     other = cache.copy()
     goes_on(model, cache, 21, 21)
@@ -125,7 +108,8 @@ def test_calls_of_no_token_change_nothing(model):
     cache = model.new_cache(2)
     for stop in (0, 3, 3, 4, 4):
         start = cache.seq_len
-        model(IDS[:, start:stop], cache)
+        y = model(IDS[:, start:stop], cache)
+        assert y.shape[1] == stop - start and cache.lengths.tolist() == [stop, stop]
     other = cache.copy()
     other.truncate(3)
     goes_on(model, other, 3, 3)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABCMeta
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Self
@@ -101,7 +102,7 @@ class Matrix:
         layer._pack(self.packed, parts)
 
 
-class _Sealing(type):
+class _Sealing(ABCMeta):
     """Seals a layer once it is made, so that a misspelt weight is not taken for a new attribute."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@ gated delta net (2412.06464), and LFM2's short convolution."""
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -35,7 +36,6 @@ class _StateSpace(Layer):
     """What the layers share: calls with and without a state, and how fresh weights are drawn."""
 
     d_model: int
-    conv: Vector
 
     @overload
     def forward(self, x: ArrayLike, use_cache: Literal[False] = False, state: None = None, *,
@@ -74,16 +74,30 @@ class _StateSpace(Layer):
                              f"and {shapes[1]}")
         return state
 
+    @abstractmethod
     def _conv_shape(self) -> tuple[int, ...]:
-        width, channels = self._vectors["conv"].shape[::-1]  # type: ignore[union-attr]
-        return width - 1, channels
+        """Of a row of SSMState.conv."""
 
+    @abstractmethod
     def _h_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Of a row of SSMState.h."""
 
+    @abstractmethod
     def _mix(self, x: Floats, state: SSMState | None, residual: Any) -> tuple[Any, Floats, NDArray[Any]]:
         """(y (batch, seq, d_model), conv, h) of x (batch, seq, d_model)."""
-        raise NotImplementedError
+
+
+class _Convolved(_StateSpace):
+    """Those that begin with a projection and a convolution, and end with a projection."""
+
+    W_in = Matrix("in")
+    W_out = Matrix("out")
+    conv = Vector()
+    b_conv = Vector()
+
+    def _conv_shape(self) -> tuple[int, ...]:
+        channels, width = self.conv.shape
+        return width - 1, channels
 
     def _convolved(self, x: Floats, state: SSMState | None,
                    activation: Literal["silu"] | None = "silu") -> tuple[Floats, Floats]:
@@ -95,7 +109,7 @@ class _StateSpace(Layer):
                            b_conv=uniform(rng, width, (channels,)) if bias else None)
 
 
-class Mamba(_StateSpace):
+class Mamba(_Convolved):
     """Mamba's mixer. d_inner = expand * d_model channels, each with d_state numbers of state.
 
         x, z = x W_in + b_in;  u = silu(conv(x) + b_conv);  dt, B, C = u W_x;  dt = softplus(dt W_dt + b_dt)
@@ -116,13 +130,9 @@ class Mamba(_StateSpace):
     ((1, 1, 32), 4)
     """
 
-    W_in = Matrix("in")
     W_x = Matrix("x")
     W_dt = Matrix("dt")
-    W_out = Matrix("out")
-    conv = Vector()
     b_in = Vector()
-    b_conv = Vector()
     b_dt = Vector()
     b_out = Vector()
     A_log = Vector()
@@ -166,7 +176,7 @@ class Mamba(_StateSpace):
         return functional.linear(y, weights["out"], held["b_out"], residual=residual), conv, h
 
 
-class Mamba2(_StateSpace):
+class Mamba2(_Convolved):
     """Mamba-2's mixer. d_inner = expand * d_model channels in heads of head_dim, each channel with d_state numbers of
     state; heads // n_groups neighbours share B and C.
 
@@ -184,12 +194,8 @@ class Mamba2(_StateSpace):
     (1, 3, 32)
     """
 
-    W_in = Matrix("in")
-    W_out = Matrix("out")
-    conv = Vector()
     norm = Vector()
     b_in = Vector()
-    b_conv = Vector()
     b_dt = Vector()
     b_out = Vector()
     A_log = Vector()
@@ -240,7 +246,7 @@ class Mamba2(_StateSpace):
         return functional.linear(y, self._matrices["out"], held["b_out"], residual=residual), conv, h
 
 
-class GatedDeltaNet(_StateSpace):
+class GatedDeltaNet(_Convolved):
     """The gated delta net, as in Qwen3-Next: linear attention whose state forgets, and is corrected by what it gets
     wrong. n_heads heads of values, neighbours of which share one of n_kv_heads heads of queries and keys.
 
@@ -256,11 +262,7 @@ class GatedDeltaNet(_StateSpace):
     (1, 3, 32)
     """
 
-    W_in = Matrix("in")
-    W_out = Matrix("out")
-    conv = Vector()
     norm = Vector()
-    b_conv = Vector()
     b_dt = Vector()
     A_log = Vector()
 
@@ -303,7 +305,7 @@ class GatedDeltaNet(_StateSpace):
         return functional.linear(functional.swiglu(z, y), self._matrices["out"], residual=residual), conv, h
 
 
-class ShortConv(_StateSpace):
+class ShortConv(_Convolved):
     """LFM2's gated convolution over d_conv tokens.
 
         b, c, u = x W_in + b_in;  y = (c (conv(b u) + b_conv)) W_out + b_out
@@ -315,11 +317,7 @@ class ShortConv(_StateSpace):
     (1, 3, 32)
     """
 
-    W_in = Matrix("in")
-    W_out = Matrix("out")
-    conv = Vector()
     b_in = Vector()
-    b_conv = Vector()
     b_out = Vector()
 
     def __init__(self, d_model: int, d_conv: int = 3, bias: bool = False, *, seed: Seed = None) -> None:
