@@ -45,10 +45,11 @@ def compile_c(*arguments: str | Path) -> None:
 
 
 def run_c(folder: Path, source: str) -> tuple[int, str]:
-    """Exit status and output of a C program that is linked to the library."""
+    """Exit status and output of a C program that is linked to the library; run by $EMULATOR if there is one."""
     code, program, library = folder / "program.c", folder / "program", forge_c.get_library_dir()
     code.write_text(source)
     compile_c("-std=gnu11", "-Wall", "-Wextra", "-Werror", code, f"-I{forge_c.get_include()}", f"-L{library}",
               "-lforge_c", f"-Wl,-rpath,{library}", "-o", program)
-    done = subprocess.run([str(program)], text=True, capture_output=True)
+    emulator = os.environ.get("EMULATOR", "").split()
+    done = subprocess.run([*emulator, str(program)], text=True, capture_output=True)
     return done.returncode, done.stdout
