@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,15 @@ def gguf_of(package: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         sys.exit(f"chat.py: {package} is not installed")
     return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def load(name: str) -> fc.models.Model:
+    """With activations in 12 bits where the file's matrices are integers: with those of 8, a small model in 4 bits says
+    less sense."""
+    if name.endswith(".gguf"):
+        with suppress(ValueError):  # a file of floats, which is said before a weight is read; or a damaged one, again
+            return fc.models.load(name, activations="int12")
+    return fc.models.load(name or None)
 
 
 def say(model: fc.models.Model, cache: fc.models.ModelCache, messages: list[dict[str, str]]) -> str:
@@ -45,10 +55,7 @@ def main() -> None:
             sys.exit("usage: chat.py [FILE | FOLDER | --installed PACKAGE] QUESTION...")
         package, *questions = questions
         name = gguf_of(package)
-    # Activations in 12 bits: with those of 8, a small model in 4 bits says less sense.
-    model = fc.models.load(name or None)
-    if name.endswith(".gguf") and model.dtype not in ("float32", "bfloat16"):
-        model = fc.models.load(name, activations="int12")
+    model = load(name)
     cache, messages = model.new_cache(), []
     for question in questions:
         messages.append({"role": "user", "content": question})
