@@ -117,6 +117,15 @@ struct fc_stream {
     char bytes[64];
 };
 
+/* Vectors that two rows of a result past the caches share; see kernels/conv1d.h. */
+struct fc_seams {
+    char lines[4][3 * 64]; /* the end of one row and the beginning of the next, around the vector in the middle */
+    char last[64];         /* the end of the last row */
+    char *at, *end;        /* where the first vector goes, `row` bytes before the next; where the last row ends, or NULL */
+    ptrdiff_t row, tail;   /* tail: bytes of a row in the vector that it begins */
+    int from;              /* the first vector that waits */
+};
+
 /* next: the row that will be read next, or NULL. stream: if not NULL, out goes past the caches, row after row */
 #define FC_TYPED_KERNELS(X)                                                                                            \
     X(rms_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, ptrdiff_t n, float eps, \
@@ -169,6 +178,9 @@ struct fc_stream {
     X(conv1d, (void *out, ptrdiff_t ldo, const void *x, ptrdiff_t ldx, const float *weight, const float *bias,         \
                ptrdiff_t n, ptrdiff_t tokens, ptrdiff_t width, int silu), out, ldo, x, ldx, weight, bias, n, tokens,   \
       width, silu)                                                                                                     \
+    X(conv1d_streamed, (struct fc_seams *seams, void *out, const void *x, ptrdiff_t ldx, const float *weight,          \
+                        ptrdiff_t ldw, const float *bias, ptrdiff_t n, ptrdiff_t width, int silu), seams, out, x,      \
+      ldx, weight, ldw, bias, n, width, silu)                                                                          \
     X(scan_begin, (float *step, float *input, float *y, ptrdiff_t stride, const void *u, const void *delta,            \
                    const float *bias, const float *d, ptrdiff_t n, int softplus, const void *next_u,                   \
                    const void *next_delta), step, input, y, stride, u, delta, bias, d, n, softplus, next_u,            \
@@ -191,6 +203,7 @@ struct fc_stream {
     X(gemm_i4_affine, (const struct fc_gemm *g))                                                                       \
     X(stream_row, (struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next))          \
     X(stream_end, (struct fc_stream *stream))                                                                          \
+    X(seams_end, (struct fc_seams *seams))                                                                             \
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \

@@ -62,7 +62,8 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vi_from_u8, vi_from_i8  FC_N bytes at p, unsigned or signed, as int32 lanes
  *   vu_look_up(table, i)    byte lanes: table[i] of 16 bytes, i 0..15
  * and where the ISA has them
- *   FC_HAS_BF16_PAIR  vf_bf16_pair(a, b)      2 FC_N bfloat16 values, cheaper than one vector after the other
+ *   FC_HAS_PAIR      vf_bf16_pair(a, b), vf_f16_pair(a, b)   2 FC_N 16-bit values: a store of each half and a load of
+ *                                                both would wait for all earlier stores
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
  *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
  *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
@@ -153,13 +154,14 @@ FC_INLINE void vf_put_n(fc_dtype t, void *p, ptrdiff_t i, vf a, ptrdiff_t n) {
 
 /* a and b as 2 FC_N values of a 16-bit type */
 FC_INLINE vf vf_halves(fc_dtype t, vf a, vf b) {
-#ifdef FC_HAS_BF16_PAIR
-    if (t == FC_BF16) return vf_bf16_pair(a, b);
-#endif
+#ifdef FC_HAS_PAIR
+    return t == FC_BF16 ? vf_bf16_pair(a, b) : vf_f16_pair(a, b);
+#else
     uint16_t both[2 * FC_N];
     vf_put(t, both, 0, a);
     vf_put(t, both, FC_N, b);
     return vf_load(both);
+#endif
 }
 
 /* a and b to 2 FC_N neighbours from i on */
