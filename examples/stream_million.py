@@ -66,8 +66,8 @@ def main() -> None:
         last.append(rate(model, ids, cache))
     ratio = median(b / a for a, b in zip(first, last, strict=True))
     print(f"\n{read:,} tokens in {seconds:.0f} s; memory grew by {grown:.1f} MB, of which the ids of the tokens are "
-          f"{4 * read / 2**20:.1f}. In turns: the first {PIECE} tokens of a text {median(first):.0f} tokens/s, the last "
-          f"{median(last):.0f}, {ratio:.3f} times as fast.")
+          f"{4 * read / 2**20:.1f}.\nIn turns: the first {PIECE} tokens of a text at {median(first):.0f} tokens/s, the "
+          f"last at {median(last):.0f}; {ratio:.3f} times as fast.")
 
 
 if __name__ == "__main__":
