@@ -48,8 +48,8 @@ def main() -> None:
     cache, young = model.new_cache(), model.new_cache()
     rate(model, next(pieces), young)  # the first call takes memory and wakes threads
     begin, before = time.perf_counter(), resident()
-    print(f"{args.shape} in {args.dtype}, {fc.isa()}, {fc.get_num_threads()} threads: {model.nbytes / 2**20:.1f} MB of "
-          f"weights, {cache.nbytes / 2**20:.2f} MB of state\n")
+    print(f"{args.shape} in {args.dtype}, {fc.isa()}, threads: {fc.get_num_threads()}; weights of "
+          f"{model.nbytes / 2**20:.1f} MB, state of {cache.nbytes / 2**20:.2f} MB\n")
     print("| tokens read | tokens/s | resident MB |\n|--:|--:|--:|")
     step, since = max(args.tokens // 10, PIECE), []
     while cache.seq_len < args.tokens:
