@@ -54,13 +54,14 @@ def main() -> None:
     step, since = max(args.tokens // 10, PIECE), []
     while cache.seq_len < args.tokens:
         since.append(rate(model, next(pieces), cache))
+        before = before if cache.seq_len > PIECE else resident()  # what a first piece touches is there for good
         if cache.seq_len == PIECE or cache.seq_len % step < PIECE or cache.seq_len >= args.tokens:
             print(f"| {cache.seq_len:,} | {median(since):.0f} | {resident():.1f} |", flush=True)
             since = []
     read, seconds, grown = cache.seq_len, time.perf_counter() - begin, resident() - before
     # What a machine gives changes over minutes, so the two ends take turns.
     first, last = [], []
-    for _, ids in zip(range(8), pieces, strict=False):
+    for _, ids in zip(range(16), pieces, strict=False):
         young.truncate(0)
         first.append(rate(model, ids, young))
         last.append(rate(model, ids, cache))
