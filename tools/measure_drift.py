@@ -77,7 +77,7 @@ def gated_delta(seq: int, rng: np.random.Generator, draw: Draw) -> Scan:
     heads = len(DECAYS)
     k, v, g = draw(1, seq, heads, N), draw(1, seq, heads, 1), -steps(draw, 1, seq, heads)
     k, beta = k / np.linalg.norm(k, axis=-1, keepdims=True), rng.uniform(0, 1, (1, seq, heads)).astype(np.float32)
-    want = ref.gated_delta(k, k, v, g, beta)[1][0]
+    want = ref.gated_delta(k, k, v, g, ref.f64(beta))[1][0]  # as float64, or each of its steps makes it so
     return fc.gated_delta(k, k, v, g, beta)[1][0], want, np.full(want.shape, np.abs(v).max())
 
 
