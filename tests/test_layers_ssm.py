@@ -1,6 +1,7 @@
 """Mamba and Mamba-2 as layers: the papers' formulas in float64, states, formats, first weights."""
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -177,6 +178,23 @@ def test_parameters_load_and_are_read_only(layer):
         held["W_out"][0] = 1
     with pytest.raises(ValueError, match=f"^{type(layer).__name__}: W_out has shape"):
         layer.W_out = np.zeros(3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_made_of_parameters_is_made_once_and_follows_them(name, monkeypatch):
+    layer = LAYERS[name]()
+    want, twin = layer(X).tobytes(), layer.astype("float32")
+    with monkeypatch.context() as without:
+        without.setattr(np, "exp", lambda x: pytest.fail("computed again"))
+        assert layer(X).tobytes() == twin(X).tobytes() == copy.deepcopy(layer)(X).tobytes() == want
+    for parameter, value in layer.parameters().items():
+        setattr(layer, parameter, value * 1.25 + 0.125)
+        other = LAYERS[name]().load(layer.parameters())
+        assert layer(X).tobytes() == other(X).tobytes() != want, parameter
+        if value.ndim < 2 or parameter == "A_log":
+            with pytest.raises(ValueError, match="read-only"):
+                getattr(layer, parameter)[...] = 1
+    assert twin(X).tobytes() == want
 
 
 @pytest.mark.parametrize("make", [lambda: Mamba(512, seed=0), lambda: Mamba2(1024, seed=0)])

@@ -1,9 +1,10 @@
 """Write tests/golden/: small models of every family, and the logits that transformers computes for them; and
 tests/templates/prompts.json: conversations as it renders them.
 
-    python tools/make_golden.py [CASE ...]       # needs transformers 5.23 and torch 2.13
+    python tools/make_golden.py [CASE ...]       # needs transformers and torch
 
-float32, eager attention, weights as tests/golden_models.py draws them.
+float32, eager attention, weights as tests/golden_models.py draws them. The transformers_version in a file's config is
+the one that made it, 5.23 or 5.24; torch 2.13.
 """
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -36,6 +36,7 @@ class _StateSpace(Layer):
     """What the layers share: calls with and without a state, and how fresh weights are drawn."""
 
     d_model: int
+    _made: tuple[list[Any], Any] | None = None  # vectors, and what was made of them
 
     @overload
     def forward(self, x: ArrayLike, use_cache: Literal[False] = False, state: None = None, *,
@@ -73,6 +74,18 @@ class _StateSpace(Layer):
             raise ValueError(f"{name}: state has conv {state.conv.shape} and h {state.h.shape}, expected {shapes[0]} "
                              f"and {shapes[1]}")
         return state
+
+    def _derived(self, make: Callable[[], Any], *names: str) -> Any:
+        """make(), which depends on these vectors: again when one has been assigned, as none can be written into."""
+        held, made = [self._vectors[name] for name in names], self._made
+        if made is None or any(new is not old for new, old in zip(held, made[0], strict=True)):
+            made = self._made = held, make()
+        return made[1]
+
+    def _rates(self) -> Floats:
+        """A = -exp(A_log)."""
+        rates: Floats = self._derived(lambda: -np.exp(np.asarray(self._vectors["A_log"])), "A_log")
+        return rates
 
     @abstractmethod
     def _conv_shape(self) -> tuple[int, ...]:
@@ -171,7 +184,7 @@ class Mamba(_Convolved):
         u, conv = self._convolved(u, state)
         dt, b, c = np.split(functional.linear(u, weights["x"]), [rank, rank + self.d_state], axis=-1)
         y, h = functional.selective_scan(
-            u, functional.linear(dt, weights["dt"]), -np.exp(self.A_log), b, c, held["D"], z=z, delta_bias=held["b_dt"],
+            u, functional.linear(dt, weights["dt"]), self._rates(), b, c, held["D"], z=z, delta_bias=held["b_dt"],
             delta_softplus=True, state=None if state is None else state.h)
         return functional.linear(y, weights["out"], held["b_out"], residual=residual), conv, h
 
@@ -238,7 +251,7 @@ class Mamba2(_Convolved):
         xbc, conv = self._convolved(xbc, state)
         u, b, c = np.split(xbc, [inner, (inner + xbc.shape[2]) // 2], axis=-1)
         y, h = functional.ssd_scan(
-            _split(u, heads), dt, -np.exp(self.A_log), _split(b, groups), _split(c, groups), held["D"],
+            _split(u, heads), dt, self._rates(), _split(b, groups), _split(c, groups), held["D"],
             z=_split(z, heads), dt_bias=held["b_dt"], dt_softplus=True, dt_limit=self._limit,
             state=None if state is None else state.h)
         grouped = functional.rms_norm(y.reshape(batch, seq, self.n_groups, -1), eps=self.eps)
@@ -298,7 +311,7 @@ class GatedDeltaNet(_Convolved):
         unit = np.full(self.head_dim, self.head_dim ** -0.5, np.float32)
         q, k = (functional.rms_norm(_split(part, (batch, seq, self.n_kv_heads, self.head_dim)), unit,
                                     1e-6 / self.head_dim) for part in (q, k))
-        g = -np.exp(self.A_log) * np.logaddexp(np.float32(0), a + self.b_dt)
+        g = self._rates() * np.logaddexp(np.float32(0), a + self.b_dt)
         o, h = functional.gated_delta(q, k, _split(v, (batch, seq, self.n_heads, self.v_dim)), g, _sigmoid(b),
                                       scale=self.head_dim ** -0.5, state=None if state is None else state.h)
         y = functional.rms_norm(o, self._vectors["norm"], self.eps).reshape(batch, seq, values)
@@ -390,14 +403,18 @@ class S4D(_StateSpace):
         return self.d_model, self.d_state // 2
 
     def _mix(self, x: Floats, state: SSMState | None, residual: Any) -> tuple[Any, Floats, NDArray[Any]]:
-        a = (-np.exp(self.A_log) + 1j * self.A_imag).astype(np.complex64)
-        c = (self.C_real + 1j * self.C_imag).astype(np.complex64)
-        y, h = functional.s4d_scan(x, a, np.ones_like(a), c, np.exp(self.dt_log), self._vectors["D"],
-                                   method=self.method, state=None if state is None else state.h)
+        a, b, c, dt = self._derived(self._system, "A_log", "A_imag", "C_real", "C_imag", "dt_log")
+        y, h = functional.s4d_scan(x, a, b, c, dt, self._vectors["D"], method=self.method,
+                                   state=None if state is None else state.h)
         value, gate = np.split(functional.linear(functional.gelu(y), self._matrices["out"], self._vectors["b_out"]), 2,
                                axis=-1)
         y = value * _sigmoid(gate)
         return y if residual is None else y + residual, np.empty((len(x), 0), np.float32), h
+
+    def _system(self) -> tuple[NDArray[Any], ...]:
+        """A, B and C complex64 (d_model, d_state / 2), dt (d_model,)."""
+        a = (-np.exp(self.A_log) + 1j * self.A_imag).astype(np.complex64)
+        return a, np.ones_like(a), (self.C_real + 1j * self.C_imag).astype(np.complex64), np.exp(self.dt_log)
 
 
 def _sigmoid(x: Floats) -> Floats:
