@@ -96,7 +96,7 @@ def _state_keys(a: str, config: Config) -> dict[str, Any]:
              "ssm.state_size": 6, "ssm.time_step_rank": heads or (2 if rank == "auto" else rank)}
     if a == "mamba":
         return keys | {"ssm.dt_b_c_rms": config["model_type"] == "falcon_mamba"}
-    keys["ssm.group_count"] = 2
+    keys["ssm.group_count"] = _groups(config)
     if a == "granitehybrid":
         keys |= {"rope.scaling.finetuned": config.get("position_embedding_type", "rope") == "rope"}
     if config["model_type"] == "bamba":
@@ -111,6 +111,10 @@ def _state_keys(a: str, config: Config) -> dict[str, Any]:
         keys |= {"attention.key_length": 8, "attention.value_length": 8, "rope.scaling.finetuned": False,
                  "feed_forward_length": Typed(5, [width if t == "mlp" else 0 for t in types])}
     return keys
+
+
+def _groups(config: Config) -> int:
+    return next(config[key] for key in ("n_groups", "mamba_n_groups") if key in config)
 
 
 def attention_layers(config: Config) -> list[bool]:
@@ -162,7 +166,7 @@ def _mixer(config: Config, name: str, weight: Array) -> dict[str, Array]:
     if name == "conv1d.weight":
         return {"ssm_conv1d.weight": weight[:, 0]}
     if name == "norm.weight":
-        return {"ssm_norm.weight": weight.reshape(2, -1)}
+        return {"ssm_norm.weight": weight.reshape(_groups(config), -1)}
     stem, ending = name.replace("dt_bias", "dt.bias").rsplit(".", 1)
     return {f"ssm_{stem.removesuffix('_proj')}.{ending}": weight}
 

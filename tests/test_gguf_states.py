@@ -115,6 +115,18 @@ def test_biases_where_there_are_tensors(tmp_path, family):
     assert load(file)(IDS).tobytes() == load(folder)(IDS).tobytes()
 
 
+def test_axes_of_one_may_be_left_out(tmp_path):
+    """As llama-quantize does: a norm of one group is a vector."""
+    config = config_of("mamba2", n_groups=1)
+    weights = tensors(config)
+    flat = {name: w[0] for name, w in renamed(config, weights).items() if name.endswith("ssm_norm.weight")}
+    assert len(flat) == 3 and all(w.shape == (64,) for w in flat.values())
+    folder = write(tmp_path / "folder", config, weights)
+    for more in ({}, flat):
+        file = write_gguf(tmp_path / "x.gguf", config, weights, more=more)
+        assert load(file)(IDS).tobytes() == load(folder)(IDS).tobytes()
+
+
 @pytest.mark.parametrize("hidden", [48, 112, 1000])
 def test_any_ratio_of_widths(tmp_path, hidden):
     """expand is a fraction, whose product with the width is rounded down."""

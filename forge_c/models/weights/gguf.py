@@ -155,13 +155,13 @@ class GGUFCheckpoint:
         if place is None:
             raise ValueError(f"{self.file.path}: tensor {self._stored_name(name)} is missing")
         expected = self._stored_shape(name, shape)
-        if place.shape != expected:
+        if _without_ones(place.shape) != _without_ones(expected):
             raise ValueError(f"{place.name} has shape {place.tensor.shape}, expected {expected} from the metadata")
-        raw = place.tensor.read().reshape(place.tensor.shape[0], -1)
+        raw = place.tensor.read()
         if place.rows is not None:
-            raw = raw[place.rows]
+            raw = raw.reshape(place.tensor.shape[0], -1)[place.rows]
         self._taken.add(name)
-        return place, raw if len(shape) > 1 else raw.reshape(1, -1)
+        return place, raw.reshape(shape[0] if len(shape) > 1 else 1, -1)
 
     def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that a file gives the tensor to which Hugging Face gives this one."""
@@ -191,6 +191,11 @@ class GGUFCheckpoint:
         if left:
             raise ValueError(f"{self.file.path}: {len(left)} tensors have no place in this model, the first is "
                              f"{left[0]}")
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the first axes of 1, which ggml does not count: llama-quantize leaves them out."""
+    return shape[next((i for i, n in enumerate(shape) if n > 1), len(shape)):]
 
 
 def _is_matrix(tensor: TensorInfo) -> bool:
