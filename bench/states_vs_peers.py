@@ -37,7 +37,7 @@ _FORMS = ("float32", "bfloat16", "int8", "int4")
 _EXPLANATION = (
     "Every implementation runs in a process of its own, in turns; a rate is the median over rounds of the median "
     "within a round, a ratio the median (lowest to highest) over rounds of the ratio within a round. pp is a prompt, "
-    "of which the last token's logits are computed, by forge_c in passes of 128 tokens; tg decodes one token at a "
+    "of which the last token's logits are computed, by forge_c in passes of 256 tokens; tg decodes one token at a "
     "time from an empty state. llama.cpp's files are F16, and what its quantiser makes of that with no options, which "
     "holds the embedding of Q4_0, here the output too, in Q6_K; forge_c's int4 is a mix as well. *GB/s* is what "
     "decoding moves: the weights that a step reads, and the state, which it reads and writes. *Of limit*: of a "
