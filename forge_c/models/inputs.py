@@ -30,7 +30,7 @@ from forge_c.functional import (
 from forge_c.models.parts import norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, Norm, Router, ShortConv
-from forge_c.models.weights import Tensors
+from forge_c.models.weights import Tensors, decay
 
 Floats = NDArray[np.float32]
 See = Callable[[str, Floats], None]
@@ -114,6 +114,10 @@ class _Floats:
     def tensor(self, name: str, *shape: int) -> Floats:
         return self.checkpoint.take(self.prefix + name, shape).astype(np.float32)
 
+    def decay(self, name: str, *shape: int) -> Floats:
+        """A of a state space, by the name of its logarithm."""
+        return decay(self.checkpoint, self.prefix + name, shape)
+
     def norm(self, spec: Norm, name: str, n: int) -> Callable[[Floats], Floats]:
         """The norm as a function."""
         weight = self.checkpoint.take(f"{self.prefix}{name}.weight", (n,)).astype(np.float32)
@@ -186,7 +190,7 @@ def _(kind: Mamba, source: _Floats) -> Callable[[Floats, See], Floats]:
     first, first_bias = (source.matrix("mixer.in_proj", 2 * inner, source.hidden),
                          source.bias(kind.bias, "mixer.in_proj", 2 * inner))
     of_x, of_dt = source.matrix("mixer.x_proj", rank + 2 * n, inner), source.matrix("mixer.dt_proj", inner, rank)
-    dt_bias, a = source.tensor("mixer.dt_proj.bias", inner), -np.exp(source.tensor("mixer.A_log", inner, n))
+    dt_bias, a = source.tensor("mixer.dt_proj.bias", inner), source.decay("mixer.A_log", inner, n)
     d, out = source.tensor("mixer.D", inner), source.matrix("mixer.out_proj", source.hidden, inner)
     out_bias = source.bias(kind.bias, "mixer.out_proj", source.hidden)
     norms: list[Callable[[Floats], Floats]] = [np.ascontiguousarray] * 3
@@ -215,7 +219,8 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
     conv, rows = _convolved(kind, source, channels), inner + channels + heads
     first, first_bias = (source.matrix("mixer.in_proj", rows, source.hidden),
                          source.bias(kind.bias, "mixer.in_proj", rows))
-    a, d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("A_log", "D", "dt_bias"))
+    d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("D", "dt_bias"))
+    a = source.decay("mixer.A_log", heads)
     out, out_bias = (source.matrix("mixer.out_proj", source.hidden, inner),
                      source.bias(kind.bias, "mixer.out_proj", source.hidden))
     weight = None if kind.norm is None else source.tensor("mixer.norm.weight", inner)
@@ -235,7 +240,7 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
         z, xbc, dt = np.split(linear(x, first, first_bias), [inner, inner + channels], axis=-1)
         u, b, c = np.split(conv(xbc), [inner, (inner + channels) // 2], axis=-1)
         b, c = (np.ascontiguousarray(part).reshape(1, n, kind.groups, kind.state) for part in (b, c))
-        y, _ = ssd_scan(np.ascontiguousarray(u).reshape(1, n, heads, kind.head_dim), dt, -np.exp(a), b, c, d,
+        y, _ = ssd_scan(np.ascontiguousarray(u).reshape(1, n, heads, kind.head_dim), dt, a, b, c, d,
                         dt_bias=dt_bias, dt_softplus=True, dt_limit=limit)
         y = gated(y.reshape(1, n, inner), z)
         see("mixer.out_proj", y)

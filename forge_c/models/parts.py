@@ -30,7 +30,7 @@ from forge_c.models.balance import balance
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, Routed, ShortConv
 from forge_c.models.spec import Norm as NormSpec
 from forge_c.models.spec import Router as RouterSpec
-from forge_c.models.weights import StoredTensors, Tensors
+from forge_c.models.weights import StoredTensors, Tensors, decay
 from forge_c.packing import pack, pack_blocks, pack_gated, pack_gated_blocks
 from forge_c.state.kv import KVCache
 from forge_c.state.recurrent import RecurrentState
@@ -114,7 +114,7 @@ class LayerSource:
 
     def decay(self, name: str, *shape: int) -> Floats:
         """A of a state space, from its logarithm."""
-        return -np.exp(self.tensor(name, *shape))
+        return decay(self.checkpoint, self.prefix + name, shape)
 
     def norm(self, spec: NormSpec, name: str, n: int) -> Norm:
         """A norm over n channels."""
