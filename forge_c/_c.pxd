@@ -387,6 +387,7 @@ cdef extern from "forge.h" nogil:
         FC_MAMBA
         FC_MAMBA2
         FC_SHORT_CONV
+        FC_RG_LRU
         FC_PART_KINDS
     ctypedef struct fc_part:
         fc_part_kind kind
@@ -467,6 +468,14 @@ cdef extern from "forge.h" nogil:
         fc_matrix in_ "in"
         fc_matrix out
         fc_conv_weights conv
+    ctypedef struct fc_rg_lru_weights:
+        ptrdiff_t heads, block
+        fc_matrix in_ "in"
+        fc_matrix out
+        const fc_matrix *gates
+        fc_conv_weights conv
+        const float *param
+        fc_activation activation
     ctypedef struct fc_model:
         ptrdiff_t hidden, vocab
         fc_dtype embedding_type

@@ -103,6 +103,12 @@ class Mamba2Part(RecurrentPart):
                  dt_max: float | None = None, norm: Norm | None = None, post_norm: Norm | None = None,
                  inner_norm: Norm | None = None, norm_before_gate: bool = False) -> None: ...
 
+class RGLRUPart(RecurrentPart):
+    def __init__(self, in_proj: PackedWeight, conv: PackedWeight, gates: Sequence[PackedWeight],
+                 out_proj: PackedWeight, *, heads: int, param: Array, activation: str = "gelu_tanh",
+                 gate_bias: Array | None = None, conv_bias: Array | None = None, in_bias: Array | None = None,
+                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+
 class ShortConvPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,

@@ -409,7 +409,8 @@ typedef struct {
 } fc_matrix;
 
 typedef enum {
-    FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_PART_KINDS
+    FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_RG_LRU,
+    FC_PART_KINDS
 } fc_part_kind;
 typedef struct {
     fc_part_kind kind;
@@ -528,6 +529,18 @@ typedef struct {
     fc_matrix out; /* (hidden, hidden) */
     fc_conv_weights conv;
 } fc_short_conv_weights;
+
+/* FC_RG_LRU, width = heads block:  y, x = in(..);  u = conv(x), conv without an activation;  i, r: two products of each
+ * head's channels of u with its own;  out(f(y) fc_rg_lru(u, i, r, param)), which begins at a row's first token */
+typedef struct {
+    ptrdiff_t heads, block;
+    fc_matrix in;  /* (hidden, 2 width) */
+    fc_matrix out; /* (width, hidden) */
+    const fc_matrix *gates; /* (2, heads), each (block, block): those of i, then those of r */
+    fc_conv_weights conv;   /* of width channels */
+    const float *param;     /* (width) */
+    fc_activation activation;
+} fc_rg_lru_weights;
 
 typedef struct {
     ptrdiff_t hidden, vocab;
