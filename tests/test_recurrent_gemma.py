@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from model_folder import small, tensors, write
 
+import forge_c as fc
+from forge_c.functional import RGLRUPart
 from forge_c.models import load
 from forge_c.models.spec import RGLRU, Attention, GatedMLP, Norm, Rope, model_spec
 from forge_c.models.spec.document import from_document, to_document
@@ -131,3 +133,22 @@ def test_a_long_past_counts_and_the_first_token_is_added_whole(tmp_path: Path):
     forgetful = load(write(tmp_path / "other", config, weights)).hidden(IDS[:1])
     np.testing.assert_array_equal(hidden[:, 0], forgetful[:, 0])
     assert np.abs(hidden[:, 1:] - forgetful[:, 1:]).max() > 0.1
+
+
+def test_what_the_part_is_made_of():
+    """Two heads of 3 channels, from 8."""
+    weights = {"in_proj": (8, 12), "conv": (4, 6), "out_proj": (6, 8)}
+    made = {name: fc.pack(np.ones(shape, np.float32)) for name, shape in weights.items()}
+    made |= {"gates": [fc.pack(np.ones((3, 3), np.float32))] * 4, "heads": 2, "param": np.ones(6, np.float32)}
+    assert RGLRUPart(**made).floats == 4 * 6
+    for changes, error, message in (
+            ({"heads": 4}, ValueError, "RGLRUPart: heads is 4, with 4 gates, expected a divisor of 6"),
+            ({"heads": 0}, ValueError, "heads is 0"), ({"gates": made["gates"][:3]}, ValueError, "with 3 gates"),
+            ({"gate_bias": np.ones(11, np.float32)}, ValueError, "biases of as many channels"),
+            ({"gates": [made["conv"]] * 4}, ValueError, r"RGLRUPart: gates has shape \(4, 6\), expected \(3, 3\)"),
+            ({"conv": made["in_proj"]}, ValueError, r"conv is .*, expected a PackedWeight \(width, 6\) of float32"),
+            ({"param": np.ones(5, np.float32)}, ValueError, r"param has shape \(5,\), expected \(6,\)"),
+            ({"param": None}, TypeError, "RGLRUPart: param is None, expected an array"),
+            ({"in_proj": made["conv"]}, ValueError, r"in_proj has shape \(4, 6\), expected \(8, 12\)")):
+        with pytest.raises(error, match=message):
+            RGLRUPart(**made | changes)
