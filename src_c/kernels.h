@@ -109,6 +109,19 @@ struct fc_scan {
     ptrdiff_t tokens, n, channels, stride;
 };
 
+/* Channels of an RG-LRU over a run of tokens; see kernels/rg_lru.h. */
+struct fc_rg_lru {
+    float *x;           /* (tokens, channels), as i and r, rows `row` floats apart, whole vectors; becomes h */
+    const float *i, *r; /* the gates' logits */
+    const float *rate;  /* (channels) */
+    const float *from;  /* (channels): h before, NULL: zeros; may be `to`, h after */
+    float *to;
+    const uint8_t *begins; /* (tokens), begins_stride apart: whether a sequence begins; or NULL */
+    ptrdiff_t begins_stride, tokens, channels, row;
+    const char *next[3]; /* what will be read a run later, rows next_stride bytes apart, of values of `size` bytes */
+    ptrdiff_t next_stride[3], size;
+};
+
 /* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
  * kernels/stream.h. */
 struct fc_stream {
@@ -221,6 +234,8 @@ struct fc_seams {
     X(mode_powers, (float *out, double *powers, const double *step, ptrdiff_t modes, ptrdiff_t length))                \
     X(exp_f32, (float *x, ptrdiff_t n))                                                                                \
     X(scan, (const struct fc_scan *s))                                                                                 \
+    X(rg_lru, (const struct fc_rg_lru *s))                                                                             \
+    X(rg_lru_rates, (float *rate, const float *param, ptrdiff_t n))                                                    \
     X(panel_to_columns, (float *out, ptrdiff_t ld, const float *panel, ptrdiff_t k, ptrdiff_t columns))                \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \

@@ -47,6 +47,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_fma(a, b, c)         a*b + c, fused where the ISA can
  *   vf_max(a, b), vf_min    b where either is NaN
  *   vf_if_lt(a, b, x, y)    a < b ? x : y
+ *   vf_sqrt(a)              correctly rounded
  *   vf_load_n, vf_store_n   the first n floats
  *   vf_from_f16, vf_from_bf16, vf_to_f16, vf_to_bf16     FC_N 16-bit values at p
  *   vi_from_s8              2 FC_N signed bytes at p as int16 lanes
@@ -256,15 +257,17 @@ FC_INLINE vf vf_exp(vf x) {
 /* 2^n, n in the lowest bits of t; unsigned, as the bits above them go over the edge */
 FC_INLINE vf vf_power_of_2(vf t) { return (vf)(((vu)t << 23) + 0x3f800000u); }
 
-/* 2^r for |r| <= 1/2: 1 + r (c1 + ... + c6 r^5), c minimax */
-FC_INLINE vf vf_exp2_near_0(vf r) {
+/* (2^r - 1) / r for |r| <= 1/2: c1 + ... + c6 r^5, c minimax for 2^r */
+FC_INLINE vf vf_exp2_slope(vf r) {
     vf p = vf_fma(r, vf_set1(1.53533620e-4f), vf_set1(1.33988750e-3f));
     p = vf_fma(r, p, vf_set1(9.61843692e-3f));
     p = vf_fma(r, p, vf_set1(5.55033237e-2f));
     p = vf_fma(r, p, vf_set1(0.240226477f));
-    p = vf_fma(r, p, vf_set1(0.693147182f));
-    return vf_fma(r, p, vf_set1(1.0f));
+    return vf_fma(r, p, vf_set1(0.693147182f));
 }
+
+/* 2^r for |r| <= 1/2 */
+FC_INLINE vf vf_exp2_near_0(vf r) { return vf_fma(r, vf_exp2_slope(r), vf_set1(1.0f)); }
 
 /* 2^x for x <= 0, as the weights of attention need it: 2^n 2^r, r = x - n exact; 0 where 2^n is no normal float. A NaN
  * stays one. */

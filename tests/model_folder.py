@@ -46,12 +46,14 @@ _HYBRIDS: dict[str, Config] = {
     "nemotron_h": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "mlp", "full_attention",
                                                                  "linear_attention"],
                    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 6, "head_dim": 8},
+    "recurrent_gemma": {"attention_window_size": 9, "lru_width": 24, "intermediate_size": 80,
+                        "block_types": ["recurrent", "attention"]},
 }
 _STATE_SPACE |= _HYBRIDS
 STATE_SPACE = tuple(_STATE_SPACE)  # families whose layers have recurrent states, all or some
 _OWN |= _STATE_SPACE
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2")
+_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2", "recurrent_gemma")
 BYTES = {"tokenizer_class": "ByteTokenizer"}
 
 
@@ -119,7 +121,7 @@ def _state_space(config: Mapping[str, Any], rng: np.random.Generator, dtype: DTy
         elif "norm" in name:
             found[name] = rng.uniform(0.6, 1.4, shape)
         elif len(shape) == 1:
-            found[name] = rng.standard_normal(shape) * 0.3 - ("dt" in name)
+            found[name] = rng.standard_normal(shape) * 0.3 - ("dt" in name) - 3 * ("recurrent_param" in name)
         else:
             found[name] = rng.standard_normal(shape) * (0.1 if "embed" in name else 2 * shape[-1] ** -0.5)
     return {name: np.ascontiguousarray(value.astype(dtype)) for name, value in found.items()}
@@ -136,9 +138,13 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         if backbone:
             yield f"{layer}.norm.weight", (hidden,)
         else:
-            names = {"bamba": ("input_layernorm", "pre_ff_layernorm"), "lfm2": ("operator_norm", "ffn_norm")}
+            names = {"bamba": ("input_layernorm", "pre_ff_layernorm"), "lfm2": ("operator_norm", "ffn_norm"),
+                     "recurrent_gemma": ("temporal_pre_norm", "channel_pre_norm")}
             for name in names.get(family, ("input_layernorm", "post_attention_layernorm")):
                 yield f"{layer}.{name}.weight", (hidden,)
+        if family == "recurrent_gemma":
+            yield from ((f"{layer}.{name}", shape) for name, shape in _griffin_shapes(config, kind))
+            continue
         mixer = f"{layer}." + ("mixer" if backbone else {"attention": "self_attn", "conv": "conv"}.get(kind, "mamba"))
         for name, shape in _mixer_shapes(config, kind):
             yield f"{mixer}.{name}", shape
@@ -151,19 +157,43 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             gate, up, down = ("w1", "w3", "w2") if family == "lfm2" else ("gate_proj", "up_proj", "down_proj")
             for name, shape in ((gate, (inner, hidden)), (up, (inner, hidden)), (down, (hidden, inner))):
                 yield f"{layer}.feed_forward.{name}.weight", shape
-    last = {"bamba": "final_layernorm", "lfm2": "embedding_norm"}.get(family, "norm_f" if backbone else "norm")
+    last = {"bamba": "final_layernorm", "lfm2": "embedding_norm", "recurrent_gemma": "final_norm"}.get(
+        family, "norm_f" if backbone else "norm")
     yield f"{root}.{last}.weight", (hidden,)
     if not config.get("tie_word_embeddings", family in _TIED):
         yield "lm_head.weight", (vocab, hidden)
 
 
 def _kind(config: Mapping[str, Any], i: int) -> str:
-    types = config.get("layer_types") or config.get("layers_block_type")
+    types = config.get("layer_types") or config.get("layers_block_type") or config.get("block_types")
+    if config["model_type"] == "recurrent_gemma":
+        return str(types[i % len(types)])
     if config["model_type"] == "bamba":
         return "attention" if i in config["attn_layer_indices"] else "mamba2"
     if types is None:
         return "mamba2" if config["model_type"] == "mamba2" else "mamba"
     return {"mamba": "mamba2", "linear_attention": "mamba2", "full_attention": "attention"}.get(types[i], types[i])
+
+
+def _griffin_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple[int, ...]]]:
+    hidden, heads, width = config["hidden_size"], config["num_attention_heads"], config["lru_width"]
+    inner, block = config["intermediate_size"] // 2, config["lru_width"] // config["num_attention_heads"]
+    mlp = [(f"mlp_block.{side}_proj", rows, columns) for side, rows, columns in (
+        ("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner))]
+    if kind == "attention":
+        kept = [(f"temporal_block.{name}", shape) for name, shape in _mixer_shapes(config, kind)]
+        biased = [*mlp, ("temporal_block.o_proj", hidden, None)]
+    else:
+        kept = [("temporal_block.conv_1d.weight", (width, 1, 4)), ("temporal_block.conv_1d.bias", (width,)),
+                ("temporal_block.rg_lru.recurrent_param", (width,))]
+        for gate in ("input", "recurrent"):
+            kept += [(f"temporal_block.rg_lru.{gate}_gate_weight", (heads, block, block)),
+                     (f"temporal_block.rg_lru.{gate}_gate_bias", (heads, block))]
+        biased = [*mlp, *((f"temporal_block.linear_{name}", *shape) for name, shape in (
+            ("y", (width, hidden)), ("x", (width, hidden)), ("out", (hidden, width))))]
+    for name, rows, columns in biased:
+        kept += [(f"{name}.bias", (rows,))] + ([] if columns is None else [(f"{name}.weight", (rows, columns))])
+    return kept
 
 
 def _mixer_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple[int, ...]]]:

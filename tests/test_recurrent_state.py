@@ -90,8 +90,12 @@ def test_a_prompt_of_many_passes_can_be_taken_back(model):
     cache = fed(model, 7)
     with interrupted(model, after=3) as caught:
         model(IDS[:, 7 : 7 + 2 * KV_CHUNK + 1], cache)
+    if any(getattr(kind, "window", None) for kind in cache.kinds):  # its ring holds later ones
+        assert caught.value.__notes__ == ["model: the cache holds [519, 519] tokens: a layer with a window could not "
+                                          "go back to [7, 7]"]
+        return goes_on(model, cache, 519, 519)
     assert not hasattr(caught.value, "__notes__")
-    goes_on(model, cache, 7, 7)
+    return goes_on(model, cache, 7, 7)
 
 
 def test_a_pass_that_fails_changes_nothing(model):

@@ -69,6 +69,10 @@ def nemotron(types: str, **changes: Any) -> dict[str, Any]:
             "mamba_head_dim": 12, "n_groups": 4, "ssm_state_size": 9} | changes
 
 
+def griffin(types: str, **changes: Any) -> dict[str, Any]:
+    return {"block_types": types.split(), "attention_window_size": 9, "max_position_embeddings": ...} | changes
+
+
 def conv_layers(types: str) -> dict[str, Any]:
     return {"layer_types": types.split()}
 
@@ -142,6 +146,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "nemotron_h": ("NemotronH", nemotron("linear_attention mlp full_attention linear_attention mlp"), 37),
     "nemotron_h_biases": ("NemotronH", nemotron("full_attention linear_attention mlp", use_bias=True, mlp_bias=True,
                                                 n_groups=1, use_conv_bias=False, time_step_min=0.7), 37),
+    "recurrent_gemma": ("RecurrentGemma", griffin("recurrent recurrent attention", num_hidden_layers=4), 37),
+    "recurrent_gemma_wide_untied": ("RecurrentGemma", griffin(
+        "attention recurrent", **heads(6, 1), intermediate_size=75, lru_width=66, conv1d_width=3, attention_bias=True,
+        hidden_activation="gelu", logits_soft_cap=12.0, tie_word_embeddings=False, attention_window_size=20), 37),
+    "recurrent_gemma_long_prompt": ("RecurrentGemma", griffin(
+        "recurrent attention", num_hidden_layers=3, vocab_size=33, attention_window_size=90), 530),
     "mamba2_long_prompt": ("Mamba2", mamba2(num_hidden_layers=2, vocab_size=33, n_groups=4), 530),
 }
 

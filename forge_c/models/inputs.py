@@ -21,6 +21,7 @@ from forge_c.functional import (
     layer_norm,
     linear,
     relu,
+    rg_lru,
     rms_norm,
     rope,
     selective_scan,
@@ -29,7 +30,19 @@ from forge_c.functional import (
 )
 from forge_c.models.parts import norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, Norm, Router, ShortConv
+from forge_c.models.spec import (
+    MLP,
+    RGLRU,
+    Attention,
+    GatedMLP,
+    LayerSpec,
+    Mamba,
+    Mamba2,
+    ModelSpec,
+    Norm,
+    Router,
+    ShortConv,
+)
 from forge_c.models.weights import Tensors, decay
 
 Floats = NDArray[np.float32]
@@ -262,6 +275,30 @@ def _(kind: ShortConv, source: _Floats) -> Callable[[Floats, See], Floats]:
         b, c, u = np.split(linear(x, first, first_bias), 3, axis=-1)
         y = c * causal_conv1d(b * u, weight, bias)[0]
         see("mixer.out_proj", y)
+        return linear(y, out, out_bias)
+
+    return compute
+
+
+@_observed.register
+def _(kind: RGLRU, source: _Floats) -> Callable[[Floats, See], Floats]:
+    n, hidden, block = kind.width, source.hidden, kind.width // kind.heads
+    conv, conv_bias = (source.tensor("mixer.conv1d.weight", n, 1, kind.conv).reshape(n, kind.conv),
+                       source.tensor("mixer.conv1d.bias", n))
+    (y_w, x_w), (y_bias, x_bias) = ([source.matrix(f"mixer.linear_{side}", n, hidden) for side in "yx"],
+                                    [source.tensor(f"mixer.linear_{side}.bias", n) for side in "yx"])
+    out, out_bias = source.matrix("mixer.linear_out", hidden, n), source.tensor("mixer.linear_out.bias", hidden)
+    gates = [(source.tensor(f"mixer.{gate}_gate_weight", kind.heads, block, block),
+              source.tensor(f"mixer.{gate}_gate_bias", kind.heads, block)) for gate in ("input", "recurrent")]
+    param, f = source.tensor("mixer.recurrent_param", n), _ACTIVATIONS[kind.activation]
+
+    def compute(x: Floats, see: See) -> Floats:
+        see("mixer.linear_y", x)
+        u, _ = causal_conv1d(linear(x, x_w, x_bias), conv, conv_bias)
+        heads, begins = u.reshape(-1, kind.heads, 1, block), np.arange(x.shape[1])[None] == 0
+        i, r = ((heads @ w + b[:, None]).reshape(u.shape) for w, b in gates)
+        y = f(linear(x, y_w, y_bias)) * rg_lru(u, i, r, param, reset=begins)[0]
+        see("mixer.linear_out", y)
         return linear(y, out, out_bias)
 
     return compute

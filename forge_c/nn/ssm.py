@@ -1,5 +1,5 @@
 """Layers whose memory does not grow: Mamba (arXiv 2312.00752), Mamba-2 (2405.21060), S4D (2206.11893), the
-gated delta net (2412.06464), and LFM2's short convolution."""
+gated delta net (2412.06464), Griffin's recurrence (2402.19427), and LFM2's short convolution."""
 from __future__ import annotations
 
 import math
@@ -352,6 +352,67 @@ class ShortConv(_Convolved):
         y, conv = self._convolved(b * u, state, None)
         y = functional.linear(c * y, self._matrices["out"], self._vectors["b_out"], residual=residual)
         return y, conv, np.empty((len(x), 0), np.float32)
+
+
+class RGLRU(_Convolved):
+    """Griffin's recurrent block: width channels, by default d_model, in n_heads heads.
+
+        y, u = x W_in + b_in;  u = conv(u) + b_conv;  i, r = each head's u W_i + b_i, u W_r + b_r
+        h = a h + sqrt(1 - a^2) sigmoid(i) u,  a = exp(-8 softplus(param) sigmoid(r));  y = (gelu(y) h) W_out + b_out
+
+    where a is 0 at a sequence's first token, and gelu its tanh form. W_in (d_model, 2 width), conv (width, d_conv), W_i
+    and W_r (n_heads, width / n_heads, width / n_heads), W_out (width, d_model). param (width,) starts as in the paper,
+    with a from 0.9 to 0.999 where r is open. In a layer of integers W_i, W_r and conv stay in float32. Calls are those
+    of Mamba.
+
+    >>> RGLRU(32, n_heads=4, seed=0)(np.ones((1, 3, 32))).shape
+    (1, 3, 32)
+    """
+
+    W_i = Vector()
+    W_r = Vector()
+    b_in = Vector()
+    b_i = Vector()
+    b_r = Vector()
+    b_out = Vector()
+    param = Vector()
+
+    def __init__(self, d_model: int, n_heads: int, width: int | None = None, d_conv: int = 4, *,
+                 seed: Seed = None) -> None:
+        super().__init__()
+        self.d_model, self.d_conv = checked_size("RGLRU", "d_model", d_model), checked_size("RGLRU", "d_conv", d_conv)
+        self.width = d_model if width is None else checked_size("RGLRU", "width", width)
+        self.n_heads, n = checked_size("RGLRU", "n_heads", n_heads), self.width
+        if n % n_heads:
+            raise ValueError(f"RGLRU: n_heads is {n_heads}, expected a divisor of the {n} channels")
+        rng, block = np.random.default_rng(seed), n // n_heads
+        self._pack("in", [uniform(rng, d_model, (d_model, 2 * n))])
+        self._hold_conv(rng, n, d_conv, True)
+        self._pack("out", [uniform(rng, n, (n, d_model))])
+        decays = rng.uniform(0.9, 0.999, n)
+        self._hold_vectors(
+            W_i=uniform(rng, block, (n_heads, block, block)), W_r=uniform(rng, block, (n_heads, block, block)),
+            param=np.log(np.expm1(-np.log(decays) / 8)).astype(np.float32), b_in=np.zeros(2 * n, np.float32),
+            b_i=np.zeros(n, np.float32), b_r=np.zeros(n, np.float32), b_out=np.zeros(d_model, np.float32))
+
+    def _h_shape(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    def _gate(self, u: Floats, of: str) -> Floats:
+        """Each head's channels of u by its own matrix."""
+        heads = zip(np.split(u, self.n_heads, axis=-1), getattr(self, f"W_{of}"),
+                    np.split(getattr(self, f"b_{of}"), self.n_heads), strict=True)
+        return np.concatenate([functional.linear(part, w, b) for part, w, b in heads], axis=-1)
+
+    def _mix(self, x: Floats, state: SSMState | None, residual: Any) -> tuple[Any, Floats, Floats]:
+        gate, u = np.split(functional.linear(x, self._matrices["in"], self._vectors["b_in"]), 2, axis=-1)
+        u, conv = self._convolved(u, state, None)
+        begins = np.zeros(u.shape[:2], np.bool_)
+        begins[:, :1] = state is None or state.seq_len == 0
+        y, h = functional.rg_lru(u, self._gate(u, "i"), self._gate(u, "r"), self.param, reset=begins,
+                                 state=None if state is None else state.h)
+        y = functional.geglu(gate, y, "tanh")
+        return functional.linear(y, self._matrices["out"], self._vectors["b_out"], residual=residual), conv, h
 
 
 class S4D(_StateSpace):

@@ -2,6 +2,7 @@
 from forge_c.models.spec.families import FAMILIES, model_spec
 from forge_c.models.spec.kinds import (
     MLP,
+    RGLRU,
     Attention,
     Embedding,
     GatedMLP,
@@ -18,5 +19,5 @@ from forge_c.models.spec.kinds import (
 )
 from forge_c.models.spec.names import tensor_names
 
-__all__ = ["FAMILIES", "MLP", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "Mamba", "Mamba2", "ModelSpec",
-           "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec", "tensor_names"]
+__all__ = ["FAMILIES", "MLP", "RGLRU", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "Mamba", "Mamba2",
+           "ModelSpec", "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec", "tensor_names"]

@@ -8,11 +8,12 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forge_c.checks import short
-from forge_c.models.spec.kinds import ABSENT, MLP, Attention, GatedMLP, Mamba, Mamba2, ModelSpec, ShortConv
+from forge_c.models.spec.kinds import ABSENT, MLP, RGLRU, Attention, GatedMLP, Mamba, Mamba2, ModelSpec, ShortConv
 from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
 from forge_c.rotary import rope_table
 
-_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (Attention, Mamba, Mamba2, ShortConv, GatedMLP, MLP)}
+_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (Attention, Mamba, Mamba2, ShortConv, RGLRU, GatedMLP,
+                                                           MLP)}
 _MOST = 1 << 40  # of any integer
 _MOST_ITEMS = 1 << 20
 
@@ -44,6 +45,8 @@ def from_document(document: Any) -> ModelSpec:
             _check(size, size is None or 1 <= size <= MAX_WIDTH, f"spec.layers[{i}].router.predictor")
         if isinstance(layer.mixer, Mamba | Mamba2):
             _check_recurrent(layer.mixer, f"spec.layers[{i}].mixer")
+        if isinstance(layer.mixer, RGLRU):
+            _check_griffin(layer.mixer, f"spec.layers[{i}].mixer")
         if isinstance(layer.mixer, ShortConv):
             _check(layer.mixer.width, 1 <= layer.mixer.width <= MAX_WIDTH, f"spec.layers[{i}].mixer.width")
             _check(layer.mixer.channels, layer.mixer.channels == spec.hidden_size, f"spec.layers[{i}].mixer.channels")
@@ -67,6 +70,12 @@ def _check_recurrent(m: Mamba | Mamba2, where: str) -> None:
     if isinstance(m, Mamba2):
         _check(m.groups, m.heads % m.groups == 0, f"{where}.groups")
         _check(m.heads, m.inner <= MAX_WIDTH, f"{where}.heads")
+
+
+def _check_griffin(r: RGLRU, where: str) -> None:
+    for name in ("width", "heads", "conv"):
+        _check(getattr(r, name), 1 <= getattr(r, name) <= MAX_WIDTH, f"{where}.{name}")
+    _check(r.heads, r.width % r.heads == 0, f"{where}.heads")
 
 
 def _value(kind: Any, given: Any, where: str) -> Any:

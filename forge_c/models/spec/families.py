@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from forge_c.models.spec.gemma import gemma, gemma2, gemma3, gemma3_with_images
+from forge_c.models.spec.griffin import recurrent_gemma
 from forge_c.models.spec.hybrid import bamba, granitemoehybrid, lfm2, nemotron_h
 from forge_c.models.spec.kinds import ModelSpec
 from forge_c.models.spec.llama import granite, llama, mistral, smollm3
@@ -19,7 +20,8 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma": gemma, "gemma2": gemma2,
     "gemma3_text": gemma3, "gemma3": gemma3_with_images, "phi3": phi3, "smollm3": smollm3, "granite": granite,
     "mixture_of_depths": mixture_of_depths, "mamba": mamba, "falcon_mamba": falcon_mamba, "mamba2": mamba2,
-    "bamba": bamba, "granitemoehybrid": granitemoehybrid, "lfm2": lfm2, "nemotron_h": nemotron_h}
+    "bamba": bamba, "granitemoehybrid": granitemoehybrid, "lfm2": lfm2, "nemotron_h": nemotron_h,
+    "recurrent_gemma": recurrent_gemma}
 
 
 def model_spec(config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelSpec:
