@@ -390,6 +390,7 @@ cdef extern from "forge.h" nogil:
         int parallel
         float residual_scale
         const fc_router *router
+        const fc_part *beside
     ctypedef struct fc_attention_weights:
         ptrdiff_t heads, kv_heads, head_dim
         fc_norm q_norm, k_norm

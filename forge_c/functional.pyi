@@ -135,6 +135,7 @@ class StateTable:
 class LayeredModel:
     held: list[tuple[Any, ...]]
     parts: list[Part | Router]
+    nbytes: int
     embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm

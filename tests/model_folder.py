@@ -39,6 +39,9 @@ _STATE_SPACE: dict[str, Config] = {
 _HEADS: Config = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 6}
 _HYBRIDS: dict[str, Config] = {
     "bamba": _HEADS | {"attn_layer_indices": [1]},
+    "falcon_h1": _HEADS | {"mamba_d_ssm": 48, "mamba_rms_norm": True, "ssm_multipliers": [0.5, 0.8, 1.5, 0.6, 0.7],
+                           "key_multiplier": 0.6, "ssm_out_multiplier": 0.9, "attention_out_multiplier": 1.2,
+                           "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "mlp_multipliers": [0.9, 0.7]},
     "granitemoehybrid": _HEADS | _OWN["granite"] | {
         "num_local_experts": 0, "shared_intermediate_size": 40, "position_embedding_type": "rope",
         "layer_types": ["mamba", "attention", "mamba"]},
@@ -136,12 +139,14 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         if backbone:
             yield f"{layer}.norm.weight", (hidden,)
         else:
-            names = {"bamba": ("input_layernorm", "pre_ff_layernorm"), "lfm2": ("operator_norm", "ffn_norm")}
+            names = {**dict.fromkeys(("bamba", "falcon_h1"), ("input_layernorm", "pre_ff_layernorm")),
+                     "lfm2": ("operator_norm", "ffn_norm")}
             for name in names.get(family, ("input_layernorm", "post_attention_layernorm")):
                 yield f"{layer}.{name}.weight", (hidden,)
-        mixer = f"{layer}." + ("mixer" if backbone else {"attention": "self_attn", "conv": "conv"}.get(kind, "mamba"))
-        for name, shape in _mixer_shapes(config, kind):
-            yield f"{mixer}.{name}", shape
+        for one in ("mamba2", "attention") if kind == "both" else (kind,):
+            mixer = "mixer" if backbone else {"attention": "self_attn", "conv": "conv"}.get(one, "mamba")
+            for name, shape in _mixer_shapes(config, one):
+                yield f"{layer}.{mixer}.{name}", shape
         inner = config.get("intermediate_size")
         if family == "granitemoehybrid":
             yield f"{layer}.shared_mlp.input_linear.weight", (2 * config["shared_intermediate_size"], hidden)
@@ -151,7 +156,8 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             gate, up, down = ("w1", "w3", "w2") if family == "lfm2" else ("gate_proj", "up_proj", "down_proj")
             for name, shape in ((gate, (inner, hidden)), (up, (inner, hidden)), (down, (hidden, inner))):
                 yield f"{layer}.feed_forward.{name}.weight", shape
-    last = {"bamba": "final_layernorm", "lfm2": "embedding_norm"}.get(family, "norm_f" if backbone else "norm")
+    last = {"bamba": "final_layernorm", "falcon_h1": "final_layernorm", "lfm2": "embedding_norm"}.get(
+        family, "norm_f" if backbone else "norm")
     yield f"{root}.{last}.weight", (hidden,)
     if not config.get("tie_word_embeddings", family in _TIED):
         yield "lm_head.weight", (vocab, hidden)
@@ -161,13 +167,15 @@ def _kind(config: Mapping[str, Any], i: int) -> str:
     types = config.get("layer_types") or config.get("layers_block_type")
     if config["model_type"] == "bamba":
         return "attention" if i in config["attn_layer_indices"] else "mamba2"
+    if config["model_type"] == "falcon_h1":
+        return "both"
     if types is None:
         return "mamba2" if config["model_type"] == "mamba2" else "mamba"
     return {"mamba": "mamba2", "linear_attention": "mamba2", "full_attention": "attention"}.get(types[i], types[i])
 
 
 def _mixer_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config["hidden_size"], 2 * config["hidden_size"]
+    hidden, inner = config["hidden_size"], config.get("mamba_d_ssm", 2 * config["hidden_size"])
     if kind == "attention":
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         d, lfm = config.get("head_dim") or hidden // heads, config["model_type"] == "lfm2"

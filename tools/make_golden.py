@@ -72,6 +72,10 @@ def conv_layers(types: str) -> dict[str, Any]:
     return {"layer_types": types.split()}
 
 
+MUP = {"embedding_multiplier": 5.5, "lm_head_multiplier": 0.3, "attention_in_multiplier": 1.3,
+       "attention_out_multiplier": 0.9, "key_multiplier": 0.4, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.6,
+       "ssm_multipliers": [0.35, 0.25, 1.5, 0.5, 0.7], "mlp_multipliers": [0.9, 0.6]}
+
 DENSE = {"num_local_experts": 0, "shared_intermediate_size": 56, "embedding_multiplier": 3.0, "logits_scaling": 5.0,
          "residual_multiplier": 0.3, "attention_multiplier": 0.2}
 
@@ -131,6 +135,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "bamba_biases": ("Bamba", mamba_in_a_hybrid(
         attn_layer_indices=[0, 2], attention_bias=True, mlp_bias=True, mamba_proj_bias=True, mamba_conv_bias=False,
         mamba_n_groups=4, tie_word_embeddings=True), 37),
+    "falcon_h1": ("FalconH1", mamba_in_a_hybrid(**MUP, mamba_d_ssm=96), 37),
+    "falcon_h1_norm_before_gate_biases": ("FalconH1", mamba_in_a_hybrid(
+        **MUP, mamba_d_ssm=None, mamba_rms_norm=True, attention_bias=True, mlp_bias=True, mamba_proj_bias=True,
+        projectors_bias=True, mamba_n_groups=4, head_dim=10), 37),
+    "falcon_h1_norm_after_gate_tied": ("FalconH1", mamba_in_a_hybrid(
+        mamba_n_heads=6, mamba_d_ssm=72, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_conv_bias=False,
+        projectors_bias=True, key_multiplier=0.4, mlp_multipliers=[0.9, 0.6], tie_word_embeddings=True,
+        mamba_d_conv=3), 37),
     "granitemoehybrid": ("GraniteMoeHybrid", mamba_in_a_hybrid(**DENSE, position_embedding_type="rope") | layers(
         "linear full linear"), 37),
     "granitemoehybrid_without_rope": ("GraniteMoeHybrid", mamba_in_a_hybrid(

@@ -311,13 +311,14 @@ cdef class StateTable:
 
 
 cdef class LayeredModel:
-    """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and a
-    Router behind them where a layer has one; embedding (vocab, hidden), or packed as (hidden, vocab), so that it may be
-    the head; head (hidden, vocab)."""
+    """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and
+    behind them, where a layer has one, a Router or None, and the mixer beside; embedding (vocab, hidden), or packed as
+    (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
     cdef readonly list parts
+    cdef list mixers  # (part or None, whether behind a router) for each state
     cdef readonly object embedding
     cdef readonly PackedWeight head
     cdef readonly Norm norm
@@ -327,6 +328,7 @@ cdef class LayeredModel:
         cdef ptrdiff_t i
         self.held = layers
         self.parts = [part for layer in layers for part in (*layer[:2], *layer[4:]) if part is not None]
+        self.mixers = []
         self.embedding, self.norm, self.head = embedding, norm, head
         self.c.hidden, self.c.vocab = norm.n, head.n
         if head.k != norm.n:
@@ -339,14 +341,26 @@ cdef class LayeredModel:
             raise MemoryError("LayeredModel: no memory")
         memset(self.layers, 0, len(layers) * sizeof(fc_layer))
         self.c.layers, self.c.n_layers = self.layers, len(layers)
-        for i, (mixer, mlp, parallel, scale, *router) in enumerate(layers):
+        for i, (mixer, mlp, parallel, scale, *more) in enumerate(layers):
             layer_part(&self.layers[i].mixer, mixer, norm.n)
             layer_part(&self.layers[i].mlp, mlp, norm.n)
             self.layers[i].parallel, self.layers[i].residual_scale = bool(parallel), scale
-            layer_router(&self.layers[i], router[0] if router else None, norm.n)
+            router, beside = more[0] if more else None, more[1] if len(more) > 1 else None
+            layer_router(&self.layers[i], router, norm.n)
+            layer_beside(&self.layers[i], beside, norm.n)
+            self.mixers += [(one, router is not None) for one in ([mixer] if beside is None else [mixer, beside])]
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
+
+    @property
+    def nbytes(self):
+        """Bytes of all weights, of those that parts share once."""
+        cdef dict held = {id(self.norm): self.norm, id(self.head): self.head, id(self.embedding): self.embedding}
+        for part in self.parts:
+            its = (<Part>part).held if isinstance(part, Part) else (<Router>part).held
+            held.update({id(one): one for one in its})
+        return sum([getattr(one, "nbytes", 0) for one in held.values()])  # a function has none
 
     cdef int look_up(self, object embedding) except -1:
         cdef cnp.ndarray rows
@@ -380,14 +394,14 @@ cdef class LayeredModel:
         cdef ptrdiff_t i
         ids, start = private_ints(ids), private_ints(start)
         memset(&a, 0, sizeof(a))
-        if len(states.held) != self.c.n_layers:
-            raise ValueError(f"forward: {len(states.held)} states, expected {self.c.n_layers}")
+        if len(states.held) != len(self.mixers):
+            raise ValueError(f"forward: {len(states.held)} states, expected {len(self.mixers)}")
         a.size, a.model, a.states, a.workspace = sizeof(a), &self.c, states.states, states.workspace
         a.batch, a.seq, a.last_only = cnp.PyArray_DIM(ids, 0), cnp.PyArray_DIM(ids, 1), last_only
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
-        for i, state in enumerate(states.held):
-            check_state(&self.c.layers[i], self.held[i][0], i, state, a.batch, a.seq, longest)
+        for i, (part, is_routed) in enumerate(self.mixers):
+            check_state(part, is_routed, i, states.held[i], a.batch, a.seq, longest)
         a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
         if logits:
             dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
@@ -403,27 +417,27 @@ cdef class LayeredModel:
         return y, h
 
 
-cdef int check_state(const fc_layer *layer, Part part, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
+cdef int check_state(Part part, bint is_routed, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
                      ptrdiff_t longest) except -1:
-    """Whether the pass may take `state` for what layer i remembers: src_c follows the pointers in it."""
-    cdef const fc_part *mixer = &layer.mixer
+    """Whether the pass may take `state` for what mixer i remembers: src_c follows the pointers in it."""
+    cdef fc_part_kind kind = FC_NO_PART if part is None else part.c.kind
     cdef const fc_attention_weights *w
     cdef AttentionState s
-    if (layer.router != NULL) != isinstance(state, RoutedState):
+    if is_routed != isinstance(state, RoutedState):
         raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected a RoutedState for a layer with a "
                         "Router, and for no other")
-    if layer.router != NULL:
+    if is_routed:
         check_routed(i, state, batch, seq)
         state = (<RoutedState>state).mixer
-    if (mixer.kind == FC_ATTENTION) != isinstance(state, AttentionState) or (
+    if (kind == FC_ATTENTION) != isinstance(state, AttentionState) or (
             isinstance(part, RecurrentPart) != isinstance(state, RecurrentSlots)):
         raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected an AttentionState for an "
                         "AttentionPart, RecurrentSlots for a recurrent one, and neither for anything else")
     if isinstance(part, RecurrentPart):
         return (<RecurrentSlots>state).check(i, batch, (<RecurrentPart>part).floats)
-    if mixer.kind != FC_ATTENTION:
+    if kind != FC_ATTENTION:
         return 0
-    s, w = state, <const fc_attention_weights *>mixer.weights
+    s, w = state, <const fc_attention_weights *>part.c.weights
     if s.pages.c.kv_heads != w.kv_heads or s.pages.c.head_dim != w.head_dim or s.pages.c.v_dim != w.head_dim:
         raise ValueError(f"forward: state {i} has {s.pages.c.kv_heads} heads of {s.pages.c.head_dim} and "
                          f"{s.pages.c.v_dim} channels, expected {w.kv_heads} of {w.head_dim} and {w.head_dim}")
@@ -450,6 +464,16 @@ cdef int layer_router(fc_layer *layer, object router, ptrdiff_t hidden) except -
         raise ValueError(f"LayeredModel: a layer has {router!r}, expected a Router of {hidden} channels, around an "
                          "AttentionPart")
     layer.router = &(<Router>router).c
+    return 0
+
+
+cdef int layer_beside(fc_layer *layer, Part part, ptrdiff_t hidden) except -1:
+    if part is None:
+        return 0
+    if part.hidden != hidden or layer.router != NULL or layer.mixer.kind == FC_NO_PART:
+        raise ValueError(f"LayeredModel: a layer has {part!r} beside its mixer, expected one of {hidden} channels, "
+                         "beside another, and no Router")
+    layer.beside = &part.c
     return 0
 
 

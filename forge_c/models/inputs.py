@@ -27,6 +27,7 @@ from forge_c.functional import (
     silu,
     ssd_scan,
 )
+from forge_c.models.multipliers import multiplied
 from forge_c.models.parts import norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, Norm, Router, ShortConv
@@ -84,7 +85,8 @@ class Inputs:
 
     def layer(self, i: int) -> None:
         """The texts through layer i, which comes after those before."""
-        source = _Floats(self.checkpoint, f"model.layers.{i}.", self.spec.hidden_size, self._tables)
+        layer, prefix = self.spec.layers[i], f"model.layers.{i}."
+        source = _Floats(multiplied(self.checkpoint, prefix, layer), prefix, self.spec.hidden_size, self._tables)
         sums: dict[str, Any] = {}
         rows = sum(x.shape[1] for x in self._x)
 
@@ -93,7 +95,7 @@ class Inputs:
             seen = flat.T @ flat if self.products else np.square(flat).sum(axis=0)
             sums[name] = sums.get(name, 0) + seen / np.float32(rows)
 
-        self._x = list(_through(self.spec.layers[i], source, self._x, see))
+        self._x = list(_through(layer, source, self._x, see))
         self.importance |= {f"{source.prefix}{name}.weight": np.asarray(a, np.float32) for name, a in sums.items()}
 
 
@@ -126,7 +128,7 @@ class _Floats:
 def can_observe(spec: ModelSpec) -> bool:
     """Whether the kinds of all layers are known here."""
     return all(_observed.dispatch(type(part)) is not _observed.dispatch(object)
-               for layer in spec.layers for part in (layer.mixer, layer.mlp))
+               for layer in spec.layers for part in (*layer.mixers, layer.mlp))
 
 
 @singledispatch
@@ -217,7 +219,7 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
                          source.bias(kind.bias, "mixer.in_proj", rows))
     a, d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("A_log", "D", "dt_bias"))
     out, out_bias = (source.matrix("mixer.out_proj", source.hidden, inner),
-                     source.bias(kind.bias, "mixer.out_proj", source.hidden))
+                     source.bias(kind.has_out_bias, "mixer.out_proj", source.hidden))
     weight = None if kind.norm is None else source.tensor("mixer.norm.weight", inner)
     limit = (kind.dt_min, math.inf if kind.dt_max is None else kind.dt_max)
 
@@ -300,18 +302,19 @@ def _(kind: MLP, source: _Floats) -> Callable[[Floats, See], Floats]:
 def _through(layer: LayerSpec, source: _Floats, texts: Sequence[Floats], see: See) -> Iterator[Floats]:
     """Each text after the layer."""
     steps = []
-    for kind, (before, after) in zip((layer.mixer, layer.mlp), norm_names(layer), strict=True):
-        part = _observed(kind, source)
-        norms = [None if part is None or name is None else source.norm(layer.norm, name, source.hidden)
-                 for name in (before, after)]
-        steps.append((part, norms))
+    for kinds, names in zip((layer.mixers, (layer.mlp,)), norm_names(layer), strict=True):
+        parts = [_observed(kind, source) for kind in kinds if kind is not None]
+        norms = [None if not parts or name is None else source.norm(layer.norm, name, source.hidden) for name in names]
+        steps.append((parts, norms))
 
     def branch(x: Floats, step: Any) -> Any:
-        part, (before, after) = step
-        if part is None:
+        parts, (before, after) = step
+        if not parts:
             return np.float32(0)
-        y = part(x if before is None else before(x), see)
-        return np.float32(layer.residual_scale) * (y if after is None else after(y))
+        seen = x if before is None else before(x)
+        ys = [part(seen, see) for part in parts]
+        first, *others = ys if after is None else [after(y) for y in ys]
+        return np.float32(layer.residual_scale) * sum(others, first)
 
     def whole(x: Floats) -> Any:
         first = x + branch(x, steps[0])

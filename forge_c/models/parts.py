@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import singledispatch
+from functools import cache, singledispatch
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -245,8 +245,8 @@ def _(kind: Mamba2, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         dt_bias=source.vector("mixer.dt_bias", kind.heads),
         conv_bias=source.bias(kind.conv_bias, ("mixer.conv1d", kind.channels)),
         in_bias=source.bias(kind.bias, ("mixer.in_proj", rows)),
-        out_bias=source.bias(kind.bias, ("mixer.out_proj", source.hidden)), dt_min=kind.dt_min, dt_max=kind.dt_max,
-        norm=norm, post_norm=post_norm, norm_before_gate=kind.norm_before_gate,
+        out_bias=source.bias(kind.has_out_bias, ("mixer.out_proj", source.hidden)), dt_min=kind.dt_min,
+        dt_max=kind.dt_max, norm=norm, post_norm=post_norm, norm_before_gate=kind.norm_before_gate,
         inner_norm=None if kind.norm is None else source.norm(kind.norm, "mixer.norm", kind.inner))
 
 
@@ -316,16 +316,21 @@ def build_router(spec: RouterSpec, source: LayerSource) -> Router:
 
 
 def build_layer(layer: LayerSpec, source: LayerSource) -> tuple[Any, ...]:
-    """(mixer, mlp, parallel, residual scale), and the router if there is one, as LayeredModel takes a layer."""
+    """(mixer, mlp, parallel, residual scale), and behind them, if there is one, the router or the mixer beside, as
+    LayeredModel takes a layer."""
     (before, after), (before_mlp, after_mlp) = norm_names(layer)
 
     def norms_of(*names: str | None) -> Callable[[], Norms]:
+        @cache  # two mixers have the same
         def norms() -> Norms:
             first, second = (None if n is None else source.norm(layer.norm, n, source.hidden) for n in names)
             return first, second
         return norms
 
-    mixer = build_part(layer.mixer, source, norms_of(before, after))
+    of_mixers = norms_of(before, after)
+    mixer = build_part(layer.mixer, source, of_mixers)
     mlp = build_part(layer.mlp, source, norms_of(before_mlp, after_mlp))
     made = mixer, mlp, layer.parallel, layer.residual_scale
+    if layer.beside is not None:
+        return *made, None, build_part(layer.beside, source, of_mixers)
     return made if layer.router is None else (*made, build_router(layer.router, source))

@@ -136,15 +136,24 @@ static fc_status add_part(const struct pass *p, const fc_part *part, void *state
     return status == FC_OK ? add_scaled(p, x, x, y, scale) : status;
 }
 
-fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y) {
-    const int both = layer->mixer.kind != FC_NO_PART && layer->mlp.kind != FC_NO_PART;
-    if (!layer->parallel || !both) {
-        const fc_status status = add_part(p, &layer->mixer, state, x, y, layer->residual_scale);
-        return status == FC_OK ? add_part(p, &layer->mlp, NULL, x, y, layer->residual_scale) : status;
+/* y = mixer(x) + what is beside it (x) */
+static fc_status run_mixers(const struct pass *p, const fc_layer *layer, void *const *states, float *y,
+                            const float *x) {
+    const fc_status status = run_part(p, &layer->mixer, states[0], y, x, NULL);
+    return status == FC_OK && layer->beside ? run_part(p, layer->beside, states[1], y, x, y) : status;
+}
+
+fc_status run_layer(const struct pass *p, const fc_layer *layer, void *const *states, float *x, float *y) {
+    const int parallel = layer->parallel && layer->mixer.kind != FC_NO_PART && layer->mlp.kind != FC_NO_PART;
+    fc_status status;
+    if (!parallel && !layer->beside) {
+        status = add_part(p, &layer->mixer, states[0], x, y, layer->residual_scale);
+    } else {
+        status = run_mixers(p, layer, states, y, x);
+        if (status == FC_OK && parallel) status = run_part(p, &layer->mlp, NULL, y, x, y);
+        if (status == FC_OK) status = add_scaled(p, x, x, y, layer->residual_scale);
     }
-    fc_status status = run_part(p, &layer->mixer, state, y, x, NULL);
-    if (status == FC_OK) status = run_part(p, &layer->mlp, NULL, y, x, y);
-    return status == FC_OK ? add_scaled(p, x, x, y, layer->residual_scale) : status;
+    return status == FC_OK && !parallel ? add_part(p, &layer->mlp, NULL, x, y, layer->residual_scale) : status;
 }
 
 /* ---- the whole ---- */
@@ -181,11 +190,13 @@ static fc_status results(const struct forward *ctx) {
 
 static fc_status forward_program(void *context) {
     const struct forward *ctx = context;
+    void *const *states = ctx->args->states;
     fc_status status = embed(ctx);
     for (ptrdiff_t i = 0; i < ctx->args->model->n_layers && status == FC_OK; i++) {
         const fc_layer *layer = ctx->args->model->layers + i;
-        status = layer->router ? routed_layer(&ctx->p, layer, ctx->args->states[i], ctx->x)
-                               : run_layer(&ctx->p, layer, ctx->args->states[i], ctx->x, ctx->y);
+        status = layer->router ? routed_layer(&ctx->p, layer, *states, ctx->x)
+                               : run_layer(&ctx->p, layer, states, ctx->x, ctx->y);
+        states += layer->beside ? 2 : 1;
         if (status == FC_OK && ctx->p.rows > 1 && fc_interrupted()) status = FC_INTERRUPTED;
     }
     return status == FC_OK ? results(ctx) : status;

@@ -28,8 +28,9 @@ typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void 
 part_of_layer attention_part, mlp_part, called_part, mamba_part, mamba2_part,
     short_conv_part;
 
-/* x (M, hidden) = layer(x); y: as large. run_layer takes no notice of a router, routed_layer runs its tokens alone. */
-fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y);
+/* x (M, hidden) = layer(x); y: as large; states: the mixer's, and of the one beside it. run_layer takes no notice of a
+ * router, routed_layer runs its tokens alone. */
+fc_status run_layer(const struct pass *p, const fc_layer *layer, void *const *states, float *x, float *y);
 fc_status routed_layer(const struct pass *p, const fc_layer *layer, const fc_routed_state *state, float *x);
 
 /* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of out and residual out_stride floats apart, of x x_stride; norm

@@ -10,6 +10,7 @@ from forge_c.models.spec.kinds import (
     Mamba,
     Mamba2,
     ModelSpec,
+    Multipliers,
     Norm,
     Rope,
     Routed,
@@ -19,4 +20,4 @@ from forge_c.models.spec.kinds import (
 from forge_c.models.spec.names import tensor_names
 
 __all__ = ["FAMILIES", "MLP", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "Mamba", "Mamba2", "ModelSpec",
-           "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec", "tensor_names"]
+           "Multipliers", "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec", "tensor_names"]

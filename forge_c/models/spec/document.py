@@ -36,18 +36,28 @@ def from_document(document: Any) -> ModelSpec:
     _check(spec.hidden_size, 1 <= spec.hidden_size <= MAX_WIDTH, "spec.embed.width")
     _check(spec.max_position_embeddings, spec.max_position_embeddings >= 1, "spec.max_position_embeddings")
     for i, layer in enumerate(spec.layers):
-        if isinstance(layer.mixer, Attention):
-            _check_attention(layer.mixer, f"spec.layers[{i}].mixer")
+        where = f"spec.layers[{i}]"
+        _check_mixer(layer.mixer, spec.hidden_size, f"{where}.mixer")
+        _check_mixer(layer.beside, spec.hidden_size, f"{where}.beside")
+        alone = layer.mixer is None or layer.router is not None
+        _check(layer.beside, layer.beside is None or not alone, f"{where}.beside")
         if layer.router is not None:
-            _check(layer.mixer, isinstance(layer.mixer, Attention), f"spec.layers[{i}].mixer")
+            _check(layer.mixer, isinstance(layer.mixer, Attention), f"{where}.mixer")
             size = layer.router.predictor
-            _check(size, size is None or 1 <= size <= MAX_WIDTH, f"spec.layers[{i}].router.predictor")
-        if isinstance(layer.mixer, Mamba | Mamba2):
-            _check_recurrent(layer.mixer, f"spec.layers[{i}].mixer")
-        if isinstance(layer.mixer, ShortConv):
-            _check(layer.mixer.width, 1 <= layer.mixer.width <= MAX_WIDTH, f"spec.layers[{i}].mixer.width")
-            _check(layer.mixer.channels, layer.mixer.channels == spec.hidden_size, f"spec.layers[{i}].mixer.channels")
+            _check(size, size is None or 1 <= size <= MAX_WIDTH, f"{where}.router.predictor")
+        if layer.multipliers is not None:
+            _check(layer.multipliers.ssm, len(layer.multipliers.ssm) == 5, f"{where}.multipliers.ssm")
     return spec
+
+
+def _check_mixer(mixer: Any, hidden: int, where: str) -> None:
+    if isinstance(mixer, Attention):
+        _check_attention(mixer, where)
+    if isinstance(mixer, Mamba | Mamba2):
+        _check_recurrent(mixer, where)
+    if isinstance(mixer, ShortConv):
+        _check(mixer.width, 1 <= mixer.width <= MAX_WIDTH, f"{where}.width")
+        _check(mixer.channels, mixer.channels == hidden, f"{where}.channels")
 
 
 def _check_attention(a: Attention, where: str) -> None:

@@ -75,7 +75,7 @@ class Mamba:
 class Mamba2:
     """The state space of Mamba-2: heads of head_dim channels, `state` numbers to each channel, groups of heads that
     share B and C. norm: of the channels of each group, after the gate or before it. dt_min, dt_max: what a token's step
-    is clipped to; None: no bound."""
+    is clipped to; None: no bound. bias: of the first and the last projection, or, with out_bias, of the first."""
 
     heads: int
     head_dim: int
@@ -88,6 +88,12 @@ class Mamba2:
     norm_before_gate: bool = False
     dt_min: float = 0.0
     dt_max: float | None = None
+    out_bias: bool | None = field(default=None, metadata={ABSENT: True})
+
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether the last projection has a bias."""
+        return self.bias if self.out_bias is None else self.out_bias
 
     @property
     def inner(self) -> int:
@@ -167,10 +173,27 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Multipliers:
+    """What a layer's products are multiplied by (muP). The matrices and biases before them take the numbers over as
+    they are read. ssm: of z, x, B, C and dt; the inputs of attention's and the state space's first matrices have
+    attention_in and ssm_in."""
+
+    attention_in: float = 1.0
+    attention_out: float = 1.0
+    key: float = 1.0
+    ssm_in: float = 1.0
+    ssm_out: float = 1.0
+    ssm: tuple[float, ...] = (1.0,) * 5
+    gate: float = 1.0
+    down: float = 1.0
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """h = x + s mixer(x), h + s mlp(h); or, parallel, x + s (mixer(x) + mlp(x)).
     mixer and mlp: data of a kind, or None. norms: before a part, after it, or both; alone: before the layer's
-    only part. router: of the tokens that go through, or None: all do; with one the mixer is Attention."""
+    only part. router: of the tokens that go through, or None: all do; with one the mixer is Attention. beside: a
+    second mixer, which is given what the first is, and whose result is added to the first's; or None."""
 
     mixer: Any
     mlp: Any
@@ -179,11 +202,18 @@ class LayerSpec:
     parallel: bool = False
     residual_scale: float = 1.0
     router: Router | None = field(default=None, metadata={ABSENT: True})
+    beside: Any = field(default=None, metadata={ABSENT: True})
+    multipliers: Multipliers | None = field(default=None, metadata={ABSENT: True})
 
     @property
-    def remembers(self) -> Any:
-        """The kind whose state the layer has."""
-        return self.mixer if self.router is None else Routed(self.mixer, self.router)
+    def mixers(self) -> tuple[Any, ...]:
+        """One, or two side by side."""
+        return (self.mixer,) if self.beside is None else (self.mixer, self.beside)
+
+    @property
+    def remembers(self) -> tuple[Any, ...]:
+        """The kinds whose states the layer has, one for each mixer."""
+        return self.mixers if self.router is None else (Routed(self.mixer, self.router),)
 
 
 @dataclass(frozen=True)

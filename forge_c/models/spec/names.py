@@ -24,7 +24,8 @@ _LFM2: Rules = (
     (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."), (r"\.self_attn\.([qk])_layernorm\.", r".self_attn.\1_norm."),
     (r"\.conv\.conv\.", ".mixer.conv1d."), (r"\.conv\.(in|out)_proj\.", r".mixer.\1_proj."))
 _NAMES: Mapping[str, Rules] = {"mamba": _BACKBONE, "falcon_mamba": _BACKBONE, "mamba2": _BACKBONE, "bamba": _BAMBA,
-                               "granitemoehybrid": _GRANITE, "lfm2": _LFM2, "nemotron_h": _NEMOTRON}
+                               "falcon_h1": _BAMBA, "granitemoehybrid": _GRANITE, "lfm2": _LFM2,
+                               "nemotron_h": _NEMOTRON}
 
 
 def tensor_names(model_type: str) -> Callable[[str], str]:
