@@ -50,11 +50,14 @@ _HYBRIDS: dict[str, Config] = {
                                                                  "linear_attention"],
                    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 6, "head_dim": 8},
 }
+_HYBRIDS["zamba2"] = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_key_value_heads": 4,
+                      "n_mamba_heads": 4, "mamba_ngroups": 2, "mamba_d_state": 6, "adapter_rank": 4,
+                      "use_shared_attention_adapter": True, "use_mem_rope": True}
 _STATE_SPACE |= _HYBRIDS
 STATE_SPACE = tuple(_STATE_SPACE)  # families whose layers have recurrent states, all or some
 _OWN |= _STATE_SPACE
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2")
+_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2", "zamba2")
 BYTES = {"tokenizer_class": "ByteTokenizer"}
 
 
@@ -124,12 +127,17 @@ def _state_space(config: Mapping[str, Any], rng: np.random.Generator, dtype: DTy
         elif len(shape) == 1:
             found[name] = rng.standard_normal(shape) * 0.3 - ("dt" in name)
         else:
-            found[name] = rng.standard_normal(shape) * (0.1 if "embed" in name else 2 * shape[-1] ** -0.5)
+            # What is shared has norms of its own, which would make much of every error.
+            gain = 0.5 if ".shared_transformer." in name or ".linear." in name else 2.0
+            found[name] = rng.standard_normal(shape) * (0.1 if "embed" in name else gain * shape[-1] ** -0.5)
     return {name: np.ascontiguousarray(value.astype(dtype)) for name, value in found.items()}
 
 
 def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     family, hidden, vocab = config["model_type"], config["hidden_size"], config["vocab_size"]
+    if family == "zamba2":
+        yield from _zamba2_shapes(config)
+        return
     backbone = family in ("mamba", "falcon_mamba", "mamba2", "nemotron_h")
     root = "backbone" if backbone else "model"
     yield f"{root}.{'embeddings' if backbone else 'embed_tokens'}.weight", (vocab, hidden)
@@ -161,6 +169,35 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{root}.{last}.weight", (hidden,)
     if not config.get("tie_word_embeddings", family in _TIED):
         yield "lm_head.weight", (vocab, hidden)
+
+
+def _zamba2_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """All hybrid layers share the first one's block; adapters are one a layer."""
+    hidden, inner, rank = config["hidden_size"], config["intermediate_size"], config["adapter_rank"]
+    hybrid = [i for i, one in enumerate(config["layers_block_type"]) if one == "hybrid"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        if i in hybrid:
+            yield f"{layer}.linear.weight", (hidden, hidden)
+        decoder = f"{layer}.mamba_decoder" if i in hybrid else layer
+        yield f"{decoder}.input_layernorm.weight", (hidden,)
+        for name, shape in _mixer_shapes(config, "mamba2"):
+            yield f"{decoder}.mamba.{name}", shape
+    block = f"model.layers.{hybrid[0]}.shared_transformer"
+    yield f"{block}.input_layernorm.weight", (2 * hidden,)
+    yield f"{block}.pre_ff_layernorm.weight", (hidden,)
+    for name in "qkv":
+        yield f"{block}.self_attn.{name}_proj.weight", (2 * hidden, 2 * hidden)
+    yield f"{block}.self_attn.o_proj.weight", (hidden, 2 * hidden)
+    yield f"{block}.feed_forward.gate_up_proj.weight", (2 * inner, hidden)
+    yield f"{block}.feed_forward.down_proj.weight", (hidden, inner)
+    for i in range(len(hybrid)):
+        for name, rows, columns in (*((f"self_attn.linear_{p}", 2 * hidden, 2 * hidden) for p in "qkv"),
+                                    ("feed_forward.gate_up_proj", 2 * inner, hidden)):
+            yield f"{block}.{name}_adapter_list.{i}.0.weight", (rank, columns)
+            yield f"{block}.{name}_adapter_list.{i}.1.weight", (rows, rank)
+    yield "model.final_layernorm.weight", (hidden,)
 
 
 def _kind(config: Mapping[str, Any], i: int) -> str:
@@ -202,7 +239,8 @@ def _mixer_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple
                 ("conv1d.bias", (inner,)), ("x_proj.weight", (rank + 2 * n, inner)), ("dt_proj.weight", (inner, rank)),
                 ("dt_proj.bias", (inner,)), ("A_log", (inner, n)), ("D", (inner,)),
                 ("out_proj.weight", (hidden, inner))]
-    heads, groups = of("num_heads", "mamba_n_heads", "mamba_num_heads"), of("n_groups", "mamba_n_groups")
+    heads, groups = of("num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), of(
+        "n_groups", "mamba_n_groups", "mamba_ngroups")
     channels = inner + 2 * groups * n
     return [("in_proj.weight", (inner + channels + heads, hidden)), ("conv1d.weight", (channels, 1, width)),
             ("conv1d.bias", (channels,)), ("dt_bias", (heads,)), ("A_log", (heads,)), ("D", (heads,)),

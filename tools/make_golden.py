@@ -68,6 +68,12 @@ def nemotron(types: str, **changes: Any) -> dict[str, Any]:
             "mamba_head_dim": 12, "n_groups": 4, "ssm_state_size": 9} | changes
 
 
+def zamba(types: str, **changes: Any) -> dict[str, Any]:
+    found = [{"m": "linear_attention", "h": "hybrid"}[one] for one in types]
+    return {"layers_block_type": found, "num_hidden_layers": len(types), "num_key_value_heads": 4, "mamba_d_state": 9,
+            "adapter_rank": 6, "hidden_act": "gelu"} | changes
+
+
 def conv_layers(types: str) -> dict[str, Any]:
     return {"layer_types": types.split()}
 
@@ -153,6 +159,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "nemotron_h": ("NemotronH", nemotron("linear_attention mlp full_attention linear_attention mlp"), 37),
     "nemotron_h_biases": ("NemotronH", nemotron("full_attention linear_attention mlp", use_bias=True, mlp_bias=True,
                                                 n_groups=1, use_conv_bias=False, time_step_min=0.7), 37),
+    "zamba2": ("Zamba2", zamba("mhhmh", num_mem_blocks=2, mamba_ngroups=2), 37),
+    "zamba2_adapted_rope": ("Zamba2", zamba(
+        "mhmh", use_shared_attention_adapter=True, use_mem_rope=True, time_step_min=0.7, mamba_d_conv=3), 37),
     "mamba2_long_prompt": ("Mamba2", mamba2(num_hidden_layers=2, vocab_size=33, n_groups=4), 530),
 }
 

@@ -89,17 +89,21 @@ cdef class Part:
 
 
 cdef class AttentionPart(Part):
-    """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
-    (heads head_dim, hidden); q_norm and k_norm act on each head, before RoPE; so does balance, (heads + kv_heads,
-    head_dim), which queries and keys are multiplied by where the cache is int8."""
+    """Grouped-query attention: qkv (width, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
+    (heads head_dim, hidden); width: channels of what goes in, hidden unless said; q_norm and k_norm act on each head,
+    before RoPE; so does balance, (heads + kv_heads, head_dim), which queries and keys are multiplied by where the cache
+    is int8."""
     cdef fc_attention_weights w
 
     def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
-                 qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None):
+                 qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None,
+                 ptrdiff_t width=0):
         cdef cnp.ndarray by
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_ATTENTION, &self.w, out.n, norm, post_norm)
+        self.begin(FC_ATTENTION, &self.w, out.n, None, post_norm)
+        self.w.width = width or out.n
+        self.c.norm = self.normed("norm", norm, self.w.width)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
         self.project(self.beside("qkv", qkv, 3), (heads + 2 * kv_heads) * head_dim, qkv_bias)
         self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
@@ -115,7 +119,7 @@ cdef class AttentionPart(Part):
         self.arguments = {"qkv": qkv, "out": out, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
                           "norm": norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm,
                           "qkv_bias": qkv_bias, "balance": balance, "out_bias": out_bias, "scale": scale,
-                          "softcap": softcap, "window": window}
+                          "softcap": softcap, "window": window, "width": width}
 
     cdef int project(self, tuple matrices, ptrdiff_t columns, object bias) except -1:
         """The matrices into w.qkv, `columns` in all."""
@@ -127,7 +131,8 @@ cdef class AttentionPart(Part):
         if flat is not None and len(flat) != columns:
             raise ValueError(f"AttentionPart: qkv_bias has {len(flat)} values, expected {columns}")
         for i, w in enumerate(matrices):
-            self.w.qkv[i] = self.matrix("qkv", w, (self.hidden, w.n), None if flat is None else flat[first:first + w.n])
+            biases = None if flat is None else flat[first:first + w.n]
+            self.w.qkv[i] = self.matrix("qkv", w, (self.w.width, w.n), biases)
             self.w.qkv_columns[i] = w.n
             first += w.n
         return 0
@@ -312,8 +317,8 @@ cdef class StateTable:
 
 cdef class LayeredModel:
     """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and
-    behind them, where a layer has one, a Router or None, and the mixer beside; embedding (vocab, hidden), or packed as
-    (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
+    behind them, where a layer has one, a Router, the mixer beside, and attention and mlp ahead, or None; embedding
+    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
@@ -349,6 +354,9 @@ cdef class LayeredModel:
             layer_router(&self.layers[i], router, norm.n)
             layer_beside(&self.layers[i], beside, norm.n)
             self.mixers += [(one, router is not None) for one in ([mixer] if beside is None else [mixer, beside])]
+            if len(more) > 2:
+                layer_ahead(&self.layers[i], more[2], more[3], norm.n)
+                self.mixers.append((more[2], False))
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
@@ -470,10 +478,23 @@ cdef int layer_router(fc_layer *layer, object router, ptrdiff_t hidden) except -
 cdef int layer_beside(fc_layer *layer, Part part, ptrdiff_t hidden) except -1:
     if part is None:
         return 0
-    if part.hidden != hidden or layer.router != NULL or layer.mixer.kind == FC_NO_PART:
+    if part.hidden != hidden or layer.router != NULL or layer.mixer.kind == FC_NO_PART or (
+            isinstance(part, AttentionPart) and (<AttentionPart>part).w.width != hidden):
         raise ValueError(f"LayeredModel: a layer has {part!r} beside its mixer, expected one of {hidden} channels, "
                          "beside another, and no Router")
     layer.beside = &part.c
+    return 0
+
+
+cdef int layer_ahead(fc_layer *layer, AttentionPart attention, MLPPart mlp, ptrdiff_t hidden) except -1:
+    if attention is None or mlp is None:
+        raise TypeError("LayeredModel: a layer has None ahead of its mixer, expected an AttentionPart and an MLPPart")
+    if (attention.hidden != hidden or attention.w.width != 2 * hidden or mlp.hidden != hidden or layer.parallel
+            or layer.residual_scale != 1 or layer.router != NULL or layer.beside != NULL
+            or layer.mixer.kind == FC_NO_PART):
+        raise ValueError(f"LayeredModel: a layer has attention of {attention.w.width} channels ahead of its mixer, "
+                         f"expected {2 * hidden}, a mixer, scale 1, and nothing beside or parallel")
+    layer.ahead[0], layer.ahead[1] = &attention.c, &mlp.c
     return 0
 
 
@@ -482,5 +503,7 @@ cdef int layer_part(fc_part *to, Part part, ptrdiff_t hidden) except -1:
         return 0
     if part.hidden != hidden:
         raise ValueError(f"LayeredModel: a part has {part.hidden} channels, expected {hidden}")
+    if isinstance(part, AttentionPart) and (<AttentionPart>part).w.width != hidden:
+        raise ValueError(f"LayeredModel: attention is of width {(<AttentionPart>part).w.width}, expected {hidden}")
     to[0] = part.c
     return 0

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from forge_c.checks import checked_size
 from forge_c.formats.layout import Activations, PackDtype
 from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
+from forge_c.models.folded import folded
 from forge_c.models.inputs import can_observe, importance_of, of_random_tokens
 from forge_c.models.mix import Formats, weighs
-from forge_c.models.multipliers import multiplied
 from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
 from forge_c.models.rope_tables import RopeTables, depends_on_length
 from forge_c.models.spec import Attention, ModelSpec, Rope
@@ -188,7 +188,7 @@ def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype, activations
 
     def source(i: int) -> LayerSource:
         known, prefix = importance if of_layer is None else of_layer(i), f"model.layers.{i}."
-        return LayerSource(multiplied(checkpoint, prefix, spec.layers[i]), prefix, spec.hidden_size, dtype, activations,
+        return LayerSource(folded(checkpoint, prefix, spec.layers[i]), prefix, spec.hidden_size, dtype, activations,
                            lambda name, in_features: formats.of(name, i, in_features),
                            lambda name: importance_of(known, prefix, name))
 

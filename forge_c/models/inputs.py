@@ -27,8 +27,8 @@ from forge_c.functional import (
     silu,
     ssd_scan,
 )
-from forge_c.models.multipliers import multiplied
-from forge_c.models.parts import norm_names
+from forge_c.models.folded import folded
+from forge_c.models.parts import ahead_norms, norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
 from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, Norm, Router, ShortConv
 from forge_c.models.weights import Tensors
@@ -81,12 +81,12 @@ class Inputs:
         self.importance: dict[str, NDArray[Any]] = {}
         self._tables = RopeTables()
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        self._x = [embedding(ids, table, scale=spec.embed.scale, dtype=np.float32) for ids in texts]
+        self._x = self._embedded = [embedding(ids, table, scale=spec.embed.scale, dtype=np.float32) for ids in texts]
 
     def layer(self, i: int) -> None:
         """The texts through layer i, which comes after those before."""
         layer, prefix = self.spec.layers[i], f"model.layers.{i}."
-        source = _Floats(multiplied(self.checkpoint, prefix, layer), prefix, self.spec.hidden_size, self._tables)
+        source = _Floats(folded(self.checkpoint, prefix, layer), prefix, self.spec.hidden_size, self._tables)
         sums: dict[str, Any] = {}
         rows = sum(x.shape[1] for x in self._x)
 
@@ -95,7 +95,7 @@ class Inputs:
             seen = flat.T @ flat if self.products else np.square(flat).sum(axis=0)
             sums[name] = sums.get(name, 0) + seen / np.float32(rows)
 
-        self._x = list(_through(layer, source, self._x, see))
+        self._x = list(_through(layer, source, list(zip(self._x, self._embedded, strict=True)), see))
         self.importance |= {f"{source.prefix}{name}.weight": np.asarray(a, np.float32) for name, a in sums.items()}
 
 
@@ -128,7 +128,7 @@ class _Floats:
 def can_observe(spec: ModelSpec) -> bool:
     """Whether the kinds of all layers are known here."""
     return all(_observed.dispatch(type(part)) is not _observed.dispatch(object)
-               for layer in spec.layers for part in (*layer.mixers, layer.mlp))
+               for layer in spec.layers for part in (*layer.mixers, layer.mlp, layer.ahead and layer.ahead.mlp))
 
 
 @singledispatch
@@ -148,7 +148,7 @@ def _(kind: Attention, source: _Floats) -> Callable[[Floats, See], Floats]:
     sizes = [heads * d, keys * d, keys * d]
     names = ["self_attn.qkv_proj"] if kind.fused else [f"self_attn.{p}_proj" for p in "qkv"]
     rows = [sum(sizes)] if kind.fused else sizes
-    weights = [source.matrix(name, n, source.hidden) for name, n in zip(names, rows, strict=True)]
+    weights = [source.matrix(name, n, source.hidden * kind.streams) for name, n in zip(names, rows, strict=True)]
     biases = [source.bias(kind.qkv_bias, f"self_attn.{p}_proj", n) for p, n in zip("qkv", sizes, strict=True)]
     out = source.matrix("self_attn.o_proj", source.hidden, heads * d)
     out_bias = source.bias(kind.o_bias, "self_attn.o_proj", source.hidden)
@@ -299,10 +299,26 @@ def _(kind: MLP, source: _Floats) -> Callable[[Floats, See], Floats]:
     return _mlp(kind, source, ["mlp.up_proj"], False)
 
 
-def _through(layer: LayerSpec, source: _Floats, texts: Sequence[Floats], see: See) -> Iterator[Floats]:
-    """Each text after the layer."""
-    steps = []
-    for kinds, names in zip((layer.mixers, (layer.mlp,)), norm_names(layer), strict=True):
+def _ahead(layer: LayerSpec, source: _Floats, see: See) -> Callable[[Floats, Floats], Any]:
+    """What is added to the input of the mixer, from x and the embeddings."""
+    if layer.ahead is None:
+        return lambda x, embedded: np.float32(0)
+    parts: Any = [_observed(kind, source) for kind in (layer.ahead.attention, layer.ahead.mlp)]
+    norms = [source.norm(layer.norm, name, n) for name, n in ahead_norms(source.hidden).items()]
+
+    def compute(x: Floats, embedded: Floats) -> Floats:
+        y: Floats = np.concatenate([x, embedded], axis=-1)
+        for part, norm in zip(parts, norms, strict=True):
+            y = part(norm(y), see)
+        return y
+
+    return compute
+
+
+def _through(layer: LayerSpec, source: _Floats, texts: Sequence[tuple[Floats, Floats]], see: See) -> Iterator[Floats]:
+    """Each text after the layer, of what it is before it and the embeddings."""
+    steps, ahead = [], _ahead(layer, source, see)
+    for kinds, names in zip(((layer.mixer, layer.beside), (layer.mlp,)), norm_names(layer), strict=True):
         parts = [_observed(kind, source) for kind in kinds if kind is not None]
         norms = [None if not parts or name is None else source.norm(layer.norm, name, source.hidden) for name in names]
         steps.append((parts, norms))
@@ -316,20 +332,20 @@ def _through(layer: LayerSpec, source: _Floats, texts: Sequence[Floats], see: Se
         first, *others = ys if after is None else [after(y) for y in ys]
         return np.float32(layer.residual_scale) * sum(others, first)
 
-    def whole(x: Floats) -> Any:
-        first = x + branch(x, steps[0])
+    def whole(x: Floats, embedded: Floats) -> Any:
+        first = x + branch(x if layer.ahead is None else x + ahead(x, embedded), steps[0])
         return first + branch(x if layer.parallel else first, steps[1])
 
-    for x in texts:
+    for x, embedded in texts:
         if layer.router is None:
-            yield whole(x)
+            yield whole(x, embedded)
             continue
         gate, at = _routed(layer.router, source, x[0])
         out = x.copy()
         if len(at):
             source.positions = at
             r = gate[at, None]
-            out[0, at] = (1 - r) * x[0, at] + r * whole(x[:, at])[0]
+            out[0, at] = (1 - r) * x[0, at] + r * whole(x[:, at], embedded)[0]
         yield out
 
 

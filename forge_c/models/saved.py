@@ -38,7 +38,17 @@ from forge_c.functional import (
     _weight_formats,
 )
 from forge_c.models.decoder import Decoder
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, ShortConv
+from forge_c.models.spec import (
+    MLP,
+    Attention,
+    GatedMLP,
+    JoinedAttention,
+    LayerSpec,
+    Mamba,
+    Mamba2,
+    ModelSpec,
+    ShortConv,
+)
 from forge_c.models.spec.document import from_document, to_document
 from forge_c.models.tokenizer_files import save_tokenizer
 from forge_c.models.weights.gguf import StoredType
@@ -57,8 +67,8 @@ _DTYPES = {"uint8": np.dtype(np.uint8), "float32": np.dtype(np.float32), "float1
 _MADE: Mapping[str, Any] = {"PackedWeight": PackedWeight, "Norm": Norm, "AttentionPart": AttentionPart,
                             "MLPPart": MLPPart, "MambaPart": MambaPart, "Mamba2Part": Mamba2Part,
                             "ShortConvPart": ShortConvPart, "Router": Router}
-_PARTS_OF: Mapping[type, Any] = {Attention: AttentionPart, Mamba: MambaPart, Mamba2: Mamba2Part,
-                                 ShortConv: ShortConvPart, GatedMLP: MLPPart, MLP: MLPPart}
+_PARTS_OF: Mapping[type, Any] = {Attention: AttentionPart, JoinedAttention: AttentionPart, Mamba: MambaPart,
+                                 Mamba2: Mamba2Part, ShortConv: ShortConvPart, GatedMLP: MLPPart, MLP: MLPPart}
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError)
 
 
@@ -252,11 +262,14 @@ def _check_model(spec: ModelSpec, model: LayeredModel) -> None:
         raise ValueError(f"{len(model.held)} layers and a head of {model.head.shape}, expected {spec.n_layers} and "
                          f"{(spec.hidden_size, spec.vocab_size)}")
     for i, (layer, (mixer, mlp, parallel, scale, *more)) in enumerate(zip(spec.layers, model.held, strict=True)):
-        router, beside = (*more, None, None)[:2]
+        router, beside, *ahead = [*more, None, None, None, None][:4]
         _check_router(i, layer, router)
         if (parallel, scale) != (layer.parallel, layer.residual_scale):
             raise ValueError(f"layer {i} is {(parallel, scale)}, expected {(layer.parallel, layer.residual_scale)}")
-        for part, kind in ((mixer, layer.mixer), (mlp, layer.mlp), (beside, layer.beside)):
+        kinds: list[Any] = [layer.mixer, layer.mlp, layer.beside, None, None]
+        if layer.ahead is not None:
+            kinds[3:] = layer.ahead.attention, layer.ahead.mlp
+        for part, kind in zip((mixer, mlp, beside, *ahead), kinds, strict=True):
             _check_part(i, part, kind)
 
 

@@ -2,10 +2,12 @@
 from forge_c.models.spec.families import FAMILIES, model_spec
 from forge_c.models.spec.kinds import (
     MLP,
+    Ahead,
     Attention,
     Embedding,
     GatedMLP,
     Head,
+    JoinedAttention,
     LayerSpec,
     Mamba,
     Mamba2,
@@ -19,5 +21,6 @@ from forge_c.models.spec.kinds import (
 )
 from forge_c.models.spec.names import tensor_names
 
-__all__ = ["FAMILIES", "MLP", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "Mamba", "Mamba2", "ModelSpec",
-           "Multipliers", "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec", "tensor_names"]
+__all__ = ["FAMILIES", "MLP", "Ahead", "Attention", "Embedding", "GatedMLP", "Head", "JoinedAttention", "LayerSpec",
+           "Mamba", "Mamba2", "ModelSpec", "Multipliers", "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec",
+           "tensor_names"]

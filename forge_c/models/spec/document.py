@@ -8,11 +8,23 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forge_c.checks import short
-from forge_c.models.spec.kinds import ABSENT, MLP, Attention, GatedMLP, Mamba, Mamba2, ModelSpec, ShortConv
+from forge_c.models.spec.kinds import (
+    ABSENT,
+    MLP,
+    Attention,
+    GatedMLP,
+    JoinedAttention,
+    LayerSpec,
+    Mamba,
+    Mamba2,
+    ModelSpec,
+    ShortConv,
+)
 from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
 from forge_c.rotary import rope_table
 
-_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (Attention, Mamba, Mamba2, ShortConv, GatedMLP, MLP)}
+_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (
+    Attention, JoinedAttention, Mamba, Mamba2, ShortConv, GatedMLP, MLP)}
 _MOST = 1 << 40  # of any integer
 _MOST_ITEMS = 1 << 20
 
@@ -39,6 +51,7 @@ def from_document(document: Any) -> ModelSpec:
         where = f"spec.layers[{i}]"
         _check_mixer(layer.mixer, spec.hidden_size, f"{where}.mixer")
         _check_mixer(layer.beside, spec.hidden_size, f"{where}.beside")
+        _check_ahead(layer, f"{where}.ahead")
         alone = layer.mixer is None or layer.router is not None
         _check(layer.beside, layer.beside is None or not alone, f"{where}.beside")
         if layer.router is not None:
@@ -50,7 +63,16 @@ def from_document(document: Any) -> ModelSpec:
     return spec
 
 
+def _check_ahead(layer: LayerSpec, where: str) -> None:
+    ahead = layer.ahead
+    if ahead is not None:
+        _check(ahead, isinstance(ahead.attention, JoinedAttention) and isinstance(ahead.mlp, GatedMLP | MLP), where)
+        _check(ahead, layer.mixer is not None and layer.beside is None and layer.router is None, where)
+        _check_attention(ahead.attention, f"{where}.attention")
+
+
 def _check_mixer(mixer: Any, hidden: int, where: str) -> None:
+    _check(mixer, not isinstance(mixer, JoinedAttention), where)
     if isinstance(mixer, Attention):
         _check_attention(mixer, where)
     if isinstance(mixer, Mamba | Mamba2):

@@ -13,6 +13,7 @@ from forge_c.models.spec.mixture_of_depths import mixture_of_depths
 from forge_c.models.spec.phi import phi3
 from forge_c.models.spec.quantized import check_not_quantized
 from forge_c.models.spec.qwen import qwen2, qwen3
+from forge_c.models.spec.zamba import zamba2
 from forge_c.rotary import rope_table
 
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
@@ -20,7 +21,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "gemma3_text": gemma3, "gemma3": gemma3_with_images, "phi3": phi3, "smollm3": smollm3, "granite": granite,
     "mixture_of_depths": mixture_of_depths, "mamba": mamba, "falcon_mamba": falcon_mamba, "mamba2": mamba2,
     "bamba": bamba, "falcon_h1": falcon_h1, "granitemoehybrid": granitemoehybrid, "lfm2": lfm2,
-    "nemotron_h": nemotron_h}
+    "nemotron_h": nemotron_h, "zamba2": zamba2}
 
 
 def model_spec(config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelSpec:

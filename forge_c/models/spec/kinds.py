@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ABSENT = "absent"  # in a field's metadata: a document leaves it out where it has its default
 
@@ -48,6 +48,15 @@ class Attention:
     qkv_bias: bool = False
     o_bias: bool = False
     fused: bool = False
+
+    streams: ClassVar[int] = 1  # times hidden: what goes in
+
+
+@dataclass(frozen=True)
+class JoinedAttention(Attention):
+    """Attention that is given the embeddings too, behind the residual stream's channels."""
+
+    streams: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
@@ -189,11 +198,27 @@ class Multipliers:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What is added to a mixer's input: mlp(attention(x | embeddings)). Several layers share its weights, which the
+    checkpoint has in layer `of`; each adds low-rank matrices of its own, number `use`, to the mlp's first and, if
+    `adapted`, attention's, and multiplies the last by another. A layer's own weights take these over as they are read.
+    """
+
+    attention: Any
+    mlp: Any
+    of: int
+    use: int
+    rank: int
+    adapted: bool
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """h = x + s mixer(x), h + s mlp(h); or, parallel, x + s (mixer(x) + mlp(x)).
     mixer and mlp: data of a kind, or None. norms: before a part, after it, or both; alone: before the layer's
     only part. router: of the tokens that go through, or None: all do; with one the mixer is Attention. beside: a
-    second mixer, which is given what the first is, and whose result is added to the first's; or None."""
+    second mixer, which is given what the first is, and whose result is added to the first's; or None. ahead: x +
+    mixer(x + ahead(x)), or None."""
 
     mixer: Any
     mlp: Any
@@ -204,11 +229,13 @@ class LayerSpec:
     router: Router | None = field(default=None, metadata={ABSENT: True})
     beside: Any = field(default=None, metadata={ABSENT: True})
     multipliers: Multipliers | None = field(default=None, metadata={ABSENT: True})
+    ahead: Ahead | None = field(default=None, metadata={ABSENT: True})
 
     @property
     def mixers(self) -> tuple[Any, ...]:
-        """One, or two side by side."""
-        return (self.mixer,) if self.beside is None else (self.mixer, self.beside)
+        """The first, and one beside or ahead of it."""
+        more = self.beside if self.ahead is None else self.ahead.attention
+        return (self.mixer,) if more is None else (self.mixer, more)
 
     @property
     def remembers(self) -> tuple[Any, ...]:
