@@ -71,6 +71,18 @@ def test_how_long_a_text_may_be():
         model_spec(small(FAMILY, rope_scaling={"rope_type": "yarn", "factor": -1.0}))
 
 
+def test_a_file_of_2025():
+    """With keys that say how it was made, and older names."""
+    older = {"attn_layer_indices": None, "mamba_use_mlp": True, "mlp_expansion_factor": 8, "num_logits_to_keep": 1,
+             "mamba_chunk_size": 128, "rope_theta": 1e11, "rope_scaling": None, "head_dim": 16, "use_cache": True,
+             "time_step_floor": 1e-4, "time_step_max": 0.1, "time_step_min": 0.001, "torch_dtype": "bfloat16",
+             "time_step_limit": [0.0, {"__float__": "Infinity"}], "projectors_bias": False, "mamba_d_head": 12,
+             "mamba_norm_before_gate": False, "mamba_rms_norm": False, "architectures": ["FalconH1ForCausalLM"]}
+    layer = model_spec(small(FAMILY, **older)).layers[0]
+    assert layer.mixer == Mamba2(4, 12, 2, 6, 4, out_bias=False)
+    assert (layer.beside.head_dim, layer.beside.rope.theta, layer.beside.scale) == (16, 1e11, 0.25)
+
+
 def test_multipliers_of_a_file():
     spec = model_spec(small(FAMILY, **MULTIPLIED))
     assert spec.layers[0].multipliers == Multipliers(

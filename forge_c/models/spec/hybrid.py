@@ -21,7 +21,7 @@ from forge_c.models.spec.kinds import (
     Rope,
     ShortConv,
 )
-from forge_c.models.spec.mamba import UNREAD, state_space, time_step_limit
+from forge_c.models.spec.mamba import UNREAD, expanded, state_space, time_step_limit
 from forge_c.models.spec.reader import BIASES, COMMON, MAX_WIDTH, Reader, checked_number
 
 _MAMBA = UNREAD | {
@@ -194,9 +194,10 @@ def _attention(c: Reader, s: blocks.Sizes, rope: Rope | None) -> Attention:
 def _mamba2(c: Reader, norm: Norm | None, inner_key: str | None = None) -> Mamba2:
     """inner_key: of the channels of all heads, where the file may say them."""
     heads, head_dim = c.integer("mamba_n_heads", MAX_WIDTH), c.value("mamba_d_head")
-    inner, why = int(c.number("mamba_expand") * c.integer("hidden_size", MAX_WIDTH)), "mamba_expand times hidden_size"
     if inner_key is not None and c.value(inner_key) is not None:
         inner, why = c.integer(inner_key, MAX_WIDTH), inner_key
+    else:
+        inner, why = expanded(c, "mamba_expand"), "mamba_expand times hidden_size"
     head_dim = inner // heads if head_dim in ("auto", None) else c.integer("mamba_d_head", MAX_WIDTH)
     if heads * head_dim != inner:
         raise ValueError(f"config.json: mamba_n_heads is {heads} and mamba_d_head {head_dim}, expected a product of "

@@ -7,7 +7,7 @@ from typing import Any
 from forge_c.checks import short
 from forge_c.models.spec import blocks
 from forge_c.models.spec.kinds import Ahead, GatedMLP, JoinedAttention, LayerSpec, ModelSpec, Norm
-from forge_c.models.spec.mamba import UNREAD, state_space
+from forge_c.models.spec.mamba import UNREAD, expanded, state_space
 from forge_c.models.spec.reader import COMMON, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Reader
 
 _TYPES = {"mamba": "linear_attention", "linear_attention": "linear_attention", "hybrid": "hybrid"}
@@ -29,7 +29,7 @@ def zamba2(config: Mapping[str, Any]) -> ModelSpec:
         raise ValueError("config.json: expected add_bias_linear and use_long_context false and use_conv_bias true for "
                          "model_type zamba2")
     hidden, norm, types = c.integer("hidden_size", MAX_WIDTH), blocks.rms_norm(c), _types(c)
-    heads, inner = c.integer("n_mamba_heads", MAX_WIDTH), int(c.number("mamba_expand") * hidden)
+    heads, inner = c.integer("n_mamba_heads", MAX_WIDTH), expanded(c, "mamba_expand")
     if inner % heads:
         raise ValueError(f"config.json: n_mamba_heads is {heads}, expected a divisor of {inner}, mamba_expand times "
                          "hidden_size")
