@@ -411,9 +411,12 @@ cdef extern from "forge.h" nogil:
         int parallel
         float residual_scale
         const fc_router *router
+        const fc_part *beside
+        const fc_part *ahead[2]
     ctypedef struct fc_attention_weights:
         ptrdiff_t heads, kv_heads, head_dim
         fc_norm q_norm, k_norm
+        ptrdiff_t width
         fc_matrix qkv[3]
         ptrdiff_t qkv_columns[3]
         fc_matrix out

@@ -68,7 +68,7 @@ class AttentionPart(Part):
                  head_dim: int, norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
                  k_norm: Norm | None = None, qkv_bias: Array | None = None, balance: Array | None = None,
                  out_bias: Array | None = None, scale: float = 1.0, softcap: float = 0.0,
-                 window: int | None = None) -> None: ...
+                 window: int | None = None, width: int = 0) -> None: ...
 
 class MLPPart(Part):
     def __init__(self, up: PackedWeight | Sequence[PackedWeight], down: PackedWeight, *, activation: str = "silu",
@@ -141,6 +141,7 @@ class StateTable:
 class LayeredModel:
     held: list[tuple[Any, ...]]
     parts: list[Part | Router]
+    nbytes: int
     embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm

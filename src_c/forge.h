@@ -393,7 +393,8 @@ fc_status fc_rg_lru(const fc_rg_lru_args *args);
 /* ---- a model's forward pass: layers of parts, each of a kind ----
  * A layer is a mixer, which sees the tokens before, and an mlp, which does not:
  *     h = x + s mixer(x),  h + s mlp(h)        or, parallel,  x + s (mixer(x) + mlp(x))
- * where part(x) stands for post_norm(part(norm(x))). Activations are float32. */
+ * where part(x) stands for post_norm(part(norm(x))), and mixer(x) for the sum of two where there is one beside it.
+ * Activations are float32. */
 typedef enum { FC_NO_NORM, FC_RMS_NORM, FC_LAYER_NORM } fc_norm_kind;
 typedef struct {
     fc_norm_kind kind;
@@ -446,6 +447,11 @@ typedef struct {
     int parallel;
     float residual_scale;
     const fc_router *router; /* or NULL: all tokens go through */
+    const fc_part *beside;   /* a second mixer, or NULL; not behind a router */
+    /* Attention and an mlp whose result is added to what the mixer is given, x += mixer(x + mlp(attention(x | e))), or
+     * NULL twice: e are the embeddings, and attention is of `width` 2 hidden. Not in parallel layers, nor with a scale,
+     * a router or a mixer beside. */
+    const fc_part *ahead[2];
 } fc_layer;
 
 /* FC_ATTENTION: A = H * D query channels, C = G * D key channels; q_norm, k_norm act on each head, before RoPE. Queries,
@@ -453,7 +459,8 @@ typedef struct {
 typedef struct {
     ptrdiff_t heads, kv_heads, head_dim;
     fc_norm q_norm, k_norm;
-    fc_matrix qkv[3]; /* side by side (hidden, A + 2 C) */
+    ptrdiff_t width;  /* channels of what goes in; 0: hidden */
+    fc_matrix qkv[3]; /* side by side (width, A + 2 C) */
     ptrdiff_t qkv_columns[3]; /* of each; 0: there is none */
     fc_matrix out; /* (A, hidden) */
     const float *balance; /* (A + C), or NULL: what q and k are multiplied by, before RoPE, for pages of int8 */
@@ -561,8 +568,9 @@ typedef struct {
 typedef struct {
     size_t size; /* sizeof(fc_forward_args) of the caller */
     const fc_model *model;
-    void **states;        /* (n_layers) of the mixers' kinds: fc_attention_state, fc_recurrent_state, what fc_called
-                           * takes, or NULL; of a layer with a router fc_routed_state */
+    void **states;        /* one a mixer, of its kind: fc_attention_state, fc_recurrent_state, what fc_called takes, or
+                           * NULL; of a layer with a router fc_routed_state. That of a mixer beside or of attention ahead
+                           * follows. */
     const int64_t *ids;   /* (B, S), already checked; NULL: x holds what the embedding would give */
     float *x;             /* (B, S, hidden): what the last layer gives, before the norm; or NULL, if there are ids */
     float *hidden;        /* (B, S, hidden) after the norm, may be x; or NULL */

@@ -39,6 +39,9 @@ _STATE_SPACE: dict[str, Config] = {
 _HEADS: Config = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 6}
 _HYBRIDS: dict[str, Config] = {
     "bamba": _HEADS | {"attn_layer_indices": [1]},
+    "falcon_h1": _HEADS | {"mamba_d_ssm": 48, "mamba_rms_norm": True, "ssm_multipliers": [0.5, 0.8, 1.5, 0.6, 0.7],
+                           "key_multiplier": 0.6, "ssm_out_multiplier": 0.9, "attention_out_multiplier": 1.2,
+                           "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "mlp_multipliers": [0.9, 0.7]},
     "granitemoehybrid": _HEADS | _OWN["granite"] | {
         "num_local_experts": 0, "shared_intermediate_size": 40, "position_embedding_type": "rope",
         "layer_types": ["mamba", "attention", "mamba"]},
@@ -49,11 +52,14 @@ _HYBRIDS: dict[str, Config] = {
     "recurrent_gemma": {"attention_window_size": 9, "lru_width": 24, "intermediate_size": 80,
                         "block_types": ["recurrent", "attention"]},
 }
+_HYBRIDS["zamba2"] = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_key_value_heads": 4,
+                      "n_mamba_heads": 4, "mamba_ngroups": 2, "mamba_d_state": 6, "adapter_rank": 4,
+                      "use_shared_attention_adapter": True, "use_mem_rope": True}
 _STATE_SPACE |= _HYBRIDS
 STATE_SPACE = tuple(_STATE_SPACE)  # families whose layers have recurrent states, all or some
 _OWN |= _STATE_SPACE
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2", "recurrent_gemma")
+_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2", "recurrent_gemma", "zamba2")
 BYTES = {"tokenizer_class": "ByteTokenizer"}
 
 
@@ -123,12 +129,17 @@ def _state_space(config: Mapping[str, Any], rng: np.random.Generator, dtype: DTy
         elif len(shape) == 1:
             found[name] = rng.standard_normal(shape) * 0.3 - ("dt" in name) - 3 * ("recurrent_param" in name)
         else:
-            found[name] = rng.standard_normal(shape) * (0.1 if "embed" in name else 2 * shape[-1] ** -0.5)
+            # What is shared has norms of its own, which would make much of every error.
+            gain = 0.5 if ".shared_transformer." in name or ".linear." in name else 2.0
+            found[name] = rng.standard_normal(shape) * (0.1 if "embed" in name else gain * shape[-1] ** -0.5)
     return {name: np.ascontiguousarray(value.astype(dtype)) for name, value in found.items()}
 
 
 def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     family, hidden, vocab = config["model_type"], config["hidden_size"], config["vocab_size"]
+    if family == "zamba2":
+        yield from _zamba2_shapes(config)
+        return
     backbone = family in ("mamba", "falcon_mamba", "mamba2", "nemotron_h")
     root = "backbone" if backbone else "model"
     yield f"{root}.{'embeddings' if backbone else 'embed_tokens'}.weight", (vocab, hidden)
@@ -138,16 +149,18 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         if backbone:
             yield f"{layer}.norm.weight", (hidden,)
         else:
-            names = {"bamba": ("input_layernorm", "pre_ff_layernorm"), "lfm2": ("operator_norm", "ffn_norm"),
+            names = {**dict.fromkeys(("bamba", "falcon_h1"), ("input_layernorm", "pre_ff_layernorm")),
+                     "lfm2": ("operator_norm", "ffn_norm"),
                      "recurrent_gemma": ("temporal_pre_norm", "channel_pre_norm")}
             for name in names.get(family, ("input_layernorm", "post_attention_layernorm")):
                 yield f"{layer}.{name}.weight", (hidden,)
         if family == "recurrent_gemma":
             yield from ((f"{layer}.{name}", shape) for name, shape in _griffin_shapes(config, kind))
             continue
-        mixer = f"{layer}." + ("mixer" if backbone else {"attention": "self_attn", "conv": "conv"}.get(kind, "mamba"))
-        for name, shape in _mixer_shapes(config, kind):
-            yield f"{mixer}.{name}", shape
+        for one in ("mamba2", "attention") if kind == "both" else (kind,):
+            mixer = "mixer" if backbone else {"attention": "self_attn", "conv": "conv"}.get(one, "mamba")
+            for name, shape in _mixer_shapes(config, one):
+                yield f"{layer}.{mixer}.{name}", shape
         inner = config.get("intermediate_size")
         if family == "granitemoehybrid":
             yield f"{layer}.shared_mlp.input_linear.weight", (2 * config["shared_intermediate_size"], hidden)
@@ -157,11 +170,41 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             gate, up, down = ("w1", "w3", "w2") if family == "lfm2" else ("gate_proj", "up_proj", "down_proj")
             for name, shape in ((gate, (inner, hidden)), (up, (inner, hidden)), (down, (hidden, inner))):
                 yield f"{layer}.feed_forward.{name}.weight", shape
-    last = {"bamba": "final_layernorm", "lfm2": "embedding_norm", "recurrent_gemma": "final_norm"}.get(
+    last = {"bamba": "final_layernorm", "falcon_h1": "final_layernorm", "lfm2": "embedding_norm",
+            "recurrent_gemma": "final_norm"}.get(
         family, "norm_f" if backbone else "norm")
     yield f"{root}.{last}.weight", (hidden,)
     if not config.get("tie_word_embeddings", family in _TIED):
         yield "lm_head.weight", (vocab, hidden)
+
+
+def _zamba2_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """All hybrid layers share the first one's block; adapters are one a layer."""
+    hidden, inner, rank = config["hidden_size"], config["intermediate_size"], config["adapter_rank"]
+    hybrid = [i for i, one in enumerate(config["layers_block_type"]) if one == "hybrid"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        if i in hybrid:
+            yield f"{layer}.linear.weight", (hidden, hidden)
+        decoder = f"{layer}.mamba_decoder" if i in hybrid else layer
+        yield f"{decoder}.input_layernorm.weight", (hidden,)
+        for name, shape in _mixer_shapes(config, "mamba2"):
+            yield f"{decoder}.mamba.{name}", shape
+    block = f"model.layers.{hybrid[0]}.shared_transformer"
+    yield f"{block}.input_layernorm.weight", (2 * hidden,)
+    yield f"{block}.pre_ff_layernorm.weight", (hidden,)
+    for name in "qkv":
+        yield f"{block}.self_attn.{name}_proj.weight", (2 * hidden, 2 * hidden)
+    yield f"{block}.self_attn.o_proj.weight", (hidden, 2 * hidden)
+    yield f"{block}.feed_forward.gate_up_proj.weight", (2 * inner, hidden)
+    yield f"{block}.feed_forward.down_proj.weight", (hidden, inner)
+    for i in range(len(hybrid)):
+        for name, rows, columns in (*((f"self_attn.linear_{p}", 2 * hidden, 2 * hidden) for p in "qkv"),
+                                    ("feed_forward.gate_up_proj", 2 * inner, hidden)):
+            yield f"{block}.{name}_adapter_list.{i}.0.weight", (rank, columns)
+            yield f"{block}.{name}_adapter_list.{i}.1.weight", (rows, rank)
+    yield "model.final_layernorm.weight", (hidden,)
 
 
 def _kind(config: Mapping[str, Any], i: int) -> str:
@@ -170,6 +213,8 @@ def _kind(config: Mapping[str, Any], i: int) -> str:
         return str(types[i % len(types)])
     if config["model_type"] == "bamba":
         return "attention" if i in config["attn_layer_indices"] else "mamba2"
+    if config["model_type"] == "falcon_h1":
+        return "both"
     if types is None:
         return "mamba2" if config["model_type"] == "mamba2" else "mamba"
     return {"mamba": "mamba2", "linear_attention": "mamba2", "full_attention": "attention"}.get(types[i], types[i])
@@ -197,7 +242,7 @@ def _griffin_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tup
 
 
 def _mixer_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config["hidden_size"], 2 * config["hidden_size"]
+    hidden, inner = config["hidden_size"], config.get("mamba_d_ssm", 2 * config["hidden_size"])
     if kind == "attention":
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         d, lfm = config.get("head_dim") or hidden // heads, config["model_type"] == "lfm2"
@@ -224,7 +269,8 @@ def _mixer_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple
                 ("conv1d.bias", (inner,)), ("x_proj.weight", (rank + 2 * n, inner)), ("dt_proj.weight", (inner, rank)),
                 ("dt_proj.bias", (inner,)), ("A_log", (inner, n)), ("D", (inner,)),
                 ("out_proj.weight", (hidden, inner))]
-    heads, groups = of("num_heads", "mamba_n_heads", "mamba_num_heads"), of("n_groups", "mamba_n_groups")
+    heads, groups = of("num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), of(
+        "n_groups", "mamba_n_groups", "mamba_ngroups")
     channels = inner + 2 * groups * n
     return [("in_proj.weight", (inner + channels + heads, hidden)), ("conv1d.weight", (channels, 1, width)),
             ("conv1d.bias", (channels,)), ("dt_bias", (heads,)), ("A_log", (heads,)), ("D", (heads,)),

@@ -522,7 +522,7 @@ def test_the_config():
     assert [layer.router for layer in spec.layers] == [None, Router(0.25), None, Router(0.25), None]
     assert replace(spec, layers=plain.layers, model_type="llama") == plain
     assert [replace(layer, router=None) for layer in spec.layers] == list(plain.layers)
-    assert spec.layers[1].remembers == Routed(plain.layers[1].mixer, Router(0.25))
+    assert spec.layers[1].remembers == (Routed(plain.layers[1].mixer, Router(0.25)),)
     routers = [layer.router for layer in model_spec(config(routed_layers=[0, 4], router_threshold=[1, -2.5])).layers]
     assert routers == [Router(1.0), None, None, None, Router(-2.5)]
     assert model_spec(config(**PREDICTED)).layers[3].router == Router(predictor=8)

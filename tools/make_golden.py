@@ -73,9 +73,19 @@ def griffin(types: str, **changes: Any) -> dict[str, Any]:
     return {"block_types": types.split(), "attention_window_size": 9, "max_position_embeddings": ...} | changes
 
 
+def zamba(types: str, **changes: Any) -> dict[str, Any]:
+    found = [{"m": "linear_attention", "h": "hybrid"}[one] for one in types]
+    return {"layers_block_type": found, "num_hidden_layers": len(types), "num_key_value_heads": 4, "mamba_d_state": 9,
+            "adapter_rank": 6, "hidden_act": "gelu"} | changes
+
+
 def conv_layers(types: str) -> dict[str, Any]:
     return {"layer_types": types.split()}
 
+
+MUP = {"embedding_multiplier": 5.5, "lm_head_multiplier": 0.3, "attention_in_multiplier": 1.3,
+       "attention_out_multiplier": 0.9, "key_multiplier": 0.4, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.6,
+       "ssm_multipliers": [0.35, 0.25, 1.5, 0.5, 0.7], "mlp_multipliers": [0.9, 0.6]}
 
 DENSE = {"num_local_experts": 0, "shared_intermediate_size": 56, "embedding_multiplier": 3.0, "logits_scaling": 5.0,
          "residual_multiplier": 0.3, "attention_multiplier": 0.2}
@@ -136,6 +146,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "bamba_biases": ("Bamba", mamba_in_a_hybrid(
         attn_layer_indices=[0, 2], attention_bias=True, mlp_bias=True, mamba_proj_bias=True, mamba_conv_bias=False,
         mamba_n_groups=4, tie_word_embeddings=True), 37),
+    "falcon_h1": ("FalconH1", mamba_in_a_hybrid(**MUP, mamba_d_ssm=96), 37),
+    "falcon_h1_norm_before_gate_biases": ("FalconH1", mamba_in_a_hybrid(
+        **MUP, mamba_d_ssm=None, mamba_rms_norm=True, attention_bias=True, mlp_bias=True, mamba_proj_bias=True,
+        projectors_bias=True, mamba_n_groups=4, head_dim=10), 37),
+    "falcon_h1_norm_after_gate_tied": ("FalconH1", mamba_in_a_hybrid(
+        mamba_n_heads=6, mamba_d_ssm=72, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_conv_bias=False,
+        projectors_bias=True, key_multiplier=0.4, mlp_multipliers=[0.9, 0.6], tie_word_embeddings=True,
+        mamba_d_conv=3), 37),
     "granitemoehybrid": ("GraniteMoeHybrid", mamba_in_a_hybrid(**DENSE, position_embedding_type="rope") | layers(
         "linear full linear"), 37),
     "granitemoehybrid_without_rope": ("GraniteMoeHybrid", mamba_in_a_hybrid(
@@ -152,6 +170,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         hidden_activation="gelu", logits_soft_cap=12.0, tie_word_embeddings=False, attention_window_size=20), 37),
     "recurrent_gemma_long_prompt": ("RecurrentGemma", griffin(
         "recurrent attention", num_hidden_layers=3, vocab_size=33, attention_window_size=90), 530),
+    "zamba2": ("Zamba2", zamba("mhhmh", num_mem_blocks=2, mamba_ngroups=2), 37),
+    "zamba2_adapted_rope": ("Zamba2", zamba(
+        "mhmh", use_shared_attention_adapter=True, use_mem_rope=True, time_step_min=0.7, mamba_d_conv=3), 37),
     "mamba2_long_prompt": ("Mamba2", mamba2(num_hidden_layers=2, vocab_size=33, n_groups=4), 530),
 }
 

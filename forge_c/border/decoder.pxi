@@ -89,17 +89,21 @@ cdef class Part:
 
 
 cdef class AttentionPart(Part):
-    """Grouped-query attention: qkv (hidden, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
-    (heads head_dim, hidden); q_norm and k_norm act on each head, before RoPE; so does balance, (heads + kv_heads,
-    head_dim), which queries and keys are multiplied by where the cache is int8."""
+    """Grouped-query attention: qkv (width, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
+    (heads head_dim, hidden); width: channels of what goes in, hidden unless said; q_norm and k_norm act on each head,
+    before RoPE; so does balance, (heads + kv_heads, head_dim), which queries and keys are multiplied by where the cache
+    is int8."""
     cdef fc_attention_weights w
 
     def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
-                 qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None):
+                 qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None,
+                 ptrdiff_t width=0):
         cdef cnp.ndarray by
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_ATTENTION, &self.w, out.n, norm, post_norm)
+        self.begin(FC_ATTENTION, &self.w, out.n, None, post_norm)
+        self.w.width = width or out.n
+        self.c.norm = self.normed("norm", norm, self.w.width)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
         self.project(self.beside("qkv", qkv, 3), (heads + 2 * kv_heads) * head_dim, qkv_bias)
         self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
@@ -115,7 +119,7 @@ cdef class AttentionPart(Part):
         self.arguments = {"qkv": qkv, "out": out, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
                           "norm": norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm,
                           "qkv_bias": qkv_bias, "balance": balance, "out_bias": out_bias, "scale": scale,
-                          "softcap": softcap, "window": window}
+                          "softcap": softcap, "window": window, "width": width}
 
     cdef int project(self, tuple matrices, ptrdiff_t columns, object bias) except -1:
         """The matrices into w.qkv, `columns` in all."""
@@ -127,7 +131,8 @@ cdef class AttentionPart(Part):
         if flat is not None and len(flat) != columns:
             raise ValueError(f"AttentionPart: qkv_bias has {len(flat)} values, expected {columns}")
         for i, w in enumerate(matrices):
-            self.w.qkv[i] = self.matrix("qkv", w, (self.hidden, w.n), None if flat is None else flat[first:first + w.n])
+            biases = None if flat is None else flat[first:first + w.n]
+            self.w.qkv[i] = self.matrix("qkv", w, (self.w.width, w.n), biases)
             self.w.qkv_columns[i] = w.n
             first += w.n
         return 0
@@ -311,13 +316,14 @@ cdef class StateTable:
 
 
 cdef class LayeredModel:
-    """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and a
-    Router behind them where a layer has one; embedding (vocab, hidden), or packed as (hidden, vocab), so that it may be
-    the head; head (hidden, vocab)."""
+    """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and
+    behind them, where a layer has one, a Router, the mixer beside, and attention and mlp ahead, or None; embedding
+    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
     cdef readonly list parts
+    cdef list mixers  # (part or None, whether behind a router) for each state
     cdef readonly object embedding
     cdef readonly PackedWeight head
     cdef readonly Norm norm
@@ -327,6 +333,7 @@ cdef class LayeredModel:
         cdef ptrdiff_t i
         self.held = layers
         self.parts = [part for layer in layers for part in (*layer[:2], *layer[4:]) if part is not None]
+        self.mixers = []
         self.embedding, self.norm, self.head = embedding, norm, head
         self.c.hidden, self.c.vocab = norm.n, head.n
         if head.k != norm.n:
@@ -339,14 +346,29 @@ cdef class LayeredModel:
             raise MemoryError("LayeredModel: no memory")
         memset(self.layers, 0, len(layers) * sizeof(fc_layer))
         self.c.layers, self.c.n_layers = self.layers, len(layers)
-        for i, (mixer, mlp, parallel, scale, *router) in enumerate(layers):
+        for i, (mixer, mlp, parallel, scale, *more) in enumerate(layers):
             layer_part(&self.layers[i].mixer, mixer, norm.n)
             layer_part(&self.layers[i].mlp, mlp, norm.n)
             self.layers[i].parallel, self.layers[i].residual_scale = bool(parallel), scale
-            layer_router(&self.layers[i], router[0] if router else None, norm.n)
+            router, beside = more[0] if more else None, more[1] if len(more) > 1 else None
+            layer_router(&self.layers[i], router, norm.n)
+            layer_beside(&self.layers[i], beside, norm.n)
+            self.mixers += [(one, router is not None) for one in ([mixer] if beside is None else [mixer, beside])]
+            if len(more) > 2:
+                layer_ahead(&self.layers[i], more[2], more[3], norm.n)
+                self.mixers.append((more[2], False))
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
+
+    @property
+    def nbytes(self):
+        """Bytes of all weights, of those that parts share once."""
+        cdef dict held = {id(self.norm): self.norm, id(self.head): self.head, id(self.embedding): self.embedding}
+        for part in self.parts:
+            its = (<Part>part).held if isinstance(part, Part) else (<Router>part).held
+            held.update({id(one): one for one in its})
+        return sum([getattr(one, "nbytes", 0) for one in held.values()])  # a function has none
 
     cdef int look_up(self, object embedding) except -1:
         cdef cnp.ndarray rows
@@ -380,14 +402,14 @@ cdef class LayeredModel:
         cdef ptrdiff_t i
         ids, start = private_ints(ids), private_ints(start)
         memset(&a, 0, sizeof(a))
-        if len(states.held) != self.c.n_layers:
-            raise ValueError(f"forward: {len(states.held)} states, expected {self.c.n_layers}")
+        if len(states.held) != len(self.mixers):
+            raise ValueError(f"forward: {len(states.held)} states, expected {len(self.mixers)}")
         a.size, a.model, a.states, a.workspace = sizeof(a), &self.c, states.states, states.workspace
         a.batch, a.seq, a.last_only = cnp.PyArray_DIM(ids, 0), cnp.PyArray_DIM(ids, 1), last_only
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
-        for i, state in enumerate(states.held):
-            check_state(&self.c.layers[i], self.held[i][0], i, state, a.batch, a.seq, longest)
+        for i, (part, is_routed) in enumerate(self.mixers):
+            check_state(part, is_routed, i, states.held[i], a.batch, a.seq, longest)
         a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
         if logits:
             dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
@@ -403,27 +425,27 @@ cdef class LayeredModel:
         return y, h
 
 
-cdef int check_state(const fc_layer *layer, Part part, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
+cdef int check_state(Part part, bint is_routed, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
                      ptrdiff_t longest) except -1:
-    """Whether the pass may take `state` for what layer i remembers: src_c follows the pointers in it."""
-    cdef const fc_part *mixer = &layer.mixer
+    """Whether the pass may take `state` for what mixer i remembers: src_c follows the pointers in it."""
+    cdef fc_part_kind kind = FC_NO_PART if part is None else part.c.kind
     cdef const fc_attention_weights *w
     cdef AttentionState s
-    if (layer.router != NULL) != isinstance(state, RoutedState):
+    if is_routed != isinstance(state, RoutedState):
         raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected a RoutedState for a layer with a "
                         "Router, and for no other")
-    if layer.router != NULL:
+    if is_routed:
         check_routed(i, state, batch, seq)
         state = (<RoutedState>state).mixer
-    if (mixer.kind == FC_ATTENTION) != isinstance(state, AttentionState) or (
+    if (kind == FC_ATTENTION) != isinstance(state, AttentionState) or (
             isinstance(part, RecurrentPart) != isinstance(state, RecurrentSlots)):
         raise TypeError(f"forward: state {i} is a {type(state).__name__}; expected an AttentionState for an "
                         "AttentionPart, RecurrentSlots for a recurrent one, and neither for anything else")
     if isinstance(part, RecurrentPart):
         return (<RecurrentSlots>state).check(i, batch, (<RecurrentPart>part).floats)
-    if mixer.kind != FC_ATTENTION:
+    if kind != FC_ATTENTION:
         return 0
-    s, w = state, <const fc_attention_weights *>mixer.weights
+    s, w = state, <const fc_attention_weights *>part.c.weights
     if s.pages.c.kv_heads != w.kv_heads or s.pages.c.head_dim != w.head_dim or s.pages.c.v_dim != w.head_dim:
         raise ValueError(f"forward: state {i} has {s.pages.c.kv_heads} heads of {s.pages.c.head_dim} and "
                          f"{s.pages.c.v_dim} channels, expected {w.kv_heads} of {w.head_dim} and {w.head_dim}")
@@ -453,10 +475,35 @@ cdef int layer_router(fc_layer *layer, object router, ptrdiff_t hidden) except -
     return 0
 
 
+cdef int layer_beside(fc_layer *layer, Part part, ptrdiff_t hidden) except -1:
+    if part is None:
+        return 0
+    if part.hidden != hidden or layer.router != NULL or layer.mixer.kind == FC_NO_PART or (
+            isinstance(part, AttentionPart) and (<AttentionPart>part).w.width != hidden):
+        raise ValueError(f"LayeredModel: a layer has {part!r} beside its mixer, expected one of {hidden} channels, "
+                         "beside another, and no Router")
+    layer.beside = &part.c
+    return 0
+
+
+cdef int layer_ahead(fc_layer *layer, AttentionPart attention, MLPPart mlp, ptrdiff_t hidden) except -1:
+    if attention is None or mlp is None:
+        raise TypeError("LayeredModel: a layer has None ahead of its mixer, expected an AttentionPart and an MLPPart")
+    if (attention.hidden != hidden or attention.w.width != 2 * hidden or mlp.hidden != hidden or layer.parallel
+            or layer.residual_scale != 1 or layer.router != NULL or layer.beside != NULL
+            or layer.mixer.kind == FC_NO_PART):
+        raise ValueError(f"LayeredModel: a layer has attention of {attention.w.width} channels ahead of its mixer, "
+                         f"expected {2 * hidden}, a mixer, scale 1, and nothing beside or parallel")
+    layer.ahead[0], layer.ahead[1] = &attention.c, &mlp.c
+    return 0
+
+
 cdef int layer_part(fc_part *to, Part part, ptrdiff_t hidden) except -1:
     if part is None:
         return 0
     if part.hidden != hidden:
         raise ValueError(f"LayeredModel: a part has {part.hidden} channels, expected {hidden}")
+    if isinstance(part, AttentionPart) and (<AttentionPart>part).w.width != hidden:
+        raise ValueError(f"LayeredModel: attention is of width {(<AttentionPart>part).w.width}, expected {hidden}")
     to[0] = part.c
     return 0

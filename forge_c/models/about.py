@@ -50,7 +50,8 @@ def held_bytes(model: Model) -> Counter[str]:
 
 
 def parameters(model: Model) -> int:
-    """Numbers that the model was trained to have: a tied table counts once."""
+    """Numbers that the model was trained to have: a tied table counts once. Where layers share weights and have merged
+    their own into them, each counts."""
     spec, made = model.config, model._decoder._model
     tables = spec.vocab_size * spec.hidden_size * (1 if spec.head.tied else 2)
     vectors = {id(one): one for part in made.parts for one in _vectors(part.arguments or {})}

@@ -1,7 +1,7 @@
 """The decoder: a spec's layers with their weights, and one call that runs them. It knows no family and no kind."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import ml_dtypes
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from forge_c.checks import checked_size
 from forge_c.formats.layout import Activations, PackDtype
 from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
+from forge_c.models.folded import folded
 from forge_c.models.inputs import can_observe, importance_of, of_random_tokens
 from forge_c.models.mix import Formats, weighs
 from forge_c.models.parts import LayerSource, StoredSource, build_layer, new_state
@@ -60,25 +61,27 @@ class Decoder:
 
     def _describe(self, spec: ModelSpec, dtype: str) -> None:
         self.spec, self.dtype = spec, dtype
-        self.kinds = tuple(layer.remembers for layer in spec.layers)  # a cache is one of these
+        self.kinds = tuple(kind for layer in spec.layers for kind in layer.remembers)  # a cache is one of these
         self._tables = RopeTables()
 
     def _ropes(self) -> list[Rope]:
-        return [r for r in (getattr(layer.mixer, "rope", None) for layer in self.spec.layers) if r is not None]
+        return [r for r in (getattr(kind, "rope", None) for kind in self._mixers()) if r is not None]
+
+    def _mixers(self) -> Iterator[Any]:
+        return (kind for layer in self.spec.layers for kind in layer.mixers)
 
     @property
     def pass_tokens(self) -> int:
         """How many of a row's tokens a pass reads at most: a page of them. More where layers have routers, so that what
         goes through is still many rows to a matrix; a window's ring takes a page at a time."""
         routed = any(layer.router is not None for layer in self.spec.layers)
-        windows = any(getattr(layer.mixer, "window", None) is not None for layer in self.spec.layers)
+        windows = any(getattr(kind, "window", None) is not None for kind in self._mixers())
         return _ROUTED_PAGES * KV_CHUNK if routed and not windows else KV_CHUNK
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
-        m = self._model
-        return self.step_nbytes + (0 if m.embedding is m.head else m.embedding.nbytes)
+        return self._model.nbytes
 
     @property
     def step_nbytes(self) -> int:
@@ -153,13 +156,14 @@ class Decoder:
 
         m, states = self._model, cache.states.held
         layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
+        before = sum(len(one.remembers) for one in self.spec.layers[:layer])
         model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale)
         with cache.locked():
             self.read_outdated(cache, ids.shape[1])
             if not cache.agree(ids.shape[1]):
                 return np.concatenate([self.hidden(ids[i : i + 1], cache.row(i), layer) for i in range(len(ids))])
             with cache.extending(ids) as start:
-                model.forward(ids, StateTable([*states[:layer], None, *states[layer:]]), start, logits=False)
+                model.forward(ids, StateTable([*states[:before], None, *states[before:]]), start, logits=False)
         return seen[0]
 
     def _finished(self, y: Floats) -> Floats:
@@ -184,7 +188,7 @@ def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype, activations
 
     def source(i: int) -> LayerSource:
         known, prefix = importance if of_layer is None else of_layer(i), f"model.layers.{i}."
-        return LayerSource(checkpoint, prefix, spec.hidden_size, dtype, activations,
+        return LayerSource(folded(checkpoint, prefix, spec.layers[i]), prefix, spec.hidden_size, dtype, activations,
                            lambda name, in_features: formats.of(name, i, in_features),
                            lambda name: importance_of(known, prefix, name))
 

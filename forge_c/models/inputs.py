@@ -28,7 +28,8 @@ from forge_c.functional import (
     silu,
     ssd_scan,
 )
-from forge_c.models.parts import norm_names
+from forge_c.models.folded import folded
+from forge_c.models.parts import ahead_norms, norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
 from forge_c.models.spec import (
     MLP,
@@ -93,11 +94,12 @@ class Inputs:
         self.importance: dict[str, NDArray[Any]] = {}
         self._tables = RopeTables()
         table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        self._x = [embedding(ids, table, scale=spec.embed.scale, dtype=np.float32) for ids in texts]
+        self._x = self._embedded = [embedding(ids, table, scale=spec.embed.scale, dtype=np.float32) for ids in texts]
 
     def layer(self, i: int) -> None:
         """The texts through layer i, which comes after those before."""
-        source = _Floats(self.checkpoint, f"model.layers.{i}.", self.spec.hidden_size, self._tables)
+        layer, prefix = self.spec.layers[i], f"model.layers.{i}."
+        source = _Floats(folded(self.checkpoint, prefix, layer), prefix, self.spec.hidden_size, self._tables)
         sums: dict[str, Any] = {}
         rows = sum(x.shape[1] for x in self._x)
 
@@ -106,7 +108,7 @@ class Inputs:
             seen = flat.T @ flat if self.products else np.square(flat).sum(axis=0)
             sums[name] = sums.get(name, 0) + seen / np.float32(rows)
 
-        self._x = list(_through(self.spec.layers[i], source, self._x, see))
+        self._x = list(_through(layer, source, list(zip(self._x, self._embedded, strict=True)), see))
         self.importance |= {f"{source.prefix}{name}.weight": np.asarray(a, np.float32) for name, a in sums.items()}
 
 
@@ -143,7 +145,7 @@ class _Floats:
 def can_observe(spec: ModelSpec) -> bool:
     """Whether the kinds of all layers are known here."""
     return all(_observed.dispatch(type(part)) is not _observed.dispatch(object)
-               for layer in spec.layers for part in (layer.mixer, layer.mlp))
+               for layer in spec.layers for part in (*layer.mixers, layer.mlp, layer.ahead and layer.ahead.mlp))
 
 
 @singledispatch
@@ -163,7 +165,7 @@ def _(kind: Attention, source: _Floats) -> Callable[[Floats, See], Floats]:
     sizes = [heads * d, keys * d, keys * d]
     names = ["self_attn.qkv_proj"] if kind.fused else [f"self_attn.{p}_proj" for p in "qkv"]
     rows = [sum(sizes)] if kind.fused else sizes
-    weights = [source.matrix(name, n, source.hidden) for name, n in zip(names, rows, strict=True)]
+    weights = [source.matrix(name, n, source.hidden * kind.streams) for name, n in zip(names, rows, strict=True)]
     biases = [source.bias(kind.qkv_bias, f"self_attn.{p}_proj", n) for p, n in zip("qkv", sizes, strict=True)]
     out = source.matrix("self_attn.o_proj", source.hidden, heads * d)
     out_bias = source.bias(kind.o_bias, "self_attn.o_proj", source.hidden)
@@ -235,7 +237,7 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
     d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("D", "dt_bias"))
     a = source.decay("mixer.A_log", heads)
     out, out_bias = (source.matrix("mixer.out_proj", source.hidden, inner),
-                     source.bias(kind.bias, "mixer.out_proj", source.hidden))
+                     source.bias(kind.has_out_bias, "mixer.out_proj", source.hidden))
     weight = None if kind.norm is None else source.tensor("mixer.norm.weight", inner)
     limit = (kind.dt_min, math.inf if kind.dt_max is None else kind.dt_max)
 
@@ -339,36 +341,53 @@ def _(kind: MLP, source: _Floats) -> Callable[[Floats, See], Floats]:
     return _mlp(kind, source, ["mlp.up_proj"], False)
 
 
-def _through(layer: LayerSpec, source: _Floats, texts: Sequence[Floats], see: See) -> Iterator[Floats]:
-    """Each text after the layer."""
-    steps = []
-    for kind, (before, after) in zip((layer.mixer, layer.mlp), norm_names(layer), strict=True):
-        part = _observed(kind, source)
-        norms = [None if part is None or name is None else source.norm(layer.norm, name, source.hidden)
-                 for name in (before, after)]
-        steps.append((part, norms))
+def _ahead(layer: LayerSpec, source: _Floats, see: See) -> Callable[[Floats, Floats], Any]:
+    """What is added to the input of the mixer, from x and the embeddings."""
+    if layer.ahead is None:
+        return lambda x, embedded: np.float32(0)
+    parts: Any = [_observed(kind, source) for kind in (layer.ahead.attention, layer.ahead.mlp)]
+    norms = [source.norm(layer.norm, name, n) for name, n in ahead_norms(source.hidden).items()]
+
+    def compute(x: Floats, embedded: Floats) -> Floats:
+        y: Floats = np.concatenate([x, embedded], axis=-1)
+        for part, norm in zip(parts, norms, strict=True):
+            y = part(norm(y), see)
+        return y
+
+    return compute
+
+
+def _through(layer: LayerSpec, source: _Floats, texts: Sequence[tuple[Floats, Floats]], see: See) -> Iterator[Floats]:
+    """Each text after the layer, of what it is before it and the embeddings."""
+    steps, ahead = [], _ahead(layer, source, see)
+    for kinds, names in zip(((layer.mixer, layer.beside), (layer.mlp,)), norm_names(layer), strict=True):
+        parts = [_observed(kind, source) for kind in kinds if kind is not None]
+        norms = [None if not parts or name is None else source.norm(layer.norm, name, source.hidden) for name in names]
+        steps.append((parts, norms))
 
     def branch(x: Floats, step: Any) -> Any:
-        part, (before, after) = step
-        if part is None:
+        parts, (before, after) = step
+        if not parts:
             return np.float32(0)
-        y = part(x if before is None else before(x), see)
-        return np.float32(layer.residual_scale) * (y if after is None else after(y))
+        seen = x if before is None else before(x)
+        ys = [part(seen, see) for part in parts]
+        first, *others = ys if after is None else [after(y) for y in ys]
+        return np.float32(layer.residual_scale) * sum(others, first)
 
-    def whole(x: Floats) -> Any:
-        first = x + branch(x, steps[0])
+    def whole(x: Floats, embedded: Floats) -> Any:
+        first = x + branch(x if layer.ahead is None else x + ahead(x, embedded), steps[0])
         return first + branch(x if layer.parallel else first, steps[1])
 
-    for x in texts:
+    for x, embedded in texts:
         if layer.router is None:
-            yield whole(x)
+            yield whole(x, embedded)
             continue
         gate, at = _routed(layer.router, source, x[0])
         out = x.copy()
         if len(at):
             source.positions = at
             r = gate[at, None]
-            out[0, at] = (1 - r) * x[0, at] + r * whole(x[:, at])[0]
+            out[0, at] = (1 - r) * x[0, at] + r * whole(x[:, at], embedded)[0]
         yield out
 
 

@@ -67,8 +67,8 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
             weights count the same.
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
-    granite, mamba, falcon_mamba, mamba2, bamba, granitemoehybrid and nemotron_h (without experts), lfm2. Nothing in the
-    folder or the file is executed.
+    granite, mamba, falcon_mamba, mamba2, bamba, falcon_h1, granitemoehybrid and nemotron_h (without experts), lfm2,
+    zamba2. Nothing in the folder or the file is executed.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing; it says what to get.
@@ -495,7 +495,7 @@ class Model:
 
 def _heads(spec: ModelSpec) -> str:
     """Query and key/value heads of the first layer of attention, for repr."""
-    first = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)), None)
+    first = next((m for layer in spec.layers for m in layer.mixers if isinstance(m, Attention)), None)
     return "" if first is None else f"heads={first.n_heads}/{first.n_kv_heads}, "
 
 

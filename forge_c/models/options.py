@@ -117,7 +117,7 @@ def _new_tokens(spec: ModelSpec, asked: int | None, lengths: Sequence[int], cach
 
 def context_of(spec: ModelSpec) -> int:
     """How many tokens the model was made for, its position scaling included."""
-    ropes = [layer.mixer.rope for layer in spec.layers if isinstance(layer.mixer, Attention) and layer.mixer.rope]
+    ropes = [m.rope for layer in spec.layers for m in layer.mixers if isinstance(m, Attention) and m.rope]
     scaling = ropes[0].scaling if ropes else {}
     if scaling.get("rope_type") in ("dynamic", "linear", "yarn"):
         return int(spec.max_position_embeddings * max(1.0, scaling.get("factor") or 1.0))

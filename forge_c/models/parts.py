@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import singledispatch
+from functools import cache, singledispatch
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, cast
@@ -184,12 +184,12 @@ def _(kind: None, source: LayerSource, norms: Callable[[], Norms]) -> None:
 
 @build_part.register
 def _(kind: Attention, source: LayerSource, norms: Callable[[], Norms]) -> Part:
-    queries, keys = kind.n_heads * kind.head_dim, kind.n_kv_heads * kind.head_dim
+    queries, keys, width = kind.n_heads * kind.head_dim, kind.n_kv_heads * kind.head_dim, source.hidden * kind.streams
     sizes = {"q": queries, "k": keys, "v": keys}
     if kind.fused:
-        qkv: Any = source.packed("self_attn.qkv_proj", queries + 2 * keys, source.hidden)
+        qkv: Any = source.packed("self_attn.qkv_proj", queries + 2 * keys, width)
     else:
-        qkv = source.side_by_side({f"self_attn.{p}_proj": n for p, n in sizes.items()}, source.hidden)
+        qkv = source.side_by_side({f"self_attn.{p}_proj": n for p, n in sizes.items()}, width)
     out = source.packed("self_attn.o_proj", source.hidden, queries)
     norm, post_norm = norms()
     q_norm, k_norm = (None if kind.qk_norm is None else source.norm(kind.qk_norm, f"self_attn.{p}_norm", kind.head_dim)
@@ -198,7 +198,7 @@ def _(kind: Attention, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     return AttentionPart(
         qkv, out, heads=kind.n_heads, kv_heads=kind.n_kv_heads, head_dim=kind.head_dim, norm=norm, post_norm=post_norm,
         q_norm=q_norm, k_norm=k_norm, scale=kind.scale, softcap=kind.softcap or 0.0, window=kind.window,
-        qkv_bias=qkv_bias, balance=balance(kind, qkv_bias),
+        qkv_bias=qkv_bias, balance=balance(kind, qkv_bias), width=width,
         out_bias=source.bias(kind.o_bias, ("self_attn.o_proj", source.hidden)))
 
 
@@ -251,8 +251,8 @@ def _(kind: Mamba2, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         dt_bias=source.vector("mixer.dt_bias", kind.heads),
         conv_bias=source.bias(kind.conv_bias, ("mixer.conv1d", kind.channels)),
         in_bias=source.bias(kind.bias, ("mixer.in_proj", rows)),
-        out_bias=source.bias(kind.bias, ("mixer.out_proj", source.hidden)), dt_min=kind.dt_min, dt_max=kind.dt_max,
-        norm=norm, post_norm=post_norm, norm_before_gate=kind.norm_before_gate,
+        out_bias=source.bias(kind.has_out_bias, ("mixer.out_proj", source.hidden)), dt_min=kind.dt_min,
+        dt_max=kind.dt_max, norm=norm, post_norm=post_norm, norm_before_gate=kind.norm_before_gate,
         inner_norm=None if kind.norm is None else source.norm(kind.norm, "mixer.norm", kind.inner))
 
 
@@ -324,6 +324,11 @@ def norm_names(layer: LayerSpec) -> tuple[tuple[str | None, str | None], tuple[s
     return (before, after), (before_mlp, after_mlp)
 
 
+def ahead_norms(hidden: int) -> dict[str, int]:
+    """Names and channels of the norms before attention and mlp ahead of a mixer."""
+    return {"ahead.input_layernorm": 2 * hidden, "ahead.post_attention_layernorm": hidden}
+
+
 def build_router(spec: RouterSpec, source: LayerSource) -> Router:
     """In float32 whatever the layer's format: which tokens go through is no matter of formats."""
     hidden, inner = source.hidden, spec.predictor
@@ -337,16 +342,25 @@ def build_router(spec: RouterSpec, source: LayerSource) -> Router:
 
 
 def build_layer(layer: LayerSpec, source: LayerSource) -> tuple[Any, ...]:
-    """(mixer, mlp, parallel, residual scale), and the router if there is one, as LayeredModel takes a layer."""
+    """(mixer, mlp, parallel, residual scale), and behind them, if there is one, the router, the mixer beside, or the
+    parts ahead, as LayeredModel takes a layer."""
     (before, after), (before_mlp, after_mlp) = norm_names(layer)
 
     def norms_of(*names: str | None) -> Callable[[], Norms]:
+        @cache  # two mixers have the same
         def norms() -> Norms:
             first, second = (None if n is None else source.norm(layer.norm, n, source.hidden) for n in names)
             return first, second
         return norms
 
-    mixer = build_part(layer.mixer, source, norms_of(before, after))
+    of_mixers = norms_of(before, after)
+    mixer = build_part(layer.mixer, source, of_mixers)
     mlp = build_part(layer.mlp, source, norms_of(before_mlp, after_mlp))
     made = mixer, mlp, layer.parallel, layer.residual_scale
+    if layer.ahead is not None:
+        norms = ((source.norm(layer.norm, name, n), None) for name, n in ahead_norms(source.hidden).items())
+        attention = build_part(layer.ahead.attention, source, norms.__next__)
+        return *made, None, None, attention, build_part(layer.ahead.mlp, source, norms.__next__)
+    if layer.beside is not None:
+        return *made, None, build_part(layer.beside, source, of_mixers)
     return made if layer.router is None else (*made, build_router(layer.router, source))

@@ -39,7 +39,18 @@ from forge_c.functional import (
     _weight_formats,
 )
 from forge_c.models.decoder import Decoder
-from forge_c.models.spec import MLP, RGLRU, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, ShortConv
+from forge_c.models.spec import (
+    MLP,
+    RGLRU,
+    Attention,
+    GatedMLP,
+    JoinedAttention,
+    LayerSpec,
+    Mamba,
+    Mamba2,
+    ModelSpec,
+    ShortConv,
+)
 from forge_c.models.spec.document import from_document, to_document
 from forge_c.models.tokenizer_files import save_tokenizer
 from forge_c.models.weights.gguf import StoredType
@@ -58,8 +69,9 @@ _DTYPES = {"uint8": np.dtype(np.uint8), "float32": np.dtype(np.float32), "float1
 _MADE: Mapping[str, Any] = {"PackedWeight": PackedWeight, "Norm": Norm, "AttentionPart": AttentionPart,
                             "MLPPart": MLPPart, "MambaPart": MambaPart, "Mamba2Part": Mamba2Part,
                             "ShortConvPart": ShortConvPart, "RGLRUPart": RGLRUPart, "Router": Router}
-_PARTS_OF: Mapping[type, Any] = {Attention: AttentionPart, Mamba: MambaPart, Mamba2: Mamba2Part,
-                                 ShortConv: ShortConvPart, RGLRU: RGLRUPart, GatedMLP: MLPPart, MLP: MLPPart}
+_PARTS_OF: Mapping[type, Any] = {Attention: AttentionPart, JoinedAttention: AttentionPart, Mamba: MambaPart,
+                                 Mamba2: Mamba2Part, ShortConv: ShortConvPart, RGLRU: RGLRUPart, GatedMLP: MLPPart,
+                                 MLP: MLPPart}
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError)
 
 
@@ -252,18 +264,28 @@ def _check_model(spec: ModelSpec, model: LayeredModel) -> None:
     if len(model.held) != spec.n_layers or (model.head.shape != (spec.hidden_size, spec.vocab_size)):
         raise ValueError(f"{len(model.held)} layers and a head of {model.head.shape}, expected {spec.n_layers} and "
                          f"{(spec.hidden_size, spec.vocab_size)}")
-    for i, (layer, (mixer, mlp, parallel, scale, *router)) in enumerate(zip(spec.layers, model.held, strict=True)):
-        _check_router(i, layer, router[0] if router else None)
-        expected = _expected(layer)
-        found = tuple({name: (part.arguments or {})[name] for name in wanted} if part is not None else {}
-                      for part, wanted in zip((mixer, mlp), expected, strict=True))
-        if (*found, parallel, scale) != (*expected, layer.parallel, layer.residual_scale):
-            raise ValueError(f"layer {i} is {found}, expected {expected}")
-        for part, kind in ((mixer, layer.mixer), (mlp, layer.mlp)):
-            if not isinstance(part, _PARTS_OF.get(type(kind), type(None))):
-                raise ValueError(f"layer {i} has {part}, expected {kind}")
-        if isinstance(mixer, RecurrentPart) and mixer.floats != layer.mixer.floats:
-            raise ValueError(f"layer {i} remembers {mixer.floats} numbers, expected {layer.mixer.floats}")
+    for i, (layer, (mixer, mlp, parallel, scale, *more)) in enumerate(zip(spec.layers, model.held, strict=True)):
+        router, beside, *ahead = [*more, None, None, None, None][:4]
+        _check_router(i, layer, router)
+        if (parallel, scale) != (layer.parallel, layer.residual_scale):
+            raise ValueError(f"layer {i} is {(parallel, scale)}, expected {(layer.parallel, layer.residual_scale)}")
+        kinds: list[Any] = [layer.mixer, layer.mlp, layer.beside, None, None]
+        if layer.ahead is not None:
+            kinds[3:] = layer.ahead.attention, layer.ahead.mlp
+        for part, kind in zip((mixer, mlp, beside, *ahead), kinds, strict=True):
+            _check_part(i, part, kind)
+
+
+def _check_part(i: int, part: Any, kind: Any) -> None:
+    """ValueError unless the part computes the kind of layer i's spec."""
+    if not isinstance(part, _PARTS_OF.get(type(kind), type(None))):
+        raise ValueError(f"layer {i} has {part}, expected {kind}")
+    expected = _arguments(kind)
+    found = {name: part.arguments[name] for name in expected}
+    if found != expected:
+        raise ValueError(f"layer {i} is {found}, expected {expected}")
+    if isinstance(part, RecurrentPart) and part.floats != kind.floats:
+        raise ValueError(f"layer {i} remembers {part.floats} numbers, expected {kind.floats}")
 
 
 def _check_router(i: int, layer: LayerSpec, router: Any) -> None:
@@ -278,12 +300,10 @@ def _check_router(i: int, layer: LayerSpec, router: Any) -> None:
         raise ValueError(f"layer {i} has a router of {found}, expected {expected}")
 
 
-def _expected(layer: LayerSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a layer's parts, the arguments that its spec decides."""
-    return _mixer_arguments(layer.mixer), {} if layer.mlp is None else {"activation": layer.mlp.activation}
-
-
-def _mixer_arguments(kind: Any) -> dict[str, Any]:
+def _arguments(kind: Any) -> dict[str, Any]:
+    """Of the part that computes the kind, the arguments that the spec decides."""
+    if isinstance(kind, GatedMLP | MLP):
+        return {"activation": kind.activation}
     if isinstance(kind, Attention):
         return {"heads": kind.n_heads, "kv_heads": kind.n_kv_heads, "head_dim": kind.head_dim, "scale": kind.scale,
                 "softcap": kind.softcap or 0.0, "window": kind.window}

@@ -1,4 +1,4 @@
-"""A model's state: one state a layer, and how many tokens each row holds, once for all of them."""
+"""A model's state: one state a mixer, and how many tokens each row holds, once for all of them."""
 from __future__ import annotations
 
 import json
@@ -31,7 +31,7 @@ _FORMAT, _VERSION = "forge_c.ModelCache", 2
 _MAX_HEADER = 1 << 26
 _UNKNOWN = -1  # the id of a token that did not come through a model
 
-Kinds = tuple[Any, ...]  # each layer's mixer in a ModelSpec
+Kinds = tuple[Any, ...]  # each mixer in a ModelSpec
 
 
 class ModelCache:
@@ -40,7 +40,8 @@ class ModelCache:
     One thread may use it at a time: a second one gets a RuntimeError. copy.copy, copy.deepcopy and pickle make an
     independent cache; that of a pickle is in memory, whatever this one is in. Attributes:
         layers: the states, a KVCache for a layer of attention, a RoutedCache for one with a router, a RecurrentState
-            for one whose memory does not grow, None for a layer that remembers nothing.
+            for one whose memory does not grow, None for a layer that remembers nothing; two, one after the other, for
+            a layer with two mixers.
         max_seq_len: the longest a row may become.
         kinds: the mixers whose states they are, by the model's spec.
     """

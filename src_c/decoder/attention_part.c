@@ -13,11 +13,11 @@ struct attention_pass {
 
 static fc_status project_qkv(const struct attention_pass *t, const float *x, const fc_norm *norm) {
     const struct pass *p = t->p;
+    const ptrdiff_t width = t->w->width ? t->w->width : p->hidden;
     float *out = t->qkv;
     fc_status status = FC_OK;
     for (int i = 0; i < 3 && t->w->qkv_columns[i] && status == FC_OK; out += t->w->qkv_columns[i++])
-        status = project(p, out, t->row / 4, x, p->rows, p->hidden, &t->w->qkv[i], p->hidden, t->w->qkv_columns[i],
-                         norm, NULL);
+        status = project(p, out, t->row / 4, x, p->rows, width, &t->w->qkv[i], width, t->w->qkv_columns[i], norm, NULL);
     return status;
 }
 

@@ -137,15 +137,57 @@ static fc_status add_part(const struct pass *p, const fc_part *part, void *state
     return status == FC_OK ? add_scaled(p, x, x, y, scale) : status;
 }
 
-fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y) {
-    const int both = layer->mixer.kind != FC_NO_PART && layer->mlp.kind != FC_NO_PART;
-    if (!layer->parallel || !both) {
-        const fc_status status = add_part(p, &layer->mixer, state, x, y, layer->residual_scale);
-        return status == FC_OK ? add_part(p, &layer->mlp, NULL, x, y, layer->residual_scale) : status;
+/* y = mixer(x) + what is beside it (x) */
+static fc_status run_mixers(const struct pass *p, const fc_layer *layer, void *const *states, float *y,
+                            const float *x) {
+    const fc_status status = run_part(p, &layer->mixer, states[0], y, x, NULL);
+    return status == FC_OK && layer->beside ? run_part(p, layer->beside, states[1], y, x, y) : status;
+}
+
+struct halves {
+    float *out;          /* (M, 2 hidden) */
+    const float *x, *e;  /* (M, hidden) */
+    ptrdiff_t n;
+};
+
+static void join_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct halves *ctx = context;
+    const ptrdiff_t n = ctx->n;
+    (void)rank;
+    for (ptrdiff_t r = begin; r < end; r++) {
+        memcpy(ctx->out + 2 * r * n, ctx->x + r * n, (size_t)n * 4);
+        memcpy(ctx->out + (2 * r + 1) * n, ctx->e + r * n, (size_t)n * 4);
     }
-    fc_status status = run_part(p, &layer->mixer, state, y, x, NULL);
-    if (status == FC_OK) status = run_part(p, &layer->mlp, NULL, y, x, y);
-    return status == FC_OK ? add_scaled(p, x, x, y, layer->residual_scale) : status;
+}
+
+/* y = x + mlp(attention(x | e)), e the embeddings */
+static fc_status run_ahead(const struct pass *p, const fc_layer *layer, void *state, float *y, const float *x) {
+    const double ns = 2 * (double)p->hidden * fc_ns.add_scaled;
+    fc_scratch both;
+    if (fc_scratch_alloc(p->workspace, &both, 1, (size_t)fc_times(2, float_bytes(p->rows, p->hidden))))
+        return FC_NO_MEMORY;
+    struct halves halves = {(float *)(void *)both.base, x, p->embedded, p->hidden};
+    fc_status status = fc_static(fc_threads_for(p->rows, ns), p->rows, ns, join_rows, &halves);
+    if (status == FC_OK) status = run_part(p, layer->ahead[0], state, y, halves.out, NULL);
+    if (status == FC_OK) status = run_part(p, layer->ahead[1], NULL, y, y, x);
+    fc_scratch_free(&both);
+    return status;
+}
+
+fc_status run_layer(const struct pass *p, const fc_layer *layer, void *const *states, float *x, float *y) {
+    const int parallel = layer->parallel && layer->mixer.kind != FC_NO_PART && layer->mlp.kind != FC_NO_PART;
+    fc_status status;
+    if (layer->ahead[0]) {
+        status = run_ahead(p, layer, states[1], y, x);
+        if (status == FC_OK) status = run_part(p, &layer->mixer, states[0], x, y, x);
+    } else if (!parallel && !layer->beside) {
+        status = add_part(p, &layer->mixer, states[0], x, y, layer->residual_scale);
+    } else {
+        status = run_mixers(p, layer, states, y, x);
+        if (status == FC_OK && parallel) status = run_part(p, &layer->mlp, NULL, y, x, y);
+        if (status == FC_OK) status = add_scaled(p, x, x, y, layer->residual_scale);
+    }
+    return status == FC_OK && !parallel ? add_part(p, &layer->mlp, NULL, x, y, layer->residual_scale) : status;
 }
 
 /* ---- the whole ---- */
@@ -154,7 +196,14 @@ struct forward {
     const fc_forward_args *args;
     struct pass p;
     float *x, *y; /* (M, hidden): the residual stream, and what a part gave */
+    float *embedded; /* likewise; NULL: no layer looks back at it */
 };
+
+static int looks_back(const fc_model *m) {
+    for (ptrdiff_t i = 0; i < m->n_layers; i++)
+        if (m->layers[i].ahead[0]) return 1;
+    return 0;
+}
 
 static fc_status embed(const struct forward *ctx) {
     const fc_model *m = ctx->args->model;
@@ -182,11 +231,15 @@ static fc_status results(const struct forward *ctx) {
 
 static fc_status forward_program(void *context) {
     const struct forward *ctx = context;
+    void *const *states = ctx->args->states;
     fc_status status = embed(ctx);
+    if (ctx->embedded && status == FC_OK)
+        memcpy(ctx->embedded, ctx->x, (size_t)float_bytes(ctx->p.rows, ctx->p.hidden));
     for (ptrdiff_t i = 0; i < ctx->args->model->n_layers && status == FC_OK; i++) {
         const fc_layer *layer = ctx->args->model->layers + i;
-        status = layer->router ? routed_layer(&ctx->p, layer, ctx->args->states[i], ctx->x)
-                               : run_layer(&ctx->p, layer, ctx->args->states[i], ctx->x, ctx->y);
+        status = layer->router ? routed_layer(&ctx->p, layer, *states, ctx->x)
+                               : run_layer(&ctx->p, layer, states, ctx->x, ctx->y);
+        states += layer->beside || layer->ahead[0] ? 2 : 1;
         if (status == FC_OK && ctx->p.rows > 1 && fc_interrupted()) status = FC_INTERRUPTED;
     }
     return status == FC_OK ? results(ctx) : status;
@@ -206,14 +259,16 @@ fc_status fc_forward(const fc_forward_args *args) {
                                               .seq = args->seq, .rows = args->batch * args->seq,
                                               .hidden = args->model->hidden, .start = args->start}};
     fc_scratch scratch;
+    const int back = looks_back(args->model);
     const ptrdiff_t numbers = fc_times(fc_plus(args->batch, ctx.p.rows), 8),
-                    streams = fc_times(2, float_bytes(ctx.p.rows, ctx.p.hidden));
+                    streams = fc_times(back ? 3 : 2, float_bytes(ctx.p.rows, ctx.p.hidden));
     if (ctx.p.rows == 0) return FC_OK;
     if (fc_scratch_alloc(args->workspace, &scratch, 1, (size_t)fc_plus(numbers, streams))) return FC_NO_MEMORY;
     ctx.p.lens = (int64_t *)(void *)scratch.base;
     ctx.p.positions = ctx.p.lens + args->batch;
     ctx.y = (float *)(void *)(scratch.base + numbers);
     ctx.x = args->x ? args->x : ctx.y + ctx.p.rows * ctx.p.hidden;
+    ctx.p.embedded = ctx.embedded = back ? ctx.y + 2 * ctx.p.rows * ctx.p.hidden : NULL;
     count_tokens(&ctx.p);
     const fc_status status = fc_parallel_region(forward_program, &ctx);
     fc_scratch_free(&scratch);

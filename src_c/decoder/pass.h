@@ -13,6 +13,7 @@ struct pass {
     int64_t *positions;   /* (M) */
     int64_t *lens;        /* (B) start + S */
     int64_t longest;      /* of lens */
+    const float *embedded; /* (M, hidden): what the first layer was given; NULL: no layer looks at it */
     /* Behind a router rows have counts (B) tokens, M in all, one after the other, else NULL; S is what they had before.
      * kv_positions (B, kv_room): where the tokens lie that went through, these included. */
     const int64_t *counts, *kv_positions;
@@ -28,8 +29,9 @@ typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void 
 part_of_layer attention_part, mlp_part, called_part, mamba_part, mamba2_part,
     short_conv_part, rg_lru_part;
 
-/* x (M, hidden) = layer(x); y: as large. run_layer takes no notice of a router, routed_layer runs its tokens alone. */
-fc_status run_layer(const struct pass *p, const fc_layer *layer, void *state, float *x, float *y);
+/* x (M, hidden) = layer(x); y: as large; states: the mixer's, then that of what is beside or ahead. run_layer takes no
+ * notice of a router, routed_layer runs its tokens alone. */
+fc_status run_layer(const struct pass *p, const fc_layer *layer, void *const *states, float *x, float *y);
 fc_status routed_layer(const struct pass *p, const fc_layer *layer, const fc_routed_state *state, float *x);
 
 /* out (M, n) = norm(x (M, k)) W + residual (M, n), rows of out and residual out_stride floats apart, of x x_stride; norm

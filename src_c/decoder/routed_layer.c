@@ -65,7 +65,7 @@ static fc_status through(const struct pass *p, const fc_layer *layer, const fc_r
         return FC_NO_MEMORY;
     float *xs = (float *)(void *)scratch.base, *ys = xs + r->count * p->hidden; /* (count, hidden) */
     fc_status status = fc_embedding(FC_F32, FC_F32, xs, x, r->tokens, r->count, p->hidden, row, 1.0f);
-    if (status == FC_OK) status = run_layer(&packed, layer, state->mixer, xs, ys);
+    if (status == FC_OK) status = run_layer(&packed, layer, &state->mixer, xs, ys);
     if (status == FC_OK) status = fc_gate_update(FC_F32, x, x, xs, r->gate, &each, p->hidden);
     fc_scratch_free(&scratch);
     return status;

@@ -3,14 +3,17 @@ from forge_c.models.spec.families import FAMILIES, model_spec
 from forge_c.models.spec.kinds import (
     MLP,
     RGLRU,
+    Ahead,
     Attention,
     Embedding,
     GatedMLP,
     Head,
+    JoinedAttention,
     LayerSpec,
     Mamba,
     Mamba2,
     ModelSpec,
+    Multipliers,
     Norm,
     Rope,
     Routed,
@@ -19,5 +22,6 @@ from forge_c.models.spec.kinds import (
 )
 from forge_c.models.spec.names import tensor_names
 
-__all__ = ["FAMILIES", "MLP", "RGLRU", "Attention", "Embedding", "GatedMLP", "Head", "LayerSpec", "Mamba", "Mamba2",
-           "ModelSpec", "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec", "tensor_names"]
+__all__ = ["FAMILIES", "MLP", "RGLRU", "Ahead", "Attention", "Embedding", "GatedMLP", "Head", "JoinedAttention",
+           "LayerSpec", "Mamba", "Mamba2", "ModelSpec", "Multipliers", "Norm", "Rope", "Routed", "Router", "ShortConv",
+           "model_spec", "tensor_names"]

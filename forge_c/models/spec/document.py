@@ -8,12 +8,24 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forge_c.checks import short
-from forge_c.models.spec.kinds import ABSENT, MLP, RGLRU, Attention, GatedMLP, Mamba, Mamba2, ModelSpec, ShortConv
+from forge_c.models.spec.kinds import (
+    ABSENT,
+    MLP,
+    RGLRU,
+    Attention,
+    GatedMLP,
+    JoinedAttention,
+    LayerSpec,
+    Mamba,
+    Mamba2,
+    ModelSpec,
+    ShortConv,
+)
 from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
 from forge_c.rotary import rope_table
 
-_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (Attention, Mamba, Mamba2, ShortConv, RGLRU, GatedMLP,
-                                                           MLP)}
+_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (
+    Attention, JoinedAttention, Mamba, Mamba2, ShortConv, RGLRU, GatedMLP, MLP)}
 _MOST = 1 << 40  # of any integer
 _MOST_ITEMS = 1 << 20
 
@@ -37,20 +49,40 @@ def from_document(document: Any) -> ModelSpec:
     _check(spec.hidden_size, 1 <= spec.hidden_size <= MAX_WIDTH, "spec.embed.width")
     _check(spec.max_position_embeddings, spec.max_position_embeddings >= 1, "spec.max_position_embeddings")
     for i, layer in enumerate(spec.layers):
-        if isinstance(layer.mixer, Attention):
-            _check_attention(layer.mixer, f"spec.layers[{i}].mixer")
+        where = f"spec.layers[{i}]"
+        _check_mixer(layer.mixer, spec.hidden_size, f"{where}.mixer")
+        _check_mixer(layer.beside, spec.hidden_size, f"{where}.beside")
+        _check_ahead(layer, f"{where}.ahead")
+        alone = layer.mixer is None or layer.router is not None
+        _check(layer.beside, layer.beside is None or not alone, f"{where}.beside")
         if layer.router is not None:
-            _check(layer.mixer, isinstance(layer.mixer, Attention), f"spec.layers[{i}].mixer")
+            _check(layer.mixer, isinstance(layer.mixer, Attention), f"{where}.mixer")
             size = layer.router.predictor
-            _check(size, size is None or 1 <= size <= MAX_WIDTH, f"spec.layers[{i}].router.predictor")
-        if isinstance(layer.mixer, Mamba | Mamba2):
-            _check_recurrent(layer.mixer, f"spec.layers[{i}].mixer")
-        if isinstance(layer.mixer, RGLRU):
-            _check_griffin(layer.mixer, f"spec.layers[{i}].mixer")
-        if isinstance(layer.mixer, ShortConv):
-            _check(layer.mixer.width, 1 <= layer.mixer.width <= MAX_WIDTH, f"spec.layers[{i}].mixer.width")
-            _check(layer.mixer.channels, layer.mixer.channels == spec.hidden_size, f"spec.layers[{i}].mixer.channels")
+            _check(size, size is None or 1 <= size <= MAX_WIDTH, f"{where}.router.predictor")
+        if layer.multipliers is not None:
+            _check(layer.multipliers.ssm, len(layer.multipliers.ssm) == 5, f"{where}.multipliers.ssm")
     return spec
+
+
+def _check_ahead(layer: LayerSpec, where: str) -> None:
+    ahead = layer.ahead
+    if ahead is not None:
+        _check(ahead, isinstance(ahead.attention, JoinedAttention) and isinstance(ahead.mlp, GatedMLP | MLP), where)
+        _check(ahead, layer.mixer is not None and layer.beside is None and layer.router is None, where)
+        _check_attention(ahead.attention, f"{where}.attention")
+
+
+def _check_mixer(mixer: Any, hidden: int, where: str) -> None:
+    _check(mixer, not isinstance(mixer, JoinedAttention), where)
+    if isinstance(mixer, Attention):
+        _check_attention(mixer, where)
+    if isinstance(mixer, Mamba | Mamba2):
+        _check_recurrent(mixer, where)
+    if isinstance(mixer, RGLRU):
+        _check_griffin(mixer, where)
+    if isinstance(mixer, ShortConv):
+        _check(mixer.width, 1 <= mixer.width <= MAX_WIDTH, f"{where}.width")
+        _check(mixer.channels, mixer.channels == hidden, f"{where}.channels")
 
 
 def _check_attention(a: Attention, where: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from forge_c.models.spec.gemma import gemma, gemma2, gemma3, gemma3_with_images
 from forge_c.models.spec.griffin import recurrent_gemma
-from forge_c.models.spec.hybrid import bamba, granitemoehybrid, lfm2, nemotron_h
+from forge_c.models.spec.hybrid import bamba, falcon_h1, granitemoehybrid, lfm2, nemotron_h
 from forge_c.models.spec.kinds import ModelSpec
 from forge_c.models.spec.llama import granite, llama, mistral, smollm3
 from forge_c.models.spec.mamba import falcon_mamba, mamba, mamba2
@@ -14,14 +14,15 @@ from forge_c.models.spec.mixture_of_depths import mixture_of_depths
 from forge_c.models.spec.phi import phi3
 from forge_c.models.spec.quantized import check_not_quantized
 from forge_c.models.spec.qwen import qwen2, qwen3
+from forge_c.models.spec.zamba import zamba2
 from forge_c.rotary import rope_table
 
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma": gemma, "gemma2": gemma2,
     "gemma3_text": gemma3, "gemma3": gemma3_with_images, "phi3": phi3, "smollm3": smollm3, "granite": granite,
     "mixture_of_depths": mixture_of_depths, "mamba": mamba, "falcon_mamba": falcon_mamba, "mamba2": mamba2,
-    "bamba": bamba, "granitemoehybrid": granitemoehybrid, "lfm2": lfm2, "nemotron_h": nemotron_h,
-    "recurrent_gemma": recurrent_gemma}
+    "bamba": bamba, "falcon_h1": falcon_h1, "granitemoehybrid": granitemoehybrid, "lfm2": lfm2,
+    "nemotron_h": nemotron_h, "recurrent_gemma": recurrent_gemma, "zamba2": zamba2}
 
 
 def model_spec(config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelSpec:
@@ -50,7 +51,7 @@ def _without(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, An
 
 def _check_rotations(spec: ModelSpec) -> None:
     """An impossible rotation is an error of the file, before any weight is read."""
-    rotations = [getattr(layer.mixer, "rope", None) for layer in spec.layers]
+    rotations = [getattr(mixer, "rope", None) for layer in spec.layers for mixer in layer.mixers]
     for i, rope in enumerate(rotations):
         if rope is not None and rope not in rotations[:i]:
             try:

@@ -1,5 +1,5 @@
 """Decoders in which most layers have a recurrent mixer and some attention: Bamba, Granite 4's dense models, LFM2,
-Nemotron-H."""
+Nemotron-H; and Falcon-H1, where each has both."""
 from __future__ import annotations
 
 import math
@@ -9,9 +9,20 @@ from typing import Any
 
 from forge_c.checks import short
 from forge_c.models.spec import blocks
-from forge_c.models.spec.kinds import MLP, Attention, GatedMLP, LayerSpec, Mamba2, ModelSpec, Rope, ShortConv
-from forge_c.models.spec.mamba import UNREAD, state_space, time_step_limit
-from forge_c.models.spec.reader import BIASES, COMMON, MAX_WIDTH, Reader
+from forge_c.models.spec.kinds import (
+    MLP,
+    Attention,
+    GatedMLP,
+    LayerSpec,
+    Mamba2,
+    ModelSpec,
+    Multipliers,
+    Norm,
+    Rope,
+    ShortConv,
+)
+from forge_c.models.spec.mamba import UNREAD, expanded, state_space, time_step_limit
+from forge_c.models.spec.reader import BIASES, COMMON, MAX_WIDTH, Reader, checked_number
 
 _MAMBA = UNREAD | {
     "mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4,
@@ -19,6 +30,14 @@ _MAMBA = UNREAD | {
 _BAMBA = COMMON | BIASES | _MAMBA | {
     "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "attn_layer_indices": None, "num_logits_to_keep": 1,
     "z_loss_coefficient": 0.0}
+_FALCON = COMMON | BIASES | _MAMBA | {
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "num_logits_to_keep": 1, "mamba_d_ssm": 1024,
+    "mamba_norm_before_gate": True, "mamba_rms_norm": False, "projectors_bias": False, "layers_block_type": None,
+    "layer_types": None, "attn_layer_indices": None, "mamba_use_mlp": True, "mlp_expansion_factor": None,
+    "mlp_multipliers": None, "ssm_multipliers": None} | dict.fromkeys("""
+    lm_head_multiplier embedding_multiplier key_multiplier attention_out_multiplier attention_in_multiplier
+    ssm_in_multiplier ssm_out_multiplier
+""".split(), 1.0)
 _GRANITE = COMMON | _MAMBA | {
     "attention_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0,
     "logits_scaling": 1.0, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 1024,
@@ -58,9 +77,45 @@ def bamba(config: Mapping[str, Any]) -> ModelSpec:
     attention = _attention(c, s, blocks.rotation(c, s.head_dim, given, c.number("rope_theta", 10000.0)))
     mlp = blocks.gated_mlp(c, blocks.activation(c), bias=c.flag("mlp_bias"))
     named = _indices(c, "attn_layer_indices", s.layers) or ()
-    space = _mamba2(c)
+    space = _mamba2(c, norm)
     layers = [LayerSpec(attention if i in named else space, mlp, norm) for i in range(s.layers)]
     return blocks.decoder(c, layers, norm)
+
+
+def falcon_h1(config: Mapping[str, Any]) -> ModelSpec:
+    """Mamba-2 and attention side by side in every layer, with multipliers of nearly every product."""
+    c = Reader(config, _FALCON)
+    if c.value("attn_layer_indices") is not None or c.value("mamba_use_mlp") not in (None, True):
+        raise ValueError("config.json: expected attn_layer_indices null and mamba_use_mlp true for model_type "
+                         "falcon_h1: every layer has attention and an MLP")
+    s, norm = blocks.sizes(c), blocks.rms_norm(c)
+    for key in ("layer_types", "layers_block_type"):
+        c.per_layer(key, s.layers, ("hybrid",))
+    space = replace(_mamba2(c, norm if c.flag("mamba_rms_norm") else None, "mamba_d_ssm"),
+                    norm_before_gate=c.flag("mamba_norm_before_gate"), out_bias=c.flag("projectors_bias"))
+    mlp = blocks.gated_mlp(c, blocks.activation(c), bias=c.flag("mlp_bias"))
+    attention = _attention(c, s, blocks.rope(c, s.head_dim))
+    layer = LayerSpec(space, mlp, norm, beside=attention, multipliers=_multipliers(c))
+    return blocks.decoder(c, [layer] * s.layers, norm, embedding_scale=c.number("embedding_multiplier", 1.0),
+                          logits_scale=c.number("lm_head_multiplier", 1.0))
+
+
+def _multipliers(c: Reader) -> Multipliers | None:
+    """None where all are 1."""
+    gate, down = _numbers(c, "mlp_multipliers", 2)
+    singles = {name: c.number(f"{name}_multiplier", 1.0) for name in (
+        "attention_in", "attention_out", "key", "ssm_in", "ssm_out")}
+    found = Multipliers(**singles, ssm=_numbers(c, "ssm_multipliers", 5), gate=gate, down=down)
+    return None if found == Multipliers() else found
+
+
+def _numbers(c: Reader, key: str, count: int) -> tuple[float, ...]:
+    given = c.value(key)
+    if given is None:
+        return (1.0,) * count
+    if not isinstance(given, list) or len(given) != count:
+        raise ValueError(f"config.json: {key} is {short(given)}, expected {count} numbers")
+    return tuple(checked_number(key, one) for one in given)
 
 
 def granitemoehybrid(config: Mapping[str, Any]) -> ModelSpec:
@@ -76,7 +131,7 @@ def granitemoehybrid(config: Mapping[str, Any]) -> ModelSpec:
     attention = replace(_attention(c, s, blocks.rope(c, s.head_dim) if position == "rope" else None),
                         scale=c.number("attention_multiplier"))
     mlp = GatedMLP(c.integer("shared_intermediate_size", MAX_WIDTH), blocks.activation(c), fused=True)
-    space, scale = _mamba2(c), c.number("residual_multiplier", 1.0)
+    space, scale = _mamba2(c, norm), c.number("residual_multiplier", 1.0)
     layers = [LayerSpec(attention if t == "full_attention" else space, mlp, norm, residual_scale=scale)
               for t in _types(c, s.layers)]
     return blocks.decoder(c, layers, norm, embedding_scale=c.number("embedding_multiplier", 1.0),
@@ -136,16 +191,19 @@ def _attention(c: Reader, s: blocks.Sizes, rope: Rope | None) -> Attention:
     return Attention(s.heads, s.kv_heads, s.head_dim, s.head_dim ** -0.5, rope=rope, qkv_bias=bias, o_bias=bias)
 
 
-def _mamba2(c: Reader) -> Mamba2:
+def _mamba2(c: Reader, norm: Norm | None, inner_key: str | None = None) -> Mamba2:
+    """inner_key: of the channels of all heads, where the file may say them."""
     heads, head_dim = c.integer("mamba_n_heads", MAX_WIDTH), c.value("mamba_d_head")
-    inner = int(c.number("mamba_expand") * c.integer("hidden_size", MAX_WIDTH))
+    if inner_key is not None and c.value(inner_key) is not None:
+        inner, why = c.integer(inner_key, MAX_WIDTH), inner_key
+    else:
+        inner, why = expanded(c, "mamba_expand"), "mamba_expand times hidden_size"
     head_dim = inner // heads if head_dim in ("auto", None) else c.integer("mamba_d_head", MAX_WIDTH)
     if heads * head_dim != inner:
         raise ValueError(f"config.json: mamba_n_heads is {heads} and mamba_d_head {head_dim}, expected a product of "
-                         f"{inner}, mamba_expand times hidden_size")
+                         f"{inner}, {why}")
     return state_space(c, heads, head_dim, groups="mamba_n_groups", state="mamba_d_state", conv="mamba_d_conv",
-                       bias="mamba_proj_bias", conv_bias="mamba_conv_bias", limits=time_step_limit(c),
-                       norm=blocks.rms_norm(c))
+                       bias="mamba_proj_bias", conv_bias="mamba_conv_bias", limits=time_step_limit(c), norm=norm)
 
 
 def _types(c: Reader, layers: int) -> Sequence[str]:

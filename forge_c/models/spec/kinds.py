@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ABSENT = "absent"  # in a field's metadata: a document leaves it out where it has its default
 
@@ -49,6 +49,15 @@ class Attention:
     o_bias: bool = False
     fused: bool = False
 
+    streams: ClassVar[int] = 1  # times hidden: what goes in
+
+
+@dataclass(frozen=True)
+class JoinedAttention(Attention):
+    """Attention that is given the embeddings too, behind the residual stream's channels."""
+
+    streams: ClassVar[int] = 2
+
 
 @dataclass(frozen=True)
 class Mamba:
@@ -75,7 +84,7 @@ class Mamba:
 class Mamba2:
     """The state space of Mamba-2: heads of head_dim channels, `state` numbers to each channel, groups of heads that
     share B and C. norm: of the channels of each group, after the gate or before it. dt_min, dt_max: what a token's step
-    is clipped to; None: no bound."""
+    is clipped to; None: no bound. bias: of the first and the last projection, or, with out_bias, of the first."""
 
     heads: int
     head_dim: int
@@ -88,6 +97,12 @@ class Mamba2:
     norm_before_gate: bool = False
     dt_min: float = 0.0
     dt_max: float | None = None
+    out_bias: bool | None = field(default=None, metadata={ABSENT: True})
+
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether the last projection has a bias."""
+        return self.bias if self.out_bias is None else self.out_bias
 
     @property
     def inner(self) -> int:
@@ -184,10 +199,43 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Multipliers:
+    """What a layer's products are multiplied by (muP). The matrices and biases before them take the numbers over as
+    they are read. ssm: of z, x, B, C and dt; the inputs of attention's and the state space's first matrices have
+    attention_in and ssm_in."""
+
+    attention_in: float = 1.0
+    attention_out: float = 1.0
+    key: float = 1.0
+    ssm_in: float = 1.0
+    ssm_out: float = 1.0
+    ssm: tuple[float, ...] = (1.0,) * 5
+    gate: float = 1.0
+    down: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is added to a mixer's input: mlp(attention(x | embeddings)). Several layers share its weights, which the
+    checkpoint has in layer `of`; each adds low-rank matrices of its own, number `use`, to the mlp's first and, if
+    `adapted`, attention's, and multiplies the last by another. A layer's own weights take these over as they are read.
+    """
+
+    attention: Any
+    mlp: Any
+    of: int
+    use: int
+    rank: int
+    adapted: bool
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """h = x + s mixer(x), h + s mlp(h); or, parallel, x + s (mixer(x) + mlp(x)).
     mixer and mlp: data of a kind, or None. norms: before a part, after it, or both; alone: before the layer's
-    only part. router: of the tokens that go through, or None: all do; with one the mixer is Attention."""
+    only part. router: of the tokens that go through, or None: all do; with one the mixer is Attention. beside: a
+    second mixer, which is given what the first is, and whose result is added to the first's; or None. ahead: x +
+    mixer(x + ahead(x)), or None."""
 
     mixer: Any
     mlp: Any
@@ -196,11 +244,20 @@ class LayerSpec:
     parallel: bool = False
     residual_scale: float = 1.0
     router: Router | None = field(default=None, metadata={ABSENT: True})
+    beside: Any = field(default=None, metadata={ABSENT: True})
+    multipliers: Multipliers | None = field(default=None, metadata={ABSENT: True})
+    ahead: Ahead | None = field(default=None, metadata={ABSENT: True})
 
     @property
-    def remembers(self) -> Any:
-        """The kind whose state the layer has."""
-        return self.mixer if self.router is None else Routed(self.mixer, self.router)
+    def mixers(self) -> tuple[Any, ...]:
+        """The first, and one beside or ahead of it."""
+        more = self.beside if self.ahead is None else self.ahead.attention
+        return (self.mixer,) if more is None else (self.mixer, more)
+
+    @property
+    def remembers(self) -> tuple[Any, ...]:
+        """The kinds whose states the layer has, one for each mixer."""
+        return self.mixers if self.router is None else (Routed(self.mixer, self.router),)
 
 
 @dataclass(frozen=True)

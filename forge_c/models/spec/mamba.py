@@ -92,14 +92,20 @@ def _selective(c: Reader, norm: Norm | None = None) -> Mamba:
                  c.flag("use_conv_bias"), c.flag("use_bias"), norm)
 
 
+def expanded(c: Reader, key: str) -> int:
+    """`key` times hidden_size."""
+    found = c.number(key) * c.integer("hidden_size", MAX_WIDTH)
+    if not 1 <= found <= MAX_WIDTH:
+        raise ValueError(f"config.json: {key} times hidden_size is {short(found)}, expected 1 to {MAX_WIDTH}")
+    return int(found)
+
+
 def _inner(c: Reader) -> int:
     """expand times hidden_size; files say it again."""
-    inner = int(c.number("expand") * c.integer("hidden_size", MAX_WIDTH))
+    inner = expanded(c, "expand")
     for key in ("intermediate_size", "d_inner"):
         if c.value(key) not in (None, inner):
             raise ValueError(f"config.json: {key} is {short(c.value(key))}, expected {inner}, expand times hidden_size")
-    if not 1 <= inner <= MAX_WIDTH:
-        raise ValueError(f"config.json: expand times hidden_size is {inner}, expected 1 to {MAX_WIDTH}")
     return inner
 
 

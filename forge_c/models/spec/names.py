@@ -12,6 +12,7 @@ _BACKBONE: Rules = (
 _BAMBA: Rules = (
     (r"^(model\.)?final_layernorm\.", r"\1norm."), (r"\.pre_ff_layernorm\.", ".post_attention_layernorm."),
     (r"\.feed_forward\.", ".mlp."), (r"\.mamba\.", ".mixer."))
+_ZAMBA2: Rules = ((r"\.mamba_decoder\.", "."), *_BAMBA)
 _NEMOTRON: Rules = (
     *_BACKBONE, (r"\.mixer\.([qkvo])_proj\.", r".self_attn.\1_proj."), (r"\.mixer\.(up|down)_proj\.", r".mlp.\1_proj."))
 _GRANITE: Rules = (
@@ -29,8 +30,8 @@ _GRIFFIN: Rules = (
     (r"\.temporal_block\.([qkvo])_proj\.", r".self_attn.\1_proj."), (r"\.temporal_block\.", ".mixer."),
     (r"\.mixer\.rg_lru\.", ".mixer."), (r"\.mixer\.conv_1d\.", ".mixer.conv1d."))
 _NAMES: Mapping[str, Rules] = {"mamba": _BACKBONE, "falcon_mamba": _BACKBONE, "mamba2": _BACKBONE, "bamba": _BAMBA,
-                               "granitemoehybrid": _GRANITE, "lfm2": _LFM2, "nemotron_h": _NEMOTRON,
-                               "recurrent_gemma": _GRIFFIN}
+                               "falcon_h1": _BAMBA, "granitemoehybrid": _GRANITE, "lfm2": _LFM2,
+                               "nemotron_h": _NEMOTRON, "recurrent_gemma": _GRIFFIN, "zamba2": _ZAMBA2}
 
 
 def tensor_names(model_type: str) -> Callable[[str], str]:

@@ -25,6 +25,11 @@ _MAMBA2: dict[str, Any] = {
     "model_type": "mamba2", "vocab_size": 50288, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 128,
     "expand": 2, "conv_kernel": 4, "num_heads": 24, "head_dim": 64, "n_groups": 1, "tie_word_embeddings": True,
 }
+_FALCON_H1: dict[str, Any] = {
+    "model_type": "falcon_h1", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_ssm": 96, "mamba_n_heads": 6, "mamba_n_groups": 1,
+    "mamba_d_state": 24, "max_position_embeddings": 4096,
+}
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-1.1b": _LLAMA_1B,
     "llama-1.1b-short": _LLAMA_1B | {"num_hidden_layers": 2},
@@ -37,6 +42,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "mamba-tiny": _MAMBA | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": "auto"},
     "mamba2-tiny": _MAMBA2 | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8,
                               "head_dim": 16, "state_size": 24},
+    "falcon-h1-tiny": _FALCON_H1,
 }
 _BLOCK = 1 << 22  # elements that are drawn once; every tensor is cut from them
 _STD = 0.02
