@@ -16,8 +16,9 @@ Array = NDArray[Any]
 ARCHITECTURES = {"llama": "llama", "mistral": "mistral3", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
                  "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3",
                  "granite": "granite", "mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2", "lfm2": "lfm2",
-                 "bamba": "granitehybrid", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h"}
-STATES = ("mamba", "mamba2", "lfm2", "granitehybrid", "nemotron_h")  # with recurrent layers
+                 "bamba": "granitehybrid", "falcon_h1": "falcon-h1", "granitemoehybrid": "granitehybrid",
+                 "nemotron_h": "nemotron_h"}
+STATES = ("mamba", "mamba2", "lfm2", "granitehybrid", "falcon-h1", "nemotron_h")  # with recurrent layers
 # Channels of their heads lie as pairs (2i, 2i + 1) in a GGUF
 NEIGHBOURS = ("llama", "mistral3", "smollm3", "granite", "granitehybrid", "nemotron_h")
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -92,7 +93,8 @@ def _state_keys(a: str, config: Config) -> dict[str, Any]:
         return keys | {"shortconv.l_cache": 3, "vocab_size": config["vocab_size"], "feed_forward_length": width}
     heads = next((config[key] for key in ("num_heads", "mamba_n_heads", "mamba_num_heads") if key in config), None)
     rank = config.get("time_step_rank")
-    keys |= {"ssm.conv_kernel": config.get("conv_kernel", 4), "ssm.inner_size": 2 * config["hidden_size"],
+    keys |= {"ssm.conv_kernel": config.get("conv_kernel", 4),
+             "ssm.inner_size": config.get("mamba_d_ssm", 2 * config["hidden_size"]),
              "ssm.state_size": 6, "ssm.time_step_rank": heads or (2 if rank == "auto" else rank)}
     if a == "mamba":
         return keys | {"ssm.dt_b_c_rms": config["model_type"] == "falcon_mamba"}
@@ -119,6 +121,8 @@ def _groups(config: Config) -> int:
 
 def attention_layers(config: Config) -> list[bool]:
     layers, types = config["num_hidden_layers"], config.get("layer_types") or config.get("layers_block_type")
+    if config["model_type"] == "falcon_h1":
+        return [True] * layers
     if config["model_type"] == "bamba":
         return [i in config["attn_layer_indices"] for i in range(layers)]
     return [t in ("attention", "full_attention") for t in types]
@@ -132,6 +136,8 @@ def renamed(config: Config, weights: Mapping[str, Array]) -> dict[str, Array]:
     found = {}
     for name, weight in weights.items():
         stem, ending = usual(name).rsplit(".", 1)
+        if config["model_type"] == "falcon_h1":
+            weight = _multiplied(config, stem, weight)
         block = ""
         if stem.startswith("model.layers."):
             _, _, i, stem = stem.split(".", 3)
@@ -150,7 +156,23 @@ def renamed(config: Config, weights: Mapping[str, Array]) -> dict[str, Array]:
             weight = weight + np.float32(1)
         last = "token_embd_norm" if a == "lfm2" and stem == "model.norm" else names[stem]
         found[f"{block}{last}.{ending}"] = weight
+        if a == "falcon-h1" and last == "ffn_norm":
+            found[f"{block}{last}"] = found.pop(f"{block}{last}.{ending}")
     return found
+
+
+def _multiplied(config: Config, stem: str, weight: Array) -> Array:
+    """Falcon-H1's weights take over its multipliers."""
+    gate, down = config["mlp_multipliers"]
+    parts = {"k_proj": config["key_multiplier"], "o_proj": config["attention_out_multiplier"], "gate_proj": gate,
+             "down_proj": down, "out_proj": config["ssm_out_multiplier"], "lm_head": config["lm_head_multiplier"],
+             "embed_tokens": config["embedding_multiplier"]}
+    last = stem.rpartition(".")[2]
+    if last == "in_proj":
+        inner, shared = config["mamba_d_ssm"], config["mamba_n_groups"] * config["mamba_d_state"]
+        sizes = (inner, inner, shared, shared, config["mamba_n_heads"])
+        return weight * np.repeat(np.float32(config["ssm_multipliers"]), sizes)[:, None]
+    return weight * np.float32(parts.get(last, 1.0))
 
 
 def _mixer(config: Config, name: str, weight: Array) -> dict[str, Array]:

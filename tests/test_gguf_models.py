@@ -45,7 +45,7 @@ def config_of(family: str, **changes: Any) -> Config:
     """A small model of those that a GGUF can hold: it has no windows for these, and Gemma's scale is its heads'."""
     own: dict[str, Config] = {"mistral": {"sliding_window": None}, "qwen2": {"use_sliding_window": False},
                               "gemma2": {"query_pre_attn_scalar": 10}, "gemma3_text": {"query_pre_attn_scalar": 10},
-                              "bamba": {"rms_norm_eps": 1e-5}}
+                              "bamba": {"rms_norm_eps": 1e-5}, "falcon_h1": {"mamba_norm_before_gate": False}}
     return small(family, **own.get(family, {}) | changes)
 
 

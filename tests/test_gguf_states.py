@@ -22,8 +22,9 @@ FAMILIES = tuple(family for family, name in ARCHITECTURES.items() if name in STA
 
 @pytest.mark.parametrize(("family", "dtype"), [
     (family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16", "int8", "int4")
-    # whose gate is part of a matrix in the folder, and has more bits there
-    if (family, dtype) != ("granitemoehybrid", "int4")])
+    # the first one's gate is part of a matrix in the folder, and has more bits there; the other's embedding is
+    # multiplied when it is packed already
+    if (family, dtype) != ("granitemoehybrid", "int4") and (family != "falcon_h1" or dtype == "float32")])
 def test_the_bits_are_the_folders(tmp_path, family, dtype):
     """A stands in a file as it is, and other numbers in another order."""
     file, folder = both(tmp_path, config_of(family))
@@ -34,9 +35,13 @@ def test_the_bits_are_the_folders(tmp_path, family, dtype):
 def test_the_layers_are_the_folders(tmp_path, family):
     """But for eps and scale, which are float32 in a file."""
     file, folder = both(tmp_path, config_of(family))
-    found, expected = ([re.sub(r"(eps|scale)=[^,]+", "", repr(layer.mixer)) for layer in load(path).config.layers]
+    found, expected = ([re.sub(r"(eps|scale)=[^,]+", "", repr(layer.mixers)) for layer in load(path).config.layers]
                        for path in (file, folder))
     assert found == expected
+
+
+NO_MULTIPLIERS: Config = {"mamba_d_ssm": 64, "ssm_multipliers": [1.0] * 5, "mlp_multipliers": [1.0] * 2} | {
+    f"{name}_multiplier": 1.0 for name in ("key", "ssm_out", "attention_out", "embedding", "lm_head")}
 
 
 def q8_0(w: NDArray[Any]) -> tuple[Raw, NDArray[np.float32]]:
@@ -62,7 +67,7 @@ def of_blocks(tmp_path: Path, config: Config) -> tuple[Path, Path]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_are_held_as_they_are(tmp_path, family):
     """Number by number; a matrix whose rows are no whole blocks stays in floats."""
-    file, folder = of_blocks(tmp_path, config_of(family))
+    file, folder = of_blocks(tmp_path, config_of(family) | (NO_MULTIPLIERS if family == "falcon_h1" else {}))
     model = load(file)
     assert model.dtype == "q8_0" and difference(file, folder) <= SAME
     assert difference(file, folder, found="auto") < ROUNDED
@@ -91,6 +96,16 @@ def test_layers_without_key_value_heads_are_recurrent(tmp_path, family, value, k
 def test_granite_without_rotation(tmp_path):
     file, folder = both(tmp_path, config_of("granitemoehybrid", position_embedding_type="nope"))
     assert load(file)(IDS).tobytes() == load(folder)(IDS).tobytes()
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_falcon_h1_with_a_norm_or_without(tmp_path, normed):
+    """Of its state space, where the file has a tensor of it; the other norm's name is without an ending."""
+    config = config_of("falcon_h1", mamba_rms_norm=normed)
+    weights = {name: w for name, w in tensors(config).items() if normed or not name.endswith("mamba.norm.weight")}
+    file, folder = write_gguf(tmp_path / "x.gguf", config, weights), write(tmp_path / "folder", config, weights)
+    assert load(file)(IDS).tobytes() == load(folder)(IDS).tobytes()
+    assert all((layer.mixer.norm is not None) is normed for layer in load(file).config.layers)
 
 
 def test_the_eps_of_nemotron_by_either_key(tmp_path):
@@ -167,6 +182,8 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("granitemoehybrid", {"granitehybrid.rope.scaling.finetuned": 2}, "finetuned is 2, expected true or false"),
     ("granitemoehybrid", {"granitehybrid.ssm.inner_size": 96}, r"tensor blk.0.ssm_in.* expected \(220, 32\)"),
     ("granitemoehybrid", {"granitehybrid.embedding_scale": float("nan")}, "embedding_scale is nan, expected a number"),
+    ("falcon_h1", {"falcon-h1.ssm.inner_size": 50}, "falcon-h1.ssm.inner_size is 50, expected a multiple of"),
+    ("falcon_h1", {"falcon-h1.attention.head_count_kv": 0}, "head_count_kv is 0, expected an integer from 1"),
     ("nemotron_h", {"nemotron_h.feed_forward_length": Typed(5, [0, 40, 40, 0])},
      "nemotron_h.feed_forward_length of layer 2 is 40, expected 0 where nemotron_h.attention.head_count_kv is not"),
     ("nemotron_h", {"nemotron_h.feed_forward_length": Typed(5, [0, 40])}, "feed_forward_length has 2 values, exp"),
@@ -197,6 +214,7 @@ def test_what_is_not_understood_is_refused(tmp_path, family, changes, message):
     ("lfm2", {"output_norm.weight": np.ones(32, np.float32)}, "tensor output_norm.weight has no place"),
     ("lfm2", {"blk.0.shortconv.weight": np.ones(32, np.float32)}, "tensor blk.0.shortconv.weight has no place"),
     ("mamba", {"blk.0.ssm_dt.bias.weight": np.ones(32, np.float32)}, "tensor blk.0.ssm_dt.bias.weight has no place"),
+    ("falcon_h1", {"blk.0.ffn_norm.weight": np.ones(32, np.float32)}, "tensor blk.0.ffn_norm.weight has no place"),
     ("nemotron_h", {"blk.0.ffn_up.weight": np.ones((40, 32), np.float32)}, "1 tensors have no place .* blk.0.ffn_up"),
 ])
 def test_tensors_without_a_place_or_a_number_are_refused(tmp_path, family, more, message):

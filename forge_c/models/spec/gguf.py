@@ -136,9 +136,9 @@ def gguf_spec(file: GGUF, ignored: Collection[str] = ()) -> ModelSpec:
     try:
         spec = model_spec(config)
         for layer in spec.layers:
-            rope = getattr(layer.mixer, "rope", None)
-            if rope is not None:  # an impossible rotation is refused before a weight is read
-                rope_table(rope.dim, 1, rope.theta, scaling=rope.scaling)
+            for rope in (getattr(mixer, "rope", None) for mixer in layer.mixers):
+                if rope is not None:  # an impossible rotation is refused before a weight is read
+                    rope_table(rope.dim, 1, rope.theta, scaling=rope.scaling)
     except ValueError as error:
         keys.fail(str(error).removeprefix("config.json: "))
     layers = tuple(_as_stored(file, i, layer, architecture) for i, layer in enumerate(spec.layers))
@@ -373,6 +373,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mamba": Architecture("mamba", states.mamba, states=True, without_attention=True),
     "mamba2": Architecture("mamba2", states.mamba2, states=True, without_attention=True),
     "lfm2": Architecture("lfm2", states.lfm2, states=True, norm="token_embd_norm"),
+    "falcon-h1": Architecture("falcon_h1", states.falcon_h1),
     "granitehybrid": Architecture("granitemoehybrid", states.granitehybrid, interleaved=True, whole_heads=True,
                                   apart=True, states=True),
     "nemotron_h": Architecture("nemotron_h", states.nemotron_h, interleaved=True, states=True, rotates=False,
@@ -393,17 +394,24 @@ def _as_stored(file: GGUF, i: int, layer: LayerSpec, architecture: Architecture)
     def has(*names: str) -> bool:
         return any(f"blk.{i}.{name}" in file.tensors for name in names)
 
-    mixer, mlp, folded = layer.mixer, layer.mlp, architecture.folded
-    if isinstance(mixer, Attention):
-        mixer = replace(mixer, fused=has("attn_qkv.weight"), o_bias=has("attn_output.bias"),
-                        qkv_bias=mixer.qkv_bias or has("attn_qkv.bias", "attn_q.bias", "attn_k.bias", "attn_v.bias"),
-                        qk_norm=None if mixer.qk_norm is None else _norm(mixer.qk_norm, folded))
-    elif isinstance(mixer, Mamba | Mamba2):
-        mixer = replace(mixer, bias=has("ssm_in.bias", "ssm_out.bias"))
-    elif isinstance(mixer, ShortConv):
-        mixer = replace(mixer, bias=has(*(f"shortconv.{part}.bias" for part in ("conv", "in_proj", "out_proj"))))
+    mixer, beside = (_mixer_as_stored(one, has, architecture.folded) for one in (layer.mixer, layer.beside))
+    mlp = layer.mlp
     if mlp is not None:
         mlp = replace(mlp, bias=has("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"))
     if isinstance(mlp, GatedMLP) and architecture.apart:
         mlp = replace(mlp, fused=False)
-    return replace(layer, mixer=mixer, mlp=mlp, norm=_norm(layer.norm, folded))
+    return replace(layer, mixer=mixer, beside=beside, mlp=mlp, norm=_norm(layer.norm, architecture.folded))
+
+
+def _mixer_as_stored(mixer: Any, has: Callable[..., bool], folded: bool) -> Any:
+    if isinstance(mixer, Attention):
+        return replace(mixer, fused=has("attn_qkv.weight"), o_bias=has("attn_output.bias"),
+                       qkv_bias=mixer.qkv_bias or has("attn_qkv.bias", "attn_q.bias", "attn_k.bias", "attn_v.bias"),
+                       qk_norm=None if mixer.qk_norm is None else _norm(mixer.qk_norm, folded))
+    if isinstance(mixer, Mamba2) and mixer.out_bias is not None:
+        return replace(mixer, bias=has("ssm_in.bias"), out_bias=has("ssm_out.bias"))
+    if isinstance(mixer, Mamba | Mamba2):
+        return replace(mixer, bias=has("ssm_in.bias", "ssm_out.bias"))
+    if isinstance(mixer, ShortConv):
+        return replace(mixer, bias=has(*(f"shortconv.{part}.bias" for part in ("conv", "in_proj", "out_proj"))))
+    return mixer

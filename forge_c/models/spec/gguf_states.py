@@ -97,6 +97,18 @@ def nemotron_h(keys: Keys, config: Config) -> Config:
             "conv_kernel": keys.integer("ssm.conv_kernel", MAX_WIDTH)}
 
 
+def falcon_h1(keys: Keys, config: Config) -> Config:
+    """Both mixers in every layer. All multipliers are in the weights; a norm of the state space, where there is one,
+    comes after the gate."""
+    heads, head_dim = _heads(keys)
+    return {"mamba_d_ssm": heads * head_dim, "mamba_n_heads": heads, "mamba_d_head": head_dim,
+            "mamba_n_groups": keys.integer("ssm.group_count", MAX_WIDTH, 1),
+            "mamba_d_state": keys.integer("ssm.state_size", MAX_WIDTH),
+            "mamba_d_conv": keys.integer("ssm.conv_kernel", MAX_WIDTH),
+            "mamba_rms_norm": any(name.endswith(".ssm_norm.weight") for name in keys.file.tensors),
+            "mamba_norm_before_gate": False}
+
+
 def _check_no_attention(keys: Keys) -> None:
     for key, most in (("attention.head_count", MAX_HEADS), ("feed_forward_length", MAX_WIDTH)):
         keys.integer(key, most, 0, least=0)  # asked for by llama.cpp, and not used

@@ -32,6 +32,7 @@ _MIXERS: dict[type, dict[str, str]] = {
 # Whole names, without .weight or .bias in one of the two worlds.
 _OTHERS = {Mamba: {"ssm_a": "mixer.A_log", "ssm_d": "mixer.D"},
            Mamba2: {"ssm_a": "mixer.A_log", "ssm_d": "mixer.D", "ssm_dt.bias": "mixer.dt_bias"}}
+_TWO_MIXERS = {"ffn_norm": "post_attention_layernorm.weight"}  # whose norm stands there without .weight
 _NO_MATRICES = re.compile(r".*\.(ssm_conv1d|ssm_norm|shortconv\.conv)\.weight|.*\.ssm_[ad]")  # though of two dimensions
 _FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
 _BOTH_NORMS = {"ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
@@ -92,7 +93,7 @@ class GGUFCheckpoint:
         """Where a tensor goes: the bias of q, k and v together goes to three places."""
         found = _BLOCK.fullmatch(tensor.name)
         layer = self._spec.layers[int(found[1])] if found and int(found[1]) < self._spec.n_layers else None
-        names, others = ({}, {}) if layer is None else (_names(layer), _OTHERS.get(type(layer.mixer), {}))
+        names, others = ({}, {}) if layer is None else (_names(layer), _others(layer))
         stem, _, ending = found[2].rpartition(".") if found else ("", "", "")
         if found and found[2] in others:
             return {f"model.layers.{found[1]}.{others[found[2]]}": _Place(tensor)}
@@ -100,7 +101,7 @@ class GGUFCheckpoint:
             expected = [*(names or _COMMON | _MIXERS[Attention]), *others]
             raise ValueError(f"{tensor.path}: tensor {tensor.name} has no place in this model of {self._spec.n_layers} "
                              f"layers; expected {', '.join(self._top)}, and blk.N. with {', '.join(expected)}")
-        rows = _rows_of(tensor, stem, ending, layer.mixer, self._architecture)
+        rows = _rows_of(tensor, stem, ending, layer, self._architecture)
         return {f"model.layers.{found[1]}.{names[part]}.{ending}": _Place(tensor, order)
                 for part, order in rows.items()}
 
@@ -167,11 +168,12 @@ class GGUFCheckpoint:
         """The shape that a file gives the tensor to which Hugging Face gives this one."""
         if name.endswith("mixer.conv1d.weight"):
             return shape[0], shape[2]
-        mixer = self._spec.layers[int(name.split(".")[2])].mixer if name.startswith("model.layers.") else None
-        if isinstance(mixer, Mamba2) and name.endswith((".A_log", ".D")):
+        layer = self._spec.layers[int(name.split(".")[2])] if name.startswith("model.layers.") else None
+        space = None if layer is None else _mixer_of(Mamba2, layer)
+        if space is not None and name.endswith((".A_log", ".D")):
             return *shape, 1
-        if isinstance(mixer, Mamba2) and name.endswith("mixer.norm.weight"):
-            return mixer.groups, shape[0] // mixer.groups
+        if space is not None and name.endswith("mixer.norm.weight"):
+            return space.groups, shape[0] // space.groups
         return shape
 
     def _stored_name(self, name: str) -> str:
@@ -181,7 +183,7 @@ class GGUFCheckpoint:
                 return theirs
         _, _, i, rest = name.split(".", 3)
         layer, (stem, ending) = self._spec.layers[int(i)], rest.rsplit(".", 1)
-        whole = _OTHERS.get(type(layer.mixer), {}) | {
+        whole = _others(layer) | {
             f"{theirs}.{ending}": f"{ours}.{ending}" for theirs, ours in _names(layer).items() if ours == stem}
         return next(f"blk.{i}.{theirs}" for theirs, ours in whole.items() if ours == rest)
 
@@ -204,15 +206,33 @@ def _is_matrix(tensor: TensorInfo) -> bool:
 
 def _names(layer: LayerSpec) -> dict[str, str]:
     """The file's names in such a layer, and Hugging Face's, of what has .weight and .bias in both."""
-    return (_COMMON | _MIXERS.get(type(layer.mixer), {}) | (_FUSED_MLP if getattr(layer.mlp, "fused", False) else {})
-            | (_BOTH_NORMS if layer.norms == "both" else {}))
+    found = dict(_COMMON)
+    for mixer in layer.mixers:
+        found |= _MIXERS.get(type(mixer), {})
+    found |= (_FUSED_MLP if getattr(layer.mlp, "fused", False) else {}) | (
+        _BOTH_NORMS if layer.norms == "both" else {})
+    return {name: theirs for name, theirs in found.items() if name not in _others(layer)}
 
 
-def _rows_of(tensor: TensorInfo, stem: str, ending: str, mixer: Any, file: Architecture) -> dict[str, Rows | None]:
+def _others(layer: LayerSpec) -> dict[str, str]:
+    """Whole names of the rest."""
+    found = {} if layer.beside is None else dict(_TWO_MIXERS)
+    for mixer in layer.mixers:
+        found |= _OTHERS.get(type(mixer), {})
+    return found
+
+
+def _mixer_of(kind: type, layer: LayerSpec) -> Any:
+    """The layer's mixer of that kind, or None."""
+    return next((mixer for mixer in layer.mixers if isinstance(mixer, kind)), None)
+
+
+def _rows_of(tensor: TensorInfo, stem: str, ending: str, layer: LayerSpec,
+             file: Architecture) -> dict[str, Rows | None]:
     """Which rows of a tensor go where; None: all as they lie. q, k and v may be one matrix, their biases one vector."""
-    if not isinstance(mixer, Attention):
+    mixer, turned = _mixer_of(Attention, layer), file.interleaved
+    if mixer is None:
         return {stem: None}
-    turned = file.interleaved
     queries, keys = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
     sizes = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
     if stem in sizes:
