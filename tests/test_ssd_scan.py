@@ -367,8 +367,8 @@ int main(void) {
         const ptrdiff_t head = sizeof by_p[0][0][0], row = i ? P * 4 : N * 4;
         fc_ssd_scan_args a = {
             .size = sizeof a, .out = y[i], .new_state = i ? by_n[1][0][0][0] : by_p[1][0][0][0], .x = x, .dt = dt,
-            .b = b, .c = c, .a = decay, .state = i ? by_n[0][0][0][0] : by_p[0][0][0][0], .batch = B, .seq = S, .heads = H,
-            .groups = 1, .p = P, .n = N, .out_stride = {sizeof x[0], sizeof x[0][0], P * 4},
+            .b = b, .c = c, .a = decay, .state = i ? by_n[0][0][0][0] : by_p[0][0][0][0], .batch = B, .seq = S,
+            .heads = H, .groups = 1, .p = P, .n = N, .out_stride = {sizeof x[0], sizeof x[0][0], P * 4},
             .x_stride = {sizeof x[0], sizeof x[0][0], P * 4}, .dt_stride = {sizeof dt[0], sizeof dt[0][0], 4},
             .b_stride = {sizeof b[0], N * 4, N * 4}, .c_stride = {sizeof c[0], N * 4, N * 4},
             .state_stride = {H * head, head, row}, .new_state_stride = {H * head, head, row}, .dt_max = 1e9f,
