@@ -51,6 +51,12 @@ def selective_scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Arra
                                      state=state, out=out)[0]
 
 
+def rg_lru(x: Array, input_gate: Array, recurrence_gate: Array, param: Array, state: Array, *, dtype: str) -> Call:
+    x, i, r = (_cast(a, dtype) for a in (x, input_gate, recurrence_gate))
+    out = np.empty_like(x), np.empty_like(state)
+    return lambda: fc.rg_lru(x, i, r, param, state=state, out=out)[0]
+
+
 def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
     x, residual = _cast(x, dtype), _cast(residual, dtype)
     out = np.empty_like(x), np.empty_like(x)

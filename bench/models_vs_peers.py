@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import machine
 import peers_table
 from peers_table import Entry, Sizes
-from processes import HERE, Measure, Test, forge_c, llama_cpp, output, say
+from processes import HERE, Measure, Test, forge_c, llama_cpp, output, say, transformers
 
 from forge_c.models.weights.random import SHAPES
 
@@ -131,17 +131,13 @@ def _llama_cpp(entry: Entry, run: Run, peers: Peers) -> list[Test]:
                      Measure(run.prompt, run.new, run.repeats, run.threads))
 
 
-def _torch(run: Run, peers: Peers) -> list[Test]:
-    sizes = map(str, (run.prompt, run.new, run.repeats, run.threads))
-    out = output([peers.python, str(HERE / "model_torch.py"), json.dumps(run.config), *sizes])
-    return [json.loads(line) for line in out.splitlines()]
-
-
 def _measure(entry: Entry, run: Run, peers: Peers) -> list[Test]:
     """One process of one implementation: its tests, as forge-c bench --json says them."""
     if entry.implementation == "forge_c":
         return _forge_c(entry, run)
-    return _llama_cpp(entry, run, peers) if entry.implementation == "llama.cpp" else _torch(run, peers)
+    if entry.implementation == "llama.cpp":
+        return _llama_cpp(entry, run, peers)
+    return transformers(peers.python, run.config, Measure(run.prompt, run.new, run.repeats, run.threads), entry.form)
 
 
 def _rounds(entries: list[Entry], run: Run, peers: Peers, args: argparse.Namespace,

@@ -17,6 +17,8 @@ from numpy_states import (  # noqa: F401
     gated_delta,
     gated_delta_chunked,
     gated_delta_step,
+    rg_lru,
+    rg_lru_by_tokens,
     s4d_kernel,
     s4d_scan,
     s4d_scan_fft,

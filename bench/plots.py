@@ -1,7 +1,7 @@
 """A page's pictures: speed beside NumPy's, time against length, operations a second against operations a byte."""
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {"forge_c": "#1b6ca8", "numpy": "#999999", "torch": "#d1495b", "onnxruntime": "#66a182",
             "llama.cpp": "#e39b2d"}
+_LAYERS = {"attention": "#d1495b", "mamba": "#1b6ca8"}
 _DASHES = {"float32": "-", "bfloat16": "--", "int8": ":", "int4": "-."}
 _MARKERS = "osD^vP*X"
 
@@ -107,9 +108,7 @@ def curves(title: str, rows: Sequence[Row], limits: Limits, path: Path) -> bool:
         ax.plot(*zip(*least, strict=True), color="black", linewidth=0.8, label="limit, float32")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        lengths = sorted({row.length for row in group})[:: 2 if len({row.length for row in group}) > 5 else 1]
-        ax.set_xticks(lengths, [f"{n}" if n < 1024 else f"{n >> 10}k" for n in lengths])
-        ax.grid(color="#dddddd", linewidth=0.6)
+        _length_ticks(ax, sorted({row.length for row in group}))
         ax.set_xlabel("length, tokens")
         ax.set_ylabel("seconds")
         ax.set_title(name)
@@ -119,6 +118,50 @@ def curves(title: str, rows: Sequence[Row], limits: Limits, path: Path) -> bool:
     figure.tight_layout()
     _save(figure, path)
     return True
+
+
+def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
+    """Of a logarithmic x axis, every second one where there are many."""
+    shown = lengths[:: 2 if len(lengths) > 5 else 1]
+    axes.set_xticks(shown, [f"{n}" if n < 1024 else f"{n >> 10}k" for n in shown])
+    axes.grid(color="#dddddd", linewidth=0.6)
+
+
+def against_length(found: Mapping[str, Any], path: Path) -> None:
+    """Bytes of state, seconds of a token and of a prompt's token against the tokens before, of attention and Mamba."""
+    panels = (("bytes", "state, MB", 2.0**-20), ("step", "a token of decoding, ms", 1e3),
+              ("prompt", "a token of a prompt, ms", 1e3))
+    figure, axes = _pyplot().subplots(1, len(panels), figsize=(10, 3.2))
+    for ax, (what, label, unit) in zip(axes, panels, strict=True):
+        for layer, colour in _LAYERS.items():
+            ax.plot(found["length"], [unit * value for value in found[layer][what]], color=colour, marker=".")
+            ax.annotate({"mamba": "Mamba"}.get(layer, layer), (found["length"][-1], unit * found[layer][what][-1]),
+                        (5, -3), textcoords="offset points", color=colour)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        _length_ticks(ax, found["length"])
+        ax.set_xlabel("tokens before")
+        ax.set_title(label, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def against_capacity(found: Mapping[str, Any], path: Path) -> None:
+    """Time of a routed block beside the dense one's, against the share of tokens that goes through."""
+    figure, ax = _pyplot().subplots(figsize=(4.5, 3.4))
+    ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="as many as go through")
+    ax.plot(found["capacity"], [t / found["dense"] for t in found["routed"]], color=_COLOURS["forge_c"], marker=".",
+            label="measured")
+    ax.set_xlim(0, 1.02)
+    ax.set_ylim(bottom=0)
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.set_xlabel("capacity: share of the tokens that goes through")
+    ax.set_ylabel("time, of the dense block's")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
 
 
 def tokens(rates: Sequence[tuple[str, str, str, float]], path: Path) -> None:

@@ -51,4 +51,12 @@ def llama_cpp(llama_bench: str, model: Path, sizes: Measure) -> list[Test]:
     out = output([llama_bench, "-m", str(model), "-p", str(sizes.prompt), "-n", str(sizes.new),
                   "-t", str(sizes.threads), "-r", str(sizes.repeats), "-o", "json"])
     return [{"test": f"pp{t['n_prompt']}" if t["n_prompt"] else f"tg{t['n_gen']}",
-             "tokens_per_second": t["samples_ts"], "version": t["build_commit"]} for t in json.loads(out)]
+             "tokens_per_second": t["samples_ts"], "version": t["build_commit"], "file_bytes": t["model_size"]}
+            for t in json.loads(out)]
+
+
+def transformers(python: str, config: Mapping[str, Any], sizes: Measure, dtype: str) -> list[Test]:
+    """What transformers' model of a config.json does in that interpreter."""
+    out = output([python, str(HERE / "model_torch.py"), json.dumps(dict(config)), str(sizes.prompt), str(sizes.new),
+                  str(sizes.repeats), str(sizes.threads), dtype])
+    return [json.loads(line) for line in out.splitlines()]

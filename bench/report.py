@@ -17,7 +17,8 @@ _TITLES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "softmax": "Softmax
            "attention": "Grouped-query attention", "kv_cache": "KV cache", "transformer": "Transformer block",
            "mixture_of_depths": "Mixture of depths",
            "ssd_scan": "Mamba-2's scan", "gated_delta": "Gated delta rule", "s4d": "Diagonal state spaces",
-           "causal_conv1d": "Causal convolution", "selective_scan": "Mamba's scan", "models": "The embedded model",
+           "causal_conv1d": "Causal convolution", "selective_scan": "Mamba's scan", "rg_lru": "Griffin's recurrence",
+           "models": "The embedded model",
            "mission": "Modern components and what they replace"}
 
 _PAGES = {"benchmarks": "Benchmarks of all components", "benchmarks-rows": "Benchmarks: norms, positions, activations",

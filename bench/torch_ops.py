@@ -76,6 +76,23 @@ def selective_scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Arra
     return call
 
 
+def rg_lru(x: Array, input_gate: Array, recurrence_gate: Array, param: Array, state: Array, *, dtype: str) -> Call:
+    """As transformers' RecurrentGemma does: 1 - a^2 as it comes."""
+    t, i, r = (_cast(a, dtype) for a in (x, input_gate, recurrence_gate))
+    p, first = torch.from_numpy(param), torch.from_numpy(state)
+
+    def call() -> torch.Tensor:
+        log_a = -8.0 * torch.sigmoid(r) * F.softplus(p)
+        a, factor = torch.exp(log_a), torch.sqrt(1 - torch.exp(2 * log_a))
+        added, out, h = t * torch.sigmoid(i) * factor.type(t.dtype), torch.zeros_like(t), first
+        for k in range(t.shape[1]):
+            h = a[:, k].float() * h + added[:, k].float()
+            out[:, k] = h.type(t.dtype)
+        return out
+
+    return call
+
+
 def rms_norm_residual(x: Array, residual: Array, weight: Array, *, dtype: str) -> Call:
     t, r, w = (_cast(a, dtype) for a in (x, residual, weight))
     h = torch.zeros_like(t)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import os
 import sys
 import time
@@ -20,8 +19,8 @@ from typing import Any
 
 import machine
 import torch
-from model_torch import random_model
-from transformers import DynamicCache, LlamaForCausalLM
+from model_torch import held, random_model
+from transformers import DynamicCache, PreTrainedModel
 
 import forge_c
 from forge_c.integrations.transformers import accelerate
@@ -47,21 +46,20 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """Modules of its own over the same parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def _times(model: LlamaForCausalLM, ids: torch.Tensor, new: int) -> tuple[float, float, torch.Tensor]:
+def _times(model: PreTrainedModel, ids: torch.Tensor, new: int) -> tuple[float, float, torch.Tensor]:
     """Seconds of the prompt, seconds of the new tokens, logits after the prompt."""
-    cache = DynamicCache(config=model.config)
-    held = {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    cache = held(model, DynamicCache(config=model.config))
     start = time.perf_counter()
-    logits = model(ids, logits_to_keep=1, **held).logits
+    logits = model(ids, logits_to_keep=1, **cache).logits
     prompt, token = time.perf_counter() - start, ids[:, -1:]
     start = time.perf_counter()
     for _ in range(new):
-        model(token, **held)
+        model(token, **cache)
     return prompt, time.perf_counter() - start, logits.float()
 
 

@@ -16,8 +16,9 @@ _HOME = {
     name: module
     for module, names in {
         "functional": "PackedWeight attention available_isas causal_conv1d embedding gated_delta gated_linear geglu "
-                      "gelu get_num_threads isa layer_norm linear merge_attention relu rms_norm rope route_tokens "
-                      "s4d_kernel s4d_scan selective_scan set_num_threads silu softmax ssd_scan swiglu use_isa",
+                      "gelu get_num_threads isa layer_norm linear merge_attention relu rg_lru rms_norm rope "
+                      "route_tokens s4d_kernel s4d_scan selective_scan set_num_threads silu softmax ssd_scan swiglu "
+                      "use_isa",
         "state.kv": "KVCache kv_cache_nbytes",
         "packing": "pack pack_gated",
         "rotary": "RopeTable rope_table",

@@ -17,6 +17,7 @@ from forge_c.functional import layer_norm as layer_norm
 from forge_c.functional import linear as linear
 from forge_c.functional import merge_attention as merge_attention
 from forge_c.functional import relu as relu
+from forge_c.functional import rg_lru as rg_lru
 from forge_c.functional import rms_norm as rms_norm
 from forge_c.functional import rope as rope
 from forge_c.functional import route_tokens as route_tokens

@@ -1,6 +1,6 @@
 # Mirror of src_c/forge.h, and nothing else. `from forge_c cimport _c` reaches the kernels from other Cython code.
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 
 cdef extern from "forge.h" nogil:
     ctypedef enum fc_dtype:
@@ -342,6 +342,26 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t state_stride[2]
         fc_workspace *workspace
     fc_status fc_selective_scan(const fc_scan_args *args)
+    ctypedef struct fc_rg_lru_args:
+        size_t size
+        fc_dtype type
+        void *out
+        const void *x
+        const void *input_gate
+        const void *recurrence_gate
+        float *new_state
+        const float *state
+        const float *param
+        const uint8_t *reset
+        ptrdiff_t batch, seq, channels
+        ptrdiff_t out_stride[2]
+        ptrdiff_t x_stride[2]
+        ptrdiff_t input_gate_stride[2]
+        ptrdiff_t recurrence_gate_stride[2]
+        ptrdiff_t reset_stride[2]
+        ptrdiff_t new_state_stride, state_stride
+        fc_workspace *workspace
+    fc_status fc_rg_lru(const fc_rg_lru_args *args)
 
     ctypedef enum fc_norm_kind:
         FC_NO_NORM
@@ -367,6 +387,7 @@ cdef extern from "forge.h" nogil:
         FC_MAMBA
         FC_MAMBA2
         FC_SHORT_CONV
+        FC_RG_LRU
         FC_PART_KINDS
     ctypedef struct fc_part:
         fc_part_kind kind
@@ -450,6 +471,14 @@ cdef extern from "forge.h" nogil:
         fc_matrix in_ "in"
         fc_matrix out
         fc_conv_weights conv
+    ctypedef struct fc_rg_lru_weights:
+        ptrdiff_t heads, block
+        fc_matrix in_ "in"
+        fc_matrix out
+        const fc_matrix *gates
+        fc_conv_weights conv
+        const float *param
+        fc_activation activation
     ctypedef struct fc_model:
         ptrdiff_t hidden, vocab
         fc_dtype embedding_type

@@ -103,6 +103,12 @@ class Mamba2Part(RecurrentPart):
                  dt_max: float | None = None, norm: Norm | None = None, post_norm: Norm | None = None,
                  inner_norm: Norm | None = None, norm_before_gate: bool = False) -> None: ...
 
+class RGLRUPart(RecurrentPart):
+    def __init__(self, in_proj: PackedWeight, conv: PackedWeight, gates: Sequence[PackedWeight],
+                 out_proj: PackedWeight, *, heads: int, param: Array, activation: str = "gelu_tanh",
+                 gate_bias: Array | None = None, conv_bias: Array | None = None, in_bias: Array | None = None,
+                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+
 class ShortConvPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
@@ -226,6 +232,10 @@ def selective_scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Arra
                    state: NDArray[np.float32] | None = None,
                    out: tuple[Array | None, NDArray[np.float32] | None] | None = None
                    ) -> tuple[Array, NDArray[np.float32]]: ...
+def rg_lru(x: Array, input_gate: Array, recurrence_gate: Array, param: Array, *,
+           reset: NDArray[np.bool_] | None = None, state: NDArray[np.float32] | None = None,
+           out: tuple[Array | None, NDArray[np.float32] | None] | None = None
+           ) -> tuple[Array, NDArray[np.float32]]: ...
 def pack_columns(out: NDArray[np.uint8], columns: Array) -> None: ...
 def search_scales(out: NDArray[np.float32], columns: NDArray[np.float32], importance: NDArray[np.float32], group: int,
                   groups: int, minima: bool, zero: int, top: int) -> None: ...

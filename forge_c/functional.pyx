@@ -8,7 +8,7 @@ cimport cython
 cimport numpy as cnp
 from libc.math cimport INFINITY
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
 from forge_c._c cimport *
@@ -44,6 +44,7 @@ include "border/states.pxi"
 include "border/conv1d.pxi"
 include "border/scan.pxi"
 include "border/ssd.pxi"
+include "border/rg_lru.pxi"
 include "border/gated_delta.pxi"
 include "border/s4d.pxi"
 include "border/decoder.pxi"
@@ -57,6 +58,6 @@ if os.environ.get("FORGE_C_ISA"):
 __all__ = [
     "KV_CHUNK", "PackedWeight", "attention", "available_isas", "causal_conv1d", "embedding", "gated_delta",
     "gated_linear", "geglu", "gelu", "get_num_threads", "isa", "layer_norm", "linear", "merge_attention", "relu",
-    "rms_norm", "rope", "route_tokens", "s4d_kernel", "s4d_scan", "selective_scan", "set_num_threads", "silu",
+    "rg_lru", "rms_norm", "rope", "route_tokens", "s4d_kernel", "s4d_scan", "selective_scan", "set_num_threads", "silu",
     "softmax", "ssd_scan", "swiglu", "use_isa",
 ]

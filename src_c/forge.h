@@ -371,6 +371,24 @@ typedef struct {
 } fc_scan_args;
 fc_status fc_selective_scan(const fc_scan_args *args);
 
+/* RG-LRU:  a = e^(-8 softplus(param) sigmoid(recurrence_gate));  h = a h + sqrt(1 - a^2) sigmoid(input_gate) x;
+ * where reset is not 0 a sequence begins, h = sigmoid(input_gate) x;  out = h. */
+typedef struct {
+    size_t size; /* sizeof(fc_rg_lru_args) */
+    fc_dtype type; /* of out, x and the gates */
+    void *out;
+    const void *x, *input_gate, *recurrence_gate; /* (batch, seq, channels), as out, which may be one of them */
+    float *new_state;
+    const float *state;   /* h: both (batch, channels); NULL: zeros; may be new_state */
+    const float *param;   /* (channels) */
+    const uint8_t *reset; /* (batch, seq) or NULL */
+    ptrdiff_t batch, seq, channels;
+    ptrdiff_t out_stride[2], x_stride[2], input_gate_stride[2], recurrence_gate_stride[2], reset_stride[2];
+    ptrdiff_t new_state_stride, state_stride; /* from row to row */
+    fc_workspace *workspace;
+} fc_rg_lru_args;
+fc_status fc_rg_lru(const fc_rg_lru_args *args);
+
 /* ---- a model's forward pass: layers of parts, each of a kind ----
  * A layer is a mixer, which sees the tokens before, and an mlp, which does not:
  *     h = x + s mixer(x),  h + s mlp(h)        or, parallel,  x + s (mixer(x) + mlp(x))
@@ -392,7 +410,8 @@ typedef struct {
 } fc_matrix;
 
 typedef enum {
-    FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_PART_KINDS
+    FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_RG_LRU,
+    FC_PART_KINDS
 } fc_part_kind;
 typedef struct {
     fc_part_kind kind;
@@ -517,6 +536,18 @@ typedef struct {
     fc_matrix out; /* (hidden, hidden) */
     fc_conv_weights conv;
 } fc_short_conv_weights;
+
+/* FC_RG_LRU, width = heads block:  y, x = in(..);  u = conv(x), conv without an activation;  i, r: two products of each
+ * head's channels of u with its own;  out(f(y) fc_rg_lru(u, i, r, param)), which begins at a row's first token */
+typedef struct {
+    ptrdiff_t heads, block;
+    fc_matrix in;  /* (hidden, 2 width) */
+    fc_matrix out; /* (width, hidden) */
+    const fc_matrix *gates; /* (2, heads), each (block, block): those of i, then those of r */
+    fc_conv_weights conv;   /* of width channels */
+    const float *param;     /* (width) */
+    fc_activation activation;
+} fc_rg_lru_weights;
 
 typedef struct {
     ptrdiff_t hidden, vocab;

@@ -109,12 +109,34 @@ struct fc_scan {
     ptrdiff_t tokens, n, channels, stride;
 };
 
+/* Channels of an RG-LRU over a run of tokens; see kernels/rg_lru.h. */
+struct fc_rg_lru {
+    float *x;           /* (tokens, channels), as i and r, rows `row` floats apart, whole vectors; becomes h */
+    const float *i, *r; /* the gates' logits */
+    const float *rate;  /* (channels) */
+    const float *from;  /* (channels): h before, NULL: zeros; may be `to`, h after */
+    float *to;
+    const uint8_t *begins; /* (tokens), begins_stride apart: whether a sequence begins; or NULL */
+    ptrdiff_t begins_stride, tokens, channels, row;
+    const char *next[3]; /* what will be read a run later, rows next_stride bytes apart, of values of `size` bytes */
+    ptrdiff_t next_stride[3], size;
+};
+
 /* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
  * kernels/stream.h. */
 struct fc_stream {
     char *end;
     ptrdiff_t waiting;
     char bytes[64];
+};
+
+/* Vectors that two rows of a result past the caches share; see kernels/conv1d.h. */
+struct fc_seams {
+    char lines[4][3 * 64]; /* the end of one row and the beginning of the next, around the vector in the middle */
+    char last[64];         /* the end of the last row */
+    char *at, *end;        /* where the first vector goes, `row` bytes before the next; where the last row ends, or NULL */
+    ptrdiff_t row, tail;   /* tail: bytes of a row in the vector that it begins */
+    int from;              /* the first vector that waits */
 };
 
 /* next: the row that will be read next, or NULL. stream: if not NULL, out goes past the caches, row after row */
@@ -169,6 +191,9 @@ struct fc_stream {
     X(conv1d, (void *out, ptrdiff_t ldo, const void *x, ptrdiff_t ldx, const float *weight, const float *bias,         \
                ptrdiff_t n, ptrdiff_t tokens, ptrdiff_t width, int silu), out, ldo, x, ldx, weight, bias, n, tokens,   \
       width, silu)                                                                                                     \
+    X(conv1d_streamed, (struct fc_seams *seams, void *out, const void *x, ptrdiff_t ldx, const float *weight,          \
+                        ptrdiff_t ldw, const float *bias, ptrdiff_t n, ptrdiff_t width, int silu), seams, out, x,      \
+      ldx, weight, ldw, bias, n, width, silu)                                                                          \
     X(scan_begin, (float *step, float *input, float *y, ptrdiff_t stride, const void *u, const void *delta,            \
                    const float *bias, const float *d, ptrdiff_t n, int softplus, const void *next_u,                   \
                    const void *next_delta), step, input, y, stride, u, delta, bias, d, n, softplus, next_u,            \
@@ -191,6 +216,7 @@ struct fc_stream {
     X(gemm_i4_affine, (const struct fc_gemm *g))                                                                       \
     X(stream_row, (struct fc_stream *stream, void *out, const void *from, ptrdiff_t bytes, const void *next))          \
     X(stream_end, (struct fc_stream *stream))                                                                          \
+    X(seams_end, (struct fc_seams *seams))                                                                             \
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
@@ -208,6 +234,8 @@ struct fc_stream {
     X(mode_powers, (float *out, double *powers, const double *step, ptrdiff_t modes, ptrdiff_t length))                \
     X(exp_f32, (float *x, ptrdiff_t n))                                                                                \
     X(scan, (const struct fc_scan *s))                                                                                 \
+    X(rg_lru, (const struct fc_rg_lru *s))                                                                             \
+    X(rg_lru_rates, (float *rate, const float *param, ptrdiff_t n))                                                    \
     X(panel_to_columns, (float *out, ptrdiff_t ld, const float *panel, ptrdiff_t k, ptrdiff_t columns))                \
     X(peak_f32, (float *sink, ptrdiff_t iterations))                                                                   \
     X(peak_bf16, (float *sink, ptrdiff_t iterations))                                                                  \

@@ -22,6 +22,7 @@ static const struct {
     double router_logit, choose, gate_update;       /* of routed depth: a value; a token; a value */
     double conv1d;                                  /* a channel of a token */
     double scan, scan_channel, scan_load;           /* a state of a channel of a token; a channel of one; a state */
+    double rg_lru;                                  /* a channel of a token */
 } fc_ns = {
     .flop = 0.01,
     .weight_byte = 0.04,
@@ -59,6 +60,7 @@ static const struct {
     .scan = 0.3,
     .scan_channel = 2,
     .scan_load = 0.5,
+    .rg_lru = 1.5,
 };
 
 /* Inputs of more bytes come from beyond the second cache: then the next row is prefetched. */

@@ -47,6 +47,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_fma(a, b, c)         a*b + c, fused where the ISA can
  *   vf_max(a, b), vf_min    b where either is NaN
  *   vf_if_lt(a, b, x, y)    a < b ? x : y
+ *   vf_sqrt(a)              correctly rounded
  *   vf_load_n, vf_store_n   the first n floats
  *   vf_from_f16, vf_from_bf16, vf_to_f16, vf_to_bf16     FC_N 16-bit values at p
  *   vi_from_s8              2 FC_N signed bytes at p as int16 lanes
@@ -62,7 +63,8 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vi_from_u8, vi_from_i8  FC_N bytes at p, unsigned or signed, as int32 lanes
  *   vu_look_up(table, i)    byte lanes: table[i] of 16 bytes, i 0..15
  * and where the ISA has them
- *   FC_HAS_BF16_PAIR  vf_bf16_pair(a, b)      2 FC_N bfloat16 values, cheaper than one vector after the other
+ *   FC_HAS_PAIR      vf_bf16_pair(a, b), vf_f16_pair(a, b)   2 FC_N 16-bit values: a store of each half and a load of
+ *                                                both would wait for all earlier stores
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
  *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
  *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
@@ -153,13 +155,14 @@ FC_INLINE void vf_put_n(fc_dtype t, void *p, ptrdiff_t i, vf a, ptrdiff_t n) {
 
 /* a and b as 2 FC_N values of a 16-bit type */
 FC_INLINE vf vf_halves(fc_dtype t, vf a, vf b) {
-#ifdef FC_HAS_BF16_PAIR
-    if (t == FC_BF16) return vf_bf16_pair(a, b);
-#endif
+#ifdef FC_HAS_PAIR
+    return t == FC_BF16 ? vf_bf16_pair(a, b) : vf_f16_pair(a, b);
+#else
     uint16_t both[2 * FC_N];
     vf_put(t, both, 0, a);
     vf_put(t, both, FC_N, b);
     return vf_load(both);
+#endif
 }
 
 /* a and b to 2 FC_N neighbours from i on */
@@ -254,15 +257,17 @@ FC_INLINE vf vf_exp(vf x) {
 /* 2^n, n in the lowest bits of t; unsigned, as the bits above them go over the edge */
 FC_INLINE vf vf_power_of_2(vf t) { return (vf)(((vu)t << 23) + 0x3f800000u); }
 
-/* 2^r for |r| <= 1/2: 1 + r (c1 + ... + c6 r^5), c minimax */
-FC_INLINE vf vf_exp2_near_0(vf r) {
+/* (2^r - 1) / r for |r| <= 1/2: c1 + ... + c6 r^5, c minimax for 2^r */
+FC_INLINE vf vf_exp2_slope(vf r) {
     vf p = vf_fma(r, vf_set1(1.53533620e-4f), vf_set1(1.33988750e-3f));
     p = vf_fma(r, p, vf_set1(9.61843692e-3f));
     p = vf_fma(r, p, vf_set1(5.55033237e-2f));
     p = vf_fma(r, p, vf_set1(0.240226477f));
-    p = vf_fma(r, p, vf_set1(0.693147182f));
-    return vf_fma(r, p, vf_set1(1.0f));
+    return vf_fma(r, p, vf_set1(0.693147182f));
 }
+
+/* 2^r for |r| <= 1/2 */
+FC_INLINE vf vf_exp2_near_0(vf r) { return vf_fma(r, vf_exp2_slope(r), vf_set1(1.0f)); }
 
 /* 2^x for x <= 0, as the weights of attention need it: 2^n 2^r, r = x - n exact; 0 where 2^n is no normal float. A NaN
  * stays one. */

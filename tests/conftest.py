@@ -50,7 +50,8 @@ SMALLEST_NORMAL = 2.0**-126
 OPENMP = functional._openmp() != "none"
 
 for _name in ("rms_norm", "layer_norm", "rope", "gelu", "silu", "swiglu", "geglu", "softmax", "linear", "group_terms",
-              "gated_linear", "attention", "ssd_scan", "gated_delta", "s4d_scan", "causal_conv1d", "selective_scan"):
+              "gated_linear", "attention", "ssd_scan", "gated_delta", "s4d_scan", "causal_conv1d", "selective_scan",
+              "rg_lru"):
     setattr(reference, _name, once(getattr(reference, _name)))
 
 
@@ -139,6 +140,7 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Call
     "causal_conv1d_silu": (lambda n, d, s: 1.1 * (n + 1) + 5, lambda n: (n + 2) * 2.0**-149),
     # magnitude: the roundings themselves, see test_selective_scan.magnitudes.
     "selective_scan": (lambda n, d, s: 1, SMALLEST_NORMAL),
+    "rg_lru": (lambda n, d, s: 1, SMALLEST_NORMAL),  # likewise, see test_rg_lru.magnitudes
     # Two weights from exp of a rounded difference (p |log p| < 0.37), two products, a sum, a division.
     # magnitude: the larger |out| of the two parts.
     "merge_attention": (lambda n, d, s: 16, 0.0),

@@ -61,7 +61,11 @@ def weight(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         return drawn.astype(np.float32)
     if name.endswith("A_log"):  # decays from within a token to hundreds of them
         return (1.5 * drawn - 1).astype(np.float32)
-    if name.endswith(("conv1d.weight", "conv.conv.weight")):
+    if name.endswith("recurrent_param"):  # likewise
+        return (2 * drawn - 3).astype(np.float32)
+    if name.endswith(("gate_weight", "gate_bias")):
+        return (drawn * shape[-1] ** -0.5).astype(np.float32)
+    if name.endswith(("conv1d.weight", "conv.conv.weight", "conv_1d.weight")):
         return (drawn * shape[-1] ** -0.5).astype(np.float32)
     return (drawn * (shape[-1] ** -0.5 if len(shape) == 2 else 0.1)).astype(np.float32)
 

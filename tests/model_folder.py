@@ -49,6 +49,8 @@ _HYBRIDS: dict[str, Config] = {
     "nemotron_h": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "mlp", "full_attention",
                                                                  "linear_attention"],
                    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 6, "head_dim": 8},
+    "recurrent_gemma": {"attention_window_size": 9, "lru_width": 24, "intermediate_size": 80,
+                        "block_types": ["recurrent", "attention"]},
 }
 _HYBRIDS["zamba2"] = {"layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_key_value_heads": 4,
                       "n_mamba_heads": 4, "mamba_ngroups": 2, "mamba_d_state": 6, "adapter_rank": 4,
@@ -57,7 +59,7 @@ _STATE_SPACE |= _HYBRIDS
 STATE_SPACE = tuple(_STATE_SPACE)  # families whose layers have recurrent states, all or some
 _OWN |= _STATE_SPACE
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2", "zamba2")
+_TIED = (*_GEMMAS, "smollm3", "mamba", "falcon_mamba", "lfm2", "recurrent_gemma", "zamba2")
 BYTES = {"tokenizer_class": "ByteTokenizer"}
 
 
@@ -125,7 +127,7 @@ def _state_space(config: Mapping[str, Any], rng: np.random.Generator, dtype: DTy
         elif "norm" in name:
             found[name] = rng.uniform(0.6, 1.4, shape)
         elif len(shape) == 1:
-            found[name] = rng.standard_normal(shape) * 0.3 - ("dt" in name)
+            found[name] = rng.standard_normal(shape) * 0.3 - ("dt" in name) - 3 * ("recurrent_param" in name)
         else:
             # What is shared has norms of its own, which would make much of every error.
             gain = 0.5 if ".shared_transformer." in name or ".linear." in name else 2.0
@@ -148,9 +150,13 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{layer}.norm.weight", (hidden,)
         else:
             names = {**dict.fromkeys(("bamba", "falcon_h1"), ("input_layernorm", "pre_ff_layernorm")),
-                     "lfm2": ("operator_norm", "ffn_norm")}
+                     "lfm2": ("operator_norm", "ffn_norm"),
+                     "recurrent_gemma": ("temporal_pre_norm", "channel_pre_norm")}
             for name in names.get(family, ("input_layernorm", "post_attention_layernorm")):
                 yield f"{layer}.{name}.weight", (hidden,)
+        if family == "recurrent_gemma":
+            yield from ((f"{layer}.{name}", shape) for name, shape in _griffin_shapes(config, kind))
+            continue
         for one in ("mamba2", "attention") if kind == "both" else (kind,):
             mixer = "mixer" if backbone else {"attention": "self_attn", "conv": "conv"}.get(one, "mamba")
             for name, shape in _mixer_shapes(config, one):
@@ -164,7 +170,8 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             gate, up, down = ("w1", "w3", "w2") if family == "lfm2" else ("gate_proj", "up_proj", "down_proj")
             for name, shape in ((gate, (inner, hidden)), (up, (inner, hidden)), (down, (hidden, inner))):
                 yield f"{layer}.feed_forward.{name}.weight", shape
-    last = {"bamba": "final_layernorm", "falcon_h1": "final_layernorm", "lfm2": "embedding_norm"}.get(
+    last = {"bamba": "final_layernorm", "falcon_h1": "final_layernorm", "lfm2": "embedding_norm",
+            "recurrent_gemma": "final_norm"}.get(
         family, "norm_f" if backbone else "norm")
     yield f"{root}.{last}.weight", (hidden,)
     if not config.get("tie_word_embeddings", family in _TIED):
@@ -201,7 +208,9 @@ def _zamba2_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, 
 
 
 def _kind(config: Mapping[str, Any], i: int) -> str:
-    types = config.get("layer_types") or config.get("layers_block_type")
+    types = config.get("layer_types") or config.get("layers_block_type") or config.get("block_types")
+    if config["model_type"] == "recurrent_gemma":
+        return str(types[i % len(types)])
     if config["model_type"] == "bamba":
         return "attention" if i in config["attn_layer_indices"] else "mamba2"
     if config["model_type"] == "falcon_h1":
@@ -209,6 +218,27 @@ def _kind(config: Mapping[str, Any], i: int) -> str:
     if types is None:
         return "mamba2" if config["model_type"] == "mamba2" else "mamba"
     return {"mamba": "mamba2", "linear_attention": "mamba2", "full_attention": "attention"}.get(types[i], types[i])
+
+
+def _griffin_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple[int, ...]]]:
+    hidden, heads, width = config["hidden_size"], config["num_attention_heads"], config["lru_width"]
+    inner, block = config["intermediate_size"] // 2, config["lru_width"] // config["num_attention_heads"]
+    mlp = [(f"mlp_block.{side}_proj", rows, columns) for side, rows, columns in (
+        ("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner))]
+    if kind == "attention":
+        kept = [(f"temporal_block.{name}", shape) for name, shape in _mixer_shapes(config, kind)]
+        biased = [*mlp, ("temporal_block.o_proj", hidden, None)]
+    else:
+        kept = [("temporal_block.conv_1d.weight", (width, 1, 4)), ("temporal_block.conv_1d.bias", (width,)),
+                ("temporal_block.rg_lru.recurrent_param", (width,))]
+        for gate in ("input", "recurrent"):
+            kept += [(f"temporal_block.rg_lru.{gate}_gate_weight", (heads, block, block)),
+                     (f"temporal_block.rg_lru.{gate}_gate_bias", (heads, block))]
+        biased = [*mlp, *((f"temporal_block.linear_{name}", *shape) for name, shape in (
+            ("y", (width, hidden)), ("x", (width, hidden)), ("out", (hidden, width))))]
+    for name, rows, columns in biased:
+        kept += [(f"{name}.bias", (rows,))] + ([] if columns is None else [(f"{name}.weight", (rows, columns))])
+    return kept
 
 
 def _mixer_shapes(config: Mapping[str, Any], kind: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -429,3 +429,21 @@ def selective_scan(u: ArrayLike, delta: ArrayLike, A: ArrayLike, B: ArrayLike, C
             h = np.exp(step * f64(A)) * h + step * b[:, t, None] * u[:, t, :, None]
             y[:, t] += np.sum(h * c[:, t, None], axis=-1)
         return y if z is None else y * silu(z), h
+
+
+def sigmoid(x: ArrayLike) -> F64:
+    """1 / (1 + exp(-x))."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-f64(x)))
+
+
+def rg_lru(x: ArrayLike, input_gate: ArrayLike, recurrence_gate: ArrayLike, param: ArrayLike, *,
+           reset: ArrayLike | None = None, state: ArrayLike | None = None) -> tuple[F64, F64]:
+    """h = a h + sqrt(1 - a^2) sigmoid(input_gate) x, log a = -8 sigmoid(recurrence_gate) softplus(param); (h, last)."""
+    with np.errstate(all="ignore"):
+        y, log_a = sigmoid(input_gate) * f64(x), -8 * sigmoid(recurrence_gate) * softplus(param)
+        h = np.zeros((len(y), y.shape[2])) if state is None else f64(state)
+        for t in range(y.shape[1]):
+            going_on = np.exp(log_a[:, t]) * h + np.sqrt(-np.expm1(2 * log_a[:, t])) * y[:, t]
+            y[:, t] = h = going_on if reset is None else np.where(np.asarray(reset)[:, t, None], y[:, t], going_on)
+        return y, h

@@ -70,6 +70,9 @@ int main(void) {
     fc_scan_args s = {.size = sizeof s, .out = out, .u = x, .delta = x, .new_state = out + 1, .a = x, .b = x, .c = x,
                       .batch = 1, .seq = 1, .channels = 1, .n = 1, .lda = 4};
     REFUSES(s.size, fc_selective_scan(&s));
+    fc_rg_lru_args g = {.size = sizeof g, .out = out, .x = x, .input_gate = x, .recurrence_gate = x, .param = x,
+                        .new_state = out + 1, .batch = 1, .seq = 1, .channels = 1};
+    REFUSES(g.size, fc_rg_lru(&g));
     return 0;
 }
 """

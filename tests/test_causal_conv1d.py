@@ -14,6 +14,7 @@ from guard import guarded, guarded_copy
 from suite import case
 
 import forge_c as fc
+from forge_c import functional
 
 WIDTHS = (1, 2, 3, 4, 5, 8, 33)
 CHANNELS = (1, 3, 15, 16, 17, 40, 131)
@@ -140,6 +141,32 @@ def test_nothing_is_read_or_written_outside(isa, dtype, rng):
             with case(channels, width, seq, at_end):
                 assert got[0] is out[0] and got[1] is out[1] and same(got, want)
                 assert all(inside[name].tobytes() == x.tobytes() for name, x in a.items())
+
+
+@pytest.fixture
+def past_the_caches():
+    """As if no result fitted into a cache."""
+    functional._set_cache_bytes("last", 1)
+    yield
+    functional._set_cache_bytes("last", 0)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 6])
+def test_results_past_the_caches_have_the_same_bits(isa, dtype, rng, width, each_thread_count, past_the_caches):
+    """Wherever rows begin, from whatever x lies in, up to the edge of memory."""
+    for channels, activation in itertools.product((32, 96, 224), (None, "silu")):
+        a = inputs(rng, 2, 141, channels, width, dtype)
+        functional._set_cache_bytes("last", 1 << 30)
+        want = fc.causal_conv1d(**a, activation=activation)
+        functional._set_cache_bytes("last", 1)
+        wide = np.zeros((2, 141, channels + 5), dtype)
+        wide[..., 2:-3] = a["x"]
+        for threads, x in itertools.product(each_thread_count(), (guarded_copy(a["x"], at_end=True), wide[..., 2:-3])):
+            for skip in (0, 1, 7, 16, 31):
+                out = guarded((want[0].size + skip,), dtype, at_end=True)[skip:].reshape(want[0].shape)
+                with case(channels, activation, threads, skip):
+                    got = fc.causal_conv1d(**{**a, "x": x}, activation=activation, out=(out, None))
+                    assert got[0] is out and same(got, want)
 
 
 # ---- others -----------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from model_folder import BYTES, following, small, tensors, write, write_chain, w
 from test_gguf_models import BLOCKS, of_blocks
 
 from forge_c.cli import main
-from forge_c.models import load
+from forge_c.models import load, random_model
+from forge_c.models.speed import json_lines
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -367,6 +368,26 @@ def test_bench_of_a_shape_as_json(capsys, each_thread_count):
         assert len(found["tokens_per_second"]) == 2 and min(found["tokens_per_second"]) > 1
         assert 0 < found["of_limit"] and found["bytes"] - found["step_bytes"] == 2 * 64 * 512
         assert 2 * params < found["step_bytes"] < 2.1 * params and found["limits"]["read_gbs"] > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bench_counts_what_went_through_routers(monkeypatch, two_threads, batch):
+    """The floor of so slow a memory is the weights of the steps in which a token went through a layer."""
+    limits = {"fp32_gflops": 1e9, "bf16_gflops": 1e9, "read_gbs": 1e-3}
+    monkeypatch.setattr("forge_c.models.speed.roofline", lambda: limits)
+    ticks = iter(np.arange(0, 1000, 0.25))
+    monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
+    model = random_model("llama-tiny-mod")
+    prompt, decode = map(json.loads, json_lines(model, 24, 40, 1, batch))
+    cache, most = model.new_cache(batch, 40), model._decoder.step_nbytes
+    for step in np.random.default_rng(1).integers(0, 512, (40, batch, 1)):
+        model(step, cache)
+    layers = [sum(part.nbytes for part in layer[:2]) for layer in model._decoder._model.held]
+    passes = [len({int(p) for row in cache.layers[i].positions for p in row}) for i in (1, 3)]
+    read = most - sum(layers[i] * (1 - n / 40) for i, n in zip((1, 3), passes, strict=True))
+    assert 0 < sum(passes) < 80 and decode["step_bytes"] == prompt["step_bytes"] == most
+    assert abs(decode["read_bytes"] - read) <= 1 and prompt["read_bytes"] == most
+    assert decode["of_limit"] == pytest.approx(40 * read / 1e-3 / 1e9 / 0.25)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------

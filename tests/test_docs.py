@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def test_examples_on_the_page(page: Path) -> None:
     assert examples > 0 or page.name not in ("README.md", "mission.md", "models.md")
 
 
+@pytest.mark.parametrize("page", [*PAGES, API, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not gone
+
+
 @pytest.mark.parametrize("name", forge_c.__all__)
 def test_public_function_has_an_example_that_runs(name: str) -> None:
     value = getattr(forge_c, name)
@@ -66,9 +74,12 @@ def test_examples_in_the_module(name: str) -> None:
         assert runner.failures == 0, "".join(report)
 
 
+SMALLER = {"stream_million.py": ["--tokens", "4096", "--shape", "mamba-tiny"]}  # what else would take its time
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_examples_folder(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", [str(path)])
+    monkeypatch.setattr("sys.argv", [str(path), *SMALLER.get(path.name, [])])
     runpy.run_path(str(path), run_name="__main__")
     out = capsys.readouterr().out
     assert len(out) > 20 and "the same bits: False" not in out

@@ -26,9 +26,25 @@ def capped_score(x):
     return fc.attention(x.reshape(1, -1, 1, 1), one, one, scale=1.0, softcap=1.0, return_lse=True)[1].ravel()
 
 
+def decay(x):
+    """2^x: what is left of a state of 1. log 2 times the kernel's log2(e) is 1 as a float32; A is x."""
+    one = np.ones((1, len(x), 1), np.float32)
+    step = np.full((1, 1, len(x)), np.log(2), np.float32)
+    return fc.selective_scan(0 * step, step, x[:, None], one[:, :1], one[:, :1], state=one)[1].ravel()
+
+
+def step(x):
+    """softplus(x): the state after an input of 1."""
+    one = np.ones((1, 1, len(x)), np.float32)
+    key = one[:, :, :1]
+    return fc.selective_scan(one, x.reshape(one.shape), -one.reshape(-1, 1), key, key, delta_softplus=True)[1].ravel()
+
+
 # Up to which x the public function shows the elementary one; the function; the formula.
 CASES = {
     "exp": (-17.5, softmax_of_two, np.exp),
+    "exp2": (np.inf, decay, np.exp2),
+    "softplus": (np.inf, step, lambda x: np.logaddexp(0, x)),
     "softmax": (np.inf, softmax_of_two, lambda x: 1 / (1 + np.exp(-x))),
     "tanh": (np.inf, capped_score, np.tanh),
     "silu": (np.inf, fc.silu, ref.silu),

@@ -1,6 +1,7 @@
 """Mamba and Mamba-2 as layers: the papers' formulas in float64, states, formats, first weights."""
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from forge_c.nn import S4D, GatedDeltaNet, Mamba, Mamba2, ShortConv
+from forge_c.nn import RGLRU, S4D, GatedDeltaNet, Mamba, Mamba2, ShortConv
 from forge_c.nn.ssm import SSMState
 
 Array = NDArray[Any]
@@ -25,6 +26,8 @@ LAYERS: dict[str, Callable[..., Any]] = {
         24, 5, True, seed=6, **o),
     "delta": lambda **o: GatedDeltaNet(24, 4, 2, 6, seed=9, **o), "delta with other values": lambda **o: GatedDeltaNet(
         24, 3, 3, 5, 3, v_dim=7, eps=1e-3, seed=10, **o),
+    "rg-lru": lambda **o: RGLRU(24, 3, seed=11, **o), "rg-lru of other widths": lambda **o: RGLRU(
+        24, 5, 40, 3, seed=12, **o),
     "s4d": lambda **o: S4D(24, 10, seed=7, **o), "s4d bilinear": lambda **o: S4D(24, 6, method="bilinear", seed=8, **o)}
 
 
@@ -32,7 +35,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
 def layer(request) -> Any:
     made = LAYERS[request.param]()
     rng = np.random.default_rng(5)
-    for name in ("b_in", "b_out", "D", "norm"):
+    for name in ("b_in", "b_out", "D", "norm", "b_i", "b_r"):
         if getattr(made, name, None) is not None:
             setattr(made, name, rng.uniform(0.5, 1.5, getattr(made, name).shape))
     return made
@@ -72,6 +75,19 @@ def delta(layer: Any, x: Array) -> Array:
     return o.reshape(z.shape) * silu(z) @ layer.W_out
 
 
+def rg_lru(layer: Any, x: Array) -> Array:
+    y, u = np.split(x @ layer.W_in + layer.b_in, 2, axis=-1)
+    u = convolved(layer, u, False)
+    heads = u.reshape(*x.shape[:2], layer.n_heads, 1, -1)
+    i, r = ((heads @ w).reshape(u.shape) + b for w, b in ((layer.W_i, layer.b_i), (layer.W_r, layer.b_r)))
+    a = np.exp(-8 * np.log1p(np.exp(layer.param.astype(np.float64))) / (1 + np.exp(-r)))
+    a[:, 0] = 0
+    h, out = np.zeros((len(x), u.shape[2])), np.empty_like(u)
+    for t in range(x.shape[1]):
+        out[:, t] = h = a[:, t] * h + np.sqrt(1 - a[:, t] ** 2) * u[:, t] / (1 + np.exp(-i[:, t]))
+    return y / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))) * out
+
+
 def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
@@ -90,6 +106,8 @@ def expected(layer: Any, x: Array) -> Array:
 
     if isinstance(layer, S4D | GatedDeltaNet):
         return s4d(layer, x) if isinstance(layer, S4D) else delta(layer, x)
+    if isinstance(layer, RGLRU):
+        return rg_lru(layer, x) @ layer.W_out + plus(layer.b_out)
     if isinstance(layer, ShortConv):
         b, c, u = np.split(x @ layer.W_in + plus(layer.b_in), 3, axis=-1)
         return c * convolved(layer, b * u, False) @ layer.W_out + plus(layer.b_out)
@@ -152,7 +170,7 @@ def test_formats(layer, dtype, off):
     packed, want = layer.astype(dtype), layer(X)
     assert packed.dtype == dtype and dtype in repr(packed)
     assert 0 < np.linalg.norm(packed(X) - want) < off * np.linalg.norm(want)
-    for name in ("A_log", "conv", "D", "A_imag"):
+    for name in ("A_log", "conv", "D", "A_imag", "W_i", "W_r", "param"):
         assert not hasattr(layer, name) or getattr(packed, name).tobytes() == getattr(layer, name).tobytes()
     y, state = packed(X[:, :20], use_cache=True)
     assert np.concatenate([y, packed(X[:, 20:], state=state)[0]], axis=1).tobytes() == packed(X).tobytes()
@@ -169,7 +187,7 @@ def test_what_is_between_is_float32(layer, dtype):
 
 def test_parameters_load_and_are_read_only(layer):
     held = layer.parameters()
-    assert "W_out" in held and ("A_log" in held) == (not isinstance(layer, ShortConv))
+    assert "W_out" in held and ("A_log" in held) == (not isinstance(layer, ShortConv | RGLRU))
     other = LAYERS["mamba"]()
     if held.keys() == other.parameters().keys() and held["W_in"].shape == other.W_in.shape:
         assert other.load(held)(X).tobytes() == layer(X).tobytes()
@@ -177,6 +195,23 @@ def test_parameters_load_and_are_read_only(layer):
         held["W_out"][0] = 1
     with pytest.raises(ValueError, match=f"^{type(layer).__name__}: W_out has shape"):
         layer.W_out = np.zeros(3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_made_of_parameters_is_made_once_and_follows_them(name, monkeypatch):
+    layer = LAYERS[name]()
+    want, twin = layer(X).tobytes(), layer.astype("float32")
+    with monkeypatch.context() as without:
+        without.setattr(np, "exp", lambda x: pytest.fail("computed again"))
+        assert layer(X).tobytes() == twin(X).tobytes() == copy.deepcopy(layer)(X).tobytes() == want
+    for parameter, value in layer.parameters().items():
+        setattr(layer, parameter, value * 1.25 + 0.125)
+        other = LAYERS[name]().load(layer.parameters())
+        assert layer(X).tobytes() == other(X).tobytes() != want, parameter
+        if value.ndim < 2 or parameter == "A_log":
+            with pytest.raises(ValueError, match="read-only"):
+                getattr(layer, parameter)[...] = 1
+    assert twin(X).tobytes() == want
 
 
 @pytest.mark.parametrize("make", [lambda: Mamba(512, seed=0), lambda: Mamba2(1024, seed=0)])
@@ -192,6 +227,19 @@ def test_first_weights_are_those_of_the_paper(make):
     assert layer(np.ones((1, 2, layer.d_model))).tobytes() == make()(np.ones((1, 2, layer.d_model))).tobytes()
 
 
+def test_first_decays_are_those_of_the_paper():
+    """From 0.9 to 0.999 where the gate is open, of each channel its own."""
+    a = np.exp(-8 * np.log1p(np.exp(RGLRU(2048, 8, seed=0).param.astype(np.float64))))
+    assert a.min() > 0.8999 and a.max() < 0.9991 and abs(a.mean() - 0.9495) < 0.005 and len(set(a)) > 2000
+
+
+def test_an_empty_call_is_no_beginning():
+    """The first token is, wherever it comes."""
+    layer = RGLRU(24, 3, seed=0)
+    _, state = layer(X[:, :0], use_cache=True)
+    assert layer(X, state=state)[0].tobytes() == layer(X).tobytes()
+
+
 def test_errors():
     layer = Mamba(24, seed=0)
     _, state = layer(X, use_cache=True)
@@ -202,6 +250,8 @@ def test_errors():
             (lambda: Mamba2(24, head_dim=8, n_groups=4), "Mamba2: head_dim is 8 and n_groups 4"),
             (lambda: S4D(24, 5), "S4D: d_state is 5, expected an even number"),
             (lambda: S4D(24, method="euler"), "S4D: method is 'euler', expected zoh or bilinear"),
+            (lambda: RGLRU(24, 5), "RGLRU: n_heads is 5, expected a divisor of the 24 channels"),
+            (lambda: RGLRU(24, 3, 20), "RGLRU: n_heads is 3, expected a divisor of the 20 channels"),
             (lambda: Mamba(0), "Mamba: d_model is 0, expected at least 1")):
         with pytest.raises(ValueError, match=message):
             call()

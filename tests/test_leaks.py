@@ -111,7 +111,9 @@ ODD = {
     "states": lambda: (fc.ssd_scan(z(1, 0, 2, 4), z(1, 0, 2), z(2), z(1, 0, 1, 3), z(1, 0, 1, 3)),
                        fc.gated_delta(KV, KV, KV, rule="linear", out=(None, z(1, 2, 4, 4)))),
     "scans": lambda: (fc.causal_conv1d(z(1, 0, 3), z(3, 4)), fc.causal_conv1d(z(1, 2, 3), z(3, 1)),
-                      fc.selective_scan(z(1, 0, 3), z(1, 0, 3), z(3, 2), z(1, 0, 2), z(1, 0, 2), state=z(1, 3, 2))),
+                      fc.selective_scan(z(1, 0, 3), z(1, 0, 3), z(3, 2), z(1, 0, 2), z(1, 0, 2), state=z(1, 3, 2)),
+                      fc.rg_lru(z(1, 0, 3), z(1, 0, 3), z(1, 0, 3), z(3)),
+                      fc.rg_lru(z(1, 2, 3), z(1, 2, 3), z(1, 2, 3), z(3), reset=np.ones((1, 2), bool))),
     "buffers": lambda: (fc.relu(memoryview(z(2, 3))), fc.relu(memoryview(bytearray(12)).cast("f"))),
 }
 
@@ -149,6 +151,7 @@ WRONG = {
     "pack int4": failing(lambda: fc.pack(z(4, 4) + F32(np.nan), "int4"), ValueError),
     "width": failing(lambda: fc.causal_conv1d(z(1, 2, 3), z(3, 0)), ValueError),
     "state": failing(lambda: fc.causal_conv1d(z(1, 2, 3), z(3, 4), state=z(1, 4, 3)), ValueError),
+    "reset": failing(lambda: fc.rg_lru(z(1, 2, 3), z(1, 2, 3), z(1, 2, 3), z(3), reset=z(1, 2)), TypeError),
     "group": failing(lambda: fc.pack(z(4, 4), "int8", group_size=7), ValueError),
 }
 

@@ -319,6 +319,29 @@ def test_a_call_that_raises_leaves_the_cache_as_it_was(rng, monkeypatch):
     assert layer(x[:, 40:], kv_cache=cache)[0].tobytes() == want[:, 40:].tobytes()
 
 
+@pytest.mark.parametrize("mode", ["topk", *MODES])
+@pytest.mark.parametrize("shape", [(2, 4, 40, 40), (2, 1, 1, 40), (40, 40), (1, 1, 40, 1), (4, 40, 40)])
+def test_a_mask_is_that_of_the_whole_text(rng, mode, shape):
+    """The block gets its rows and columns of the tokens that go through, as a bool or added to the scores."""
+    layer, x = made(rng, mode), normal(rng, 2, 40, 48)
+    allowed = rng.random(shape) < 0.6
+    added = np.where(allowed, normal(rng, *shape), -np.inf).astype(np.float32)
+    plain, chosen = layer(x), chosen_by(layer, x)
+    for mask in (allowed, added):
+        whole, got = np.broadcast_to(mask, (2, 4, 40, 40)), layer(x, mask=mask)
+        for b, at in enumerate(map(np.flatnonzero, chosen)):
+            y = layer.block(x[b : b + 1, at], mask=whole[b : b + 1][:, :, at][..., at], positions=at)
+            want, r = x[b].copy(), (x[b, at] @ layer.router)[:, None]
+            want[at] = (1 - r) * x[b, at] + r * y[0]
+            np.testing.assert_allclose(got[b], want, atol=1e-5)
+        assert not np.array_equal(got, plain)
+        if mode != "topk":
+            cut = whole[:, :, :25, :25]
+            a, cache = layer(x[:, :25], use_cache=True, mask=cut)
+            b, cache = layer(x[:, 25:], kv_cache=cache, mask=whole[:, :, 25:])
+            assert np.concatenate([a, b], axis=1).tobytes() == got.tobytes()
+
+
 @pytest.mark.parametrize("block", [nn.SwiGLU(48, 60, seed=1), nn.GroupedQueryAttention(48, 4, 2, causal=True, seed=1),
                                    nn.MultiQueryAttention(48, 4, causal=True, seed=1)], ids=lambda b: type(b).__name__)
 def test_any_layer_is_a_block(rng, block):
@@ -391,6 +414,13 @@ def test_a_layer_that_cannot_be(options, error, reason):
     (lambda m, x: m(x, kv_cache=fc.KVCache(2, 9, 2, 12)), TypeError, "kv_cache is a KVCache, expected a RaggedCache"),
     (lambda m, x: made(np.random.default_rng(0))(x, use_cache=True), ValueError,
      "mode 'topk' chooses among all tokens of a sequence, which no cache has"),
+    (lambda m, x: m(x, mask=np.ones((9, 8), bool)), ValueError,
+     r"mask has shape \(9, 8\), expected one that broadcasts to \(2, heads, 9, 9\)"),
+    (lambda m, x: m(x, kv_cache=m(x, use_cache=True)[1], mask=np.ones((9, 9), bool)), ValueError,
+     r"mask has shape \(9, 9\), expected one that broadcasts to \(2, heads, 9, 18\)"),
+    (lambda m, x: m(x, mask=np.ones((1, 1, 1, 9, 9), bool)), ValueError, r"mask has shape \(1, 1, 1, 9, 9\)"),
+    (lambda m, x: nn.MixtureOfDepths(nn.SwiGLU(48, 8), 48)(x, mask=np.ones((9, 9), bool)), TypeError,
+     "mask is given, and the block, SwiGLU, takes none; expected None"),
 ])
 def test_calls_that_cannot_be(rng, call, error, reason):
     with pytest.raises(error, match=f"^MixtureOfDepths: {reason}"):

@@ -70,6 +70,10 @@ STATES = [
 X3, STEPS, A43, B23 = a(1, 2, 4), (1, 2, 4), a(4, 3), a(1, 2, 3)
 
 
+def lru(out: Any, x: Any = X3, i: Any = X3, r: Any = X3, param: Any = X[0], **options: Any) -> Any:
+    return fc.rg_lru(x, i, r, param, out=out if isinstance(out, tuple | list) else (out, None), **options)
+
+
 def scan(out: Any, u: Any = X3, delta: Any = X3, A: Any = A43, B: Any = B23, C: Any = B23, **options: Any) -> Any:
     return fc.selective_scan(u, delta, A, B, C, out=out if isinstance(out, tuple | list) else (out, None), **options)
 
@@ -146,4 +150,31 @@ SCANS = [
           "selective_scan: out[1] has shape (1, 4, 4), expected (1, 4, 3)", (1, 4, 4)),
     Wrong(lambda o: scan((None, o), A=o[0]), ValueError,
           "selective_scan: out[1] overlaps A; pass an array of its own", (1, 4, 3)),
+    Wrong(lambda o: lru(o, X), ValueError, "rg_lru: x has shape (2, 4), expected (batch, seq, channels)"),
+    Wrong(lambda o: lru(o, a(*STEPS, dtype=F64)), TypeError, "rg_lru: x has dtype float64, " + DTYPES_HINT.format("x"),
+          STEPS),
+    Wrong(lambda o: lru(o, i=a(1, 2, 3)), ValueError, "rg_lru: input_gate has shape (1, 2, 3), expected (1, 2, 4)",
+          STEPS),
+    Wrong(lambda o: lru(o, i=None), TypeError, "rg_lru: input_gate is a NoneType, expected a NumPy array", STEPS),
+    Wrong(lambda o: lru(o, r=a(*STEPS, dtype=BF16)), TypeError,
+          "rg_lru: recurrence_gate has dtype bfloat16, expected float32", STEPS),
+    Wrong(lambda o: lru(o, r=a(1, 4, 2).swapaxes(1, 2)), ValueError,
+          "rg_lru: recurrence_gate has stride 8 bytes on its last axis, expected 4 (contiguous); "
+          "pass np.ascontiguousarray(recurrence_gate)", STEPS),
+    Wrong(lambda o: lru(o, param=a(1, 4)), ValueError, "rg_lru: param has shape (1, 4), expected (4,)", STEPS),
+    Wrong(lambda o: lru(o, param=None), TypeError, "rg_lru: param is a NoneType, expected a NumPy array", STEPS),
+    Wrong(lambda o: lru(o, reset=a(1, 2)), TypeError, "rg_lru: reset has dtype float32, expected bool", STEPS),
+    Wrong(lambda o: lru(o, reset=True), TypeError, "rg_lru: reset is a bool, expected a NumPy array", STEPS),
+    Wrong(lambda o: lru(o, reset=a(2, dtype=bool)), ValueError, "rg_lru: reset has shape (2,), expected (1, 2)", STEPS),
+    Wrong(lambda o: lru(o, state=a(1, 3)), ValueError, "rg_lru: state has shape (1, 3), expected (1, 4)", STEPS),
+    Wrong(lambda o: lru(o, state=a(1, 4, dtype=F16)), TypeError, "rg_lru: state has dtype float16, expected float32",
+          STEPS),
+    Wrong(lambda o: lru([o, None]), TypeError, "rg_lru: out is a list, expected a pair (y, state)", STEPS),
+    Wrong(lambda o: lru((None, o)), ValueError, "rg_lru: out[1] has shape (2, 4), expected (1, 4)"),
+    Wrong(lambda o: lru((None, o), param=o[0]), ValueError,
+          "rg_lru: out[1] overlaps param; pass an array of its own", (1, 4)),
+    Wrong(lambda o: lru(o[:, :2], o[:, 1:]), ValueError,
+          "rg_lru: out overlaps x; pass an array of its own, or x itself", (1, 3, 4)),
+    Wrong(lambda o: lru(o, reset=o.view(bool)[:, :, 0]), ValueError,
+          "rg_lru: out overlaps reset; pass an array of its own", STEPS),
 ]

@@ -13,7 +13,8 @@ failed=()
 notes=()
 kernels=(test_rms_norm.py test_layer_norm.py test_softmax.py test_activations.py test_elementary.py test_rope.py
          test_embedding.py test_linear.py test_quantized.py test_attention.py test_attention_cache.py test_merge_attention.py
-         test_kv_cache.py test_ssd_scan.py test_gated_delta.py test_s4d.py)
+         test_kv_cache.py test_causal_conv1d.py test_selective_scan.py test_ssd_scan.py test_gated_delta.py test_s4d.py
+         test_rg_lru.py test_mixture_of_depths.py)
 [ $# -eq 0 ] || kernels=("$@")
 selected=("${@:-.}")
 

@@ -30,7 +30,8 @@ address)
          test_chat_limits.py::test_no_template_takes_long_or_much_memory
          "test_fuzz.py::test_a_fuzzer_finds_nothing[mallocs]"
          test_kv_cache.py::test_too_large_for_this_computer_is_a_memory_error
-         test_cache_file.py::test_attention_over_a_mapped_cache_needs_no_memory_of_its_size)
+         test_cache_file.py::test_attention_over_a_mapped_cache_needs_no_memory_of_its_size
+         test_recurrent_state.py::test_of_what_was_read_only_the_ids_take_memory)
     cd tests
     rc=0
     # UBSan beside ASan writes to stderr all the same, and ends the process: pytest must not hold that back.

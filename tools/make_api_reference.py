@@ -20,7 +20,8 @@ FUNCTIONS = {
                                      "softmax",
     "Products": "pack pack_gated PackedWeight linear gated_linear embedding packing.from_q4_0",
     "Attention and its cache": "attention merge_attention KVCache kv_cache_nbytes",
-    "State spaces and linear attention": "causal_conv1d selective_scan ssd_scan gated_delta s4d_scan s4d_kernel",
+    "State spaces and linear attention": "causal_conv1d selective_scan ssd_scan gated_delta s4d_scan s4d_kernel "
+                                        "rg_lru",
     "The machine": "isa available_isas use_isa get_num_threads set_num_threads show_config roofline get_include "
                    "get_library_dir",
 }

@@ -1,9 +1,10 @@
 """Write tests/golden/: small models of every family, and the logits that transformers computes for them; and
 tests/templates/prompts.json: conversations as it renders them.
 
-    python tools/make_golden.py [CASE ...]       # needs transformers 5.23 and torch 2.13
+    python tools/make_golden.py [CASE ...]       # needs transformers and torch
 
-float32, eager attention, weights as tests/golden_models.py draws them.
+float32, eager attention, weights as tests/golden_models.py draws them. The transformers_version in a file's config is
+the one that made it, 5.23 or 5.24; torch 2.13.
 """
 from __future__ import annotations
 
@@ -72,6 +73,10 @@ def zamba(types: str, **changes: Any) -> dict[str, Any]:
     found = [{"m": "linear_attention", "h": "hybrid"}[one] for one in types]
     return {"layers_block_type": found, "num_hidden_layers": len(types), "num_key_value_heads": 4, "mamba_d_state": 9,
             "adapter_rank": 6, "hidden_act": "gelu"} | changes
+
+
+def griffin(types: str, **changes: Any) -> dict[str, Any]:
+    return {"block_types": types.split(), "attention_window_size": 9, "max_position_embeddings": ...} | changes
 
 
 def conv_layers(types: str) -> dict[str, Any]:
@@ -162,6 +167,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "zamba2": ("Zamba2", zamba("mhhmh", num_mem_blocks=2, mamba_ngroups=2), 37),
     "zamba2_adapted_rope": ("Zamba2", zamba(
         "mhmh", use_shared_attention_adapter=True, use_mem_rope=True, time_step_min=0.7, mamba_d_conv=3), 37),
+    "recurrent_gemma": ("RecurrentGemma", griffin("recurrent recurrent attention", num_hidden_layers=4), 37),
+    "recurrent_gemma_wide_untied": ("RecurrentGemma", griffin(
+        "attention recurrent", **heads(6, 1), intermediate_size=75, lru_width=66, conv1d_width=3, attention_bias=True,
+        hidden_activation="gelu", logits_soft_cap=12.0, tie_word_embeddings=False, attention_window_size=20), 37),
+    "recurrent_gemma_long_prompt": ("RecurrentGemma", griffin(
+        "recurrent attention", num_hidden_layers=3, vocab_size=33, attention_window_size=90), 530),
     "mamba2_long_prompt": ("Mamba2", mamba2(num_hidden_layers=2, vocab_size=33, n_groups=4), 530),
 }
 

@@ -1,5 +1,6 @@
 /* The error of simd.h's elementary functions, and of the activations, at every finite float32.
- * tools/measure_ulp.sh builds this for each size of vectors and runs it. A function is a line of FUNCTIONS.
+ * tools/measure_ulp.sh builds this for each size of vectors and runs it. A function is a line of FUNCTIONS; arguments are
+ * the names of those to measure, by default all.
  *
  * The exact result y is libm's in float64. An ulp is the distance between the float32 numbers around y: 2^(e - 23)
  * where 2^e <= |y| < 2^(e + 1), but 2^-149 where |y| < 2^-126. A result that is y rounded to float32 has the error 0
@@ -67,6 +68,8 @@ static const struct function {
     void (*exact)(double *y, const float *x); /* y[BLOCK], x[BLOCK] */
 } functions[] = {FUNCTIONS(ENTRY)};
 enum { N = sizeof functions / sizeof functions[0] };
+
+static int wanted[N]; /* 0: a function that was not asked for */
 
 /* An exponential on the way to |y| < 2^-119 may be subnormal, and then has fewer bits than a float32. */
 enum { NORMAL, SMALL, SUBNORMAL, OF_X, MEASURES };
@@ -141,7 +144,7 @@ static void over_all_floats(struct errors *total) {
             if (!isfinite(float_of(first))) continue;
             for (uint32_t i = 0; i < BLOCK; i++) x[i] = float_of(first + i);
             for (int f = 0; f < N; f++) {
-                if (fmaxf(x[0], x[BLOCK - 1]) > functions[f].largest_x) continue;
+                if (!wanted[f] || fmaxf(x[0], x[BLOCK - 1]) > functions[f].largest_x) continue;
                 functions[f].ours(got, x);
                 functions[f].exact(y, x);
                 count(&mine[f], first, x, got, y);
@@ -156,13 +159,18 @@ static void over_all_floats(struct errors *total) {
     }
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     static struct errors total[N];
+    for (int f = 0; f < N; f++) {
+        wanted[f] = argc < 2;
+        for (int i = 1; i < argc; i++) wanted[f] |= !strcmp(argv[i], functions[f].name);
+    }
     over_all_floats(total);
     printf("| vectors of %d bytes | right |", FC_BYTES);
     for (int k = 0; k < MEASURES; k++) printf(" %s | at x |", headings[k]);
     printf("\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n");
     for (int f = 0; f < N; f++) {
+        if (!wanted[f]) continue;
         printf("| %s | %.1f %% |", functions[f].name, 100.0 * (double)total[f].right / (double)total[f].numbers);
         for (int k = 0; k < MEASURES; k++)
             printf(" %.4g | %.9g |", total[f].largest[k].value, (double)float_of(total[f].largest[k].x));

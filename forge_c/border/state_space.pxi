@@ -145,3 +145,43 @@ cdef class ShortConvPart(RecurrentPart):
         self.floats = (self.w.conv.width - 1) * hidden
         self.arguments = {"in_proj": in_proj, "conv": conv, "out_proj": out_proj, "conv_bias": conv_bias,
                           "in_bias": in_bias, "out_bias": out_bias, "norm": norm, "post_norm": post_norm}
+
+
+cdef class RGLRUPart(RecurrentPart):
+    """Griffin's recurrence, width = heads block: in_proj (hidden, 2 width), conv (width, width of the convolution)
+    float32, out_proj (width, hidden); gates: 2 heads matrices (block, block), those of the input before those of the
+    recurrence, gate_bias (2 width,) or None; param (width,)."""
+    cdef fc_rg_lru_weights w
+    cdef fc_matrix *gates
+
+    def __init__(self, PackedWeight in_proj not None, PackedWeight conv not None, gates not None,
+                 PackedWeight out_proj not None, *, ptrdiff_t heads, param, str activation not None="gelu_tanh",
+                 gate_bias=None, conv_bias=None, in_bias=None, out_bias=None, Norm norm=None, Norm post_norm=None):
+        cdef ptrdiff_t width = out_proj.k, g
+        cdef object flat = None if gate_bias is None else np.reshape(gate_bias, -1)
+        memset(&self.w, 0, sizeof(self.w))
+        if heads < 1 or width % heads or len(gates) != 2 * heads or (flat is not None and len(flat) != 2 * width):
+            raise ValueError(f"RGLRUPart: heads is {heads}, with {len(gates)} gates, expected a divisor of {width}, "
+                             "two for each of them, and biases of as many channels")
+        self.begin(FC_RG_LRU, &self.w, out_proj.n, norm, post_norm)
+        self.w.heads, self.w.block, self.w.activation = heads, width // heads, GATES[activation]
+        self.w.in_ = self.matrix("in_proj", in_proj, (self.hidden, 2 * width), in_bias)
+        self.w.out = self.matrix("out_proj", out_proj, (width, self.hidden), out_bias)
+        self.w.conv = self.convolution(conv, conv_bias, width)
+        self.w.param = self.vector("param", param, width)
+        if self.w.param == NULL:
+            raise TypeError("RGLRUPart: param is None, expected an array")
+        self.gates = <fc_matrix *>PyMem_Malloc(2 * heads * sizeof(fc_matrix))
+        if self.gates == NULL:
+            raise MemoryError("RGLRUPart: no memory")
+        for g in range(2 * heads):
+            self.gates[g] = self.matrix("gates", gates[g], (self.w.block, self.w.block), None if flat is None else
+                                        flat[g * self.w.block:(g + 1) * self.w.block])
+        self.w.gates = self.gates
+        self.floats = self.w.conv.width * width
+        self.arguments = {"in_proj": in_proj, "conv": conv, "gates": gates, "out_proj": out_proj, "heads": heads,
+                          "param": param, "activation": activation, "gate_bias": gate_bias, "conv_bias": conv_bias,
+                          "in_bias": in_bias, "out_bias": out_bias, "norm": norm, "post_norm": post_norm}
+
+    def __dealloc__(self):
+        PyMem_Free(self.gates)

@@ -21,6 +21,7 @@ from forge_c.functional import (
     layer_norm,
     linear,
     relu,
+    rg_lru,
     rms_norm,
     rope,
     selective_scan,
@@ -30,8 +31,20 @@ from forge_c.functional import (
 from forge_c.models.folded import folded
 from forge_c.models.parts import ahead_norms, norm_names
 from forge_c.models.rope_tables import RopeTables, TableOf
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, Norm, Router, ShortConv
-from forge_c.models.weights import Tensors
+from forge_c.models.spec import (
+    MLP,
+    RGLRU,
+    Attention,
+    GatedMLP,
+    LayerSpec,
+    Mamba,
+    Mamba2,
+    ModelSpec,
+    Norm,
+    Router,
+    ShortConv,
+)
+from forge_c.models.weights import Tensors, decay
 
 Floats = NDArray[np.float32]
 See = Callable[[str, Floats], None]
@@ -116,6 +129,10 @@ class _Floats:
     def tensor(self, name: str, *shape: int) -> Floats:
         return self.checkpoint.take(self.prefix + name, shape).astype(np.float32)
 
+    def decay(self, name: str, *shape: int) -> Floats:
+        """A of a state space, by the name of its logarithm."""
+        return decay(self.checkpoint, self.prefix + name, shape)
+
     def norm(self, spec: Norm, name: str, n: int) -> Callable[[Floats], Floats]:
         """The norm as a function."""
         weight = self.checkpoint.take(f"{self.prefix}{name}.weight", (n,)).astype(np.float32)
@@ -188,7 +205,7 @@ def _(kind: Mamba, source: _Floats) -> Callable[[Floats, See], Floats]:
     first, first_bias = (source.matrix("mixer.in_proj", 2 * inner, source.hidden),
                          source.bias(kind.bias, "mixer.in_proj", 2 * inner))
     of_x, of_dt = source.matrix("mixer.x_proj", rank + 2 * n, inner), source.matrix("mixer.dt_proj", inner, rank)
-    dt_bias, a = source.tensor("mixer.dt_proj.bias", inner), -np.exp(source.tensor("mixer.A_log", inner, n))
+    dt_bias, a = source.tensor("mixer.dt_proj.bias", inner), source.decay("mixer.A_log", inner, n)
     d, out = source.tensor("mixer.D", inner), source.matrix("mixer.out_proj", source.hidden, inner)
     out_bias = source.bias(kind.bias, "mixer.out_proj", source.hidden)
     norms: list[Callable[[Floats], Floats]] = [np.ascontiguousarray] * 3
@@ -217,7 +234,8 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
     conv, rows = _convolved(kind, source, channels), inner + channels + heads
     first, first_bias = (source.matrix("mixer.in_proj", rows, source.hidden),
                          source.bias(kind.bias, "mixer.in_proj", rows))
-    a, d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("A_log", "D", "dt_bias"))
+    d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("D", "dt_bias"))
+    a = source.decay("mixer.A_log", heads)
     out, out_bias = (source.matrix("mixer.out_proj", source.hidden, inner),
                      source.bias(kind.has_out_bias, "mixer.out_proj", source.hidden))
     weight = None if kind.norm is None else source.tensor("mixer.norm.weight", inner)
@@ -237,7 +255,7 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
         z, xbc, dt = np.split(linear(x, first, first_bias), [inner, inner + channels], axis=-1)
         u, b, c = np.split(conv(xbc), [inner, (inner + channels) // 2], axis=-1)
         b, c = (np.ascontiguousarray(part).reshape(1, n, kind.groups, kind.state) for part in (b, c))
-        y, _ = ssd_scan(np.ascontiguousarray(u).reshape(1, n, heads, kind.head_dim), dt, -np.exp(a), b, c, d,
+        y, _ = ssd_scan(np.ascontiguousarray(u).reshape(1, n, heads, kind.head_dim), dt, a, b, c, d,
                         dt_bias=dt_bias, dt_softplus=True, dt_limit=limit)
         y = gated(y.reshape(1, n, inner), z)
         see("mixer.out_proj", y)
@@ -259,6 +277,30 @@ def _(kind: ShortConv, source: _Floats) -> Callable[[Floats, See], Floats]:
         b, c, u = np.split(linear(x, first, first_bias), 3, axis=-1)
         y = c * causal_conv1d(b * u, weight, bias)[0]
         see("mixer.out_proj", y)
+        return linear(y, out, out_bias)
+
+    return compute
+
+
+@_observed.register
+def _(kind: RGLRU, source: _Floats) -> Callable[[Floats, See], Floats]:
+    n, hidden, block = kind.width, source.hidden, kind.width // kind.heads
+    conv, conv_bias = (source.tensor("mixer.conv1d.weight", n, 1, kind.conv).reshape(n, kind.conv),
+                       source.tensor("mixer.conv1d.bias", n))
+    (y_w, x_w), (y_bias, x_bias) = ([source.matrix(f"mixer.linear_{side}", n, hidden) for side in "yx"],
+                                    [source.tensor(f"mixer.linear_{side}.bias", n) for side in "yx"])
+    out, out_bias = source.matrix("mixer.linear_out", hidden, n), source.tensor("mixer.linear_out.bias", hidden)
+    gates = [(source.tensor(f"mixer.{gate}_gate_weight", kind.heads, block, block),
+              source.tensor(f"mixer.{gate}_gate_bias", kind.heads, block)) for gate in ("input", "recurrent")]
+    param, f = source.tensor("mixer.recurrent_param", n), _ACTIVATIONS[kind.activation]
+
+    def compute(x: Floats, see: See) -> Floats:
+        see("mixer.linear_y", x)
+        u, _ = causal_conv1d(linear(x, x_w, x_bias), conv, conv_bias)
+        heads, begins = u.reshape(-1, kind.heads, 1, block), np.arange(x.shape[1])[None] == 0
+        i, r = ((heads @ w + b[:, None]).reshape(u.shape) for w, b in gates)
+        y = f(linear(x, y_w, y_bias)) * rg_lru(u, i, r, param, reset=begins)[0]
+        see("mixer.linear_out", y)
         return linear(y, out, out_bias)
 
     return compute

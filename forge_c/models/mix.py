@@ -20,7 +20,7 @@ _FOUR: _Pair = "q4_k", "q4_1"  # 4.6 or 5 bits a weight
 _FIVE: _Pair = "q5_k", "q5_1"  # 5.6 or 6
 _MOST: _Pair = "q6_k", "q8_0"  # 6.6 or 8.5
 _ROLES = {"v_proj": _MOST, "lm_head": _MOST, "k_proj": _FIVE, "qkv_proj": _FIVE, "down_proj": _FIVE, "up_proj": _FIVE,
-          "gate_up_proj": _FIVE, "x_proj": _MOST}
+          "gate_up_proj": _FIVE, "x_proj": _MOST, "input_gate": _MOST, "recurrent_gate": _MOST}
 # Of a state space: what each token does to the state follows from it, by an exponential, and it is small.
 _WHOLE: dict[str, PackDtype] = {"dt_proj": "bfloat16"}
 MIXED = "int4"  # the dtype of a model that mixes

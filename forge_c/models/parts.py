@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache, singledispatch
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +23,15 @@ from forge_c.functional import (
     Norm,
     PackedWeight,
     Part,
+    RGLRUPart,
     Router,
     ShortConvPart,
 )
 from forge_c.models.balance import balance
-from forge_c.models.spec import MLP, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, Routed, ShortConv
+from forge_c.models.spec import MLP, RGLRU, Attention, GatedMLP, LayerSpec, Mamba, Mamba2, Routed, ShortConv
 from forge_c.models.spec import Norm as NormSpec
 from forge_c.models.spec import Router as RouterSpec
-from forge_c.models.weights import StoredTensors, Tensors
+from forge_c.models.weights import StoredTensors, Tensors, decay
 from forge_c.packing import pack, pack_blocks, pack_gated, pack_gated_blocks
 from forge_c.state.kv import KVCache
 from forge_c.state.recurrent import RecurrentState
@@ -112,9 +113,13 @@ class LayerSource:
         """A short convolution of each channel: (width, channels), in float32 whatever the model's dtype."""
         return pack(self.tensor(f"{name}.weight", channels, 1, width).reshape(channels, width).T)
 
+    def heads(self, name: str, heads: int, size: int) -> list[PackedWeight]:
+        """A product of its own for each head, from one tensor, whose matrices are (in, out)."""
+        return [self._pack(name, block.T) for block in self.tensor(f"{name}_weight", heads, size, size)]
+
     def decay(self, name: str, *shape: int) -> Floats:
         """A of a state space, from its logarithm."""
-        return -np.exp(self.tensor(name, *shape))
+        return decay(self.checkpoint, self.prefix + name, shape)
 
     def norm(self, spec: NormSpec, name: str, n: int) -> Norm:
         """A norm over n channels."""
@@ -205,7 +210,8 @@ def _(kind: Attention, batch: int, max_seq_len: int, dtype: str) -> KVCache:
 @new_state.register(Mamba)
 @new_state.register(Mamba2)
 @new_state.register(ShortConv)
-def _(kind: Mamba | Mamba2 | ShortConv, batch: int, max_seq_len: int, dtype: str) -> RecurrentState:
+@new_state.register(RGLRU)
+def _(kind: Mamba | Mamba2 | ShortConv | RGLRU, batch: int, max_seq_len: int, dtype: str) -> RecurrentState:
     return RecurrentState(batch, kind.floats)
 
 
@@ -259,6 +265,21 @@ def _(kind: ShortConv, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         source.packed("mixer.out_proj", hidden, hidden), conv_bias=source.bias(kind.bias, ("mixer.conv1d", hidden)),
         in_bias=source.bias(kind.bias, ("mixer.in_proj", 3 * hidden)),
         out_bias=source.bias(kind.bias, ("mixer.out_proj", hidden)), norm=norm, post_norm=post_norm)
+
+
+@build_part.register
+def _(kind: RGLRU, source: LayerSource, norms: Callable[[], Norms]) -> Part:
+    width, hidden, block = kind.width, source.hidden, kind.width // kind.heads
+    norm, post_norm = norms()
+    first = {f"mixer.linear_{side}": width for side in "yx"}  # of one role, so of one format
+    gates = [source.heads(f"mixer.{gate}_gate", kind.heads, block) for gate in ("input", "recurrent")]
+    biases = [source.tensor(f"mixer.{gate}_gate_bias", kind.heads, block) for gate in ("input", "recurrent")]
+    return RGLRUPart(
+        cast(PackedWeight, source.side_by_side(first, hidden)), source.convolution("mixer.conv1d", width, kind.conv),
+        [*gates[0], *gates[1]], source.packed("mixer.linear_out", hidden, width), heads=kind.heads,
+        param=source.vector("mixer.recurrent_param", width), activation=kind.activation, gate_bias=np.stack(biases),
+        conv_bias=source.vector("mixer.conv1d.bias", width), in_bias=source.bias(True, *first.items()),
+        out_bias=source.vector("mixer.linear_out.bias", hidden), norm=norm, post_norm=post_norm)
 
 
 @build_part.register

@@ -33,6 +33,7 @@ from forge_c.functional import (
     Norm,
     PackedWeight,
     RecurrentPart,
+    RGLRUPart,
     Router,
     ShortConvPart,
     _weight_formats,
@@ -40,6 +41,7 @@ from forge_c.functional import (
 from forge_c.models.decoder import Decoder
 from forge_c.models.spec import (
     MLP,
+    RGLRU,
     Attention,
     GatedMLP,
     JoinedAttention,
@@ -66,9 +68,10 @@ _DTYPES = {"uint8": np.dtype(np.uint8), "float32": np.dtype(np.float32), "float1
            "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _MADE: Mapping[str, Any] = {"PackedWeight": PackedWeight, "Norm": Norm, "AttentionPart": AttentionPart,
                             "MLPPart": MLPPart, "MambaPart": MambaPart, "Mamba2Part": Mamba2Part,
-                            "ShortConvPart": ShortConvPart, "Router": Router}
+                            "ShortConvPart": ShortConvPart, "RGLRUPart": RGLRUPart, "Router": Router}
 _PARTS_OF: Mapping[type, Any] = {Attention: AttentionPart, JoinedAttention: AttentionPart, Mamba: MambaPart,
-                                 Mamba2: Mamba2Part, ShortConv: ShortConvPart, GatedMLP: MLPPart, MLP: MLPPart}
+                                 Mamba2: Mamba2Part, ShortConv: ShortConvPart, RGLRU: RGLRUPart, GatedMLP: MLPPart,
+                                 MLP: MLPPart}
 _ERRORS = (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError)
 
 
@@ -304,6 +307,8 @@ def _arguments(kind: Any) -> dict[str, Any]:
     if isinstance(kind, Attention):
         return {"heads": kind.n_heads, "kv_heads": kind.n_kv_heads, "head_dim": kind.head_dim, "scale": kind.scale,
                 "softcap": kind.softcap or 0.0, "window": kind.window}
+    if isinstance(kind, RGLRU):
+        return {"heads": kind.heads, "activation": kind.activation}
     if isinstance(kind, Mamba2):
         return {"heads": kind.heads, "groups": kind.groups, "n": kind.state, "dt_min": kind.dt_min,
                 "dt_max": kind.dt_max, "norm_before_gate": kind.norm_before_gate}

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +15,8 @@ from forge_c.functional import get_num_threads, isa
 from forge_c.models import Model
 from forge_c.models.generation import prefill
 from forge_c.runtime import roofline
+from forge_c.state import ModelCache
+from forge_c.state.routed import RoutedCache
 
 _PEAK = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops",  # every other format multiplies integers
          **dict.fromkeys(("int4", "q4_0", "q4_1", "q4_k"), "int4_gops")}
@@ -23,12 +25,14 @@ _WARM_UP = 8  # tokens decoded before the clock starts
 
 @dataclass(frozen=True)
 class Measured:
-    """One row: `tokens` in each run, the seconds of the runs, and the seconds that a run takes at the limits."""
+    """One row: `tokens` in each run, the seconds of the runs, the seconds that a run takes at the limits, and the bytes
+    of weights that a step of it reads."""
 
     name: str
     tokens: int
     seconds: list[float]
     floor: float
+    read: float
 
     @property
     def rates(self) -> list[float]:
@@ -47,7 +51,7 @@ def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch
     Rates are the median of the repeats ± their standard deviation, and count the tokens of all texts. Of limit: the
     larger of two floors of time, multiply-adds of the weights over the peak rate, and the bytes of weights that the
     steps read over the read bandwidth of memory, both measured now; divided by the median time. A model that fits in
-    cache can decode faster than the second.
+    cache can decode faster than the second. Of layers with routers what the tokens of the last run went through counts.
     """
     limits = _limits()
     yield f"| model | size | params | isa | threads | test | t/s | of limit |\n|{' --- |' * 8}"
@@ -60,14 +64,15 @@ def table(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch
 
 
 def json_lines(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, batch: int = 1) -> Iterator[str]:
-    """The tests of `table`, each as one JSON object; step_bytes are the weights that one step reads."""
+    """The tests of `table`, each as one JSON object; step_bytes are the weights that one step reads at most, read_bytes
+    those that it read, on an average, where layers have routers."""
     limits = _limits()
     about = {"model": model.config.model_type, "dtype": model.dtype, "params": _params(model), "bytes": model.nbytes,
              "step_bytes": model._decoder.step_nbytes, "isa": isa(), "threads": get_num_threads()}
     measured = {name: value for name, value in limits.items() if isinstance(value, float)}
     for test in _tests(model, limits, prompt_tokens, new_tokens, repeats, batch):
         yield json.dumps({"test": test.name, "tokens_per_second": test.rates, "of_limit": test.share, **about,
-                          "limits": measured})
+                          "read_bytes": round(test.read), "limits": measured})
 
 
 def _limits() -> Mapping[str, Any]:
@@ -78,20 +83,33 @@ def _limits() -> Mapping[str, Any]:
 
 def _tests(model: Model, limits: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int,
            batch: int) -> Iterator[Measured]:
-    head = _head_params(model)
-    blocks = _params(model) - head
     peak = limits[_PEAK.get(model.dtype, "int8_gops")] or limits["fp32_gflops"]
 
-    def floor(tokens: int, heads: int, passes: int) -> float:
-        flops = 2 * (blocks * tokens + head * heads)
-        return max(flops / peak, passes * model._decoder.step_nbytes / limits["read_gbs"]) / 1e9
+    def measured(name: str, work: _Work, warm_up: _Work, heads: int, passes: int) -> Measured:
+        seconds, tokens = _times(name, work.run, warm_up.run, repeats), int(work.cache.lengths.sum())
+        products, read = _used(model, work.cache, heads, passes)
+        floor = max(2 * products / peak, read / limits["read_gbs"]) / 1e9
+        return Measured(name, tokens, seconds, floor, read / passes)
 
     prompt = _prompt(model, prompt_tokens)
-    name = f"pp{prompt_tokens}"
-    yield Measured(name, prompt_tokens, _times(name, prompt, prompt, repeats), floor(prompt_tokens, 1, 1))
-    name, decoded = f"tg{new_tokens}" + (f"x{batch}" if batch > 1 else ""), new_tokens * batch
-    seconds = _times(name, _decode(model, new_tokens, batch), _decode(model, min(new_tokens, _WARM_UP), batch), repeats)
-    yield Measured(name, decoded, seconds, floor(decoded, decoded, new_tokens))
+    yield measured(f"pp{prompt_tokens}", prompt, prompt, 1, 1)
+    yield measured(f"tg{new_tokens}" + (f"x{batch}" if batch > 1 else ""), _decode(model, new_tokens, batch),
+                   _decode(model, min(new_tokens, _WARM_UP), batch), new_tokens * batch, new_tokens)
+
+
+def _used(model: Model, cache: ModelCache, heads: int, passes: int) -> tuple[int, int]:
+    """(multiply-adds, bytes of weights read) for the tokens in the cache, which came in so many passes, and logits of
+    `heads` of them. A layer with a router is read in a pass in which a token goes through it."""
+    m, tokens = model._decoder._model, int(cache.lengths.sum())
+    products, read = _head_params(model) * heads + model._decoder.layer_params * tokens, model._decoder.step_nbytes
+    read *= passes
+    for layer, state in zip(m.held, cache.layers, strict=True):
+        if isinstance(state, RoutedCache):
+            behind = [part for part in layer[:2] if part is not None]
+            in_passes = min(passes, len(np.unique(np.concatenate(state.positions))))
+            products -= sum(part.params for part in behind) * (tokens - int(state.lengths.sum()))
+            read -= sum(part.nbytes for part in behind) * (passes - in_passes)
+    return products, read
 
 
 def _params(model: Model) -> int:
@@ -117,7 +135,14 @@ def _times(name: str, work: Callable[[], None], warm_up: Callable[[], None], rep
     return seconds
 
 
-def _prompt(model: Model, tokens: int) -> Callable[[], None]:
+class _Work(NamedTuple):
+    """What is timed, and where it leaves its tokens."""
+
+    run: Callable[[], None]
+    cache: ModelCache
+
+
+def _prompt(model: Model, tokens: int) -> _Work:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, tokens)
     cache = model.new_cache(1, tokens)
 
@@ -125,10 +150,10 @@ def _prompt(model: Model, tokens: int) -> Callable[[], None]:
         cache.truncate(0)
         prefill(model._decoder, ids, cache)
 
-    return work
+    return _Work(work, cache)
 
 
-def _decode(model: Model, tokens: int, batch: int) -> Callable[[], None]:
+def _decode(model: Model, tokens: int, batch: int) -> _Work:
     """Steps from an empty cache, of one token in each of `batch` rows."""
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (tokens, batch, 1))
     cache = model.new_cache(batch, tokens)
@@ -138,4 +163,4 @@ def _decode(model: Model, tokens: int, batch: int) -> Callable[[], None]:
         for step in ids:
             model(step, cache)
 
-    return work
+    return _Work(work, cache)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c import functional
+from forge_c.checks import unmasked
 from forge_c.formats.layout import Activations, Dtype, NumPyDtype
 from forge_c.nn.layer import Layer, Matrix, Seed, Vector, cast_input, uniform
 from forge_c.state.lengths import lengths_kept
@@ -131,7 +132,9 @@ class MixtureOfDepths(Layer):
     The last two look at a token alone: a prompt, its pieces and its tokens one by one give the same bits.
 
     mod(x) -> y;  mod(x, use_cache=True) -> (y, cache): pass the RaggedCache back with the next tokens. It holds only
-    what went through. A call that raises leaves it as it was.
+    what went through. A call that raises leaves it as it was. mask=, broadcastable to (batch, heads, seq, seq), or with
+    a cache (.., all tokens so far), is that of the block over the whole text, which sees its rows and columns of the
+    tokens that go through; who goes through it does not change.
 
     router (d_model,) starts uniform in +-1/sqrt(d_model). It and the predictor stay float32, see Predictor.
 
@@ -167,20 +170,25 @@ class MixtureOfDepths(Layer):
             self.predictor = Predictor(d_model, hidden, seed=rng)
         taken = inspect.signature(block.forward).parameters
         self._takes_positions, self._remembers = "positions" in taken, "use_cache" in taken
+        self._takes_mask = "mask" in taken
 
     @overload
-    def forward(self, x: ArrayLike, use_cache: Literal[False] = False, kv_cache: None = None) -> NDArray[Any]: ...
+    def forward(self, x: ArrayLike, use_cache: Literal[False] = False, kv_cache: None = None, *,
+                mask: ArrayLike | None = None) -> NDArray[Any]: ...
 
     @overload
-    def forward(self, x: ArrayLike, use_cache: bool = False, kv_cache: RaggedCache | None = None) -> Any: ...
+    def forward(self, x: ArrayLike, use_cache: bool = False, kv_cache: RaggedCache | None = None, *,
+                mask: ArrayLike | None = None) -> Any: ...
 
-    def forward(self, x: ArrayLike, use_cache: bool = False, kv_cache: RaggedCache | None = None) -> Any:
+    def forward(self, x: ArrayLike, use_cache: bool = False, kv_cache: RaggedCache | None = None, *,
+                mask: ArrayLike | None = None) -> Any:
         """x (batch, seq, d_model) -> the same shape, with use_cache or a kv_cache (y, kv_cache), see the class."""
         a = cast_input(self, "x", x)
         if a.ndim != 3 or a.shape[2] != self.d_model:
             raise ValueError(f"MixtureOfDepths: x has shape {a.shape}, expected (batch, seq, {self.d_model})")
         if not use_cache and kv_cache is None:
-            return self._largest(a) if self.mode == "topk" else self._each(a, RaggedCache(len(a)), False)
+            seen = self._mask(mask, a, 0)
+            return self._largest(a, seen) if self.mode == "topk" else self._each(a, RaggedCache(len(a)), False, seen)
         if self.mode == "topk":
             raise ValueError("MixtureOfDepths: mode 'topk' chooses among all tokens of a sequence, which no cache has; "
                              "expected 'threshold' or 'predictor' for use_cache")
@@ -189,12 +197,26 @@ class MixtureOfDepths(Layer):
             raise TypeError(f"MixtureOfDepths: kv_cache is a {type(cache).__name__}, expected a RaggedCache")
         if cache.batch != len(a):
             raise ValueError(f"MixtureOfDepths: kv_cache has {cache.batch} rows, expected {len(a)} as x")
-        return self._each(a, cache, True), cache
+        return self._each(a, cache, True, self._mask(mask, a, int(cache.seen.max(initial=0)))), cache
 
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _largest(self, x: NDArray[Any]) -> NDArray[Any]:
+    def _mask(self, mask: ArrayLike | None, x: NDArray[Any], past: int) -> NDArray[Any] | None:
+        """mask as an array of four axes."""
+        if mask is None:
+            return None
+        if not self._takes_mask:
+            raise TypeError(f"MixtureOfDepths: mask is given, and the block, {type(self.block).__name__}, takes none; "
+                            "expected None")
+        a = np.asarray(unmasked("MixtureOfDepths", "mask", mask))
+        (batch, seq, _), shape = x.shape, (*(1,) * (4 - a.ndim), *a.shape)
+        if a.ndim > 4 or shape[0] not in (1, batch) or shape[2] not in (1, seq) or shape[3] not in (1, past + seq):
+            raise ValueError(f"MixtureOfDepths: mask has shape {a.shape}, expected one that broadcasts to ({batch}, "
+                             f"heads, {seq}, {past + seq})")
+        return a.reshape(shape)
+
+    def _largest(self, x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
         """The tokens of the largest logits through the block, as many of each sequence."""
         out = np.array(x, order="C")
         if not x.shape[0] or not x.shape[1]:
@@ -202,10 +224,12 @@ class MixtureOfDepths(Layer):
         indices, gate = functional.route_tokens(x, self.router, capacity=self.capacity)
         rows = indices + x.shape[1] * np.arange(len(x))[:, None]
         tokens = functional.embedding(rows, out.reshape(-1, self.d_model))
-        self._update(out, self._through(tokens, indices, False, None)[0], gate, rows)
+        if mask is not None:
+            mask = np.concatenate([_chosen(mask, b, at, at) for b, at in enumerate(indices)])
+        self._update(out, self._through(tokens, indices, False, None, mask)[0], gate, rows)
         return out
 
-    def _each(self, x: NDArray[Any], cache: RaggedCache, remember: bool) -> NDArray[Any]:
+    def _each(self, x: NDArray[Any], cache: RaggedCache, remember: bool, mask: NDArray[Any] | None) -> NDArray[Any]:
         """The tokens that are chosen one by one through the block, row after row, behind those of the cache."""
         gate = functional._router_logits(x, self.router)
         chosen = gate > np.float32(self.threshold) if self.predictor is None else self.predictor(x) > 0
@@ -217,9 +241,11 @@ class MixtureOfDepths(Layer):
                 if len(rows):
                     at = cache.seen[b] + rows
                     tokens = functional.embedding(rows, out[b])
-                    y, caches[b] = self._through(tokens[None], at, remember, caches[b])
-                    self._update(out[b], y, gate[b, rows], rows)
                     positions[b] = np.concatenate([positions[b], at])
+                    keys = positions[b] if remember and self._remembers else at
+                    visible = None if mask is None else _chosen(mask, b, rows, keys)
+                    y, caches[b] = self._through(tokens[None], at, remember, caches[b], visible)
+                    self._update(out[b], y, gate[b, rows], rows)
         except BaseException:
             for old, new, count in zip(cache.caches, caches, held.tolist(), strict=True):
                 if old is not None and old is new:
@@ -228,9 +254,12 @@ class MixtureOfDepths(Layer):
         cache.caches, cache.positions, cache.seen = caches, positions, cache.seen + x.shape[1]
         return out
 
-    def _through(self, tokens: NDArray[Any], positions: NDArray[np.int64], remember: bool, cache: Any) -> Any:
+    def _through(self, tokens: NDArray[Any], positions: NDArray[np.int64], remember: bool, cache: Any,
+                 mask: NDArray[Any] | None) -> Any:
         """(the block's result, its cache) of tokens (batch, n, d_model) at positions (batch, n) or (n,)."""
         placed: dict[str, Any] = {"positions": positions} if self._takes_positions else {}
+        if mask is not None:
+            placed["mask"] = mask
         if not remember or not self._remembers:
             return self.block(tokens, **placed), None
         return self.block(tokens, use_cache=True, kv_cache=cache, **placed)
@@ -239,3 +268,10 @@ class MixtureOfDepths(Layer):
         """out's rows <- (1 - gate) out's + gate y's."""
         functional._gate_update(out.reshape(-1, self.d_model), y.reshape(-1, self.d_model), gate.reshape(-1),
                                 rows.reshape(-1))
+
+
+def _chosen(mask: NDArray[Any], b: int, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
+    """Sequence b of mask (batch, heads, seq, kv_len), each of which may be 1: (1, heads, n, m)."""
+    found = mask[b : b + 1] if len(mask) > 1 else mask
+    found = found[:, :, rows] if found.shape[2] > 1 else found
+    return found[..., columns] if found.shape[3] > 1 else found

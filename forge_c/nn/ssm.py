@@ -1,10 +1,10 @@
 """Layers whose memory does not grow: Mamba (arXiv 2312.00752), Mamba-2 (2405.21060), S4D (2206.11893), the
-gated delta net (2412.06464), and LFM2's short convolution."""
+gated delta net (2412.06464), Griffin's recurrence (2402.19427), and LFM2's short convolution."""
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -36,6 +36,7 @@ class _StateSpace(Layer):
     """What the layers share: calls with and without a state, and how fresh weights are drawn."""
 
     d_model: int
+    _made: tuple[list[Any], Any] | None = None  # vectors, and what was made of them
 
     @overload
     def forward(self, x: ArrayLike, use_cache: Literal[False] = False, state: None = None, *,
@@ -73,6 +74,18 @@ class _StateSpace(Layer):
             raise ValueError(f"{name}: state has conv {state.conv.shape} and h {state.h.shape}, expected {shapes[0]} "
                              f"and {shapes[1]}")
         return state
+
+    def _derived(self, make: Callable[[], Any], *names: str) -> Any:
+        """make(), which depends on these vectors: again when one has been assigned, as none can be written into."""
+        held, made = [self._vectors[name] for name in names], self._made
+        if made is None or any(new is not old for new, old in zip(held, made[0], strict=True)):
+            made = self._made = held, make()
+        return made[1]
+
+    def _rates(self) -> Floats:
+        """A = -exp(A_log)."""
+        rates: Floats = self._derived(lambda: -np.exp(np.asarray(self._vectors["A_log"])), "A_log")
+        return rates
 
     @abstractmethod
     def _conv_shape(self) -> tuple[int, ...]:
@@ -171,7 +184,7 @@ class Mamba(_Convolved):
         u, conv = self._convolved(u, state)
         dt, b, c = np.split(functional.linear(u, weights["x"]), [rank, rank + self.d_state], axis=-1)
         y, h = functional.selective_scan(
-            u, functional.linear(dt, weights["dt"]), -np.exp(self.A_log), b, c, held["D"], z=z, delta_bias=held["b_dt"],
+            u, functional.linear(dt, weights["dt"]), self._rates(), b, c, held["D"], z=z, delta_bias=held["b_dt"],
             delta_softplus=True, state=None if state is None else state.h)
         return functional.linear(y, weights["out"], held["b_out"], residual=residual), conv, h
 
@@ -238,7 +251,7 @@ class Mamba2(_Convolved):
         xbc, conv = self._convolved(xbc, state)
         u, b, c = np.split(xbc, [inner, (inner + xbc.shape[2]) // 2], axis=-1)
         y, h = functional.ssd_scan(
-            _split(u, heads), dt, -np.exp(self.A_log), _split(b, groups), _split(c, groups), held["D"],
+            _split(u, heads), dt, self._rates(), _split(b, groups), _split(c, groups), held["D"],
             z=_split(z, heads), dt_bias=held["b_dt"], dt_softplus=True, dt_limit=self._limit,
             state=None if state is None else state.h)
         grouped = functional.rms_norm(y.reshape(batch, seq, self.n_groups, -1), eps=self.eps)
@@ -298,7 +311,7 @@ class GatedDeltaNet(_Convolved):
         unit = np.full(self.head_dim, self.head_dim ** -0.5, np.float32)
         q, k = (functional.rms_norm(_split(part, (batch, seq, self.n_kv_heads, self.head_dim)), unit,
                                     1e-6 / self.head_dim) for part in (q, k))
-        g = -np.exp(self.A_log) * np.logaddexp(np.float32(0), a + self.b_dt)
+        g = self._rates() * np.logaddexp(np.float32(0), a + self.b_dt)
         o, h = functional.gated_delta(q, k, _split(v, (batch, seq, self.n_heads, self.v_dim)), g, _sigmoid(b),
                                       scale=self.head_dim ** -0.5, state=None if state is None else state.h)
         y = functional.rms_norm(o, self._vectors["norm"], self.eps).reshape(batch, seq, values)
@@ -339,6 +352,67 @@ class ShortConv(_Convolved):
         y, conv = self._convolved(b * u, state, None)
         y = functional.linear(c * y, self._matrices["out"], self._vectors["b_out"], residual=residual)
         return y, conv, np.empty((len(x), 0), np.float32)
+
+
+class RGLRU(_Convolved):
+    """Griffin's recurrent block: width channels, by default d_model, in n_heads heads.
+
+        y, u = x W_in + b_in;  u = conv(u) + b_conv;  i, r = each head's u W_i + b_i, u W_r + b_r
+        h = a h + sqrt(1 - a^2) sigmoid(i) u,  a = exp(-8 softplus(param) sigmoid(r));  y = (gelu(y) h) W_out + b_out
+
+    where a is 0 at a sequence's first token, and gelu its tanh form. W_in (d_model, 2 width), conv (width, d_conv), W_i
+    and W_r (n_heads, width / n_heads, width / n_heads), W_out (width, d_model). param (width,) starts as in the paper,
+    with a from 0.9 to 0.999 where r is open. In a layer of integers W_i, W_r and conv stay in float32. Calls are those
+    of Mamba.
+
+    >>> RGLRU(32, n_heads=4, seed=0)(np.ones((1, 3, 32))).shape
+    (1, 3, 32)
+    """
+
+    W_i = Vector()
+    W_r = Vector()
+    b_in = Vector()
+    b_i = Vector()
+    b_r = Vector()
+    b_out = Vector()
+    param = Vector()
+
+    def __init__(self, d_model: int, n_heads: int, width: int | None = None, d_conv: int = 4, *,
+                 seed: Seed = None) -> None:
+        super().__init__()
+        self.d_model, self.d_conv = checked_size("RGLRU", "d_model", d_model), checked_size("RGLRU", "d_conv", d_conv)
+        self.width = d_model if width is None else checked_size("RGLRU", "width", width)
+        self.n_heads, n = checked_size("RGLRU", "n_heads", n_heads), self.width
+        if n % n_heads:
+            raise ValueError(f"RGLRU: n_heads is {n_heads}, expected a divisor of the {n} channels")
+        rng, block = np.random.default_rng(seed), n // n_heads
+        self._pack("in", [uniform(rng, d_model, (d_model, 2 * n))])
+        self._hold_conv(rng, n, d_conv, True)
+        self._pack("out", [uniform(rng, n, (n, d_model))])
+        decays = rng.uniform(0.9, 0.999, n)
+        self._hold_vectors(
+            W_i=uniform(rng, block, (n_heads, block, block)), W_r=uniform(rng, block, (n_heads, block, block)),
+            param=np.log(np.expm1(-np.log(decays) / 8)).astype(np.float32), b_in=np.zeros(2 * n, np.float32),
+            b_i=np.zeros(n, np.float32), b_r=np.zeros(n, np.float32), b_out=np.zeros(d_model, np.float32))
+
+    def _h_shape(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    def _gate(self, u: Floats, of: str) -> Floats:
+        """Each head's channels of u by its own matrix."""
+        heads = zip(np.split(u, self.n_heads, axis=-1), getattr(self, f"W_{of}"),
+                    np.split(getattr(self, f"b_{of}"), self.n_heads), strict=True)
+        return np.concatenate([functional.linear(part, w, b) for part, w, b in heads], axis=-1)
+
+    def _mix(self, x: Floats, state: SSMState | None, residual: Any) -> tuple[Any, Floats, Floats]:
+        gate, u = np.split(functional.linear(x, self._matrices["in"], self._vectors["b_in"]), 2, axis=-1)
+        u, conv = self._convolved(u, state, None)
+        begins = np.zeros(u.shape[:2], np.bool_)
+        begins[:, :1] = state is None or state.seq_len == 0
+        y, h = functional.rg_lru(u, self._gate(u, "i"), self._gate(u, "r"), self.param, reset=begins,
+                                 state=None if state is None else state.h)
+        y = functional.geglu(gate, y, "tanh")
+        return functional.linear(y, self._matrices["out"], self._vectors["b_out"], residual=residual), conv, h
 
 
 class S4D(_StateSpace):
@@ -390,14 +464,18 @@ class S4D(_StateSpace):
         return self.d_model, self.d_state // 2
 
     def _mix(self, x: Floats, state: SSMState | None, residual: Any) -> tuple[Any, Floats, NDArray[Any]]:
-        a = (-np.exp(self.A_log) + 1j * self.A_imag).astype(np.complex64)
-        c = (self.C_real + 1j * self.C_imag).astype(np.complex64)
-        y, h = functional.s4d_scan(x, a, np.ones_like(a), c, np.exp(self.dt_log), self._vectors["D"],
-                                   method=self.method, state=None if state is None else state.h)
+        a, b, c, dt = self._derived(self._system, "A_log", "A_imag", "C_real", "C_imag", "dt_log")
+        y, h = functional.s4d_scan(x, a, b, c, dt, self._vectors["D"], method=self.method,
+                                   state=None if state is None else state.h)
         value, gate = np.split(functional.linear(functional.gelu(y), self._matrices["out"], self._vectors["b_out"]), 2,
                                axis=-1)
         y = value * _sigmoid(gate)
         return y if residual is None else y + residual, np.empty((len(x), 0), np.float32), h
+
+    def _system(self) -> tuple[NDArray[Any], ...]:
+        """A, B and C complex64 (d_model, d_state / 2), dt (d_model,)."""
+        a = (-np.exp(self.A_log) + 1j * self.A_imag).astype(np.complex64)
+        return a, np.ones_like(a), (self.C_real + 1j * self.C_imag).astype(np.complex64), np.exp(self.dt_log)
 
 
 def _sigmoid(x: Floats) -> Floats:

@@ -392,7 +392,8 @@ def all_or_nothing(cache: ModelCache, tokens: int) -> Iterator[None]:
             try:
                 cache.truncate(before)
             except ValueError:
-                kind = "a layer with a window" if cache.can_reread else "a recurrent layer"
+                ring = any(isinstance(s, KVCache) and (_nearest(s, before) != before).any() for s in cache.layers)
+                kind = "a layer with a window" if ring or cache.can_reread else "a recurrent layer"
                 why = ("a row was being read again" if (cache.lengths < before).any() else
                        f"{kind} could not go back to {before.tolist()}")
                 error.add_note(f"model: the cache holds {cache.lengths.tolist()} tokens: {why}")

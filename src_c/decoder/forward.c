@@ -5,7 +5,8 @@
 
 static part_of_layer *const parts[FC_PART_KINDS] = {
     [FC_ATTENTION] = attention_part, [FC_GATED_MLP] = mlp_part, [FC_MLP] = mlp_part, [FC_CALLED] = called_part,
-    [FC_MAMBA] = mamba_part, [FC_MAMBA2] = mamba2_part, [FC_SHORT_CONV] = short_conv_part};
+    [FC_MAMBA] = mamba_part, [FC_MAMBA2] = mamba2_part, [FC_SHORT_CONV] = short_conv_part,
+    [FC_RG_LRU] = rg_lru_part};
 
 /* ---- steps that parts share ---- */
 

@@ -27,7 +27,7 @@ static inline ptrdiff_t float_bytes(ptrdiff_t rows, ptrdiff_t n) { return fc_tim
 typedef fc_status part_of_layer(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
                                 const float *residual);
 part_of_layer attention_part, mlp_part, called_part, mamba_part, mamba2_part,
-    short_conv_part;
+    short_conv_part, rg_lru_part;
 
 /* x (M, hidden) = layer(x); y: as large; states: the mixer's, then that of what is beside or ahead. run_layer takes no
  * notice of a router, routed_layer runs its tokens alone. */

@@ -23,6 +23,7 @@
 #include "../kernels/roofline.h"
 #include "../kernels/rope.h"
 #include "../kernels/route_tokens.h"
+#include "../kernels/rg_lru.h"
 #include "../kernels/scan.h"
 #include "../kernels/search.h"
 #include "../kernels/softmax.h"

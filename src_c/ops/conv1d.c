@@ -2,16 +2,16 @@
  * look back into the state, and are computed from a float32 copy of it with what follows; all others where x lies. */
 #include "rows.h"
 
-/* tokens that the kernel takes; tokens of an item; channels whose x, weights and results stay in L1: whole panels */
-enum { AT_ONCE = 4, RUN = 64, BLOCK = 256 };
+enum { AT_ONCE = 4, RUN = 64 }; /* tokens that the kernel takes; tokens of an item */
 
-struct conv1d {
+struct conv1d_run {
     const struct fc_kernels *k;
     const fc_conv1d_args *args;
     const float *weight; /* panels */
     ptrdiff_t x_bytes, runs, head; /* bytes of a token; runs of a sequence; tokens that look back into the state */
     fc_scratch looking_back; /* a thread: (width - 1 + head, channels), then results (AT_ONCE, channels), float32 */
-    fc_scratch stage;        /* a thread: (AT_ONCE, BLOCK) on their way past the caches */
+    const float *rows; /* (width, ldw): the weights of tokens that go past the caches, or NULL */
+    ptrdiff_t ldw;
 };
 
 static const char *x_at(const fc_conv1d_args *args, ptrdiff_t b, ptrdiff_t t) {
@@ -26,7 +26,7 @@ static const float *state_at(const fc_conv1d_args *args, ptrdiff_t b, ptrdiff_t 
 }
 
 /* Tokens [0, head) of row b, from float32 to float32, then rounded: the bits of the kernel for x's own type. */
-static void convolve_head(const struct conv1d *ctx, ptrdiff_t b, float *rows) {
+static void convolve_head(const struct conv1d_run *ctx, ptrdiff_t b, float *rows) {
     const fc_conv1d_args *args = ctx->args;
     const ptrdiff_t back = args->width - 1, n = args->channels, bytes = n * 4;
     float *out = rows + (back + ctx->head) * n;
@@ -45,45 +45,41 @@ static void convolve_head(const struct conv1d *ctx, ptrdiff_t b, float *rows) {
     }
 }
 
-/* Channels [c0, c0 + n) of `count` tokens from t on; stage: where they go past the caches, a stream for each token. */
-static void convolve_block(const struct conv1d *ctx, ptrdiff_t b, ptrdiff_t t, ptrdiff_t count, ptrdiff_t c0,
-                           ptrdiff_t n, char *stage, struct fc_stream *streams) {
-    const fc_conv1d_args *args = ctx->args;
-    const ptrdiff_t size = fc_size_of(args->type), skip = c0 * size;
-    ctx->k->conv1d[args->type](stage ? stage : out_at(args, b, t) + skip, stage ? n * size : args->out_stride[1],
-                               x_at(args, b, t - args->width + 1) + skip, args->x_stride[1],
-                               ctx->weight + c0 * args->width, args->bias ? args->bias + c0 : NULL, n, count,
-                               args->width, args->silu);
-    for (ptrdiff_t r = 0; stage && r < count; r++)
-        ctx->k->stream_row(streams + r, out_at(args, b, t + r) + skip, stage + r * n * size, n * size,
-                           x_at(args, b, t + r) + skip + AT_ONCE * args->x_stride[1]);
-}
-
 /* Tokens [begin, end) of row b, none of which looks back into the state. */
-static void convolve_run(const struct conv1d *ctx, ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end, char *stage,
-                         struct fc_stream *streams) {
-    const ptrdiff_t channels = ctx->args->channels;
-    for (ptrdiff_t t = begin; t < end; t += AT_ONCE)
-        for (ptrdiff_t c = 0; c < channels; c += BLOCK)
-            convolve_block(ctx, b, t, fc_smaller(AT_ONCE, end - t), c, fc_smaller(BLOCK, channels - c), stage, streams);
+static void convolve_tokens(const struct conv1d_run *ctx, ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end,
+                            struct fc_seams *seams) {
+    const fc_conv1d_args *args = ctx->args;
+    const ptrdiff_t n = args->channels;
+    for (ptrdiff_t t = begin; t < end; t += AT_ONCE) {
+        const ptrdiff_t count = fc_smaller(AT_ONCE, end - t);
+        char *out = out_at(args, b, t);
+        const char *x = x_at(args, b, t - args->width + 1);
+        if (ctx->rows && count == AT_ONCE)
+            ctx->k->conv1d_streamed[args->type](seams, out, x, args->x_stride[1], ctx->rows, ctx->ldw, args->bias, n,
+                                                args->width, args->silu);
+        else
+            ctx->k->conv1d[args->type](out, args->out_stride[1], x, args->x_stride[1], ctx->weight, args->bias, n,
+                                       count, args->width, args->silu);
+    }
 }
 
+/* Runs of one row go on without a break. */
 static void convolve_runs(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct conv1d *ctx = context;
-    struct fc_stream streams[AT_ONCE] = {{0}};
-    char *stage = ctx->stage.block ? fc_scratch_of(&ctx->stage, rank) : NULL;
-    for (ptrdiff_t i = begin; i < end; i++) {
-        const ptrdiff_t b = i / ctx->runs, t = i % ctx->runs * RUN, stop = fc_smaller(t + RUN, ctx->args->seq);
-        if (t == 0 && ctx->head) convolve_head(ctx, b, fc_scratch_of(&ctx->looking_back, rank));
-        const ptrdiff_t first = t < ctx->head ? ctx->head : t;
-        if (first < stop) convolve_run(ctx, b, first, stop, stage, streams);
+    const struct conv1d_run *ctx = context;
+    struct fc_seams seams = {.from = AT_ONCE};
+    for (ptrdiff_t i = begin, next; i < end; i = next) {
+        const ptrdiff_t b = i / ctx->runs, row = b * ctx->runs, first = (i - row) * RUN;
+        next = fc_smaller(end, row + ctx->runs);
+        const ptrdiff_t stop = fc_smaller((next - row) * RUN, ctx->args->seq);
+        if (first == 0 && ctx->head) convolve_head(ctx, b, fc_scratch_of(&ctx->looking_back, rank));
+        convolve_tokens(ctx, b, first < ctx->head ? ctx->head : first, stop, &seams);
     }
-    for (int r = 0; stage && r < AT_ONCE; r++) ctx->k->stream_end(streams + r);
+    ctx->k->seams_end(&seams);
 }
 
 /* The last width - 1 inputs, in order: the new state may be the old one. */
 static void keep_state(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
-    const struct conv1d *ctx = context;
+    const struct conv1d_run *ctx = context;
     const fc_conv1d_args *args = ctx->args;
     const ptrdiff_t back = args->width - 1;
     (void)rank;
@@ -97,7 +93,7 @@ static void keep_state(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) 
 }
 
 /* Panels from (channels, width), or as they came */
-static fc_status lay_out_weight(struct conv1d *ctx, fc_scratch *panels) {
+static fc_status lay_out_weight(struct conv1d_run *ctx, fc_scratch *panels) {
     const fc_conv1d_args *args = ctx->args;
     const ptrdiff_t panel = FC_PANEL * args->width, count = (args->channels + FC_PANEL - 1) / FC_PANEL;
     ctx->weight = args->weight;
@@ -112,7 +108,25 @@ static fc_status lay_out_weight(struct conv1d *ctx, fc_scratch *panels) {
     return FC_OK;
 }
 
-static fc_status convolve(struct conv1d *ctx) {
+/* Large results go past the caches, if their rows allow it: weights lie in rows then, as vectors of channels begin where
+ * those of out are aligned. */
+static fc_status lay_out_rows(struct conv1d_run *ctx, fc_scratch *rows) {
+    const fc_conv1d_args *args = ctx->args;
+    const ptrdiff_t width = args->width, n = fc_round_up(args->channels, FC_PANEL);
+    if (!fc_should_stream((double)args->batch * (double)args->seq * (double)ctx->x_bytes, 0)) return FC_OK;
+    if (args->out_stride[1] != ctx->x_bytes || ctx->x_bytes % FC_LINE ||
+        (uintptr_t)args->out % (size_t)fc_size_of(args->type))
+        return FC_OK;
+    if (fc_scratch_alloc(args->workspace, rows, 1, (size_t)fc_times(fc_times(n, width), 4))) return FC_NO_MEMORY;
+    float *to = (float *)(void *)rows->base;
+    ctx->rows = to, ctx->ldw = n;
+    for (ptrdiff_t k = 0; k < width; k++)
+        for (ptrdiff_t c = 0; c < n; c += FC_PANEL)
+            memcpy(to + k * n + c, ctx->weight + c * width + k * FC_PANEL, FC_PANEL * 4);
+    return FC_OK;
+}
+
+static fc_status convolve(struct conv1d_run *ctx) {
     const fc_conv1d_args *args = ctx->args;
     const ptrdiff_t back = args->width - 1, items = args->batch * ctx->runs;
     const double channel_ns = args->silu ? fc_ns.conv1d + fc_ns.activation[FC_SILU] : fc_ns.conv1d;
@@ -122,21 +136,19 @@ static fc_status convolve(struct conv1d *ctx) {
     if (ctx->head && fc_scratch_alloc(args->workspace, &ctx->looking_back, threads,
                                       (size_t)fc_times(rows, fc_times(args->channels, 4))))
         return FC_NO_MEMORY;
-    if (fc_should_stream((double)args->batch * (double)args->seq * (double)ctx->x_bytes, 0) &&
-        fc_scratch_alloc(args->workspace, &ctx->stage, threads, AT_ONCE * BLOCK * 4))
-        return FC_NO_MEMORY;
     return fc_static(threads, items, ns, convolve_runs, ctx);
 }
 
 fc_status fc_conv1d(const fc_conv1d_args *args) {
     if (!FC_IS_OURS(args)) return FC_BAD_SIZE;
-    fc_scratch panels = {0};
-    struct conv1d ctx = {.k = fc_k, .args = args, .x_bytes = args->channels * fc_size_of(args->type),
-                         .runs = (args->seq + RUN - 1) / RUN, .head = fc_smaller(args->width - 1, args->seq)};
+    fc_scratch panels = {0}, rows = {0};
+    struct conv1d_run ctx = {.k = fc_k, .args = args, .x_bytes = args->channels * fc_size_of(args->type),
+                             .runs = (args->seq + RUN - 1) / RUN, .head = fc_smaller(args->width - 1, args->seq)};
     fc_status status = lay_out_weight(&ctx, &panels);
+    if (status == FC_OK) status = lay_out_rows(&ctx, &rows);
     if (status == FC_OK) status = convolve(&ctx);
-    fc_scratch_free(&ctx.stage);
     fc_scratch_free(&ctx.looking_back);
+    fc_scratch_free(&rows);
     fc_scratch_free(&panels);
     if (status != FC_OK || args->width == 1) return status;
     const double ns = (double)((args->width - 1) * args->channels) * fc_ns.convert;

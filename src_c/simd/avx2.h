@@ -4,6 +4,7 @@
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 FC_INLINE vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 FC_INLINE vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+FC_INLINE vf vf_sqrt(vf a) { return (vf)_mm256_sqrt_ps((__m256)a); }
 FC_INLINE vf vf_if_lt(vf a, vf b, vf x, vf y) {
     return (vf)_mm256_blendv_ps((__m256)y, (__m256)x, _mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ));
 }
@@ -35,9 +36,14 @@ FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
     __m256i r = vf_bf16_bits(a);
     _mm_storeu_si128((void *)p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
 }
-#define FC_HAS_BF16_PAIR 1
+#define FC_HAS_PAIR 1
 FC_INLINE vf vf_bf16_pair(vf a, vf b) {
     return (vf)_mm256_permute4x64_epi64(_mm256_packus_epi32(vf_bf16_bits(a), vf_bf16_bits(b)), 0xD8);
+}
+FC_INLINE vf vf_f16_pair(vf a, vf b) {
+    const __m128i low = _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i high = _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm256_set_m128i(high, low);
 }
 
 /* In two steps, so that 2^n1 and 2^n2 are normal floats for every n that vf_exp makes. */

@@ -6,6 +6,7 @@
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 FC_INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 FC_INLINE vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+FC_INLINE vf vf_sqrt(vf a) { return (vf)_mm512_sqrt_ps((__m512)a); }
 FC_INLINE vf vf_if_lt(vf a, vf b, vf x, vf y) {
     return (vf)_mm512_mask_blend_ps(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512)y, (__m512)x);
 }
@@ -30,13 +31,27 @@ FC_INLINE vi vi_from_i8(const void *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loa
 FC_INLINE vu vu_look_up(const uint8_t *table, vu i) {
     return (vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)i);
 }
-/* Round to nearest even in integers: vcvtneps2bf16 would flush denormals, and other ISAs would not. */
-FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
+/* bfloat16 in the upper half of each lane. Round to nearest even in integers: vcvtneps2bf16 would flush denormals, and
+ * other ISAs would not. */
+FC_INLINE __m512i vf_bf16_bits(vf a) {
     __m512i u = (__m512i)a, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(r));
+    return _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+}
+FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(vf_bf16_bits(a), 16)));
+}
+#define FC_HAS_PAIR 1
+FC_INLINE vf vf_bf16_pair(vf a, vf b) {
+    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                                           25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return (vf)_mm512_permutex2var_epi16(vf_bf16_bits(a), upper, vf_bf16_bits(b));
+}
+FC_INLINE vf vf_f16_pair(vf a, vf b) {
+    const __m256i low = _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i high = _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
 #define FC_HAS_SCALE 1

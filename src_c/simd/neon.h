@@ -6,6 +6,7 @@
 FC_INLINE void vf_stream(float *p, vf a) { vf_store(p, a); } /* C has no word for stnp */
 FC_INLINE void vf_stream_end(void) {}
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+FC_INLINE vf vf_sqrt(vf a) { return (vf)vsqrtq_f32((float32x4_t)a); }
 /* vmaxq would return NaN for either operand; the vocabulary promises b, as on x86. */
 FC_INLINE vf vf_max(vf a, vf b) { return vf_if_lt(b, a, a, b); }
 FC_INLINE vf vf_min(vf a, vf b) { return vf_if_lt(a, b, a, b); }

@@ -6,6 +6,7 @@
 FC_INLINE void vf_stream(float *p, vf a) { _mm_stream_ps(p, (__m128)a); }
 FC_INLINE void vf_stream_end(void) { _mm_sfence(); }
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+FC_INLINE vf vf_sqrt(vf a) { return (vf)_mm_sqrt_ps((__m128)a); }
 FC_INLINE vf vf_max(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
 FC_INLINE vf vf_min(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
 

@@ -244,6 +244,7 @@ static void draw_near_the_flush(void) {
 static void check_floats(void) {
     FLOATS(max_ps); FLOATS(min_ps);
     HALVES_AS("fmadd_ps", 1, _mm512_fmadd_ps(A512, B512, C512), _mm256_fmadd_ps(PS(a, h), PS(b, h), PS(c, h)));
+    HALVES_AS("sqrt_ps", 1, _mm512_sqrt_ps(A512), _mm256_sqrt_ps(PS(a, h)));
     HALVES("abs_ps", _mm512_abs_ps(A512), _mm256_andnot_ps(_mm256_set1_ps(-0.0f), PS(a, h)));
     HALVES("cvtepi32_ps", _mm512_cvtepi32_ps(AI512), _mm256_cvtepi32_ps(SI(a, h)));
     HALVES("cvtps_epi32", _mm512_cvtps_epi32(A512), _mm256_cvtps_epi32(PS(a, h)));

@@ -100,6 +100,7 @@ SOFT(__m512, soft_f32, mask_blend_ps, (__mmask16 k, __m512 a, __m512 b), SOFT_BI
 SOFT(__m512, soft_f32, fmadd_ps, (__m512 a, __m512 b, __m512 c), __builtin_fmaf(a[i], b[i], c[i]))
 SOFT(__m512, soft_f32, max_ps, (__m512 a, __m512 b), a[i] > b[i] ? a[i] : b[i])
 SOFT(__m512, soft_f32, min_ps, (__m512 a, __m512 b), a[i] < b[i] ? a[i] : b[i])
+SOFT(__m512, soft_f32, sqrt_ps, (__m512 a), __builtin_sqrtf(a[i]))
 SOFT(__m512, soft_i32, abs_ps, (__m512 a), I32(a)[i] & INT32_MAX)
 
 /* For the 16 predicates (the other 16 differ in the exceptions they raise): which of <, =, >, unordered are true. */
@@ -297,6 +298,7 @@ SOFT_INLINE __m512 soft_cvtph_ps(__m256i a) {
 #define _mm512_fmadd_ps soft_fmadd_ps
 #define _mm512_max_ps soft_max_ps
 #define _mm512_min_ps soft_min_ps
+#define _mm512_sqrt_ps soft_sqrt_ps
 #define _mm512_abs_ps soft_abs_ps
 #define _mm512_cmp_ps_mask soft_cmp_ps_mask
 #define _mm512_scalef_ps soft_scalef_ps

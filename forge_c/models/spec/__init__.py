@@ -2,6 +2,7 @@
 from forge_c.models.spec.families import FAMILIES, model_spec
 from forge_c.models.spec.kinds import (
     MLP,
+    RGLRU,
     Ahead,
     Attention,
     Embedding,
@@ -21,6 +22,6 @@ from forge_c.models.spec.kinds import (
 )
 from forge_c.models.spec.names import tensor_names
 
-__all__ = ["FAMILIES", "MLP", "Ahead", "Attention", "Embedding", "GatedMLP", "Head", "JoinedAttention", "LayerSpec",
-           "Mamba", "Mamba2", "ModelSpec", "Multipliers", "Norm", "Rope", "Routed", "Router", "ShortConv", "model_spec",
-           "tensor_names"]
+__all__ = ["FAMILIES", "MLP", "RGLRU", "Ahead", "Attention", "Embedding", "GatedMLP", "Head", "JoinedAttention",
+           "LayerSpec", "Mamba", "Mamba2", "ModelSpec", "Multipliers", "Norm", "Rope", "Routed", "Router", "ShortConv",
+           "model_spec", "tensor_names"]

@@ -11,6 +11,7 @@ from forge_c.checks import short
 from forge_c.models.spec.kinds import (
     ABSENT,
     MLP,
+    RGLRU,
     Attention,
     GatedMLP,
     JoinedAttention,
@@ -24,7 +25,7 @@ from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WID
 from forge_c.rotary import rope_table
 
 _PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (
-    Attention, JoinedAttention, Mamba, Mamba2, ShortConv, GatedMLP, MLP)}
+    Attention, JoinedAttention, Mamba, Mamba2, ShortConv, RGLRU, GatedMLP, MLP)}
 _MOST = 1 << 40  # of any integer
 _MOST_ITEMS = 1 << 20
 
@@ -77,6 +78,8 @@ def _check_mixer(mixer: Any, hidden: int, where: str) -> None:
         _check_attention(mixer, where)
     if isinstance(mixer, Mamba | Mamba2):
         _check_recurrent(mixer, where)
+    if isinstance(mixer, RGLRU):
+        _check_griffin(mixer, where)
     if isinstance(mixer, ShortConv):
         _check(mixer.width, 1 <= mixer.width <= MAX_WIDTH, f"{where}.width")
         _check(mixer.channels, mixer.channels == hidden, f"{where}.channels")
@@ -99,6 +102,12 @@ def _check_recurrent(m: Mamba | Mamba2, where: str) -> None:
     if isinstance(m, Mamba2):
         _check(m.groups, m.heads % m.groups == 0, f"{where}.groups")
         _check(m.heads, m.inner <= MAX_WIDTH, f"{where}.heads")
+
+
+def _check_griffin(r: RGLRU, where: str) -> None:
+    for name in ("width", "heads", "conv"):
+        _check(getattr(r, name), 1 <= getattr(r, name) <= MAX_WIDTH, f"{where}.{name}")
+    _check(r.heads, r.width % r.heads == 0, f"{where}.heads")
 
 
 def _value(kind: Any, given: Any, where: str) -> Any:

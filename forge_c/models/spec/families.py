@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from forge_c.models.spec.gemma import gemma, gemma2, gemma3, gemma3_with_images
+from forge_c.models.spec.griffin import recurrent_gemma
 from forge_c.models.spec.hybrid import bamba, falcon_h1, granitemoehybrid, lfm2, nemotron_h
 from forge_c.models.spec.kinds import ModelSpec
 from forge_c.models.spec.llama import granite, llama, mistral, smollm3
@@ -21,7 +22,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "gemma3_text": gemma3, "gemma3": gemma3_with_images, "phi3": phi3, "smollm3": smollm3, "granite": granite,
     "mixture_of_depths": mixture_of_depths, "mamba": mamba, "falcon_mamba": falcon_mamba, "mamba2": mamba2,
     "bamba": bamba, "falcon_h1": falcon_h1, "granitemoehybrid": granitemoehybrid, "lfm2": lfm2,
-    "nemotron_h": nemotron_h, "zamba2": zamba2}
+    "nemotron_h": nemotron_h, "recurrent_gemma": recurrent_gemma, "zamba2": zamba2}
 
 
 def model_spec(config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelSpec:

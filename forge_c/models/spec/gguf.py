@@ -14,12 +14,13 @@ import numpy as np
 
 from forge_c.checks import short
 from forge_c.formats.gguf import GGUF, Strings
+from forge_c.models.spec import gguf_states as states
 from forge_c.models.spec.families import model_spec
-from forge_c.models.spec.kinds import LayerSpec, ModelSpec, Norm
+from forge_c.models.spec.kinds import Attention, GatedMLP, LayerSpec, Mamba, Mamba2, ModelSpec, Norm, ShortConv
 from forge_c.models.spec.reader import MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH
 from forge_c.rotary import rope_table
 
-__all__ = ["ARCHITECTURES", "ROPE_TENSORS", "gguf_spec", "interleaved"]
+__all__ = ["ARCHITECTURES", "ROPE_TENSORS", "Architecture", "architecture_of", "gguf_spec"]
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _MOST_CONTEXT = 1 << 40
@@ -59,17 +60,22 @@ class Keys:
             self.fail(f"{self.name(key)} is {short(value)}, expected an integer from {least} to {most}")
         return value
 
-    def same_of_all(self, key: str, most: int, layers: int, default: int | None = None) -> int:
-        """An integer, or an array of one a layer that are all the same."""
+    def of_each(self, key: str, most: int, layers: int, default: int | None = None, *, least: int = 1) -> list[int]:
+        """Of each layer: an integer for all, or an array of one a layer."""
         value = self.value(key, default)
-        if isinstance(value, np.ndarray):
-            if len(value) != layers:
-                self.fail(f"{self.name(key)} has {len(value)} values, expected {layers}, one a layer")
-            if len(set(value.tolist())) > 1:
-                self.fail(f"{self.name(key)} is {short(value.tolist())}: layers that differ in it are not supported "
-                          f"for {self.architecture}")
-            value = value[0].item()
-        return self._integer(key, value, most)
+        values = value.tolist() if isinstance(value, np.ndarray) else [value] * layers
+        if len(values) != layers:
+            self.fail(f"{self.name(key)} has {len(values)} values, expected {layers}, one a layer")
+        return [self._integer(key, one, most, least) for one in values]
+
+    def same_of_all(self, key: str, most: int, layers: int, default: int | None = None, *, absent: bool = False) -> int:
+        """What all layers have. absent: some may have none, 0; 1 if none has any."""
+        values = self.of_each(key, most, layers, default, least=0 if absent else 1)
+        found = [value for value in dict.fromkeys(values) if value or not absent] or [1]
+        if len(found) > 1:
+            self.fail(f"{self.name(key)} is {short(values)}: layers that differ in it are not supported for "
+                      f"{self.architecture}")
+        return found[0]
 
     def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
         value = self.value(key, default)
@@ -94,13 +100,24 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """family: the model_type that reads the config. own: what this architecture adds to it. interleaved: rows of
-    queries and keys rotate as neighbours in the file. folded: its norms' weights are 1 + w."""
+    """family: the model_type that reads the config. own: what this architecture adds to it, or says instead.
+    interleaved: rows of queries and keys rotate as neighbours in the file; whole_heads: all of a head's rows lie so,
+    also where only the first rotate. folded: its norms' weights are 1 + w. apart: gate and up of an MLP are two
+    matrices, though the folder has one. states: some layers have no attention, or all; without_attention: all.
+    rotates: those that have it rotate. norm: what the file calls the last norm. eps: keys of the norms', of which the
+    first that is there counts."""
 
     family: str
     own: Callable[[Keys, Config], Config]
     interleaved: bool = False
+    whole_heads: bool = False
     folded: bool = False
+    apart: bool = False
+    states: bool = False
+    without_attention: bool = False
+    rotates: bool = True
+    norm: str = "output_norm"
+    eps: tuple[str, ...] = ("attention.layer_norm_rms_epsilon",)
 
 
 def gguf_spec(file: GGUF, ignored: Collection[str] = ()) -> ModelSpec:
@@ -112,22 +129,25 @@ def gguf_spec(file: GGUF, ignored: Collection[str] = ()) -> ModelSpec:
     name = _architecture(file)
     keys, architecture = Keys(file, name), ARCHITECTURES[name]
     config = _common(keys) | {"model_type": architecture.family}
+    if not architecture.without_attention:
+        config |= _attention(keys, config, architecture)
     config |= architecture.own(keys, config)
     keys.check_all_read(ignored)
     try:
         spec = model_spec(config)
         for layer in spec.layers:
-            if layer.mixer.rope is not None:  # an impossible rotation is refused before a weight is read
-                rope_table(layer.mixer.rope.dim, 1, layer.mixer.rope.theta, scaling=layer.mixer.rope.scaling)
+            rope = getattr(layer.mixer, "rope", None)
+            if rope is not None:  # an impossible rotation is refused before a weight is read
+                rope_table(rope.dim, 1, rope.theta, scaling=rope.scaling)
     except ValueError as error:
         keys.fail(str(error).removeprefix("config.json: "))
-    layers = tuple(_as_stored(file, i, layer, architecture.folded) for i, layer in enumerate(spec.layers))
+    layers = tuple(_as_stored(file, i, layer, architecture) for i, layer in enumerate(spec.layers))
     return replace(spec, layers=layers, head=replace(spec.head, norm=_norm(spec.head.norm, architecture.folded)))
 
 
-def interleaved(file: GGUF) -> bool:
-    """Whether the rows of queries and keys rotate as neighbours, not as halves."""
-    return ARCHITECTURES[_architecture(file)].interleaved
+def architecture_of(file: GGUF) -> Architecture:
+    """Of a file that gguf_spec has read."""
+    return ARCHITECTURES[_architecture(file)]
 
 
 def _architecture(file: GGUF) -> str:
@@ -151,10 +171,22 @@ def _architecture(file: GGUF) -> str:
 
 
 def _common(keys: Keys) -> Config:
-    layers = keys.integer("block_count", MAX_LAYERS)
-    hidden = keys.integer("embedding_length", MAX_WIDTH)
-    heads = keys.same_of_all("attention.head_count", MAX_HEADS, layers)
-    kv_heads = keys.same_of_all("attention.head_count_kv", MAX_HEADS, layers, heads)
+    if keys.integer("expert_count", MAX_WIDTH, 0, least=0):
+        keys.fail(f"{keys.name('expert_count')} is {keys.value('expert_count')}: a mixture of experts, which is not "
+                  "supported")
+    return {
+        "num_hidden_layers": keys.integer("block_count", MAX_LAYERS),
+        "hidden_size": keys.integer("embedding_length", MAX_WIDTH),
+        "vocab_size": _vocab_size(keys), "tie_word_embeddings": "output.weight" not in keys.file.tensors,
+        "max_position_embeddings": keys.integer("context_length", _MOST_CONTEXT),
+        "bos_token_id": _token_id(keys.file, "bos"), "eos_token_id": _token_id(keys.file, "eos")}
+
+
+def _attention(keys: Keys, config: Config, architecture: Architecture) -> Config:
+    """Of the layers that have it, and of their MLPs."""
+    layers, hidden, some = config["num_hidden_layers"], config["hidden_size"], architecture.states
+    heads = keys.same_of_all("attention.head_count", MAX_HEADS, layers, absent=some)
+    kv_heads = keys.same_of_all("attention.head_count_kv", MAX_HEADS, layers, heads, absent=some)
     if keys.value("attention.key_length") is None and hidden % heads:
         keys.fail(f"{keys.name('embedding_length')} is {hidden}, expected a multiple of "
                   f"{keys.name('attention.head_count')} {heads}")
@@ -162,21 +194,14 @@ def _common(keys: Keys) -> Config:
     value_dim = keys.integer("attention.value_length", MAX_WIDTH, head_dim)
     if value_dim != head_dim:
         keys.fail(f"{keys.name('attention.value_length')} is {value_dim}, expected {head_dim} as the keys have")
-    if keys.integer("expert_count", MAX_WIDTH, 0, least=0):
-        keys.fail(f"{keys.name('expert_count')} is {keys.value('expert_count')}: a mixture of experts, which is not "
-                  "supported")
     if keys.value("attention.causal", True) is not True:
         keys.fail(f"{keys.name('attention.causal')} is {short(keys.value('attention.causal'))}, expected true")
-    context = keys.integer("context_length", _MOST_CONTEXT)
-    config = {
-        "num_hidden_layers": layers, "hidden_size": hidden, "head_dim": head_dim, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": keys.same_of_all("feed_forward_length", MAX_WIDTH, layers),
-        "vocab_size": _vocab_size(keys), "tie_word_embeddings": "output.weight" not in keys.file.tensors,
-        "max_position_embeddings": context,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "bos_token_id": _token_id(keys.file, "bos"), "eos_token_id": _token_id(keys.file, "eos")}
-    return config | _rotation(keys, head_dim, context)
+    present = [key for key in architecture.eps if keys.value(key) is not None]
+    found = {"head_dim": head_dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+             "intermediate_size": keys.same_of_all("feed_forward_length", MAX_WIDTH, layers, absent=some),
+             "rms_norm_eps": keys.number((present or architecture.eps)[0])}
+    rotates = architecture.rotates
+    return found | (_rotation(keys, head_dim, config["max_position_embeddings"]) if rotates else {})
 
 
 def _vocab_size(keys: Keys) -> int:
@@ -345,6 +370,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("phi3", _phi3),
     "smollm3": Architecture("smollm3", _nothing, interleaved=True),
     "granite": Architecture("granite", _granite, interleaved=True),
+    "mamba": Architecture("mamba", states.mamba, states=True, without_attention=True),
+    "mamba2": Architecture("mamba2", states.mamba2, states=True, without_attention=True),
+    "lfm2": Architecture("lfm2", states.lfm2, states=True, norm="token_embd_norm"),
+    "granitehybrid": Architecture("granitemoehybrid", states.granitehybrid, interleaved=True, whole_heads=True,
+                                  apart=True, states=True),
+    "nemotron_h": Architecture("nemotron_h", states.nemotron_h, interleaved=True, states=True, rotates=False,
+                               eps=("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")),
 }
 
 
@@ -355,15 +387,23 @@ def _norm(norm: Norm, folded: bool) -> Norm:
     return replace(norm, offset=0.0) if folded else norm
 
 
-def _as_stored(file: GGUF, i: int, layer: LayerSpec, folded: bool) -> LayerSpec:
+def _as_stored(file: GGUF, i: int, layer: LayerSpec, architecture: Architecture) -> LayerSpec:
     """The layer as this file has it: there is a bias where there is a tensor of one, and q, k, v are one matrix where
     there is such a tensor. Nothing in the metadata says so."""
     def has(*names: str) -> bool:
         return any(f"blk.{i}.{name}" in file.tensors for name in names)
 
-    mixer, mlp, qk_norm = layer.mixer, layer.mlp, layer.mixer.qk_norm
-    mixer = replace(mixer, fused=has("attn_qkv.weight"), o_bias=has("attn_output.bias"),
-                    qkv_bias=mixer.qkv_bias or has("attn_qkv.bias", "attn_q.bias", "attn_k.bias", "attn_v.bias"),
-                    qk_norm=None if qk_norm is None else _norm(qk_norm, folded))
-    mlp = replace(mlp, bias=has("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"))
+    mixer, mlp, folded = layer.mixer, layer.mlp, architecture.folded
+    if isinstance(mixer, Attention):
+        mixer = replace(mixer, fused=has("attn_qkv.weight"), o_bias=has("attn_output.bias"),
+                        qkv_bias=mixer.qkv_bias or has("attn_qkv.bias", "attn_q.bias", "attn_k.bias", "attn_v.bias"),
+                        qk_norm=None if mixer.qk_norm is None else _norm(mixer.qk_norm, folded))
+    elif isinstance(mixer, Mamba | Mamba2):
+        mixer = replace(mixer, bias=has("ssm_in.bias", "ssm_out.bias"))
+    elif isinstance(mixer, ShortConv):
+        mixer = replace(mixer, bias=has(*(f"shortconv.{part}.bias" for part in ("conv", "in_proj", "out_proj"))))
+    if mlp is not None:
+        mlp = replace(mlp, bias=has("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"))
+    if isinstance(mlp, GatedMLP) and architecture.apart:
+        mlp = replace(mlp, fused=False)
     return replace(layer, mixer=mixer, mlp=mlp, norm=_norm(layer.norm, folded))

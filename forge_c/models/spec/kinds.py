@@ -134,6 +134,23 @@ class ShortConv:
         return (self.width - 1) * self.channels
 
 
+@dataclass(frozen=True)
+class RGLRU:
+    """Griffin's recurrent block (arXiv 2402.19427): y, x = in(..), then out(f(y) rg_lru(conv(x), gates)) of `width`
+    channels; conv: width of the convolution. The gates are products of each head's channels. activation: f, as in
+    forge_c.gated_linear."""
+
+    width: int
+    heads: int
+    conv: int
+    activation: str
+
+    @property
+    def floats(self) -> int:
+        """Of a row's state."""
+        return self.conv * self.width
+
+
 # ---- feed-forward parts ----
 
 

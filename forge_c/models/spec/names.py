@@ -24,9 +24,14 @@ _LFM2: Rules = (
     (r"\.feed_forward\.w3\.", ".mlp.up_proj."), (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
     (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."), (r"\.self_attn\.([qk])_layernorm\.", r".self_attn.\1_norm."),
     (r"\.conv\.conv\.", ".mixer.conv1d."), (r"\.conv\.(in|out)_proj\.", r".mixer.\1_proj."))
+_GRIFFIN: Rules = (
+    (r"^(model\.)?final_norm\.", r"\1norm."), (r"\.temporal_pre_norm\.", ".input_layernorm."),
+    (r"\.channel_pre_norm\.", ".post_attention_layernorm."), (r"\.mlp_block\.", ".mlp."),
+    (r"\.temporal_block\.([qkvo])_proj\.", r".self_attn.\1_proj."), (r"\.temporal_block\.", ".mixer."),
+    (r"\.mixer\.rg_lru\.", ".mixer."), (r"\.mixer\.conv_1d\.", ".mixer.conv1d."))
 _NAMES: Mapping[str, Rules] = {"mamba": _BACKBONE, "falcon_mamba": _BACKBONE, "mamba2": _BACKBONE, "bamba": _BAMBA,
                                "falcon_h1": _BAMBA, "granitemoehybrid": _GRANITE, "lfm2": _LFM2,
-                               "nemotron_h": _NEMOTRON, "zamba2": _ZAMBA2}
+                               "nemotron_h": _NEMOTRON, "recurrent_gemma": _GRIFFIN, "zamba2": _ZAMBA2}
 
 
 def tensor_names(model_type: str) -> Callable[[str], str]:

@@ -10,22 +10,33 @@ from numpy.typing import NDArray
 
 from forge_c.formats.ggml import TYPES, check_scales, dequantize
 from forge_c.formats.gguf import GGUF, TensorInfo
-from forge_c.models.spec import Attention, LayerSpec, ModelSpec
-from forge_c.models.spec.gguf import ROPE_TENSORS, interleaved
+from forge_c.models.spec import Attention, LayerSpec, Mamba, Mamba2, ModelSpec, ShortConv
+from forge_c.models.spec.gguf import ROPE_TENSORS, Architecture, architecture_of
 from forge_c.packing import dtype_of_blocks
 
 __all__ = ["GGUFCheckpoint", "StoredType"]
 
-_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight"}
-_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-          "attn_v": "self_attn.v_proj", "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
-          "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm",
-          "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_COMMON = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+           "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_MIXERS: dict[type, dict[str, str]] = {
+    Attention: {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+                "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+                "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+    Mamba: {"ssm_in": "mixer.in_proj", "ssm_conv1d": "mixer.conv1d", "ssm_x": "mixer.x_proj", "ssm_dt": "mixer.dt_proj",
+            "ssm_out": "mixer.out_proj"},
+    Mamba2: {"ssm_in": "mixer.in_proj", "ssm_conv1d": "mixer.conv1d", "ssm_norm": "mixer.norm",
+             "ssm_out": "mixer.out_proj"},
+    ShortConv: {"shortconv.in_proj": "mixer.in_proj", "shortconv.conv": "mixer.conv1d",
+                "shortconv.out_proj": "mixer.out_proj"}}
+# Whole names, without .weight or .bias in one of the two worlds.
+_OTHERS = {Mamba: {"ssm_a": "mixer.A_log", "ssm_d": "mixer.D"},
+           Mamba2: {"ssm_a": "mixer.A_log", "ssm_d": "mixer.D", "ssm_dt.bias": "mixer.dt_bias"}}
+_NO_MATRICES = re.compile(r".*\.(ssm_conv1d|ssm_norm|shortconv\.conv)\.weight|.*\.ssm_[ad]")  # though of two dimensions
 _FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
 _BOTH_NORMS = {"ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
                "post_ffw_norm": "post_feedforward_layernorm"}
-_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.(\w+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.([\w.]+)")
 
 Rows = NDArray[np.intp]
 
@@ -63,15 +74,17 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, file: GGUF, spec: ModelSpec) -> None:
-        self.file, self._spec, self._interleaved = file, spec, interleaved(file)
+        self.file, self._spec, self._architecture = file, spec, architecture_of(file)
+        self._top = {_EMBEDDING: "model.embed_tokens.weight", f"{self._architecture.norm}.weight": "model.norm.weight",
+                     _HEAD: "lm_head.weight"}
         self._places: dict[str, _Place] = {}
         self._taken: set[str] = set()
         for name, tensor in file.tensors.items():
             if tensor.type.name not in TYPES:
                 raise ValueError(f"{tensor.path}: tensor {name} has type {tensor.type.name}, which is not read; get "
                                  f"another quantisation, such as Q4_K_M; expected one of {', '.join(TYPES)}")
-            if name in _TOP:
-                self._places[_TOP[name]] = _Place(tensor)
+            if name in self._top:
+                self._places[self._top[name]] = _Place(tensor)
             elif name not in ROPE_TENSORS:
                 self._places |= self._places_in_layer(tensor)
 
@@ -79,19 +92,23 @@ class GGUFCheckpoint:
         """Where a tensor goes: the bias of q, k and v together goes to three places."""
         found = _BLOCK.fullmatch(tensor.name)
         layer = self._spec.layers[int(found[1])] if found and int(found[1]) < self._spec.n_layers else None
-        names = {} if layer is None else _names(layer)
-        if layer is None or found is None or found[2] not in names:
+        names, others = ({}, {}) if layer is None else (_names(layer), _OTHERS.get(type(layer.mixer), {}))
+        stem, _, ending = found[2].rpartition(".") if found else ("", "", "")
+        if found and found[2] in others:
+            return {f"model.layers.{found[1]}.{others[found[2]]}": _Place(tensor)}
+        if layer is None or found is None or stem not in names or ending not in ("weight", "bias"):
+            expected = [*(names or _COMMON | _MIXERS[Attention]), *others]
             raise ValueError(f"{tensor.path}: tensor {tensor.name} has no place in this model of {self._spec.n_layers} "
-                             f"layers; expected {', '.join(_TOP)}, and blk.N. with {', '.join(names or _LAYER)}")
-        prefix, (_, stem, ending) = f"model.layers.{found[1]}.", found.groups()
-        rows = _rows_of(tensor, stem, ending, layer.mixer, self._interleaved)
-        return {f"{prefix}{names[part]}.{ending}": _Place(tensor, order) for part, order in rows.items()}
+                             f"layers; expected {', '.join(self._top)}, and blk.N. with {', '.join(expected)}")
+        rows = _rows_of(tensor, stem, ending, layer.mixer, self._architecture)
+        return {f"model.layers.{found[1]}.{names[part]}.{ending}": _Place(tensor, order)
+                for part, order in rows.items()}
 
     def stored(self, dtype: str | None = None) -> tuple[StoredType, ...]:
         """What the file holds, the type with the most bytes first. dtype: what matrices are packed in instead."""
         found: dict[tuple[str, str], list[int]] = {}
         for tensor in self.file.tensors.values():
-            held = dtype or dtype_of_blocks(tensor.type.name) if len(tensor.shape) > 1 else "float32"
+            held = dtype or dtype_of_blocks(tensor.type.name) if _is_matrix(tensor) else "float32"
             found.setdefault((tensor.type.name, held), []).append(tensor.nbytes)
         rows = (StoredType(kind, len(sizes), sum(sizes), held) for (kind, held), sizes in found.items())
         return tuple(sorted(rows, key=lambda row: -row.nbytes))
@@ -100,7 +117,7 @@ class GGUFCheckpoint:
         """The format that holds most of the layers' bytes, as a PackedWeight calls it."""
         sizes: dict[str, int] = {}
         for tensor in self.file.tensors.values():
-            if len(tensor.shape) > 1 and tensor.name not in _TOP:
+            if _is_matrix(tensor) and tensor.name not in self._top:
                 held = dtype_of_blocks(tensor.type.name)
                 sizes[held] = sizes.get(held, 0) + tensor.nbytes
         return max(sizes, key=lambda held: sizes[held], default="float32")
@@ -116,6 +133,15 @@ class GGUFCheckpoint:
         dtype = ml_dtypes.bfloat16 if kind == "BF16" else np.float32
         return dequantize(kind, raw, dtype=dtype, name=place.name).reshape(shape)
 
+    def take_decay(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A of a state space, which a file holds itself: as take, by the name of its logarithm. ValueError if one is
+        above 0, as logarithms are: with it a state would grow without end."""
+        found: NDArray[np.float32] = self.take(name, shape).astype(np.float32)
+        if (found > 0).any():
+            raise ValueError(f"{self._places[name].name} holds {found.max():g}, expected numbers below 0: what a state "
+                             "decays by, not its logarithm")
+        return found
+
     def take_raw(self, name: str, shape: tuple[int, ...]) -> tuple[str, NDArray[np.uint8]]:
         """(type, bytes (rows, bytes of a row)) of a matrix of that shape; errors as of take."""
         place, raw = self._read(name, shape)
@@ -128,23 +154,36 @@ class GGUFCheckpoint:
         place = self._places.get(name)
         if place is None:
             raise ValueError(f"{self.file.path}: tensor {self._stored_name(name)} is missing")
-        if place.shape != shape:
-            raise ValueError(f"{place.name} has shape {place.tensor.shape}, expected {shape} from the metadata")
-        raw = place.tensor.read().reshape(place.tensor.shape[0], -1)
+        expected = self._stored_shape(name, shape)
+        if _without_ones(place.shape) != _without_ones(expected):
+            raise ValueError(f"{place.name} has shape {place.tensor.shape}, expected {expected} from the metadata")
+        raw = place.tensor.read()
         if place.rows is not None:
-            raw = raw[place.rows]
+            raw = raw.reshape(place.tensor.shape[0], -1)[place.rows]
         self._taken.add(name)
-        return place, raw if len(shape) > 1 else raw.reshape(1, -1)
+        return place, raw.reshape(shape[0] if len(shape) > 1 else 1, -1)
+
+    def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a file gives the tensor to which Hugging Face gives this one."""
+        if name.endswith("mixer.conv1d.weight"):
+            return shape[0], shape[2]
+        mixer = self._spec.layers[int(name.split(".")[2])].mixer if name.startswith("model.layers.") else None
+        if isinstance(mixer, Mamba2) and name.endswith((".A_log", ".D")):
+            return *shape, 1
+        if isinstance(mixer, Mamba2) and name.endswith("mixer.norm.weight"):
+            return mixer.groups, shape[0] // mixer.groups
+        return shape
 
     def _stored_name(self, name: str) -> str:
         """What a file calls the tensor that Hugging Face calls so."""
-        for theirs, ours in _TOP.items():
+        for theirs, ours in self._top.items():
             if ours == name:
                 return theirs
-        _, _, i, stem = name.split(".", 3)
-        stem, ending = stem.rsplit(".", 1)
-        return next(f"blk.{i}.{theirs}.{ending}" for theirs, ours in _names(self._spec.layers[int(i)]).items()
-                    if ours == stem)
+        _, _, i, rest = name.split(".", 3)
+        layer, (stem, ending) = self._spec.layers[int(i)], rest.rsplit(".", 1)
+        whole = _OTHERS.get(type(layer.mixer), {}) | {
+            f"{theirs}.{ending}": f"{ours}.{ending}" for theirs, ours in _names(layer).items() if ours == stem}
+        return next(f"blk.{i}.{theirs}" for theirs, ours in whole.items() if ours == rest)
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
         """Raise ValueError if the file holds a tensor that no one asked for: it would have changed the result."""
@@ -154,14 +193,26 @@ class GGUFCheckpoint:
                              f"{left[0]}")
 
 
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the first axes of 1, which ggml does not count: llama-quantize leaves them out."""
+    return shape[next((i for i, n in enumerate(shape) if n > 1), len(shape)):]
+
+
+def _is_matrix(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) > 1 and not _NO_MATRICES.fullmatch(tensor.name)
+
+
 def _names(layer: LayerSpec) -> dict[str, str]:
-    """The file's names in such a layer, and Hugging Face's."""
-    return (_LAYER | (_FUSED_MLP if getattr(layer.mlp, "fused", False) else {})
+    """The file's names in such a layer, and Hugging Face's, of what has .weight and .bias in both."""
+    return (_COMMON | _MIXERS.get(type(layer.mixer), {}) | (_FUSED_MLP if getattr(layer.mlp, "fused", False) else {})
             | (_BOTH_NORMS if layer.norms == "both" else {}))
 
 
-def _rows_of(tensor: TensorInfo, stem: str, ending: str, mixer: Attention, turned: bool) -> dict[str, Rows | None]:
+def _rows_of(tensor: TensorInfo, stem: str, ending: str, mixer: Any, file: Architecture) -> dict[str, Rows | None]:
     """Which rows of a tensor go where; None: all as they lie. q, k and v may be one matrix, their biases one vector."""
+    if not isinstance(mixer, Attention):
+        return {stem: None}
+    turned = file.interleaved
     queries, keys = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
     sizes = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
     if stem in sizes:
@@ -174,17 +225,18 @@ def _rows_of(tensor: TensorInfo, stem: str, ending: str, mixer: Attention, turne
     found: dict[str, Rows | None] = {}
     first = 0
     for part, size in sizes.items():
-        found[part] = first + (_turned_back(size, mixer) if turned and part != "attn_v" else np.arange(size))
+        turns = turned and part != "attn_v"
+        found[part] = first + (_turned_back(size, mixer, file.whole_heads) if turns else np.arange(size))
         first += size
     if stem == "attn_qkv" and ending == "weight":
         return {stem: np.concatenate(list(found.values())) if turned else None}
     return found if turned or stem == "attn_qkv" else {stem: None}
 
 
-def _turned_back(size: int, mixer: Attention) -> Rows:
-    """Where the rows of q or k lie in a file in which each head's rotated rows are 0, half, 1, half + 1, ..., also
-    where a layer does not rotate."""
+def _turned_back(size: int, mixer: Attention, whole: bool) -> Rows:
+    """Where the rows of q or k lie in a file in which each head's rotated rows, or all, are 0, half, 1, half + 1, ...,
+    also where a layer does not rotate."""
     head = np.arange(mixer.head_dim)
-    rotated = mixer.head_dim if mixer.rope is None else mixer.rope.dim
+    rotated = mixer.head_dim if mixer.rope is None or whole else mixer.rope.dim
     head[:rotated] = head[:rotated].reshape(-1, 2).T.reshape(-1)
     return (np.arange(0, size, mixer.head_dim)[:, None] + head).reshape(-1)

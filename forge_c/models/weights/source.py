@@ -1,7 +1,7 @@
 """Where a decoder's weights come from: tensors by the names that Hugging Face gives them."""
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,3 +25,19 @@ class StoredTensors(Tensors, Protocol):
 
     def mostly(self) -> str:
         """The format that holds most of the layers' bytes, as a PackedWeight calls it."""
+
+
+@runtime_checkable
+class HoldsDecay(Protocol):
+    """Tensors among which is A of a state space itself, where Hugging Face has its logarithm."""
+
+    def take_decay(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A, by the name of its logarithm; ValueError if there is none of that shape."""
+
+
+def decay(tensors: Tensors, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A of a state space, by the name of its logarithm."""
+    if isinstance(tensors, HoldsDecay):
+        return tensors.take_decay(name, shape)
+    found: NDArray[np.float32] = -np.exp(tensors.take(name, shape).astype(np.float32))
+    return found
