@@ -274,6 +274,7 @@ typedef struct {
     ptrdiff_t state_stride[3], new_state_stride[3]; /* batch, head, row */
     float dt_min, dt_max;
     int dt_softplus;
+    int state_by_n; /* the states are (B, H, N, P), as the scan itself has them: it need not turn them round */
     fc_workspace *workspace;
 } fc_ssd_scan_args;
 fc_status fc_ssd_scan(const fc_ssd_scan_args *args);

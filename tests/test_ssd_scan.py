@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference as ref
 from c_constants import c_constant
+from child import run_c
 from conftest import DTYPES, check_close
 from guard import guarded_copy
 from hypothesis import HealthCheck, given, settings
@@ -342,3 +343,45 @@ def test_a_refused_call_says_why(wrong, error, message):
     with pytest.raises(error) as caught:
         wrong()
     assert str(caught.value).startswith("ssd_scan: ") and message in str(caught.value)
+
+
+BY_N = r"""
+#include <stdio.h>
+#include <string.h>
+#include "forge.h"
+
+/* States with p last hold the numbers of those with n last. */
+int main(void) {
+    enum { B = 2, S = 19, H = 3, P = 21, N = 18 };
+    static float x[B][S][H][P], b[B][S][1][N], c[B][S][1][N], dt[B][S][H], y[2][B][S][H][P];
+    static float by_p[2][B][H][P][N], by_n[2][B][H][N][P];
+    const float decay[H] = {-0.5f, -1, -2};
+    for (int i = 0; i < B * S * H * P; i++) x[0][0][0][i] = (float)(i % 17) - 8;
+    for (int i = 0; i < B * S * N; i++) b[0][0][0][i] = (float)(i % 7) / 3, c[0][0][0][i] = (float)(i % 5) - 2;
+    for (int i = 0; i < B * S * H; i++) dt[0][0][i] = (float)(i % 3) / 4;
+    for (int i = 0; i < B * H * P * N; i++) {
+        by_p[0][0][0][0][i] = (float)(i % 23) - 11;
+        by_n[0][i / (H * P * N)][i / (P * N) % H][i % N][i / N % P] = by_p[0][0][0][0][i];
+    }
+    for (int i = 0; i < 2; i++) {
+        const ptrdiff_t head = sizeof by_p[0][0][0], row = i ? P * 4 : N * 4;
+        fc_ssd_scan_args a = {
+            .size = sizeof a, .out = y[i], .new_state = i ? by_n[1][0][0][0] : by_p[1][0][0][0], .x = x, .dt = dt, .b = b,
+            .c = c, .a = decay, .state = i ? by_n[0][0][0][0] : by_p[0][0][0][0], .batch = B, .seq = S, .heads = H,
+            .groups = 1, .p = P, .n = N, .out_stride = {sizeof x[0], sizeof x[0][0], P * 4},
+            .x_stride = {sizeof x[0], sizeof x[0][0], P * 4}, .dt_stride = {sizeof dt[0], sizeof dt[0][0], 4},
+            .b_stride = {sizeof b[0], N * 4, N * 4}, .c_stride = {sizeof c[0], N * 4, N * 4},
+            .state_stride = {H * head, head, row}, .new_state_stride = {H * head, head, row}, .dt_max = 1e9f,
+            .state_by_n = i};
+        if (fc_ssd_scan(&a) != FC_OK) return 1;
+    }
+    if (memcmp(y[0], y[1], sizeof y[0])) return 2;
+    for (int i = 0; i < B * H * P * N; i++)
+        if (by_n[1][i / (H * P * N)][i / (P * N) % H][i % N][i / N % P] != by_p[1][0][0][0][i]) return 3;
+    return 0;
+}
+"""
+
+
+def test_states_with_p_last(tmp_path):
+    assert run_c(tmp_path, BY_N) == (0, "")

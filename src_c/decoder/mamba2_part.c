@@ -24,8 +24,8 @@ static fc_status scan_rows(const struct mamba2_pass *t, const struct rows_state 
         .dt_bias = w->dt_bias, .batch = r->batch, .seq = seq, .heads = w->heads, .groups = w->groups,
         .p = w->head_dim, .n = w->n, .out_stride = {seq * xbc, xbc, head}, .x_stride = {seq * xbc, xbc, head},
         .dt_stride = {seq * row, row, 4}, .b_stride = {seq * xbc, xbc, group}, .c_stride = {seq * xbc, xbc, group},
-        .z_stride = {seq * row, row, head}, .state_stride = {r->apart, head * w->n, group},
-        .new_state_stride = {r->apart, head * w->n, group}, .dt_min = w->dt_min, .dt_max = w->dt_max,
+        .z_stride = {seq * row, row, head}, .state_stride = {r->apart, head * w->n, head},
+        .new_state_stride = {r->apart, head * w->n, head}, .state_by_n = 1, .dt_min = w->dt_min, .dt_max = w->dt_max,
         .dt_softplus = 1, .workspace = t->p->workspace});
 }
 

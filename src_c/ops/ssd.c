@@ -67,7 +67,7 @@ fc_status fc_ssd_scan(const fc_ssd_scan_args *a) {
         .new_state = a->new_state,
         .state_stride = a->state_stride,
         .new_state_stride = a->new_state_stride,
-        .by_p = 1,
+        .by_p = !a->state_by_n,
         .share = a->groups ? a->heads / a->groups : 1,
         .fill_keys = fill_keys,
         .fill = fill,
