@@ -58,6 +58,7 @@ def test_blocks_are_shared_by_turns():
     ({"num_key_value_heads": 3}, "expected a divisor of 64, and a multiple of num_key_value_heads 3"),
     ({"hybrid_layer_ids": [0]}, r"hybrid_layer_ids is \[0\], expected \[0, 2\]"),
     ({"attention_head_dim": 8}, "attention_head_dim is 8, expected 16"),
+    ({"mamba_headdim": 8}, "mamba_headdim is 8, expected 16"),
     ({"hidden_act": "tanh"}, "hidden_act is 'tanh', expected one of"),
     ({"adapter_rank": 0}, "adapter_rank is 0"), ({"num_mem_blocks": 0}, "num_mem_blocks is 0"),
 ])

@@ -68,7 +68,7 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
 
     Families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (its text model), phi3, smollm3,
     granite, mamba, falcon_mamba, mamba2, bamba, falcon_h1, granitemoehybrid and nemotron_h (without experts), lfm2,
-    zamba2. Nothing in the folder or the file is executed.
+    recurrent_gemma, zamba2. Nothing in the folder or the file is executed.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing; it says what to get.

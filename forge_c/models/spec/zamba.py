@@ -18,8 +18,8 @@ _ZAMBA2 = COMMON | UNREAD | {
     "layers_block_type": None, "layer_types": None, "mamba_d_state": 64, "mamba_d_conv": 4, "mamba_expand": 2,
     "mamba_ngroups": 1, "time_step_min": 0.001, "n_mamba_heads": 8, "use_mamba_kernels": None, "use_conv_bias": True,
     "use_mem_eff_path": None, "add_bias_linear": False, "num_mem_blocks": 1, "use_shared_attention_adapter": False,
-    "adapter_rank": 128, "use_mem_rope": False, "use_long_context": False, "num_logits_to_keep": 1,
-    } | dict.fromkeys(_DERIVED)
+    "adapter_rank": 128, "use_mem_rope": False, "use_long_context": False, "num_logits_to_keep": 1} | dict.fromkeys(
+        _DERIVED)
 
 
 def zamba2(config: Mapping[str, Any]) -> ModelSpec:
@@ -33,6 +33,7 @@ def zamba2(config: Mapping[str, Any]) -> ModelSpec:
     if inner % heads:
         raise ValueError(f"config.json: n_mamba_heads is {heads}, expected a divisor of {inner}, mamba_expand times "
                          "hidden_size")
+    _check_said(c, "mamba_headdim", inner // heads)
     other = Reader({**config, "hidden_act": "silu"}, _ZAMBA2)  # the file's is the MLP's
     space = state_space(other, heads, inner // heads, groups="mamba_ngroups", state="mamba_d_state",
                         conv="mamba_d_conv", bias="add_bias_linear", conv_bias="use_conv_bias",
@@ -60,10 +61,15 @@ def _ahead(c: Reader, hidden: int, hybrid: Sequence[int]) -> list[Ahead]:
                          f"multiple of num_key_value_heads {kv_heads}")
     for key, expected in (("attention_hidden_size", 2 * hidden), ("attention_head_dim", head_dim),
                           ("hybrid_layer_ids", list(hybrid))):
-        if c.value(key) not in (None, expected):
-            raise ValueError(f"config.json: {key} is {short(c.value(key))}, expected {short(expected)}")
+        _check_said(c, key, expected)
     attention = JoinedAttention(heads, kv_heads, head_dim, (head_dim / 2) ** -0.5,
                                 rope=blocks.rope(c, head_dim) if c.flag("use_mem_rope") else None)
     mlp = GatedMLP(c.integer("intermediate_size", MAX_WIDTH, 4 * hidden), blocks.activation(c), fused=True)
     rank, adapted = c.integer("adapter_rank", MAX_WIDTH), c.flag("use_shared_attention_adapter")
     return [Ahead(attention, mlp, hybrid[use % turns], use, rank, adapted) for use in range(len(hybrid))]
+
+
+def _check_said(c: Reader, key: str, expected: Any) -> None:
+    """What a file says again is what follows from the rest of it."""
+    if c.value(key) not in (None, expected):
+        raise ValueError(f"config.json: {key} is {short(c.value(key))}, expected {short(expected)}")
