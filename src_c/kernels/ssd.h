@@ -145,6 +145,7 @@ FC_INLINE void head_output_any(fc_dtype type, const struct fc_head_output *o, pt
             vf_put_upto(type, out, i, a, p);
         }
         prefetch_after(out, p * fc_size_of(type));
+        if (z) prefetch_after(z, p * fc_size_of(type));
     }
 }
 
