@@ -31,15 +31,17 @@ from forge_c.models.weights.random import SHAPES
 
 _SHAPES = ("mamba-130m", "mamba2-130m")
 # (forge_c's format, the peer, the peer's format): a row of the table each
-_PAIRS = (("bfloat16", "llama.cpp", "F16"), ("int8", "llama.cpp", "Q8_0"), ("int4", "llama.cpp", "Q4_0"),
+_PAIRS = (("bfloat16", "llama.cpp", "F16"), ("int8", "llama.cpp", "Q8_0"),
+          ("int8, inputs int8", "llama.cpp", "Q8_0"), ("int4", "llama.cpp", "Q4_0"),
           ("float32", "transformers", "float32"), ("bfloat16", "transformers", "bfloat16"))
-_FORMS = ("float32", "bfloat16", "int8", "int4")
+_FORMS = ("float32", "bfloat16", "int8", "int8, inputs int8", "int4")
 _EXPLANATION = (
     "Every implementation runs in a process of its own, in turns; a rate is the median over rounds of the median "
     "within a round, a ratio the median (lowest to highest) over rounds of the ratio within a round. pp is a prompt, "
     "of which the last token's logits are computed, by forge_c in passes of 256 tokens; tg decodes one token at a "
     "time from an empty state. llama.cpp's files are F16, and what its quantiser makes of that with no options, which "
-    "holds the embedding of Q4_0, here the output too, in Q6_K; forge_c's int4 is a mix as well. *GB/s* is what "
+    "holds the embedding of Q4_0, here the output too, in Q6_K; forge_c's int4 is a mix as well. llama.cpp rounds the "
+    "inputs of these to 8 bits, forge_c's int8 to 12 unless inputs int8 is asked for, its int4 to 8. *GB/s* is what "
     "decoding moves: the weights that a step reads, and the state, which it reads and writes. *Of limit*: of a "
     "prompt, its multiply-adds over the peak of the format's unit, the recurrence not counted; of decoding, those "
     "bytes over the bandwidths of memory, the state's over that of a copy, all measured in the same process. A state "
@@ -112,12 +114,17 @@ def _runs(shape: str, args: argparse.Namespace, sizes: Measure) -> dict[Key, Run
     files = _gguf(shape, args) if args.builds else {}
     for isa in args.isa:
         for form in _FORMS:
-            runs[shape, isa, "forge_c", form] = partial(forge_c, ["--shape", shape, "--dtype", form], sizes, isa)
+            runs[shape, isa, "forge_c", form] = partial(forge_c, ["--shape", shape, *_options(form)], sizes, isa)
         for form, path in files.items() if isa in args.builds else ():
             runs[shape, isa, "llama.cpp", form] = partial(llama_cpp, args.builds[isa], path, sizes)
     for form, peer, _ in () if args.without_transformers else [p for p in _PAIRS if p[1] == "transformers"]:
         runs[shape, "", peer, form] = partial(transformers, args.python, SHAPES[shape], sizes, form)
     return runs
+
+
+def _options(form: str) -> list[str]:
+    dtype, _, inputs = form.partition(", inputs ")
+    return ["--dtype", dtype, *(["--activations", inputs] if inputs else [])]
 
 
 def _state_bytes(shape: str) -> int:
