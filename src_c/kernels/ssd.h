@@ -2,8 +2,8 @@
  *     S = decay S + k u^T,   y_r = S^T q_r          S (n, p), k and q (n), u and y (p)
  * Mamba-2 (arXiv 2405.21060) is  decay = e^(dt A),  u = dt x,  k = B,  q = C,  and then  y + D x,  times silu(z).
  *
- * A square of S stays in registers over a block of tokens: lanes are p, so that no sum crosses them, and each y is a
- * chain over n, of two sums a square. A block of tokens only says how long a square stays, so that no bit depends on it. */
+ * A piece of S stays in registers over a block of tokens: lanes are p, so that no sum crosses them, and each y is a chain
+ * over n. A block of tokens only says how long a piece stays, so that no bit depends on it. */
 
 /* h[j] = S[n0 + j] from p0 on, `rows` of them, zeros beyond p */
 FC_INLINE void state_in(vf h[FC_N], const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows) {
@@ -47,34 +47,70 @@ FC_INLINE void state_out(const vf h[FC_N], const struct fc_head_scan *s, ptrdiff
     }
 }
 
-/* `rows` (FC_N or 1) of S from n0 on, FC_N columns from p0 on, over all tokens of the block; adds their share to y.
- * each_n: whether every n has a decay of its own. */
-FC_INLINE void square_over_tokens(const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows, int each_n) {
+/* `rows` of S from n on and `columns` vectors of p from p0 on, over all tokens of the block; adds their share to y, from
+ * n to n: no bit depends on how many go together. each_n: whether every n has a decay of its own. h: column after column,
+ * FC_N apart. */
+FC_INLINE void rows_over_tokens(const struct fc_head_scan *s, vf *h, ptrdiff_t n, ptrdiff_t p0, const int rows,
+                                const int columns, const int each_n) {
     /* in registers: stores to y might change *s, for all that the compiler knows */
     const ptrdiff_t tokens = s->tokens, queries = s->queries, kind = s->kind, token = s->token, width = s->width;
-    const float *k = s->keys + n0 / FC_PANEL * s->line + n0 % FC_PANEL, *u = s->u + p0, *decays = s->decay;
+    const float *k = s->keys + n / FC_PANEL * s->line + n % FC_PANEL, *u = s->u + p0, *decays = s->decay;
     float *y = s->y + p0;
-    vf h[FC_N];
-    state_in(h, s, n0, p0, rows);
+    vf x[2][FC_N];
+#pragma GCC unroll 2
+    for (int c = 0; c < columns; c++)
+#pragma GCC unroll 16
+        for (int j = 0; j < rows; j++) x[c][j] = h[c * FC_N + j];
     for (ptrdiff_t t = 0; t < tokens; t++, k += token, u += width, y += width) {
-        const vf ut = vf_load(u), decay = each_n ? vf_zero() : vf_load1(decays + t);
+        const vf decay = each_n ? vf_zero() : vf_load1(decays + t);
+        const vf ut[2] = {vf_load(u), columns == 2 ? vf_load(u + FC_N) : vf_zero()};
 #pragma GCC unroll 16
         for (int j = 0; j < rows; j++) {
-            const vf kept = (each_n ? vf_load1(k + (1 + queries) * kind + j) : decay) * h[j];
-            h[j] = vf_fma(ut, vf_load1(k + j), kept);
+            const vf kj = vf_load1(k + j), kept = each_n ? vf_load1(k + (1 + queries) * kind + j) : decay;
+#pragma GCC unroll 2
+            for (int c = 0; c < columns; c++) x[c][j] = vf_fma(ut[c], kj, kept * x[c][j]);
         }
         const float *q = k + kind;
         float *yr = y;
         ptrdiff_t r = 0;
         do {
-            vf sum[2] = {vf_load(yr), vf_zero()};
+            vf sum[2] = {vf_load(yr), columns == 2 ? vf_load(yr + FC_N) : vf_zero()};
 #pragma GCC unroll 16
-            for (int j = 0; j < rows; j++) sum[j % 2] = vf_fma(h[j], vf_load1(q + j), sum[j % 2]);
-            vf_store(yr, rows > 1 ? sum[0] + sum[1] : sum[0]);
+            for (int j = 0; j < rows; j++) {
+                const vf qj = vf_load1(q + j);
+#pragma GCC unroll 2
+                for (int c = 0; c < columns; c++) sum[c] = vf_fma(x[c][j], qj, sum[c]);
+            }
+#pragma GCC unroll 2
+            for (int c = 0; c < columns; c++) vf_store(yr + c * FC_N, sum[c]);
             q += kind, yr += tokens * width;
         } while (++r < queries);
     }
-    state_out(h, s, n0, p0, rows);
+#pragma GCC unroll 2
+    for (int c = 0; c < columns; c++)
+#pragma GCC unroll 16
+        for (int j = 0; j < rows; j++) h[c * FC_N + j] = x[c][j];
+}
+
+/* As many n as fit into the registers beside `columns` vectors of p: with two of these a k and a q serve twice. */
+FC_INLINE void square_over_tokens(const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows, const int columns,
+                                  int each_n) {
+    vf h[2 * FC_N];
+    for (int c = 0; c < columns; c++) state_in(h + c * FC_N, s, n0, p0 + c * FC_N, rows);
+    if (rows == 1) {
+        rows_over_tokens(s, h, n0, p0, 1, columns, each_n);
+    } else {
+        for (int j = 0; j < FC_N; j += FC_N / columns)
+            rows_over_tokens(s, h + j, n0 + j, p0, FC_N / columns, columns, each_n);
+    }
+    for (int c = 0; c < columns; c++) state_out(h + c * FC_N, s, n0, p0 + c * FC_N, rows);
+}
+
+FC_INLINE void columns_over_tokens(const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t begin, ptrdiff_t end, int rows,
+                                   int each_n) {
+    ptrdiff_t p0 = begin;
+    for (; p0 + FC_N < end; p0 += 2 * FC_N) square_over_tokens(s, n0, p0, rows, 2, each_n);
+    if (p0 < end) square_over_tokens(s, n0, p0, rows, 1, each_n);
 }
 
 /* Squares of the same n and neighbouring p one after the other: a few columns of u and y, and k and q of FC_N n, stay in
@@ -84,10 +120,8 @@ FC_INLINE void head_outer_any(const struct fc_head_scan *s, int each_n) {
     for (ptrdiff_t begin = 0; begin < s->p; begin += COLUMNS) {
         const ptrdiff_t end = s->p - begin < COLUMNS ? s->p : begin + COLUMNS;
         ptrdiff_t n0 = 0;
-        for (; n0 + FC_N <= s->n; n0 += FC_N)
-            for (ptrdiff_t p0 = begin; p0 < end; p0 += FC_N) square_over_tokens(s, n0, p0, FC_N, each_n);
-        for (; n0 < s->n; n0++)
-            for (ptrdiff_t p0 = begin; p0 < end; p0 += FC_N) square_over_tokens(s, n0, p0, 1, each_n);
+        for (; n0 + FC_N <= s->n; n0 += FC_N) columns_over_tokens(s, n0, begin, end, FC_N, each_n);
+        for (; n0 < s->n; n0++) columns_over_tokens(s, n0, begin, end, 1, each_n);
     }
 }
 
