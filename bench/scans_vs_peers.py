@@ -27,8 +27,6 @@ import machine
 import numpy as np
 from processes import HERE, output, say
 
-import forge_c as fc
-
 
 class Case(NamedTuple):
     """Heads of head_dim 1 are Mamba-1's channels."""
@@ -63,6 +61,7 @@ def _inputs(case: Case) -> tuple[np.ndarray, ...]:
 
 
 def _forge_c_call(case: Case) -> Callable[[], Any]:
+    import forge_c as fc
     x, dt, a, b, c, state = _inputs(case)
     outs = np.empty_like(x), np.empty_like(state)
     if case.head_dim == 1:
@@ -97,6 +96,7 @@ def _child(which: str, case: Case, repeats: int, threads: int) -> None:
         torch.set_num_threads(threads)
         print(json.dumps({"us": _timed(_torch_call(case), repeats)}))
         return
+    import forge_c as fc
     fc.set_num_threads(threads)
     us = _timed(_forge_c_call(case), repeats)
     print(json.dumps({"us": us, "gflops": fc.roofline(0.1, 64 << 20)["fp32_gflops"], "isa": fc.isa()}))

@@ -23,8 +23,8 @@ FC_INLINE void scan_begin_any(fc_dtype t, float *step, float *input, float *y, p
     }
     const ptrdiff_t bytes = n * fc_size_of(t);
     for (ptrdiff_t i = 0; i < bytes; i += FC_LINE) {
-        __builtin_prefetch((const char *)next_u + i, 0, 3);
-        __builtin_prefetch((const char *)next_delta + i, 0, 3);
+        __builtin_prefetch((const char *)next_u + i, 0, 2);
+        __builtin_prefetch((const char *)next_delta + i, 0, 2);
     }
 }
 
@@ -37,7 +37,7 @@ FC_INLINE void scan_end_any(fc_dtype t, void *out, const float *y, ptrdiff_t str
         vf_put_upto(t, out, i, a, n);
     }
     if (next_z)
-        for (ptrdiff_t i = 0; i < n * fc_size_of(t); i += FC_LINE) __builtin_prefetch((const char *)next_z + i, 0, 3);
+        for (ptrdiff_t i = 0; i < n * fc_size_of(t); i += FC_LINE) __builtin_prefetch((const char *)next_z + i, 0, 2);
 }
 
 enum { SCAN_STATES = 8 }; /* in registers: of AVX-512 beside the constants of 2^x */

@@ -1,8 +1,9 @@
 /* See heads.h. */
 #include "heads.h"
 
-/* Tokens between two looks for Ctrl-C, at most. */
-enum { SPAN = 8192 };
+/* Tokens after which signals are polled. Of longer items fc_static would poll between single ones, which then would not
+ * go through a block of tokens together. */
+enum { SPAN = 512 };
 
 static ptrdiff_t padded(ptrdiff_t n) { return fc_round_up(n, FC_PANEL); }
 
@@ -118,6 +119,7 @@ fc_status fc_heads_run(struct heads *c, fc_workspace *workspace) {
         c->end = c->seq - c->begin > SPAN ? c->begin + SPAN : c->seq;
         status = fc_static(used, items, ns, run_items, c);
         c->begin = c->end;
+        if (status == FC_OK && c->begin < c->seq && fc_interrupted()) status = FC_INTERRUPTED;
     } while (c->begin < c->seq && status == FC_OK);
     fc_scratch_free(&c->scratch);
     return status;

@@ -1,34 +1,42 @@
-/* Selective scan: an item is a block of channels of one sequence, which it passes over run of tokens after run. */
+/* Selective scan: an item is a block of channels of one sequence. A thread takes all its blocks of a sequence through a
+ * run of tokens before any goes on to the next: a block's part of a token is a few lines, and the next block's lies
+ * beside it. */
 #include "rows.h"
 
 enum { BLOCK = 64, RUN = 16, PANELS = BLOCK / FC_PANEL }; /* channels of an item; tokens of a run */
-enum { OF_RUN = FC_PANEL * RUN };
+enum { OF_RUN = FC_PANEL * RUN, MOST = 64 }; /* MOST: blocks whose states and A stay in a second cache */
+enum { SPAN = 512 }; /* tokens after which states are as the caller has them; long ones would be cut into single blocks,
+                      * between which signals are polled */
 
 struct scan {
     const struct fc_kernels *k;
     const fc_scan_args *args;
     ptrdiff_t size, blocks; /* bytes of a value; blocks of channels */
+    ptrdiff_t most;         /* blocks that a thread takes together */
+    ptrdiff_t begin, end;   /* tokens of the span */
     fc_scratch scratch;     /* a thread: struct tile's arrays */
 };
 
-/* A thread's scratch: a block over a run */
+/* A thread's scratch: states and A of its blocks; what one of them has in a run */
 struct tile {
-    float *h, *a;            /* (PANELS, n, FC_PANEL) */
+    float *h, *a;            /* (most, PANELS, n, FC_PANEL) */
     float *step, *input, *y; /* (PANELS, RUN, FC_PANEL) */
     float *b, *c;            /* (RUN, n) */
 };
 
-static ptrdiff_t tile_floats(ptrdiff_t n) { return fc_plus(fc_times(n, 2 * BLOCK + 2 * RUN), 3 * PANELS * OF_RUN); }
+static ptrdiff_t tile_floats(ptrdiff_t n, ptrdiff_t most) {
+    return fc_plus(fc_times(n, most * 2 * BLOCK + 2 * RUN), 3 * PANELS * OF_RUN);
+}
 
-static struct tile tile_in(float *at, ptrdiff_t n) {
+static struct tile tile_in(float *at, ptrdiff_t n, ptrdiff_t most) {
     struct tile t;
     t.step = at;
     t.input = t.step + PANELS * OF_RUN;
     t.y = t.input + PANELS * OF_RUN;
-    t.h = t.y + PANELS * OF_RUN;
-    t.a = t.h + BLOCK * n;
-    t.b = t.a + BLOCK * n;
+    t.b = t.y + PANELS * OF_RUN;
     t.c = t.b + RUN * n;
+    t.h = t.c + RUN * n;
+    t.a = t.h + most * BLOCK * n;
     return t;
 }
 
@@ -50,6 +58,13 @@ static void begin_run(const struct scan *ctx, const struct tile *tile, ptrdiff_t
         ctx->k->scan_begin[args->type](tile->step + at, tile->input + at, tile->y + at, OF_RUN, u, delta, bias, d,
                                        channels, args->delta_softplus, u + RUN * args->u_stride[1],
                                        delta + RUN * args->delta_stride[1]);
+    }
+}
+
+/* B and C, which all channels share */
+static void share_run(const struct scan *ctx, const struct tile *tile, ptrdiff_t b, ptrdiff_t t0, ptrdiff_t tokens) {
+    const fc_scan_args *args = ctx->args;
+    for (ptrdiff_t r = 0; r < tokens; r++) {
         ctx->k->to_f32[args->type](tile->b + r * args->n, token_of(args->b, args->b_stride, b, t0 + r), args->n, 1.0f);
         ctx->k->to_f32[args->type](tile->c + r * args->n, token_of(args->c, args->c_stride, b, t0 + r), args->n, 1.0f);
     }
@@ -66,16 +81,18 @@ static void end_run(const struct scan *ctx, const struct tile *tile, ptrdiff_t b
     }
 }
 
-/* A and the state into the block's panels, channel c0 + 16 p first in panel p */
+/* A and the state into panels, channel c0 + 16 p first in panel p */
 static void load_panels(const struct scan *ctx, const struct tile *tile, ptrdiff_t b, ptrdiff_t c0,
                         ptrdiff_t channels) {
     const fc_scan_args *args = ctx->args;
+    const void *before = ctx->begin ? args->new_state : args->state;
+    const ptrdiff_t *stride = ctx->begin ? args->new_state_stride : args->state_stride;
     for (ptrdiff_t p = 0; p * FC_PANEL < channels; p++) {
         const ptrdiff_t c = c0 + p * FC_PANEL, count = fc_smaller(FC_PANEL, channels - p * FC_PANEL);
         float *h = tile->h + p * FC_PANEL * args->n, *a = tile->a + p * FC_PANEL * args->n;
-        const char *state = args->state ? token_of(args->state, args->state_stride, b, c) : NULL;
+        const char *state = before ? token_of(before, stride, b, c) : NULL;
         ctx->k->panel_cols[FC_F32](a, (const char *)args->a + c * args->lda, args->lda, args->n, count);
-        if (state) ctx->k->panel_cols[FC_F32](h, state, args->state_stride[1], args->n, count);
+        if (state) ctx->k->panel_cols[FC_F32](h, state, stride[1], args->n, count);
         else memset(h, 0, (size_t)(FC_PANEL * args->n) * 4);
     }
 }
@@ -91,26 +108,35 @@ static void store_state(const struct scan *ctx, const struct tile *tile, ptrdiff
     }
 }
 
-static void scan_block(const struct scan *ctx, const struct tile *tile, ptrdiff_t b, ptrdiff_t c0) {
+/* Channels [c0, c0 + channels) of row b */
+static void scan_channels(const struct scan *ctx, const struct tile *tile, ptrdiff_t b, ptrdiff_t c0,
+                          ptrdiff_t channels) {
     const fc_scan_args *args = ctx->args;
-    const ptrdiff_t channels = fc_smaller(BLOCK, args->channels - c0);
     load_panels(ctx, tile, b, c0, channels);
-    for (ptrdiff_t t = 0; t < args->seq; t += RUN) {
-        const ptrdiff_t tokens = fc_smaller(RUN, args->seq - t);
-        begin_run(ctx, tile, b, t, tokens, c0, channels);
-        const struct fc_scan s = {.h = tile->h, .a = tile->a, .step = tile->step, .input = tile->input, .y = tile->y,
-                                  .b = tile->b, .c = tile->c, .tokens = tokens, .n = args->n, .channels = channels,
-                                  .stride = OF_RUN};
-        ctx->k->scan(&s);
-        end_run(ctx, tile, b, t, tokens, c0, channels);
+    for (ptrdiff_t t = ctx->begin; t < ctx->end; t += RUN) {
+        const ptrdiff_t tokens = fc_smaller(RUN, ctx->end - t);
+        share_run(ctx, tile, b, t, tokens);
+        for (ptrdiff_t c = 0; c < channels; c += BLOCK) {
+            const ptrdiff_t count = fc_smaller(BLOCK, channels - c);
+            begin_run(ctx, tile, b, t, tokens, c0 + c, count);
+            const struct fc_scan s = {.h = tile->h + c * args->n, .a = tile->a + c * args->n, .step = tile->step,
+                                      .input = tile->input, .y = tile->y, .b = tile->b, .c = tile->c, .tokens = tokens,
+                                      .n = args->n, .channels = count, .stride = OF_RUN};
+            ctx->k->scan(&s);
+            end_run(ctx, tile, b, t, tokens, c0 + c, count);
+        }
     }
     store_state(ctx, tile, b, c0, channels);
 }
 
 static void scan_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct scan *ctx = context;
-    const struct tile tile = tile_in(fc_scratch_of(&ctx->scratch, rank), ctx->args->n);
-    for (ptrdiff_t i = begin; i < end; i++) scan_block(ctx, &tile, i / ctx->blocks, i % ctx->blocks * BLOCK);
+    const struct tile tile = tile_in(fc_scratch_of(&ctx->scratch, rank), ctx->args->n, ctx->most);
+    for (ptrdiff_t next; begin < end; begin = next) {
+        const ptrdiff_t b = begin / ctx->blocks, c0 = begin % ctx->blocks * BLOCK;
+        next = fc_smaller(fc_smaller(end, (b + 1) * ctx->blocks), begin + ctx->most);
+        scan_channels(ctx, &tile, b, c0, fc_smaller((next - begin) * BLOCK, ctx->args->channels - c0));
+    }
 }
 
 fc_status fc_selective_scan(const fc_scan_args *args) {
@@ -118,12 +144,20 @@ fc_status fc_selective_scan(const fc_scan_args *args) {
     struct scan ctx = {.k = fc_k, .args = args, .size = fc_size_of(args->type),
                        .blocks = (args->channels + BLOCK - 1) / BLOCK};
     const ptrdiff_t items = args->batch * ctx.blocks;
-    const double channels = (double)fc_smaller(BLOCK, args->channels), n = (double)args->n, seq = (double)args->seq;
-    const double ns = channels * (seq * (n * fc_ns.scan + fc_ns.scan_channel) + n * fc_ns.scan_load);
+    const double channels = (double)fc_smaller(BLOCK, args->channels), n = (double)args->n;
+    const double span = (double)fc_smaller(SPAN, args->seq);
+    const double ns = channels * (span * (n * fc_ns.scan + fc_ns.scan_channel) + n * fc_ns.scan_load);
     const int threads = fc_threads_for(items, ns);
-    if (fc_scratch_alloc(args->workspace, &ctx.scratch, threads, (size_t)fc_times(tile_floats(args->n), 4)))
+    ctx.most = fc_smaller(fc_smaller(ctx.blocks, (items + threads - 1) / threads), MOST);
+    if (fc_scratch_alloc(args->workspace, &ctx.scratch, threads, (size_t)fc_times(tile_floats(args->n, ctx.most), 4)))
         return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns, scan_blocks, &ctx);
+    fc_status status = FC_OK;
+    do { /* once where there are no tokens */
+        ctx.end = fc_smaller(ctx.begin + SPAN, args->seq);
+        status = fc_static(threads, items, ns, scan_blocks, &ctx);
+        ctx.begin = ctx.end;
+        if (status == FC_OK && ctx.begin < args->seq && fc_interrupted()) status = FC_INTERRUPTED;
+    } while (ctx.begin < args->seq && status == FC_OK);
     fc_scratch_free(&ctx.scratch);
     return status;
 }
