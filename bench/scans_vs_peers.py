@@ -79,7 +79,6 @@ def _torch_call(case: Case) -> Callable[[], Any]:
 
 def _timed(call: Callable[[], Any], repeats: int) -> list[float]:
     """Microseconds, after two calls that are not counted."""
-    import time
     times = []
     for i in range(-2, repeats):
         begin = time.perf_counter()
