@@ -15,9 +15,9 @@ from fuzz.arrays import DTYPES, Arena, values
 
 ALLOWED = (TypeError, ValueError, IndexError, MemoryError)
 NAMES = ("rms_norm", "layer_norm", "softmax", "relu", "silu", "gelu", "swiglu", "geglu", "rope", "embedding", "linear",
-         "attention", "route_tokens", "ssd_scan", "gated_delta", "s4d_", "causal_conv1d", "selective_scan", "KVCache",
-         "pack", "RopeTable", "rope_table", "PackedWeight", "kv_cache_nbytes", "set_num_threads", "use_isa", "nn.",
-         "Linear", "RMSNorm")
+         "attention", "route_tokens", "ssd_scan", "gated_delta", "s4d_", "causal_conv1d", "selective_scan", "rg_lru",
+         "KVCache", "pack", "RopeTable", "rope_table", "PackedWeight", "kv_cache_nbytes", "set_num_threads", "use_isa",
+         "nn.", "Linear", "RMSNorm")
 SCALARS: tuple[Any, ...] = (
     0, 1, -1, 2, 0.5, -0.0, np.nan, np.inf, -np.inf, 1e308, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 2**70,
     -2**63, 10**400, "x", "", b"y", None, [], [1], {}, (), object(), 1j, True, np.float16(2), np.int8(-3),

@@ -25,6 +25,8 @@ from test_linear import check_gated, rounded
 from test_rope import pair_length
 from test_s4d import check as check_s4d
 from test_s4d import inputs as s4d_inputs
+from test_rg_lru import check as check_rg_lru
+from test_rg_lru import inputs as rg_lru_inputs
 from test_selective_scan import check as check_scan
 from test_selective_scan import inputs as scan_inputs
 from test_ssd_scan import check as check_ssd
@@ -576,6 +578,14 @@ def selective_scan(rng: Rng) -> Call:
                 lambda got, given: check_scan(got, given, True), 2, alias, ("A",))
 
 
+def rg_lru(rng: Rng) -> Call:
+    a = rg_lru_inputs(rng, *(pick(rng, sizes) for sizes in ((0, 1, 2), LENGTHS[:13], LENGTHS[:14])), pick(rng, DTYPES),
+                      [name for name in ("reset", "state") if rng.random() < 0.4])
+    if rng.random() < 0.3:
+        a["x"] = values(rng, a["x"].shape, a["x"].dtype, pick(rng, ("zero", "tiny")))
+    return Call("rg_lru", a, fc.rg_lru, check_rg_lru, 2, ("x", "input_gate", "recurrence_gate"))
+
+
 FORMS = (rms_norm, layer_norm, softmax, activation, activation, rope, embedding, embedding_packed, linear, linear,
          linear_packed, linear_integers, linear_blocks, gated, attention, attention, attention_cache, merge_attention,
-         route_tokens, ssd_scan, gated_delta, s4d_scan, causal_conv1d, selective_scan)
+         route_tokens, ssd_scan, gated_delta, s4d_scan, causal_conv1d, selective_scan, rg_lru)
