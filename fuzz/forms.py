@@ -22,11 +22,11 @@ from test_gated_delta import inputs as gated_delta_inputs
 from test_gated_delta import run as run_gated_delta
 from test_layer_norm import bound as layer_norm_bound
 from test_linear import check_gated, rounded
+from test_rg_lru import check as check_rg_lru
+from test_rg_lru import inputs as rg_lru_inputs
 from test_rope import pair_length
 from test_s4d import check as check_s4d
 from test_s4d import inputs as s4d_inputs
-from test_rg_lru import check as check_rg_lru
-from test_rg_lru import inputs as rg_lru_inputs
 from test_selective_scan import check as check_scan
 from test_selective_scan import inputs as scan_inputs
 from test_ssd_scan import check as check_ssd
