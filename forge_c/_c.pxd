@@ -240,6 +240,7 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t new_state_stride[3]
         float dt_min, dt_max
         int dt_softplus
+        int state_by_n
         fc_workspace *workspace
     fc_status fc_ssd_scan(const fc_ssd_scan_args *args)
     ctypedef struct fc_gated_delta_args:

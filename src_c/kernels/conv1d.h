@@ -42,8 +42,9 @@ FC_INLINE void conv1d_vector(fc_dtype t, vf *acc, const struct conv1d *c, ptrdif
                                 acc[r]);
         }
     }
+    if (!silu) return;
 #pragma GCC unroll 4
-    for (int r = 0; silu && r < tokens; r++) acc[r] = vf_activate(FC_SILU, acc[r]);
+    for (int r = 0; r < tokens; r++) acc[r] = vf_activate(FC_SILU, acc[r]);
 }
 
 /* out (tokens, n), ldo bytes apart */
