@@ -44,14 +44,16 @@ FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
 }
 #define FC_HAS_PAIR 1
 FC_INLINE vf vf_bf16_pair(vf a, vf b) {
-    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                                           25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return (vf)_mm512_permutex2var_epi16(vf_bf16_bits(a), upper, vf_bf16_bits(b));
+    const vu16 upper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return (vf)_mm512_permutex2var_epi16(vf_bf16_bits(a), (__m512i)upper, vf_bf16_bits(b));
 }
 FC_INLINE vf vf_f16_pair(vf a, vf b) {
+    const __m512i halves = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     const __m256i low = _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i high = _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (vf)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    return (vf)_mm512_permutex2var_ps(_mm512_castps256_ps512((__m256)low), halves,
+                                      _mm512_castps256_ps512((__m256)high));
 }
 
 #define FC_HAS_SCALE 1

@@ -190,6 +190,13 @@ static void check_moves(void) {
     _mm512_storeu_ps(&got, _mm512_castps128_ps512((__m128)QUARTER(a, 0)));
     compare("castps128_ps512", 16, 0);
 
+    for (int i = 0; i < 32; i++) {
+        const uint16_t at = ((const uint16_t *)&b)[i];
+        ((uint16_t *)&want)[i] = ((const uint16_t *)(at & 32 ? &c : &a))[at & 31];
+    }
+    _mm512_storeu_si512(&got, _mm512_permutex2var_epi16(AI512, BI512, CI512));
+    compare("permutex2var_epi16", 64, 0);
+
     got = want = c;
     _mm512_mask_storeu_ps(&got, k, A512);
     for (int h = 0; h < 2; h++) _mm256_maskstore_ps(want.f + 8 * h, mask_lanes(h), PS(a, h));

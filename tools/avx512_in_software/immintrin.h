@@ -91,6 +91,8 @@ SOFT(__m512, soft_f32, shuffle_f32x4, (__m512 a, __m512 b, int imm),
 SOFT(__m512, soft_f32, permutexvar_ps, (__m512i at, __m512 a), a[I32(at)[i] & 15])
 SOFT(__m512, soft_f32, permutex2var_ps, (__m512 a, __m512i at, __m512 b),
      (I32(at)[i] & 16 ? b : a)[I32(at)[i] & 15])
+SOFT(__m512i, soft_u16, permutex2var_epi16, (__m512i a, __m512i at, __m512i b),
+     (U16(at)[i] & 32 ? U16(b) : U16(a))[U16(at)[i] & 31])
 SOFT(__m512, soft_f32, mask_broadcast_f32x4, (__m512 from, __mmask16 k, __m128 a), SOFT_BIT(k) ? a[i % 4] : from[i])
 SOFT(__m512i, soft_i8, broadcast_i32x4, (__m128i a), ((soft_i8x16)a)[i % 16])
 SOFT(__m512, soft_f32, mask_blend_ps, (__mmask16 k, __m512 a, __m512 b), SOFT_BIT(k) ? b[i] : a[i])
@@ -291,6 +293,7 @@ SOFT_INLINE __m512 soft_cvtph_ps(__m256i a) {
 #define _mm512_shuffle_ps soft_shuffle_ps
 #define _mm512_shuffle_f32x4 soft_shuffle_f32x4
 #define _mm512_permutexvar_ps soft_permutexvar_ps
+#define _mm512_permutex2var_epi16 soft_permutex2var_epi16
 #define _mm512_permutex2var_ps soft_permutex2var_ps
 #define _mm512_mask_broadcast_f32x4 soft_mask_broadcast_f32x4
 #define _mm512_broadcast_i32x4 soft_broadcast_i32x4
