@@ -134,7 +134,7 @@ struct fc_stream {
 struct fc_seams {
     char lines[4][3 * 64]; /* the end of one row and the beginning of the next, around the vector in the middle */
     char last[64];         /* the end of the last row */
-    char *at, *end;        /* where the first vector goes, `row` bytes before the next; where the last row ends, or NULL */
+    char *at, *end;        /* where the first vector goes, `row` bytes before the next; the last row's end, or NULL */
     ptrdiff_t row, tail;   /* tail: bytes of a row in the vector that it begins */
     int from;              /* the first vector that waits */
 };

@@ -168,3 +168,16 @@ fc_status fc_static(int threads, ptrdiff_t items, double ns, fc_body *body, void
 fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx) {
     return run_region(threads, items, ns, 1, body, ctx);
 }
+
+fc_status fc_static_spans(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx, ptrdiff_t seq,
+                          struct fc_span *span) {
+    fc_status status = FC_OK;
+    span->begin = 0;
+    do {
+        span->end = seq - span->begin > FC_SPAN ? span->begin + FC_SPAN : seq;
+        status = fc_static(threads, items, ns, body, ctx);
+        span->begin = span->end;
+        if (status == FC_OK && span->begin < seq && fc_interrupted()) status = FC_INTERRUPTED;
+    } while (span->begin < seq && status == FC_OK);
+    return status;
+}

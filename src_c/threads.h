@@ -22,6 +22,17 @@ int fc_threads_within(int limit, ptrdiff_t items, double ns);
 fc_status fc_static(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 fc_status fc_dynamic(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx);
 
+/* For items that go through a sequence token after token: fc_static over them for each span of FC_SPAN tokens,
+ * [begin, end) in *span while it lasts, once where there are none; what an item remembers lies in memory between two
+ * spans. ns: of an item and a span. Signals are polled between spans: fc_static alone would cut long sequences into
+ * pieces of an item or two, and neighbours, which read the same lines and pages, would no longer go together. */
+enum { FC_SPAN = 512 };
+struct fc_span {
+    ptrdiff_t begin, end;
+};
+fc_status fc_static_spans(int threads, ptrdiff_t items, double ns, fc_body *body, void *ctx, ptrdiff_t seq,
+                          struct fc_span *span);
+
 /* program(ctx) on the calling thread. Its fc_static and fc_dynamic share one parallel region, whose other threads wait
  * for them without leaving it: cheaper than a region each where ops are short. */
 fc_status fc_parallel_region(fc_status (*program)(void *ctx), void *ctx);

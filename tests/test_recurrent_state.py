@@ -103,6 +103,7 @@ def test_a_pass_that_fails_changes_nothing(model):
     for tokens in (1, 1, 9, 1):
         with interrupted(model):
             model(IDS[:, 21 : 21 + tokens], cache)
+        assert cache.lengths.tolist() == [21, 21]
     other = cache.copy()
     goes_on(model, cache, 21, 21)
     other.truncate(20)

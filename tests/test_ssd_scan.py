@@ -136,7 +136,7 @@ def test_any_cut_gives_the_bits_of_the_whole(isa, dtype, rng):
 
 def test_a_long_sequence_is_cut_where_it_likes(isa, rng):
     """Longer than what is done between two looks for Ctrl-C."""
-    span = c_constant("SPAN", "ops/heads.c")
+    span = c_constant("FC_SPAN", "threads.h")
     a = inputs(rng, 1, span + 700, 1, 3, 1, 5)
     y, state = fc.ssd_scan(**a)
     first = fc.ssd_scan(**tokens(a, slice(0, span // 2 + 7)))

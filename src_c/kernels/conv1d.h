@@ -4,8 +4,8 @@
 
 enum { CONV_TOKENS = 4, CONV_TAPS = 4 }; /* widths up to CONV_TAPS are unrolled: their x is read once for all tokens */
 
-/* ldw: floats from one tap's weights (n) to the next, or 0: they are panels (n / FC_PANEL, width, FC_PANEL). Zeros beyond
- * n, up to a whole panel. */
+/* ldw: floats from one tap's weights (n) to the next, or 0: they are panels (n / FC_PANEL, width, FC_PANEL). Zeros
+ * beyond n, up to a whole panel. */
 struct conv1d {
     const char *x; /* (tokens + width - 1, n), ldx bytes apart */
     const float *w, *bias;
@@ -119,7 +119,8 @@ static void seams_end(struct fc_seams *s) {
 }
 
 /* first, last: of each token, the first and the last FC_BYTES */
-FC_INLINE void seams_put(struct fc_seams *s, char *out, ptrdiff_t row, ptrdiff_t lead, const vf *first, const vf *last) {
+FC_INLINE void seams_put(struct fc_seams *s, char *out, ptrdiff_t row, ptrdiff_t lead, const vf *first,
+                         const vf *last) {
     const ptrdiff_t tail = (FC_BYTES - lead) % FC_BYTES;
     if (s->end && s->end != out) seams_end(s);
     seams_out(s);

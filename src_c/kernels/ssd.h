@@ -2,8 +2,8 @@
  *     S = decay S + k u^T,   y_r = S^T q_r          S (n, p), k and q (n), u and y (p)
  * Mamba-2 (arXiv 2405.21060) is  decay = e^(dt A),  u = dt x,  k = B,  q = C,  and then  y + D x,  times silu(z).
  *
- * A piece of S stays in registers over a block of tokens: lanes are p, so that no sum crosses them, and each y is a chain
- * over n. A block of tokens only says how long a piece stays, so that no bit depends on it. */
+ * A piece of S stays in registers over a block of tokens: lanes are p, so that no sum crosses them, and each y is a
+ * chain over n. A block of tokens only says how long a piece stays, so that no bit depends on it. */
 
 /* h[j] = S[n0 + j] from p0 on, `rows` of them, zeros beyond p */
 FC_INLINE void state_in(vf h[FC_N], const struct fc_head_scan *s, ptrdiff_t n0, ptrdiff_t p0, int rows) {
@@ -47,9 +47,9 @@ FC_INLINE void state_out(const vf h[FC_N], const struct fc_head_scan *s, ptrdiff
     }
 }
 
-/* `rows` of S from n on and `columns` vectors of p from p0 on, over all tokens of the block; adds their share to y, from
- * n to n: no bit depends on how many go together. each_n: whether every n has a decay of its own. h: column after column,
- * FC_N apart. */
+/* `rows` of S from n on and `columns` vectors of p from p0 on, over all tokens of the block; adds their share to y, n
+ * after n: no bit depends on how many go together. each_n: whether every n has a decay of its own. h: column after
+ * column, FC_N apart. */
 FC_INLINE void rows_over_tokens(const struct fc_head_scan *s, vf *h, ptrdiff_t n, ptrdiff_t p0, const int rows,
                                 const int columns, const int each_n) {
     /* in registers: stores to y might change *s, for all that the compiler knows */

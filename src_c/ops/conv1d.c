@@ -108,8 +108,8 @@ static fc_status lay_out_weight(struct conv1d_run *ctx, fc_scratch *panels) {
     return FC_OK;
 }
 
-/* Large results go past the caches, if their rows allow it: weights lie in rows then, as vectors of channels begin where
- * those of out are aligned. */
+/* Large results go past the caches, if their rows allow it: weights lie in rows then, as vectors of channels begin
+ * where those of out are aligned. */
 static fc_status lay_out_rows(struct conv1d_run *ctx, fc_scratch *rows) {
     const fc_conv1d_args *args = ctx->args;
     const ptrdiff_t width = args->width, n = fc_round_up(args->channels, FC_PANEL);

@@ -1,10 +1,6 @@
 /* See heads.h. */
 #include "heads.h"
 
-/* Tokens after which signals are polled. Of longer items fc_static would poll between single ones, which then would not
- * go through a block of tokens together. */
-enum { SPAN = 512 };
-
 static ptrdiff_t padded(ptrdiff_t n) { return fc_round_up(n, FC_PANEL); }
 
 /* Floats of each part of a thread's scratch, in its order. */
@@ -91,12 +87,12 @@ static void run_items(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     lay_out(&at, &p, fc_scratch_of(&c->scratch, rank));
     for (ptrdiff_t stop; begin < end; begin = stop) {
         stop = fc_smaller(end, (begin / row + 1) * row);
-        at.start = c->begin;
+        at.start = c->span.begin;
         do { /* once where there are no tokens */
-            at.scan.tokens = fc_smaller(FC_HEAD_TOKENS, c->end - at.start);
+            at.scan.tokens = fc_smaller(FC_HEAD_TOKENS, c->span.end - at.start);
             for (ptrdiff_t i = begin; i < stop; i++) run_block(&at, i, i == begin || i % together == 0);
             at.start += at.scan.tokens;
-        } while (at.start < c->end);
+        } while (at.start < c->span.end);
     }
 }
 
@@ -108,19 +104,12 @@ fc_status fc_heads_run(struct heads *c, fc_workspace *workspace) {
     c->columns = (panels + c->parts - 1) / c->parts * FC_PANEL;
     if (c->most_columns) c->columns = fc_smaller(c->columns, c->most_columns);
     c->parts = (c->p + c->columns - 1) / c->columns;
-    const ptrdiff_t items = whole * c->parts, span = fc_smaller(SPAN, c->seq > 0 ? c->seq : 1);
+    const ptrdiff_t items = whole * c->parts, span = fc_smaller(FC_SPAN, c->seq > 0 ? c->seq : 1);
     /* a product and two additions a token, and the way to and from memory */
     const double ns = (double)c->n * (double)c->columns * ((double)span * 8 * fc_ns.flop + 8 * fc_ns.plain_byte);
     const int used = fc_threads_within(threads, items, ns);
     if (alloc_scratch(c, workspace, used)) return FC_NO_MEMORY;
-    fc_status status = FC_OK;
-    c->begin = 0;
-    do {
-        c->end = c->seq - c->begin > SPAN ? c->begin + SPAN : c->seq;
-        status = fc_static(used, items, ns, run_items, c);
-        c->begin = c->end;
-        if (status == FC_OK && c->begin < c->seq && fc_interrupted()) status = FC_INTERRUPTED;
-    } while (c->begin < c->seq && status == FC_OK);
+    const fc_status status = fc_static_spans(used, items, ns, run_items, c, c->seq, &c->span);
     fc_scratch_free(&c->scratch);
     return status;
 }

@@ -41,7 +41,7 @@ struct heads {
     void (*put)(const struct head_block *at);
     /* what fc_heads_run decides */
     ptrdiff_t parts, columns; /* of a head, and of a part of it */
-    ptrdiff_t begin, end;     /* tokens of the span */
+    struct fc_span span;
     fc_scratch scratch;
 };
 

@@ -1,4 +1,5 @@
-/* RG-LRU: an item is a block of channels of one sequence, which it passes over run of tokens after run, in float32. */
+/* RG-LRU: an item is a block of channels of one sequence, which passes over a span of tokens run after run, in
+ * float32. */
 #include "rows.h"
 
 enum { BLOCK = 128, RUN = 8, ARRAYS = 3 }; /* channels of an item; tokens of a run; x and its two gates */
@@ -9,6 +10,7 @@ struct rg_lru {
     const void *inputs[ARRAYS];
     const ptrdiff_t *strides[ARRAYS];
     ptrdiff_t size, blocks; /* bytes of a value; blocks of channels */
+    struct fc_span span;
     fc_scratch scratch;     /* a thread: rates (BLOCK), then the inputs of a run (ARRAYS, RUN, BLOCK) */
 };
 
@@ -41,16 +43,18 @@ static void run_block(const struct rg_lru *ctx, float *scratch, ptrdiff_t b, ptr
                           .begins_stride = args->reset_stride[1],
                           .to = (float *)(void *)((char *)args->new_state + b * args->new_state_stride) + c};
     for (int i = 0; i < ARRAYS; i++) s.next_stride[i] = ctx->strides[i][1];
-    if (args->state) s.from = (const float *)(const void *)((const char *)args->state + b * args->state_stride) + c;
+    const char *state = (const char *)args->state;
+    if (ctx->span.begin) s.from = s.to;
+    else if (state) s.from = (const float *)(const void *)(state + b * args->state_stride) + c;
     if (s.channels < BLOCK) memset(scratch, 0, (1 + ARRAYS * RUN) * BLOCK * 4); /* lanes beyond the last channel */
     ctx->k->rg_lru_rates(scratch, args->param + c, s.channels);
-    ptrdiff_t t = 0;
+    ptrdiff_t t = ctx->span.begin;
     do { /* once where there are no tokens: the state is copied */
-        s.tokens = fc_smaller(RUN, args->seq - t);
+        s.tokens = fc_smaller(RUN, ctx->span.end - t);
         run_tokens(ctx, &s, tiles, b, t, c);
         s.from = s.to;
         t += RUN;
-    } while (t < args->seq);
+    } while (t < ctx->span.end);
 }
 
 static void run_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -66,10 +70,11 @@ fc_status fc_rg_lru(const fc_rg_lru_args *args) {
                          .strides = {args->x_stride, args->input_gate_stride, args->recurrence_gate_stride},
                          .blocks = (args->channels + BLOCK - 1) / BLOCK};
     const ptrdiff_t items = args->batch * ctx.blocks;
-    const double ns = (double)fc_smaller(BLOCK, args->channels) * (double)(args->seq + 1) * fc_ns.rg_lru;
+    const double tokens = (double)fc_smaller(FC_SPAN, args->seq) + 1;
+    const double ns = (double)fc_smaller(BLOCK, args->channels) * tokens * fc_ns.rg_lru;
     const int threads = fc_threads_for(items, ns);
     if (fc_scratch_alloc(args->workspace, &ctx.scratch, threads, (1 + ARRAYS * RUN) * BLOCK * 4)) return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, items, ns, run_blocks, &ctx);
+    const fc_status status = fc_static_spans(threads, items, ns, run_blocks, &ctx, args->seq, &ctx.span);
     fc_scratch_free(&ctx.scratch);
     return status;
 }

@@ -5,15 +5,13 @@
 
 enum { BLOCK = 64, RUN = 16, PANELS = BLOCK / FC_PANEL }; /* channels of an item; tokens of a run */
 enum { OF_RUN = FC_PANEL * RUN, MOST = 64 }; /* MOST: blocks whose states and A stay in a second cache */
-enum { SPAN = 512 }; /* tokens after which states are as the caller has them; long ones would be cut into single blocks,
-                      * between which signals are polled */
 
 struct scan {
     const struct fc_kernels *k;
     const fc_scan_args *args;
     ptrdiff_t size, blocks; /* bytes of a value; blocks of channels */
     ptrdiff_t most;         /* blocks that a thread takes together */
-    ptrdiff_t begin, end;   /* tokens of the span */
+    struct fc_span span;
     fc_scratch scratch;     /* a thread: struct tile's arrays */
 };
 
@@ -85,8 +83,8 @@ static void end_run(const struct scan *ctx, const struct tile *tile, ptrdiff_t b
 static void load_panels(const struct scan *ctx, const struct tile *tile, ptrdiff_t b, ptrdiff_t c0,
                         ptrdiff_t channels) {
     const fc_scan_args *args = ctx->args;
-    const void *before = ctx->begin ? args->new_state : args->state;
-    const ptrdiff_t *stride = ctx->begin ? args->new_state_stride : args->state_stride;
+    const void *before = ctx->span.begin ? args->new_state : args->state;
+    const ptrdiff_t *stride = ctx->span.begin ? args->new_state_stride : args->state_stride;
     for (ptrdiff_t p = 0; p * FC_PANEL < channels; p++) {
         const ptrdiff_t c = c0 + p * FC_PANEL, count = fc_smaller(FC_PANEL, channels - p * FC_PANEL);
         float *h = tile->h + p * FC_PANEL * args->n, *a = tile->a + p * FC_PANEL * args->n;
@@ -113,8 +111,8 @@ static void scan_channels(const struct scan *ctx, const struct tile *tile, ptrdi
                           ptrdiff_t channels) {
     const fc_scan_args *args = ctx->args;
     load_panels(ctx, tile, b, c0, channels);
-    for (ptrdiff_t t = ctx->begin; t < ctx->end; t += RUN) {
-        const ptrdiff_t tokens = fc_smaller(RUN, ctx->end - t);
+    for (ptrdiff_t t = ctx->span.begin; t < ctx->span.end; t += RUN) {
+        const ptrdiff_t tokens = fc_smaller(RUN, ctx->span.end - t);
         share_run(ctx, tile, b, t, tokens);
         for (ptrdiff_t c = 0; c < channels; c += BLOCK) {
             const ptrdiff_t count = fc_smaller(BLOCK, channels - c);
@@ -145,19 +143,13 @@ fc_status fc_selective_scan(const fc_scan_args *args) {
                        .blocks = (args->channels + BLOCK - 1) / BLOCK};
     const ptrdiff_t items = args->batch * ctx.blocks;
     const double channels = (double)fc_smaller(BLOCK, args->channels), n = (double)args->n;
-    const double span = (double)fc_smaller(SPAN, args->seq);
+    const double span = (double)fc_smaller(FC_SPAN, args->seq);
     const double ns = channels * (span * (n * fc_ns.scan + fc_ns.scan_channel) + n * fc_ns.scan_load);
     const int threads = fc_threads_for(items, ns);
     ctx.most = fc_smaller(fc_smaller(ctx.blocks, (items + threads - 1) / threads), MOST);
     if (fc_scratch_alloc(args->workspace, &ctx.scratch, threads, (size_t)fc_times(tile_floats(args->n, ctx.most), 4)))
         return FC_NO_MEMORY;
-    fc_status status = FC_OK;
-    do { /* once where there are no tokens */
-        ctx.end = fc_smaller(ctx.begin + SPAN, args->seq);
-        status = fc_static(threads, items, ns, scan_blocks, &ctx);
-        ctx.begin = ctx.end;
-        if (status == FC_OK && ctx.begin < args->seq && fc_interrupted()) status = FC_INTERRUPTED;
-    } while (ctx.begin < args->seq && status == FC_OK);
+    const fc_status status = fc_static_spans(threads, items, ns, scan_blocks, &ctx, args->seq, &ctx.span);
     fc_scratch_free(&ctx.scratch);
     return status;
 }
