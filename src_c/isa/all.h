@@ -3,6 +3,9 @@
  * text in some leaf names a file in FC_LEAVES: that holds leaves of its own, which may call the common ones, and
  * FC_REPLACED, their entries in the table, `.leaf = its_leaf,` or `.typed_leaf[FC_F16] = its_leaf,`. */
 #include "../simd.h"
+#ifdef FC_HAS_TILES
+#include "../simd/amx.h"
+#endif
 
 #include "../kernels.h"
 
@@ -11,6 +14,9 @@
 #include "../kernels/conv1d.h"
 #include "../kernels/convert.h"
 #include "../kernels/gemm.h"
+#ifdef FC_HAS_TILES
+#include "../kernels/tiles.h"
+#endif
 #include "../kernels/quantize.h"
 #include "../kernels/expand.h"
 #include "../kernels/blocks.h"

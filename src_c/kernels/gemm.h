@@ -42,7 +42,7 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
      .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .expanded_k = 512,                                         \
      .unexpanded_rows = FC_BYTES > 16 ? 12 : 1, .stream_rows = 4, .stream_columns = 1024, .stream_k = 64}
 
-#ifdef FC_HAS_BF16_DOT
+#if defined(FC_HAS_BF16_DOT) || defined(FC_HAS_TILES)
 #define FC_BF16_X FC_BF16
 enum { BF16_PARTS = 1 };
 #else
@@ -461,7 +461,9 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
 #endif
 
 FC_GEMM(gemm_f32, float, &fc_formats[FC_PACKED_F32])
+#ifndef FC_HAS_TILES
 FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
+#endif
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
 
 /* Integer formats: one plane of x, or two. */
