@@ -65,6 +65,7 @@ const struct fc_kernels FC_TABLE = {
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,
     .blocks = FC_BLOCKS,
+    .unpacked = FC_UNPACKED,
     .expand = {FC_EXPANSIONS(FC_EXPANSION_ENTRY)},
     .few = {FC_EXPANSIONS(FC_FEW_ENTRY)},
     FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY) FC_REPLACED};

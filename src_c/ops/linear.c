@@ -41,7 +41,7 @@ static void choose_lines(struct product *f, const struct fc_kernels *kernels, co
     const int small = args->rounding == FC_ROUND_I8 && f->format->expands != FC_TO_U8;
     f->gemm = !small ? kernels->gemm_u8 : f->format->expands == FC_TO_U4 ? kernels->gemm_u4 : kernels->gemm_u6;
     f->int_bytes = small ? kernels->i4_x : kernels->i8_x;
-    if (args->m > kernels->blocks.unexpanded_rows) return;
+    if (args->m > kernels->unpacked.unexpanded_rows) return;
     f->gemm = kernels->few[args->layout];
     f->expand = NULL;
 }
@@ -98,7 +98,8 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
 struct linear {
     const fc_linear_args *args;
     const struct fc_kernels *kernels;
-    const struct fc_blocks *sizes;
+    const struct fc_blocks *sizes; /* of what the product's format multiplies */
+    const struct fc_unpacked *unpacked;
     struct product product;
     const char *x; /* (k / kc, M, kc) of a_type: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
@@ -158,8 +159,8 @@ static int lies_ready(const struct linear *ctx) {
  * the caches holds. */
 static ptrdiff_t k_at_once(const struct linear *ctx) {
     const ptrdiff_t block = ctx->product.block_bytes;
-    if (!ctx->product.format->packed) return ctx->sizes->unpacked_k;
-    if (ctx->product.expand) return fc_round_up(ctx->sizes->expanded_k, ctx->product.block_k);
+    if (!ctx->product.format->packed) return ctx->unpacked->k;
+    if (ctx->product.expand) return fc_round_up(ctx->unpacked->expanded_k, ctx->product.block_k);
     if (ctx->args->m <= ctx->sizes->tile_rows) return ctx->k ? ctx->k : 1;
     return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
@@ -324,7 +325,7 @@ static fc_status by_tiles(struct linear *ctx) {
     if (ctx->product.expand)
         ctx->unpacked_bytes = (size_t)(expanded_bytes(&ctx->product, ctx->kc) * ctx->sizes->many_panels);
     else if (!ctx->product.format->packed)
-        ctx->unpacked_bytes = (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
+        ctx->unpacked_bytes = (size_t)(ctx->unpacked->k * ctx->sizes->many_panels * FC_PANEL * 4);
     cut(ctx, 1);
     int threads = fc_threads_for(ctx->tiles * ctx->blocks / ctx->item_blocks * FINER, item_ns(ctx) / FINER);
     cut(ctx, threads);
@@ -352,12 +353,12 @@ static void multiply_streams(void *context, ptrdiff_t begin, ptrdiff_t end, int 
     for (ptrdiff_t i = begin; i < end; i++) {
         ptrdiff_t column = i * width, n = fc_smaller(width, args->n - column);
         for (ptrdiff_t j = 0; j < args->m * width; j++) acc[j] = 0.0f;
-        for (ptrdiff_t k0 = 0; k0 < args->k; k0 += ctx->sizes->stream_k)
+        for (ptrdiff_t k0 = 0; k0 < args->k; k0 += ctx->unpacked->stream_k)
             for (ptrdiff_t row = 0; row < args->m; row++)
                 ctx->kernels->gemv_rows[args->weight_type](
                     acc + row * width, stream_x(ctx, row, k0),
                     (const char *)args->weight + k0 * args->ldw + column * w_size, args->ldw,
-                    fc_smaller(ctx->sizes->stream_k, args->k - k0), n);
+                    fc_smaller(ctx->unpacked->stream_k, args->k - k0), n);
         store(ctx, acc, width, column, n, 0, args->m);
     }
 }
@@ -367,7 +368,7 @@ static fc_status by_streams(struct linear *ctx) {
     const double ns = (double)(args->k * fc_size_of(args->weight_type) * STREAM_UNIT) * fc_ns.plain_byte;
     int threads = fc_threads_for((args->n + STREAM_UNIT - 1) / STREAM_UNIT, ns);
     ctx->block_rows =
-        fc_smaller(ctx->sizes->stream_columns, fc_round_up((args->n + threads - 1) / threads, STREAM_UNIT));
+        fc_smaller(ctx->unpacked->stream_columns, fc_round_up((args->n + threads - 1) / threads, STREAM_UNIT));
     ptrdiff_t items = (args->n + ctx->block_rows - 1) / ctx->block_rows;
     if (fc_scratch_alloc(args->workspace, &ctx->scratch, threads, (size_t)(args->m * ctx->block_rows * 4)))
         return FC_NO_MEMORY;
@@ -379,7 +380,7 @@ static fc_status by_streams(struct linear *ctx) {
 fc_status fc_linear(const fc_linear_args *args) {
     if (!FC_IS_OURS(args) || !FC_IS_OURS(args->rows)) return FC_BAD_SIZE;
     const struct fc_kernels *kernels = fc_k;
-    struct linear ctx = {.args = args, .kernels = kernels, .sizes = &kernels->blocks};
+    struct linear ctx = {.args = args, .kernels = kernels, .unpacked = &kernels->unpacked};
     fc_scratch copy = {0};
     void (*const gated[FC_ACTIVATIONS])(void *, const float *, const float *, const float *, ptrdiff_t) = {
         [FC_RELU] = kernels->gated_store_relu[args->type],
@@ -390,8 +391,9 @@ fc_status fc_linear(const fc_linear_args *args) {
     if (args->m == 0 || args->n == 0) return FC_OK;
     ctx.gated = gated[args->activation];
     ctx.product = product_of(kernels, args);
+    ctx.sizes = &kernels->blocks[ctx.product.format->a_type];
     fc_status status = prepare_x(&ctx, &copy);
-    const int streamed = args->layout == FC_ROWS && args->m <= ctx.sizes->stream_rows;
+    const int streamed = args->layout == FC_ROWS && args->m <= ctx.unpacked->stream_rows;
     if (status == FC_OK) status = streamed ? by_streams(&ctx) : by_tiles(&ctx);
     fc_scratch_free(&copy);
     return status;

@@ -19,6 +19,7 @@ struct attention {
     ptrdiff_t x_size;        /* their bytes */
     float qmax;              /* INT16: of a query's channel, so that the sums of its products fit */
     ptrdiff_t k_step;         /* keys, or channels of a key, in a line */
+    ptrdiff_t tile_rows;      /* rows that a line serves in registers */
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
     ptrdiff_t rows, d_padded, e_padded; /* rows of a block = block * R; D in whole lines; E in whole panels */

@@ -234,14 +234,13 @@ int fc_attention_chunk(const struct attention *ctx, const struct where *w, const
     if (ctx->own_page) fc_attention_store_chunk(ctx, w->b * args->kv_heads + w->g, chunk, r->page, r->store);
     const fc_kv_head h = head_of(ctx, w, r, chunk);
     const int same = all.lo == all.from && all.to == all.hi;
-    const ptrdiff_t tile = ctx->k->blocks.tile_rows;
-    for (ptrdiff_t row = 0, count = same ? rows : SCORE_TILES * tile; row < rows; row += count) {
+    for (ptrdiff_t row = 0, count = same ? rows : SCORE_TILES * ctx->tile_rows; row < rows; row += count) {
         const ptrdiff_t these = fc_smaller(count, rows - row);
         const struct shared see = seen_by(ctx, w, row, these, c);
         score(ctx, r, &h, row, these, see.lo, see.hi);
     }
     weights_of_block(ctx, w, r, &h, c);
-    for (ptrdiff_t row = 0, count = same ? rows : tile; row < rows; row += count)
+    for (ptrdiff_t row = 0, count = same ? rows : ctx->tile_rows; row < rows; row += count)
         (ctx->a_type == INT16 ? weigh_integers : weigh_rows)(ctx, w, r, &h, row, fc_smaller(count, rows - row), c);
     for (ptrdiff_t row = 0; args->mask && ctx->a_type != INT16 && row < rows; row++)
         weigh_unhidden(ctx, w, r, &h, row, c);
