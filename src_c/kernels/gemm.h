@@ -36,9 +36,17 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
  * four panels of a tile stay in L2, and x in L1. */
 #define FC_PANEL_BYTES (FC_BYTES == 64 ? 32768 : 16384)
 
+#define FC_COMMON_BLOCKS                                                                                               \
+    {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24, .many_rows = 48,             \
+     .few_panels = 4, .many_panels = 16}
+#ifdef FC_HAS_TILES
 #define FC_BLOCKS                                                                                                      \
-    {[0 ... FC_A_TYPES - 1] = {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24,    \
-                               .many_rows = 48, .few_panels = 4, .many_panels = 16}}
+    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS,                                                                        \
+     [FC_A_BF16] = {.tile_rows = 32, .panel_bytes = 16384, .rows = 256, .rows_in_place = 2, .many_rows = 48,           \
+                    .few_panels = 4, .many_panels = 32}}
+#else
+#define FC_BLOCKS {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS}
+#endif
 /* W that is not packed is 512 KiB at a time, streamed 256 KiB. */
 #define FC_UNPACKED                                                                                                    \
     {.k = 512, .expanded_k = 512, .unexpanded_rows = FC_BYTES > 16 ? 12 : 1, .stream_rows = 4,                         \

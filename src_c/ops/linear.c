@@ -104,6 +104,7 @@ struct linear {
     const char *x; /* (k / kc, M, kc) of a_type: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
     ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
+    ptrdiff_t ldc; /* of the accumulators, bytes */
     ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
     size_t unpacked_bytes; /* a thread's scratch of panels as they are multiplied, of a block of k */
     fc_scratch normed; /* a thread: one row of x after its norm */
@@ -165,6 +166,9 @@ static ptrdiff_t k_at_once(const struct linear *ctx) {
     return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
 
+/* Rows an odd number of lines apart: those of one tile, and of one block, then lie in different sets of the caches. */
+static ptrdiff_t odd_lines(ptrdiff_t bytes) { return fc_round_up(bytes - FC_LINE, 2 * FC_LINE) + FC_LINE; }
+
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right type; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
@@ -177,7 +181,7 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
         ctx->x_block = ctx->kc * ctx->product.x_bytes;
         return FC_OK;
     }
-    ctx->ldx = fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes;
+    ctx->ldx = odd_lines(fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes);
     ctx->x_block = fc_times(args->m, ctx->ldx);
     const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc);
     if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)values)) return FC_NO_MEMORY;
@@ -226,7 +230,7 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
     const struct product *f = &ctx->product;
     const struct fc_rounding *r = &f->rounding;
     const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
-    struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx,
+    struct fc_gemm g = {.c = acc, .ldc = ctx->ldc, .ldx = ctx->ldx,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes, .wide = r->wide,
                         .minima = f->format->minimum_bytes > 0, .group_chunks = r->chunk ? r->group / r->chunk : 0};
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
@@ -278,7 +282,7 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end, int ra
         ptrdiff_t column = panel * ctx->panel_columns,
                   columns = fc_smaller(panels * ctx->panel_columns, ctx->args->n - column);
         multiply(ctx, acc, unpacked, panel, panels, row, rows);
-        store(ctx, acc, ctx->tile_panels * FC_PANEL, column, columns, row, rows);
+        store(ctx, acc, ctx->ldc / 4, column, columns, row, rows);
     }
 }
 
@@ -331,7 +335,8 @@ static fc_status by_tiles(struct linear *ctx) {
     cut(ctx, threads);
     const ptrdiff_t items = ctx->tiles * ctx->blocks / ctx->item_blocks;
     if (threads > items) threads = (int)items;
-    const size_t sums = (size_t)(ctx->block_rows * ctx->tile_panels * FC_PANEL * 4);
+    ctx->ldc = odd_lines(ctx->tile_panels * FC_PANEL * 4);
+    const size_t sums = (size_t)(ctx->block_rows * ctx->ldc);
     if (fc_scratch_alloc(args->workspace, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(ctx), multiply_tiles, ctx);
     fc_scratch_free(&ctx->scratch);
