@@ -286,6 +286,7 @@ struct fc_kernels {
     /* the a_type of the ISA's products: float32 or bfloat16 against bfloat16 weights; bytes a value against
      * integer ones */
     fc_dtype bf16_x;
+    ptrdiff_t bf16_k; /* k of bfloat16 products that are summed before they join an output's chain */
     int i8_x, i4_x;
     struct fc_blocks blocks[FC_A_TYPES];
     struct fc_unpacked unpacked;

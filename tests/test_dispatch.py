@@ -14,7 +14,7 @@ from child import run_script
 
 import forge_c as fc
 
-BEST_FIRST = ("avx512_vnni_bf16", "avx512", "avx2", "base")
+BEST_FIRST = ("avx512_amx", "avx512_vnni_bf16", "avx512", "avx2", "base")
 NEEDS = {
     "base": set(),
     "avx2": {"avx2", "fma", "f16c"},
@@ -22,6 +22,7 @@ NEEDS = {
     "avx512_vnni_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
                          "avx512_bf16"},
 }
+NEEDS["avx512_amx"] = NEEDS["avx512_vnni_bf16"] | {"amx_tile", "amx_bf16", "amx_int8"}
 
 
 @pytest.fixture(autouse=True)

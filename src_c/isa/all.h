@@ -62,6 +62,7 @@ const struct fc_kernels FC_TABLE = {
     .ops_i8 = FC_OPS_I8,
     .ops_i4 = FC_OPS_I4,
     .bf16_x = FC_BF16_X,
+    .bf16_k = FC_BF16_K,
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,
     .blocks = FC_BLOCKS,

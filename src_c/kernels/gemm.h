@@ -52,12 +52,15 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
     {.k = 512, .expanded_k = 512, .unexpanded_rows = FC_BYTES > 16 ? 12 : 1, .stream_rows = 4,                         \
      .stream_columns = 1024, .stream_k = 64}
 
-#if defined(FC_HAS_BF16_DOT) || defined(FC_HAS_TILES)
+#ifdef FC_HAS_TILES
 #define FC_BF16_X FC_BF16
-enum { BF16_PARTS = 1 };
+enum { BF16_PARTS = 1, FC_BF16_K = 32 };
+#elif defined(FC_HAS_BF16_DOT)
+#define FC_BF16_X FC_BF16
+enum { BF16_PARTS = 1, FC_BF16_K = 2 };
 #else
 #define FC_BF16_X FC_F32
-enum { BF16_PARTS = 2 };
+enum { BF16_PARTS = 2, FC_BF16_K = 1 };
 #endif
 #ifdef FC_HAS_I8_DOT
 enum { FC_I8_X = 1, FC_I4_X = 1 };

@@ -32,9 +32,9 @@ FC_INLINE struct tile_shapes shapes_of_row(ptrdiff_t rows, ptrdiff_t lines) {
     return s;
 }
 
-/* What a pass over C multiplies: rows [row, row + rows) by lines [line, line + lines) of each panel. */
+/* What a pass over C multiplies: rows [row, row + rows) by lines [line, line + lines) of each panel, tile_lines at once. */
 struct tile_pass {
-    ptrdiff_t row, rows, line, lines;
+    ptrdiff_t row, rows, line, lines, tile_lines;
     int accumulate;
 };
 
@@ -155,7 +155,7 @@ static __attribute__((noinline)) void tile_rows(const struct fc_gemm *g, struct 
     const ptrdiff_t end = p.row + p.rows;
     for (; p.row < end; p.row += p.rows) {
         p.rows = end - p.row < TILE_ROWS ? end - p.row : TILE_ROWS;
-        const struct tile_shapes shapes = shapes_of_row(p.rows, p.lines < TILE_LINES ? p.lines : TILE_LINES);
+        const struct tile_shapes shapes = shapes_of_row(p.rows, p.tile_lines);
         tiles_begin(&shapes);
         tile_columns(g, &p, panel, g->panels);
     }
@@ -164,13 +164,12 @@ static __attribute__((noinline)) void tile_rows(const struct fc_gemm *g, struct 
 /* Whole blocks of 32 rows, and one of more than 16, by pairs of panels; then what is left of either */
 static __attribute__((noinline)) void tile_blocks(const struct fc_gemm *g, struct tile_pass p) {
     const ptrdiff_t whole = g->m / 32 * 32, paired = g->panels / 2 * 2, few = g->m - whole;
-    const ptrdiff_t lines = p.lines < TILE_LINES ? p.lines : TILE_LINES;
-    struct tile_shapes shapes = shapes_of_pairs(TILE_ROWS, lines);
+    struct tile_shapes shapes = shapes_of_pairs(TILE_ROWS, p.tile_lines);
     tiles_begin(&shapes);
     for (ptrdiff_t panel = 0; panel < paired; panel += 2)
         for (ptrdiff_t row = 0; row < whole; row += 32) tile_pairs(g, &p, row, panel);
     if (few > TILE_ROWS) {
-        shapes = shapes_of_pairs(few - TILE_ROWS, lines);
+        shapes = shapes_of_pairs(few - TILE_ROWS, p.tile_lines);
         tiles_begin(&shapes);
         for (ptrdiff_t panel = 0; panel < paired; panel += 2) tile_pairs(g, &p, whole, panel);
     }
@@ -180,15 +179,17 @@ static __attribute__((noinline)) void tile_blocks(const struct fc_gemm *g, struc
     tile_rows(g, p, 0);
 }
 
+static void tile_passes(const struct fc_gemm *g, struct tile_pass p) {
+    if (g->m > TILE_ROWS) tile_blocks(g, p);
+    else tile_rows(g, p, 0);
+}
+
 /* Whole tiles of k, then the lines that fill none. */
 static void gemm_bf16(const struct fc_gemm *g) {
     const ptrdiff_t whole = g->lines / TILE_LINES * TILE_LINES;
-    struct tile_pass p = {.rows = g->m, .lines = whole, .accumulate = g->accumulate};
-    for (int tail = 0; tail < 2; tail++) {
-        if (tail) p.line = whole, p.lines = g->lines - whole, p.accumulate = g->accumulate || whole;
-        if (p.lines == 0 && (tail ? g->lines > 0 || g->accumulate : 1)) continue;
-        if (g->m > TILE_ROWS) tile_blocks(g, p);
-        else tile_rows(g, p, 0);
-    }
+    struct tile_pass p = {.rows = g->m, .lines = whole, .tile_lines = TILE_LINES, .accumulate = g->accumulate};
+    if (whole || g->lines == 0) tile_passes(g, p);
+    p.line = whole, p.lines = p.tile_lines = g->lines - whole, p.accumulate |= whole > 0;
+    if (p.lines) tile_passes(g, p);
     tiles_end();
 }

@@ -232,6 +232,8 @@ static void choose_pages(struct attention *ctx) {
     ctx->tile_rows = ctx->k->blocks[multiplies[ctx->kv.type]].tile_rows;
     ctx->x_size = ctx->a_type == FLOATS ? 4 : 2;
     ctx->k_step = ctx->kv.type == FC_KV_F32 ? 1 : 2;
+    ctx->grid = ctx->a_type == BF16 ? ctx->k->bf16_k : ctx->k_step;
+    ctx->sums = ctx->a_type == INT16 || ctx->grid > ctx->k_step ? ON_GRID : IN_ORDER;
 }
 
 fc_status fc_attention(const fc_attention_args *args) {
