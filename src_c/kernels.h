@@ -62,6 +62,7 @@ struct fc_attention_row {
     float scale, softcap;
     int16_t *q; /* (n), with v_scale: weights v_scale ~ *w_scale q; q may begin where s does */
     float *w_scale;
+    uint16_t *bf16; /* (n): weights as bfloat16, instead of s; may begin where s does, or before; else NULL */
 };
 
 /* A block of tokens of one head, whose state is S (n, p); see kernels/ssd.h, kernels/delta.h and kernels/s4d.h. */

@@ -133,9 +133,9 @@ static void weights(const struct attention *ctx, const struct scratch *r, const 
         .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL,
         .v_scale = h->v_scale ? h->v_scale + from : NULL, .bias = bias,
         .scale = ctx->a_type == FLOATS ? 1.0f : ctx->a_type == BF16 ? ctx->args->scale : r->q_scale[row],
-        .softcap = ctx->args->softcap, .q = (int16_t *)(void *)s + from, .w_scale = &r->w_scale[row]};
+        .softcap = ctx->args->softcap, .q = (int16_t *)(void *)s + from, .w_scale = &r->w_scale[row],
+        .bf16 = ctx->a_type == BF16 ? (uint16_t *)(void *)s + from : NULL};
     ctx->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
-    if (ctx->a_type == BF16) ctx->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
 static void weights_of_block(const struct attention *ctx, const struct where *w, const struct scratch *r,
