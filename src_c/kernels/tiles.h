@@ -193,3 +193,234 @@ static void gemm_bf16(const struct fc_gemm *g) {
     if (p.lines) tile_passes(g, p);
     tiles_end();
 }
+
+/* ---- integer formats: 16 rows by one panel, whose float32 accumulators stay in registers ---- */
+
+enum { TILE_SUMS = TILE_ROWS * FC_PANEL, LEAST_TILE_LINES = 8, TILES_OF_SUMS = 4 };
+
+/* Tile c = sum of u q over `lines` lines of a chunk, at_once of them at once; a and b: tiles to load into */
+#define FC_TILE_CHUNK(name, c, a, b)                                                                                   \
+    FC_INLINE void name(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines, ptrdiff_t at_once) {             \
+        tile_zero(c);                                                                                                  \
+        for (ptrdiff_t line = 0; line < lines; line += at_once, x += at_once * 4, w += at_once * FC_LINE) {            \
+            tile_load(a, x, ldx);                                                                                      \
+            tile_load(b, w, FC_LINE);                                                                                  \
+            tile_dot_s8u8(c, a, b);                                                                                    \
+        }                                                                                                              \
+    }
+FC_TILE_CHUNK(tile_chunk_0, 0, 4, 6)
+FC_TILE_CHUNK(tile_chunk_1, 1, 5, 7)
+FC_TILE_CHUNK(tile_chunk_2, 2, 4, 6)
+FC_TILE_CHUNK(tile_chunk_3, 3, 5, 7)
+
+/* Tiles c and c + 1 = the same for the two planes of x, which lie one after the other */
+#define FC_TILE_PLANES(name, high, low)                                                                                \
+    FC_INLINE void name(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines, ptrdiff_t at_once) {             \
+        const ptrdiff_t plane = lines * 4;                                                                             \
+        tile_zero(high);                                                                                               \
+        tile_zero(low);                                                                                                \
+        for (ptrdiff_t line = 0; line < lines; line += at_once, x += at_once * 4, w += at_once * FC_LINE) {            \
+            tile_load(6, w, FC_LINE);                                                                                  \
+            tile_load(4, x, ldx);                                                                                      \
+            tile_dot_s8u8(high, 4, 6);                                                                                 \
+            tile_load(5, x + plane, ldx);                                                                              \
+            tile_dot_s8u8(low, 5, 6);                                                                                  \
+        }                                                                                                              \
+    }
+FC_TILE_PLANES(tile_planes_0, 0, 1)
+FC_TILE_PLANES(tile_planes_1, 2, 3)
+
+/* Tile turn % 4, or those of turn % 2 with two planes, = the sums of a chunk at x and w */
+FC_INLINE void tile_products(const int two, int turn, const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines,
+                             ptrdiff_t at_once) {
+    if (two) {
+        if (turn % 2) tile_planes_1(x, ldx, w, lines, at_once);
+        else tile_planes_0(x, ldx, w, lines, at_once);
+        return;
+    }
+    switch (turn % 4) {
+    case 0: tile_chunk_0(x, ldx, w, lines, at_once); break;
+    case 1: tile_chunk_1(x, ldx, w, lines, at_once); break;
+    case 2: tile_chunk_2(x, ldx, w, lines, at_once); break;
+    case 3: tile_chunk_3(x, ldx, w, lines, at_once); break;
+    }
+}
+
+/* sums[4][256]: those of the tiles, as tile_products numbers them */
+FC_INLINE void tile_store_sums(const int two, int turn, int32_t sums[][TILE_SUMS]) {
+    switch (two ? 4 + turn % 2 : turn % 4) {
+    case 0: tile_store(0, sums[0], FC_LINE); break;
+    case 1: tile_store(1, sums[1], FC_LINE); break;
+    case 2: tile_store(2, sums[2], FC_LINE); break;
+    case 3: tile_store(3, sums[3], FC_LINE); break;
+    case 4:
+        tile_store(0, sums[0], FC_LINE);
+        tile_store(1, sums[1], FC_LINE);
+        break;
+    case 5:
+        tile_store(2, sums[2], FC_LINE);
+        tile_store(3, sums[3], FC_LINE);
+        break;
+    }
+}
+
+/* What follows a chunk's products: its end in each row of x, its line of scales, and the minima of the group that begins
+ * with it, or NULL */
+struct tile_end {
+    const char *x, *scales, *minima;
+    int which;
+};
+
+/* y[16] += (start + sums) (x's scale * W's), after the minimum; sums = 128 high + low with two planes. Rows of x are
+ * gone through one by one: sixteen addresses would take all registers. */
+FC_INLINE void tile_add(gemm_format f, const int two, vf y[TILE_ROWS], int32_t sums[][TILE_SUMS],
+                        const struct tile_end *of, ptrdiff_t ldx) {
+    vf scale[1];
+    if (of->minima) {
+        const char *x = of->x;
+        int_scales(f, 1, scale, 1, of->minima, 0, 0);
+#pragma GCC unroll 16
+        for (int i = 0; i < TILE_ROWS; i++, x = opaque(x + ldx))
+            y[i] = vf_fma(vf_load1(&chunk_of_row(x, 0, 0)->sum), scale[0], y[i]);
+    }
+    const char *x = of->x;
+    int_scales(f, 1, scale, of->which, of->scales, 0, 0);
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++, x = opaque(x + ldx)) {
+        const struct fc_chunk *chunk = chunk_of_row(x, 0, 0);
+        vi sum = (vi)vf_load(sums[0] + i * FC_PANEL);
+        if (two) sum = (sum << 7) + (vi)vf_load(sums[1] + i * FC_PANEL);
+        y[i] = vf_fma(vf_from_int(sum + chunk->start), vf_load1(&chunk->scale) * scale[0], y[i]);
+    }
+}
+
+/* C's 16 rows from `row` on by panel `panel`, whose lines of bytes begin at w, `block_lines` bytes from block to block,
+ * and whose lines of scales at s, block_scales apart. A product's sums are long on their way out of the tiles: in each
+ * turn one chunk is multiplied, the one before stored, and the one before that added. */
+FC_INLINE void tile_chunks(gemm_format f, const int two, const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t panel,
+                           const char *w, ptrdiff_t block_lines, const char *s, ptrdiff_t block_scales) {
+    const int nibbles = f->bits == 4, minima = nibbles ? f->minimum_bytes > 0 : g->minima;
+    const ptrdiff_t lines = nibbles ? FC_CHUNK / 4 : g->lines, at_once = lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES;
+    const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
+    const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx, x_step = lines * 4 * (1 + two);
+    const int all = (int)(g->blocks * chunks), slots = TILES_OF_SUMS >> two;
+    int32_t sums[TILES_OF_SUMS][TILE_SUMS] __attribute__((aligned(FC_LINE)));
+    struct tile_end end[TILES_OF_SUMS] = {{0}};
+    char *c = (char *)g->c + row * g->ldc + panel * FC_LINE;
+    const char *x = (const char *)g->x + row * ldx;
+    ptrdiff_t chunk = 0;
+    vf y[TILE_ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++) y[i] = g->accumulate ? vf_load(c + i * g->ldc) : vf_zero();
+    for (int first = 0; first < all + 2; first += TILES_OF_SUMS)
+#pragma GCC unroll 4
+        for (int i = 0; i < TILES_OF_SUMS; i++) { /* tiles are named by literal numbers */
+            const int turn = first + i, before = i + TILES_OF_SUMS - 1, added = i + TILES_OF_SUMS - 2;
+            if (turn < all) tile_products(two, i, x, ldx, w + chunk * lines * FC_LINE, lines, at_once);
+            if (turn >= 1 && turn <= all) tile_store_sums(two, before, sums);
+            if (turn >= 2 && turn < all + 2)
+                tile_add(f, two, y, sums + (added % slots << two), &end[added % TILES_OF_SUMS], ldx);
+            if (turn >= all) continue;
+            end[i] = (struct tile_end){x + x_step, s, minima && chunk == 0 ? s + (nibbles ? 0 : FC_LINE) : NULL,
+                                       f->block_groups > 1 ? (int)(chunk / group_chunks) : 0};
+            x += x_step + (ptrdiff_t)sizeof(struct fc_chunk);
+            if (++chunk == chunks) chunk = 0, w += block_lines, s += block_scales;
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++) vf_store(c + i * g->ldc, y[i]);
+}
+
+/* Lines of a panel that are unpacked at once: bytes that stay in L1 while all rows pass */
+enum { UNPACKED_LINES = 256 };
+
+/* Whether rows go through tiles: whole ones of them, and of k. Sums of integers are exact, so the others, by gemm.h,
+ * have the same bits. */
+FC_INLINE ptrdiff_t tile_whole_rows(const struct fc_gemm *g, ptrdiff_t chunk_lines) {
+    return chunk_lines % LEAST_TILE_LINES ? 0 : g->m / TILE_ROWS * TILE_ROWS;
+}
+
+FC_INLINE void tiles_begin_chunks(ptrdiff_t chunk_lines) {
+    const struct tile_shapes shapes =
+        shapes_of_pairs(TILE_ROWS, chunk_lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES);
+    tiles_begin(&shapes);
+}
+
+/* The rows from `row` on, for the leaf of gemm.h */
+FC_INLINE struct fc_gemm rows_from(const struct fc_gemm *g, ptrdiff_t row) {
+    struct fc_gemm rest = *g;
+    rest.c = (float *)(void *)((char *)g->c + row * g->ldc);
+    rest.x = (const char *)g->x + row * g->ldx;
+    rest.m = g->m - row;
+    return rest;
+}
+
+/* Lines of bytes: 16 rows of x stay in L1 while the panels pass, each of which is asked for what comes after it. */
+FC_INLINE void tile_bytes(gemm_format f, const int two, const struct fc_gemm *g, void (*few)(const struct fc_gemm *)) {
+    const ptrdiff_t rows = tile_whole_rows(g, g->lines), lines = g->group_chunks * g->lines;
+    const ptrdiff_t block = (lines + 1 + (g->minima != 0)) * FC_LINE, all = g->blocks * block;
+    if (rows) tiles_begin_chunks(g->lines);
+    for (ptrdiff_t row = 0; row < rows; row += TILE_ROWS)
+        for (ptrdiff_t panel = 0; panel < g->panels; panel++) {
+            const char *w = (const char *)g->w + panel * g->panel_stride;
+            const ptrdiff_t share = all / FC_LINE * TILE_ROWS / rows;
+            for (ptrdiff_t line = 0; line < share; line++)
+                __builtin_prefetch(w + all + (row / TILE_ROWS * share + line) * FC_LINE, 0, 2);
+            tile_chunks(f, two, g, row, panel, w, block, w + lines * FC_LINE, block);
+        }
+    if (rows) tiles_end();
+    if (rows == g->m) return;
+    const struct fc_gemm rest = rows_from(g, rows);
+    few(&rest);
+}
+
+/* Nibbles to lines of bytes, four k of the low ones, then four of the high ones; block_lines of them, then a line of
+ * scales, follow each other. */
+FC_INLINE void unpack_nibbles(char *bytes, const char *w, ptrdiff_t blocks, ptrdiff_t block_lines) {
+    for (; blocks > 0; blocks--, w += FC_LINE)
+        for (ptrdiff_t line = 0; line < block_lines; line++, w += FC_LINE, bytes += 2 * FC_LINE) {
+            const vu nibbles = (vu)vf_load(w);
+            vf_store(bytes, (vf)(nibbles & 0x0f0f0f0fu));
+            vf_store(bytes + FC_LINE, (vf)(nibbles >> 4 & 0x0f0f0f0fu));
+        }
+}
+
+/* Lines of nibbles: a panel is unpacked once, and all rows pass. */
+FC_INLINE void tile_nibbles(gemm_format f, const int two, const struct fc_gemm *g, void (*few)(const struct fc_gemm *)) {
+    const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
+    const ptrdiff_t chunks = group_chunks * f->block_groups, lines = chunks * FC_CHUNK / f->k_step;
+    const ptrdiff_t block = (lines + 1) * FC_LINE, at_once = UNPACKED_LINES / (2 * lines);
+    const ptrdiff_t x_block = chunks * (FC_CHUNK * (1 + two) + (ptrdiff_t)sizeof(struct fc_chunk));
+    const ptrdiff_t rows = at_once ? tile_whole_rows(g, FC_CHUNK / 4) : 0;
+    char bytes[UNPACKED_LINES * FC_LINE] __attribute__((aligned(FC_LINE)));
+    if (rows) tiles_begin_chunks(FC_CHUNK / 4);
+    for (ptrdiff_t panel = 0; rows && panel < g->panels; panel++)
+        for (ptrdiff_t at = 0; at < g->blocks; at += at_once) {
+            const char *w = (const char *)g->w + panel * g->panel_stride + at * block;
+            struct fc_gemm part = *g;
+            part.x = (const char *)g->x + at * x_block;
+            part.blocks = g->blocks - at < at_once ? g->blocks - at : at_once;
+            part.accumulate |= at > 0;
+            unpack_nibbles(bytes, w, part.blocks, lines);
+            for (ptrdiff_t row = 0; row < rows; row += TILE_ROWS)
+                tile_chunks(f, two, &part, row, panel, bytes, 2 * lines * FC_LINE, w + lines * FC_LINE, block);
+        }
+    if (rows) tiles_end();
+    if (rows == g->m) return;
+    const struct fc_gemm rest = rows_from(g, rows);
+    few(&rest);
+}
+
+#define FC_TILE_GEMM(name, kind, format)                                                                               \
+    static __attribute__((noinline)) void name##_tiles_int(const struct fc_gemm *g) {                                  \
+        tile_##kind(format, 0, g, name##_int);                                                                         \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void name##_tiles_planes(const struct fc_gemm *g) {                               \
+        tile_##kind(format, 1, g, name##_planes);                                                                      \
+    }                                                                                                                  \
+    static void name##_tiles(const struct fc_gemm *g) {                                                                \
+        if (g->m < TILE_ROWS) name(g);                                                                                 \
+        else (g->planes == 2 ? name##_tiles_planes : name##_tiles_int)(g);                                             \
+    }
+FC_TILE_GEMM(gemm_u8, bytes, &fc_formats[FC_PACKED_I8])
+FC_TILE_GEMM(gemm_i4_symmetric, nibbles, &fc_formats[FC_PACKED_I4_SYMMETRIC])
+FC_TILE_GEMM(gemm_i4_affine, nibbles, &fc_formats[FC_PACKED_I4_AFFINE])
