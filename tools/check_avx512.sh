@@ -11,6 +11,8 @@ trap 'rm -rf "$out"' EXIT
 soft=tools/avx512_in_software
 ${CC:-gcc} -std=gnu11 -O2 -ffp-contract=off -Wall -Wextra -mavx2 -mfma -mf16c -Wno-psabi -I$soft $soft/check.c -lm -o "$out/check"
 "$out/check"
+${CC:-gcc} -std=gnu11 -O2 -Wall -Wextra -mavx2 -mfma -mf16c -Wno-psabi -I$soft $soft/check_tiles.c -lm -o "$out/tiles"
+"$out/tiles" 1000000
 
 built=$PWD/build/software_avx512
 echo "forge_c: building AVX-512 in software into build/software_avx512"
