@@ -15,7 +15,8 @@
 
 extern const struct fc_kernels fc_kernels_base;
 #ifdef __x86_64__
-extern const struct fc_kernels fc_kernels_avx2, fc_kernels_avx512, fc_kernels_avx512_vnni_bf16, fc_kernels_avx512_amx;
+extern const struct fc_kernels fc_kernels_avx2, fc_kernels_avx_vnni, fc_kernels_avx512, fc_kernels_avx512_vnni,
+    fc_kernels_avx512_vnni_bf16, fc_kernels_avx512_amx;
 
 /* clang's __builtin_cpu_supports does not know f16c. */
 static int has_f16c(void) {
@@ -30,12 +31,20 @@ static int has_avx2(void) {
 #else
 #define CPU_HAS(feature) __builtin_cpu_supports(feature)
 #endif
+/* Leaf 7.1, which neither compiler's builtin knows in all versions */
+static int has_avx_vnni(void) {
+    unsigned a, b, c, d;
+#ifdef FC_SOFTWARE_AVX512
+    return has_avx2();
+#endif
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
 static int has_avx512(void) {
     return has_avx2() && CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512dq") && CPU_HAS("avx512vl");
 }
-static int has_avx512_vnni_bf16(void) {
-    return has_avx512() && CPU_HAS("avx512vnni") && CPU_HAS("avx512bf16");
-}
+static int has_avx512_vnni(void) { return has_avx512() && CPU_HAS("avx512vnni"); }
+static int has_avx512_vnni_bf16(void) { return has_avx512_vnni() && CPU_HAS("avx512bf16"); }
+
 #if defined(FC_SOFTWARE_AVX512) || !defined(__linux__)
 static int may_use_tiles(void) { return CPU_HAS("avx512f"); }
 #else
@@ -54,6 +63,11 @@ static int has_avx512_amx(void) {
     if (tiles < 0) tiles = has_avx512_vnni_bf16() && may_use_tiles();
     return tiles;
 }
+
+/* Intel's vdpbf16ps makes half as many products a cycle as AMD's: no more than float32 multiply-adds of the widened
+ * numbers do, which take none for 0. */
+static int has_slow_bf16_dot(void) { return has_avx512_vnni_bf16() && __builtin_cpu_is("intel"); }
+static int has_fast_bf16_dot(void) { return has_avx512_vnni_bf16() && !__builtin_cpu_is("intel"); }
 #endif
 static int always(void) { return 1; }
 
@@ -63,8 +77,11 @@ static const struct {
 } isas[] = {
 #ifdef __x86_64__
     {&fc_kernels_avx512_amx, has_avx512_amx},
-    {&fc_kernels_avx512_vnni_bf16, has_avx512_vnni_bf16},
+    {&fc_kernels_avx512_vnni_bf16, has_fast_bf16_dot},
+    {&fc_kernels_avx512_vnni, has_avx512_vnni},
+    {&fc_kernels_avx512_vnni_bf16, has_slow_bf16_dot},
     {&fc_kernels_avx512, has_avx512},
+    {&fc_kernels_avx_vnni, has_avx_vnni},
     {&fc_kernels_avx2, has_avx2},
 #endif
     {&fc_kernels_base, always},

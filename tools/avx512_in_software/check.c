@@ -137,6 +137,13 @@ static void check_integers(unsigned shift) {
     HALVES("dpbusd_epi32", _mm512_dpbusd_epi32(CI512, AI512, BI512),
            _mm256_add_epi32(SI(c, h), _mm256_add_epi32(DOT_EVEN(h), DOT_ODD(h))));
 
+#define HALF_DOT(name, expected)                                                                                       \
+    _mm256_storeu_si256((void *)&got, _mm256_##name(SI(c, 0), SI(a, 0), SI(b, 0)));                                    \
+    _mm256_storeu_si256((void *)&want, _mm256_add_epi32(SI(c, 0), expected));                                          \
+    compare(#name, 32, 0);
+    HALF_DOT(dpwssd_avx_epi32, _mm256_madd_epi16(SI(a, 0), SI(b, 0)))
+    HALF_DOT(dpbusd_avx_epi32, _mm256_add_epi32(DOT_EVEN(0), DOT_ODD(0)))
+
     uint32_t sum = 0;
     for (int i = 0; i < 16; i++) sum += a.u[i];
     got.d[0] = _mm512_reduce_add_epi32(AI512);

@@ -1,6 +1,6 @@
-/* AVX-512 in software: the intrinsics that src_c may use, one lane at a time in plain C, so that its AVX-512 tables run,
- * slowly, on a CPU that has only AVX2. With this folder first on the include path, FC_SOFTWARE_AVX512 defined, and gcc;
- * tools/check_avx512.sh does it all, and check.c, beside this, proves these functions.
+/* AVX-512, and AVX-VNNI, in software: the intrinsics that src_c may use, one lane at a time in plain C, so that tables of
+ * both run, slowly, on a CPU that has only AVX2. With this folder first on the include path, FC_SOFTWARE_AVX512 defined,
+ * and gcc; tools/check_avx512.sh does it all, and check.c, beside this, proves these functions.
  * Each line is the Operation section of Intel's manual. A name that is missing here does not compile: the compiler's own
  * intrinsic wants a target that this build never asks for. Give it a line, a #define below, and one in check.c.
  * Left open, as the intrinsics leave it: which NaN comes out of an addition or a product of several. */
@@ -205,6 +205,24 @@ SOFT(__m512i, soft_u32, dpwssd_epi32, (__m512i c, __m512i a, __m512i b),
 SOFT(__m512i, soft_u32, dpbusd_epi32, (__m512i c, __m512i a, __m512i b),
      U32(c)[i] + (uint32_t)(U8(a)[4 * i] * I8(b)[4 * i] + U8(a)[4 * i + 1] * I8(b)[4 * i + 1] +
                             U8(a)[4 * i + 2] * I8(b)[4 * i + 2] + U8(a)[4 * i + 3] * I8(b)[4 * i + 3]))
+
+/* AVX-VNNI: the same in 256 bits */
+SOFT_INLINE __m256i soft_lower(__m512i a) {
+    __m256i half;
+    memcpy(&half, &a, 32);
+    return half;
+}
+SOFT_INLINE __m512i soft_wide(__m256i a) {
+    __m512i wide = {0};
+    memcpy(&wide, &a, 32);
+    return wide;
+}
+SOFT_INLINE __m256i soft_dpbusd_avx_epi32(__m256i c, __m256i a, __m256i b) {
+    return soft_lower(soft_dpbusd_epi32(soft_wide(c), soft_wide(a), soft_wide(b)));
+}
+SOFT_INLINE __m256i soft_dpwssd_avx_epi32(__m256i c, __m256i a, __m256i b) {
+    return soft_lower(soft_dpwssd_epi32(soft_wide(c), soft_wide(a), soft_wide(b)));
+}
 
 SOFT_INLINE int soft_reduce_add_epi32(__m512i a) {
     uint32_t sum = 0;
@@ -412,6 +430,8 @@ SOFT_INLINE void soft_tile_dot_s8u8(int c, int a, int b) {
 #define _mm512_maddubs_epi16 soft_maddubs_epi16
 #define _mm512_dpbusd_epi32 soft_dpbusd_epi32
 #define _mm512_dpwssd_epi32 soft_dpwssd_epi32
+#define _mm256_dpbusd_avx_epi32 soft_dpbusd_avx_epi32
+#define _mm256_dpwssd_avx_epi32 soft_dpwssd_avx_epi32
 #define _mm512_reduce_add_epi32 soft_reduce_add_epi32
 #define _mm512_cvtepu16_epi32 soft_cvtepu16_epi32
 #define _mm512_cvtepi16_epi32 soft_cvtepi16_epi32
