@@ -13,12 +13,18 @@ static inline ptrdiff_t fc_size_of(fc_dtype type) { return type == FC_F32 ? 4 : 
 /* k of a row of x that share a scale, or as many as share one of W, if those are fewer */
 enum { FC_CHUNK = 32 };
 
-/* A chunk of a row of x as integers: x[k] ~ scale q[k]. It follows its q, and is followed by the next chunk's. */
+/* A chunk of a row of x as integers: x[k] ~ scale q[k]. It follows its q, and is followed by the next chunk's, which begin
+ * at a multiple of the table's x_align. */
 struct fc_chunk {
     float scale;
     int32_t start; /* -zero times the sum of q: what the sum over u q begins with */
     float sum;     /* of scale q over the group of W that begins with this chunk */
 };
+
+/* Bytes of a chunk whose integers take so many */
+static inline ptrdiff_t fc_chunk_bytes(ptrdiff_t integers, ptrdiff_t x_align) {
+    return (integers + (ptrdiff_t)sizeof(struct fc_chunk) + x_align - 1) / x_align * x_align;
+}
 
 /* What `quantize` makes of x. */
 struct fc_rounding {
@@ -289,6 +295,7 @@ struct fc_kernels {
     fc_dtype bf16_x;
     ptrdiff_t bf16_k; /* k of bfloat16 products that are summed before they join an output's chain */
     int i8_x, i4_x;
+    ptrdiff_t x_align; /* of a chunk of integers */
     struct fc_blocks blocks[FC_A_TYPES];
     struct fc_unpacked unpacked;
 #define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;

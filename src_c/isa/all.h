@@ -65,6 +65,7 @@ const struct fc_kernels FC_TABLE = {
     .bf16_k = FC_BF16_K,
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,
+    .x_align = FC_X_ALIGN,
     .blocks = FC_BLOCKS,
     .unpacked = FC_UNPACKED,
     .expand = {FC_EXPANSIONS(FC_EXPANSION_ENTRY)},

@@ -88,7 +88,7 @@ FC_INLINE void block_panel(block_shape s, gemm_format f, const int two, const in
             for (size_t line = 0; line < ahead; line++)
                 __builtin_prefetch(w + next_bytes(f) + (pair * ahead + line) * FC_LINE, 0, 2);
 #pragma GCC unroll 2
-            for (size_t n = 0; n < at_once; n++, x += integers + (ptrdiff_t)sizeof(struct fc_chunk))
+            for (size_t n = 0; n < at_once; n++, x += fc_chunk_bytes(integers, FC_X_ALIGN))
                 block_group(s, f, two, mr, y, w, pair, n, x, ldx, x + integers);
         }
 #pragma GCC unroll 4

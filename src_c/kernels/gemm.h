@@ -72,6 +72,12 @@ enum { FC_I8_X = 2, FC_I4_X = 1 };
 enum { FC_I8_X = 2, FC_I4_X = 2 };
 #endif
 
+#ifdef FC_HAS_TILES
+enum { FC_X_ALIGN = FC_LINE }; /* a row of a tile that lies in two lines takes two loads */
+#else
+enum { FC_X_ALIGN = 4 };
+#endif
+
 typedef const struct fc_format *gemm_format; /* a constant wherever it is used: its row is read by the compiler */
 
 /* Bytes of a line that make one vector. */
@@ -357,7 +363,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
     const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
     const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx, panel_stride = g->panel_stride;
     const ptrdiff_t min_line = !nibbles && minima, block = (chunks * lines + 1 + min_line) * FC_LINE;
-    const ptrdiff_t x_step = plane * (1 + two) + (ptrdiff_t)sizeof(struct fc_chunk);
+    const ptrdiff_t integers = plane * (1 + two), x_step = fc_chunk_bytes(integers, FC_X_ALIGN);
     const ptrdiff_t in_line = vector % FC_PER_PANEL * FC_BYTES;
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
@@ -368,7 +374,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
     for (ptrdiff_t blocks = g->blocks; blocks > 0; blocks--, w += block)
         for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
             const int which = f->block_groups > 1 ? (int)(chunk / group_chunks) : 0;
-            const char *end = x + x_step - sizeof(struct fc_chunk), *line = w - in_line + chunks * lines * FC_LINE;
+            const char *end = x + integers, *line = w - in_line + chunks * lines * FC_LINE;
             vi acc[FC_MR + 1][FC_NV_FEW], start[FC_MR];
             vf scale[FC_NV_FEW];
             if (in_memory) __asm__ volatile("" : "+r"(y));

@@ -93,6 +93,7 @@ FC_INLINE void put_chunk(char *to, struct fc_chunk chunk) { memcpy(to, &chunk, s
 FC_INLINE void quantize_as(fc_dtype t, const int wide, const int planes, char *q, const void *x, ptrdiff_t n,
                            ptrdiff_t padded, const struct fc_rounding *r) {
     const ptrdiff_t chunk = r->chunk, group_chunks = r->group / chunk, q_bytes = chunk * (wide ? 2 : planes);
+    const ptrdiff_t step = fc_chunk_bytes(q_bytes, FC_X_ALIGN);
     ptrdiff_t of_group = 0;
     float scale[FC_N], inverse[FC_N], whole = 0.0f;
     int32_t sum[FC_N];
@@ -102,16 +103,15 @@ FC_INLINE void quantize_as(fc_dtype t, const int wide, const int planes, char *q
         vi sums[FC_N] = {0};
         chunk_scales(t, scale, inverse, x, from, n, chunk, count, r->qmax);
         for (int j = 0; j < count; j++)
-            sums[j] = quantize_chunk(t, wide, planes, q + j * (q_bytes + (ptrdiff_t)sizeof(struct fc_chunk)), x,
+            sums[j] = quantize_chunk(t, wide, planes, q + j * step, x,
                                      from + j * chunk, n, chunk, inverse[j]);
         if (count == 1) sum[0] = vi_sum(sums[0]);
         else vf_store(sum, (vf)vi_sums_of_rows(sums));
-        for (int j = 0; j < count; j++, q += sizeof(struct fc_chunk)) {
-            q += q_bytes;
-            if (of_group == 0) first = q, whole = 0.0f;
+        for (int j = 0; j < count; j++, q += step) {
+            if (of_group == 0) first = q + q_bytes, whole = 0.0f;
             if (++of_group == group_chunks) of_group = 0;
             whole += (float)sum[j] * scale[j];
-            put_chunk(q, (struct fc_chunk){.scale = scale[j], .start = -r->zero * sum[j]});
+            put_chunk(q + q_bytes, (struct fc_chunk){.scale = scale[j], .start = -r->zero * sum[j]});
             memcpy(first + offsetof(struct fc_chunk, sum), &whole, 4);
         }
     }

@@ -302,7 +302,8 @@ FC_INLINE void tile_chunks(gemm_format f, const int two, const struct fc_gemm *g
     const int nibbles = f->bits == 4, minima = nibbles ? f->minimum_bytes > 0 : g->minima;
     const ptrdiff_t lines = nibbles ? FC_CHUNK / 4 : g->lines, at_once = lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES;
     const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
-    const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx, x_step = lines * 4 * (1 + two);
+    const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx;
+    const ptrdiff_t integers = lines * 4 * (1 + two), x_step = fc_chunk_bytes(integers, FC_X_ALIGN);
     const int all = (int)(g->blocks * chunks), slots = TILES_OF_SUMS >> two;
     int32_t sums[TILES_OF_SUMS][TILE_SUMS] __attribute__((aligned(FC_LINE)));
     struct tile_end end[TILES_OF_SUMS] = {{0}};
@@ -321,9 +322,9 @@ FC_INLINE void tile_chunks(gemm_format f, const int two, const struct fc_gemm *g
             if (turn >= 2 && turn < all + 2)
                 tile_add(f, two, y, sums + (added % slots << two), &end[added % TILES_OF_SUMS], ldx);
             if (turn >= all) continue;
-            end[i] = (struct tile_end){x + x_step, s, minima && chunk == 0 ? s + (nibbles ? 0 : FC_LINE) : NULL,
+            end[i] = (struct tile_end){x + integers, s, minima && chunk == 0 ? s + (nibbles ? 0 : FC_LINE) : NULL,
                                        f->block_groups > 1 ? (int)(chunk / group_chunks) : 0};
-            x += x_step + (ptrdiff_t)sizeof(struct fc_chunk);
+            x += x_step;
             if (++chunk == chunks) chunk = 0, w += block_lines, s += block_scales;
         }
 #pragma GCC unroll 16
@@ -389,7 +390,7 @@ FC_INLINE void tile_nibbles(gemm_format f, const int two, const struct fc_gemm *
     const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
     const ptrdiff_t chunks = group_chunks * f->block_groups, lines = chunks * FC_CHUNK / f->k_step;
     const ptrdiff_t block = (lines + 1) * FC_LINE, at_once = UNPACKED_LINES / (2 * lines);
-    const ptrdiff_t x_block = chunks * (FC_CHUNK * (1 + two) + (ptrdiff_t)sizeof(struct fc_chunk));
+    const ptrdiff_t x_block = chunks * fc_chunk_bytes(FC_CHUNK * (1 + two), FC_X_ALIGN);
     const ptrdiff_t rows = at_once ? tile_whole_rows(g, FC_CHUNK / 4) : 0;
     char bytes[UNPACKED_LINES * FC_LINE] __attribute__((aligned(FC_LINE)));
     if (rows) tiles_begin_chunks(FC_CHUNK / 4);

@@ -89,7 +89,7 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
         f.a_type = A_QUANTIZED;
         f.rounding = rounding_of(format, args, f.int_bytes);
         f.x_k = f.rounding.chunk;
-        f.x_bytes = f.x_k * f.int_bytes * f.rounding.planes + (ptrdiff_t)sizeof(struct fc_chunk);
+        f.x_bytes = fc_chunk_bytes(f.x_k * f.int_bytes * f.rounding.planes, kernels->x_align);
         f.chunk_lines = f.rounding.chunk / (format->expands ? 4 : format->k_step);
     }
     return f;
