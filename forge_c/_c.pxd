@@ -184,6 +184,12 @@ cdef extern from "forge.h" nogil:
     fc_status fc_append(const fc_append_args *args)
     fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptrdiff_t seq, float *k, float *v)
 
+    ctypedef enum fc_precision:
+        FC_PRECISION_AUTO
+        FC_PRECISION_F32
+        FC_PRECISION_BF16
+        FC_PRECISION_I8
+
     ctypedef struct fc_attention_args:
         size_t size
         fc_dtype q_type, kv_type
@@ -211,6 +217,7 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t mask_stride[4]
         const float *sinks
         fc_workspace *workspace
+        fc_precision precision
     fc_status fc_attention(const fc_attention_args *args)
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
@@ -424,6 +431,7 @@ cdef extern from "forge.h" nogil:
         const float *balance
         float scale, softcap
         ptrdiff_t window
+        fc_precision precision
     ctypedef struct fc_attention_state:
         const fc_kv_cache *kv
         const float *cos

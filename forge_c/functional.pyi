@@ -4,7 +4,7 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from forge_c.formats.layout import Activations
+from forge_c.formats.layout import Activations, Precision
 from forge_c.rotary import RopeTable
 from forge_c.state.kv import KVCache
 
@@ -64,11 +64,14 @@ class Part:
     arguments: dict[str, Any] | None
 
 class AttentionPart(Part):
+    @property
+    def precision(self) -> Precision | None: ...
+    def set_precision(self, value: Precision | None) -> None: ...
     def __init__(self, qkv: PackedWeight | Sequence[PackedWeight], out: PackedWeight, *, heads: int, kv_heads: int,
                  head_dim: int, norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
                  k_norm: Norm | None = None, qkv_bias: Array | None = None, balance: Array | None = None,
                  out_bias: Array | None = None, scale: float = 1.0, softcap: float = 0.0,
-                 window: int | None = None, width: int = 0) -> None: ...
+                 window: int | None = None, width: int = 0, precision: Precision | None = None) -> None: ...
 
 class MLPPart(Part):
     def __init__(self, up: PackedWeight | Sequence[PackedWeight], down: PackedWeight, *, activation: str = "silu",
@@ -186,13 +189,13 @@ def embedding(ids: ArrayLike, table: Array | PackedWeight, *, scale: float = 1.0
 def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: bool = False, scale: float | None = None,
               mask: Array | None = None, window: int | None = None, softcap: float | None = None,
               sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
-              kv_positions: Array | None = None, return_lse: Literal[False] = False,
-              out: Array | None = None) -> Array: ...
+              kv_positions: Array | None = None, precision: Precision | None = None,
+              return_lse: Literal[False] = False, out: Array | None = None) -> Array: ...
 @overload
 def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: bool = False, scale: float | None = None,
               mask: Array | None = None, window: int | None = None, softcap: float | None = None,
               sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
-              kv_positions: Array | None = None, return_lse: Literal[True],
+              kv_positions: Array | None = None, precision: Precision | None = None, return_lse: Literal[True],
               out: Array | None = None) -> tuple[Array, NDArray[np.float32]]: ...
 def merge_attention(out_a: Array, lse_a: NDArray[np.float32], out_b: Array,
                     lse_b: NDArray[np.float32]) -> tuple[Array, NDArray[np.float32]]: ...

@@ -16,6 +16,7 @@ from ggml_blocks import random_blocks
 from test_activations import REFERENCE, magnitude
 from test_attention import check_pair, expected, multiplies_pairs
 from test_attention_cache import integer_roundings
+from test_attention_precision import check_byte_pair
 from test_gated_delta import RULES
 from test_gated_delta import check as check_gated_delta
 from test_gated_delta import inputs as gated_delta_inputs
@@ -412,6 +413,8 @@ def attention(rng: Rng) -> Call:
     if rng.random() < 0.3:
         arrays["kv_lens"] = rng.integers(0, s["kv_len"] + 1, s["batch"])
     options = _options(rng, s)
+    if rng.random() < 0.4:
+        options["precision"] = pick(rng, (None, "float32", "bfloat16", "int8"))
     return Call("attention", arrays, partial(fc.attention, return_lse=True, **options),
                 partial(_check_attention, options), any_stride=("mask", "kv_lens"), options=options)
 
@@ -419,7 +422,16 @@ def attention(rng: Rng) -> Call:
 def _check_attention(options: dict[str, Any], got: tuple[Array, ...], a: dict[str, Array]) -> None:
     """Whole, where every number is finite and no product is near the end of float32; else the places of NaN."""
     q, k, v = a["q"], a["k"], a["v"]
+    precision = options.get("precision")
+    if precision in ("float32", "bfloat16"):
+        k, v = (t.astype(F32 if precision == "float32" else BF16) for t in (k, v))
     more = options | {name: a[name] for name in ("mask", "sinks", "kv_lens") if name in a}
+    more.pop("precision", None)
+    if precision == "int8":
+        finite = all(t.size and np.isfinite(ref.f64(t)).all() and _finite(t).max() < 1e6 for t in (q, k, v))
+        if finite:
+            check_byte_pair(fc.isa(), (got[0], got[1]), q, k, v, **more)
+        return
     pairs = multiplies_pairs(k.dtype)
     largest = [float(_finite(t).max(initial=0)) for t in (q, k, v)]
     if not q.size and not got[0].size or largest[0] * largest[1] > 1e30 or largest[2] > 1e30:

@@ -226,6 +226,10 @@ fc_status fc_kv_read(const fc_kv_cache *cache, ptrdiff_t b, ptrdiff_t start, ptr
 
 /* ---- attention: out (B, S, H, E) = softmax(mask(cap(scale q k^T))) v ---- */
 
+/* What q k^T and weights v are multiplied in; softmax and sums are float32. FC_PRECISION_I8: see
+ * ops/attention/bytes.h */
+typedef enum { FC_PRECISION_AUTO, FC_PRECISION_F32, FC_PRECISION_BF16, FC_PRECISION_I8 } fc_precision;
+
 typedef struct {
     size_t size; /* sizeof(fc_attention_args) */
     fc_dtype q_type, kv_type; /* out has q_type */
@@ -248,6 +252,7 @@ typedef struct {
     ptrdiff_t mask_stride[4]; /* batch, head, query, key; 0 broadcasts; key: 0 or contiguous */
     const float *sinks;       /* (H) or NULL */
     fc_workspace *workspace;
+    fc_precision precision; /* 0: by kv_type, or as the cache holds them */
 } fc_attention_args;
 fc_status fc_attention(const fc_attention_args *args);
 
@@ -465,7 +470,8 @@ typedef struct {
     fc_matrix out; /* (A, hidden) */
     const float *balance; /* (A + C), or NULL: what q and k are multiplied by, before RoPE, for pages of int8 */
     float scale, softcap;
-    ptrdiff_t window; /* as in fc_attention_args */
+    ptrdiff_t window; /* as in fc_attention_args, */
+    fc_precision precision; /* too */
 } fc_attention_weights;
 typedef struct {
     const fc_kv_cache *kv;

@@ -71,6 +71,32 @@ struct fc_attention_row {
     uint16_t *bf16; /* (n): weights as bfloat16, instead of s; may begin where s does, or before; else NULL */
 };
 
+/* C[m][FC_PANEL * panels] = sum over blocks of scale (start + X W), X unsigned and W signed bytes; strides in bytes. */
+struct fc_byte_product {
+    float *c;
+    ptrdiff_t ldc;
+    const uint8_t *x; /* (m, blocks * lines * 4) */
+    ptrdiff_t ldx;
+    const int8_t *w; /* (panels, blocks * lines, FC_PANEL, 4), panels panel_stride apart */
+    ptrdiff_t panel_stride, m, panels, blocks, lines;
+    const int32_t *start; /* (FC_PANEL * panels), or NULL: zeros */
+    const float *scale;   /* (m, blocks), rows ld_scale floats apart, or NULL: ones */
+    ptrdiff_t ld_scale;
+};
+
+/* A row's scores of a chunk, of which [lo, hi) are seen, on their way to weights in bytes:
+ *     cap tanh((scale s k_scale + shift) / cap) + bias     without softcap and bias scale and shift have a factor log2(e) */
+struct fc_byte_row {
+    float *s;                       /* (256) in: q k as integers */
+    const float *k_scale, *v_scale; /* (256) */
+    const float *shift;             /* (256 / FC_PANEL), of a panel of keys */
+    const float *bias;              /* (256), or NULL */
+    float scale, softcap;
+    ptrdiff_t lo, hi;
+    uint8_t *w;     /* (256) out: w_scale w ~ weights v_scale, w_scale of 64 keys at a time */
+    float *w_scale; /* (4) */
+};
+
 /* A block of tokens of one head, whose state is S (n, p); see kernels/ssd.h, kernels/delta.h and kernels/s4d.h. */
 struct fc_head_scan {
     const char *from;                     /* S before, NULL: zeros; may be `to`, S after */
@@ -227,6 +253,10 @@ struct fc_seams {
     X(add_scaled, (float *out, const float *x, const float *y, float scale, ptrdiff_t n))                              \
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
+    X(gemm_bytes, (const struct fc_byte_product *g))                                                                   \
+    X(byte_weights, (const struct fc_byte_row *row, float *max, float *sum))                                           \
+    X(to_bytes, (int8_t *q, float *scale, int32_t *sum, const float *x, ptrdiff_t n, float qmax))                      \
+    X(hadamard, (float *x, ptrdiff_t n))                                                                               \
     X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float qmax))                                     \
     X(pv_partial_lines, (const struct fc_gemm *g, fc_kv_type type, ptrdiff_t lo, ptrdiff_t hi))                        \
     X(all_finite, (int *yes, const float *x, ptrdiff_t n))                                                             \
@@ -296,6 +326,7 @@ struct fc_kernels {
     ptrdiff_t bf16_k; /* k of bfloat16 products that are summed before they join an output's chain */
     int i8_x, i4_x;
     ptrdiff_t x_align; /* of a chunk of integers */
+    int byte_query; /* the largest byte of a query, see kernels/attention_bytes.h */
     struct fc_blocks blocks[FC_A_TYPES];
     struct fc_unpacked unpacked;
 #define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;

@@ -37,8 +37,10 @@ FC_INLINE vf vf_load1(const void *p) {
 FC_INLINE void vf_store(void *p, vf a) { *(vf_any *)p = a; }
 #ifdef __clang__
 #define vi_shuffle(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
+#define vi_two(a, b, ...) __builtin_shufflevector((vi)(a), (vi)(b), __VA_ARGS__) /* lanes of b from FC_N on */
 #else
 #define vi_shuffle(a, ...) __builtin_shuffle(a, (vi){__VA_ARGS__})
+#define vi_two(a, b, ...) __builtin_shuffle((vi)(a), (vi)(b), (vi){__VA_ARGS__})
 #endif
 FC_INLINE vf vf_from_int(vi a) { return __builtin_convertvector(a, vf); }
 FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
@@ -113,6 +115,21 @@ FC_INLINE void vf_keep_subnormals(uint64_t before) {
 
 #ifndef FC_HAS_FROM_I8
 FC_INLINE vi vi_from_i8(const void *p) { return (vi_from_u8(p) ^ 128) - 128; }
+#endif
+
+#ifndef FC_HAS_MAX_UNSIGNED
+FC_INLINE vu vu_max(vu a, vu b) {
+    const vu more = (vu)(a > b);
+    return (a & more) | (b & ~more);
+}
+#endif
+
+/* The low bytes of v[4] to 4 FC_N neighbours, which are 0..127, or 0..255 where the ISA multiplies bytes by bytes */
+#ifndef FC_HAS_PUT8_FOUR
+FC_INLINE void vi_put8_four(uint8_t *p, const vi v[4]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) vi_put8((int8_t *)p + j * FC_N, v[j]);
+}
 #endif
 
 #ifndef FC_HAS_LOAD_TRANSPOSED

@@ -123,6 +123,11 @@ OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Call
     "attention": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16, SMALLEST_NORMAL),
     # As above where the ISA multiplies pairs of bfloat16: a weight is rounded to 8 bits, 2^-8 = 2^16 2^-24.
     "attention_pairs": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16 + 2**16, lambda n: sums_flushed(n + 1)),
+    # As "attention" where products are bytes: weights of 2^x to 1e-4, above and below, 2^12 2^-24; what the bytes of
+    # queries, keys, values and weights do is the test's `more`. Terms under 2^-100 of a row's largest stay that.
+    "attention_bytes": (lambda n, d, s: 2 * (d + 8) * (1 + s) + 3 * n + 16 + 2**12, lambda n: n * 2.0**-100),
+    # As "lse", and 1e-4 in each term, 2^11 2^-24.
+    "lse_bytes": (lambda n, d, s: (d + 8) * (1 + s) + n + 8 + 2**11, 0.0),
     # The log of a sum of n terms, absolute. magnitude: 1 + |lse|.
     "lse": (lambda n, d, s: (d + 8) * (1 + s) + n + 8, 0.0),
     # n tokens; a token's term loses a rounding to its product and one to the sum, 4 to the decay, and 10 of the size of

@@ -102,6 +102,22 @@ cdef float attention_softcap(object softcap) except? -1:
     return cap
 
 
+cdef fc_precision attention_precision(str function, str arg, object precision) except <fc_precision>-1:
+    """What products are made in."""
+    if precision is None:
+        return FC_PRECISION_AUTO
+    if not isinstance(precision, str):
+        raise TypeError(f"{function}: {arg} is a {type(precision).__name__}, expected None or a name: float32, bfloat16, "
+                        "int8")
+    if precision == "float32":
+        return FC_PRECISION_F32
+    if precision == "bfloat16":
+        return FC_PRECISION_BF16
+    if precision == "int8":
+        return FC_PRECISION_I8
+    raise ValueError(f"{function}: {arg} is {precision!r}, expected None, float32, bfloat16 or int8")
+
+
 cdef tuple attention_cache(object cache, fc_attention_args *a, object kv_lens, object window):
     """(pages, lengths) of a KVCache, to be held during the call. Another thread may append meanwhile: the lengths are
     copied first, and nothing else is asked how many tokens there are."""
@@ -213,7 +229,7 @@ cdef int run_attention(fc_attention_args *a, cnp.ndarray y, cnp.ndarray lse) exc
 
 
 def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None, softcap=None, sinks=None, kv_lens=None,
-              q_positions=None, kv_positions=None, return_lse=False, out=None):
+              q_positions=None, kv_positions=None, precision=None, return_lse=False, out=None):
     """softmax(softcap(scale * q @ k.T) + mask) @ v with online softmax; no (q_len, kv_len) matrix is ever in memory.
 
     q (batch, q_len, heads, head_dim); k (batch, kv_len, kv_heads, head_dim); v (batch, kv_len, kv_heads, v_dim), where
@@ -231,6 +247,14 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     0 .. kv_len - 1 and the queries are the last of them; a KVCache holds 0, 1, 2, ... Keys are summed in chunks of the
     arrays' 256, so positions that say what the default does give its bits.
     softcap c: c * tanh(s / c). sinks (heads,): one more logit in each row's denominator. kv_lens (batch,): valid keys.
+    precision: what q k^T and weights v are multiplied in, softmax and sums being float32: None, that of k and v (float16
+    and float32 in float32, bfloat16 as an int8 or bfloat16 cache's in their own); "float32"; "bfloat16", all four rounded
+    to it; "int8", bytes with a scale for each token and head, and for a query's weights of 64 keys, after H q, H k and
+    H v with Hadamard's matrix H, which changes nothing but spreads large channels, and, without mask and window, less
+    the mean of the 256-key chunk's earlier keys: 1 to 2 % of error where bfloat16 makes 0.3 (docs/accuracy.md). A row
+    depends on the keys that it sees alone, and has the same bits whole, in pieces and token by token, in any batch and on
+    any threads. A KVCache of another dtype is converted in each call, once for all of its queries: a few queries at a
+    time are slower so than in the cache's own.
     A row that sees no key gives 0. With return_lse the result is (out, lse): lse (batch, q_len, heads) float32 is the
     log of the softmax's denominator, sinks included, -inf for an empty row.
 
@@ -255,6 +279,7 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     a.size = sizeof(a)
     a.softcap, return_lse = attention_softcap(softcap), flag("attention", "return_lse", return_lse)
     a.window, a.causal = attention_window(window), flag("attention", "causal", causal)
+    a.precision = attention_precision("attention", "precision", precision)
     attention_queries(&a, qa)
     if v is None:
         pages, lens = attention_cache(k, &a, kv_lens, window)

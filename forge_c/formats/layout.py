@@ -57,6 +57,7 @@ FORMATS = get_args(Dtype)
 PackDtype = Literal["float32", "bfloat16", "int8", "int4", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
 PACKED = get_args(PackDtype)  # that pack makes
 Activations = Literal["int8", "int12"]  # how inputs are rounded for integer weights
+Precision = Literal["float32", "bfloat16", "int8"]  # of attention
 ACTIVATIONS = get_args(Activations)
 
 

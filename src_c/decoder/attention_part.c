@@ -79,7 +79,8 @@ static fc_status attend(const struct attention_pass *t, const struct some_rows *
         .out_stride = {r->seq * out_row, out_row, t->head}, .kv_lens = p->lens + r->b,
         .q_positions = apart ? p->positions + r->first : NULL,
         .kv_positions = apart ? p->kv_positions + r->b * p->kv_room : NULL, .causal = 1, .window = w->window,
-        .scale = w->scale, .softcap = w->softcap, .workspace = p->workspace});
+        .scale = w->scale, .softcap = w->softcap, .workspace = p->workspace,
+        .precision = w->precision});
 }
 
 /* All rows at once, or one after the other where they have different numbers of tokens. */

@@ -21,6 +21,7 @@
 #include "../kernels/expand.h"
 #include "../kernels/blocks.h"
 #include "../kernels/attention.h"
+#include "../kernels/attention_bytes.h"
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
 #include "../kernels/panels.h"
@@ -66,6 +67,7 @@ const struct fc_kernels FC_TABLE = {
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,
     .x_align = FC_X_ALIGN,
+    .byte_query = FC_BYTE_QUERY,
     .blocks = FC_BLOCKS,
     .unpacked = FC_UNPACKED,
     .expand = {FC_EXPANSIONS(FC_EXPANSION_ENTRY)},

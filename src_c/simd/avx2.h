@@ -134,3 +134,12 @@ FC_INLINE void vi_put8(int8_t *p, vi a) {
     __m128i h = vi_packed16(a);
     _mm_storel_epi64((void *)p, _mm_packs_epi16(h, h));
 }
+#define FC_HAS_PUT8_FOUR 1
+FC_INLINE void vi_put8_four(uint8_t *p, const vi v[4]) {
+    const __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]);
+    const __m256i high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+}
+#define FC_HAS_MAX_UNSIGNED 1
+FC_INLINE vu vu_max(vu a, vu b) { return (vu)_mm256_max_epu32((__m256i)a, (__m256i)b); }

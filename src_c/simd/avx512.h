@@ -178,3 +178,14 @@ FC_INLINE vi vi_dot_i16(vi acc, vi a, vi b) {
 
 FC_INLINE void vi_put16(int16_t *p, vi a) { _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16((__m512i)a)); }
 FC_INLINE void vi_put8(int8_t *p, vi a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)a)); }
+#ifndef FC_SOFTWARE_AVX512
+#define FC_HAS_MAX_UNSIGNED 1
+FC_INLINE vu vu_max(vu a, vu b) { return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b); }
+#define FC_HAS_PUT8_FOUR 1
+FC_INLINE void vi_put8_four(uint8_t *p, const vi v[4]) {
+    const __m512i low = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]);
+    const __m512i high = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+}
+#endif

@@ -207,7 +207,7 @@ fc_status fc_append(const fc_append_args *args) {
 
 /* ---- out ---- */
 
-static float decoded(fc_kv_type type, const char *p, float scale) {
+static inline float decoded(fc_kv_type type, const char *p, float scale) {
     if (type == FC_KV_I8) return (float)*(const signed char *)p * scale;
     uint32_t bits = 0;
     if (type == FC_KV_BF16) memcpy((char *)&bits + 2, p, 2);
@@ -215,6 +215,29 @@ static float decoded(fc_kv_type type, const char *p, float scale) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
+}
+
+/* The token of a slot: k (D), v (E) */
+static inline __attribute__((always_inline)) void read_token(const fc_kv_type type, const fc_kv_cache *c, const fc_kv_head *h, ptrdiff_t slot,
+                                 float *k, float *v) {
+    const ptrdiff_t size = type == FC_KV_F32 ? 4 : type == FC_KV_BF16 ? 2 : 1, k_step = type == FC_KV_F32 ? 1 : 2;
+    const float k_scale = type == FC_KV_I8 ? h->k_scale[slot] : 1.0f, v_scale = type == FC_KV_I8 ? h->v_scale[slot] : 1;
+    const char *key = h->k + slot / FC_PANEL * h->k_panel + slot % FC_PANEL * k_step * size;
+    const char *value = h->v + slot / k_step * h->line + slot % k_step * size;
+    for (ptrdiff_t d = 0; d < c->head_dim; d++)
+        k[d] = decoded(type, key + d / k_step * h->line + d % k_step * size, k_scale);
+    for (ptrdiff_t e = 0; e < c->v_dim; e++)
+        v[e] = decoded(type, value + e / FC_PANEL * h->v_panel + e % FC_PANEL * k_step * size, v_scale);
+}
+
+static void read_slot(const fc_kv_cache *c, const fc_kv_head *h, ptrdiff_t slot, float *k, float *v) {
+    if (c->type == FC_KV_F32) read_token(FC_KV_F32, c, h, slot, k, v);
+    else if (c->type == FC_KV_BF16) read_token(FC_KV_BF16, c, h, slot, k, v);
+    else read_token(FC_KV_I8, c, h, slot, k, v);
+}
+
+void fc_kv_read_head(const fc_kv_cache *cache, const fc_kv_head *head, ptrdiff_t n, float *k, float *v) {
+    for (ptrdiff_t i = 0; i < n; i++) read_slot(cache, head, i, k + i * cache->head_dim, v + i * cache->v_dim);
 }
 
 struct read {
@@ -226,22 +249,13 @@ struct read {
 static void read_tokens(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct read *ctx = context;
     const fc_kv_cache *c = ctx->c;
-    const ptrdiff_t size = value_bytes(c->type), k_step = k_step_of(c->type);
     (void)rank;
     for (ptrdiff_t i = begin; i < end; i++) {
-        const ptrdiff_t position = ctx->start + i, slot = position % FC_KV_CHUNK;
+        const ptrdiff_t position = ctx->start + i;
         for (ptrdiff_t g = 0; g < c->kv_heads; g++) {
             const fc_kv_head h = fc_kv_head_of(c, ctx->b, g, position / FC_KV_CHUNK);
-            const char *key = h.k + slot / FC_PANEL * h.k_panel + slot % FC_PANEL * k_step * size;
-            float *k = ctx->k + (i * c->kv_heads + g) * c->head_dim, *v = ctx->v + (i * c->kv_heads + g) * c->v_dim;
-            for (ptrdiff_t d = 0; d < c->head_dim; d++)
-                k[d] =
-                    decoded(c->type, key + d / k_step * h.line + d % k_step * size, h.k_scale ? h.k_scale[slot] : 1.0f);
-            for (ptrdiff_t e = 0; e < c->v_dim; e++)
-                v[e] = decoded(c->type,
-                               h.v + e / FC_PANEL * h.v_panel + slot / k_step * h.line +
-                                   (e % FC_PANEL * k_step + slot % k_step) * size,
-                               h.v_scale ? h.v_scale[slot] : 1.0f);
+            read_slot(c, &h, position % FC_KV_CHUNK, ctx->k + (i * c->kv_heads + g) * c->head_dim,
+                      ctx->v + (i * c->kv_heads + g) * c->v_dim);
         }
     }
 }

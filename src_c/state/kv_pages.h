@@ -26,4 +26,7 @@ size_t fc_kv_store_bytes(const fc_kv_cache *cache);
 void fc_kv_store(const struct fc_kernels *kernels, const fc_append_args *args, const fc_kv_head *head, ptrdiff_t slot,
                  ptrdiff_t n, const char *k, const char *v, int64_t position, void *scratch);
 
+/* The tokens of slots [0, n) of one head as float32: k (n, D), v (n, E) */
+void fc_kv_read_head(const fc_kv_cache *cache, const fc_kv_head *head, ptrdiff_t n, float *k, float *v);
+
 #endif

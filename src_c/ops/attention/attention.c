@@ -2,8 +2,8 @@
  *
  * A row's result is its chunks' partials (max, sum, o), each started fresh and folded in chunk order. A prompt
  * fed whole, in pieces or token by token, alone or in a batch, on any threads, runs that same arithmetic, hence the
- * same bits. Keys and values are multiplied in the panels of a cache's page (state/kv_pages.h); those of plain arrays
- * are brought into such pages first. Work is a block of queries of one key/value head (all R query heads of the group
+ * same bits. Keys and values are multiplied in the panels of a cache's page (state/kv_pages.h); those of plain arrays,
+ * and those that are to be multiplied in another precision, are brought into such pages first. Work is a block of queries of one key/value head (all R query heads of the group
  * share its keys), or, where blocks are too few, single chunks whose partials are folded afterwards.
  *
  * Keys outside a row's [lo, hi) (visible.h) are not multiplied at all: a NaN there changes nothing.
@@ -49,6 +49,7 @@ static void finish_row(const struct attention *ctx, const struct where *w, ptrdi
         total = total * keep + expf(sink - higher);
         top = higher;
     }
+    if (ctx->bytes && args->v_dim) ctx->k->hadamard(o, args->v_dim);
     if (args->lse)
         fc_put_float(args->lse, (w->b * args->q_len + q) * args->heads + head,
                      total == 0.0f ? -INFINITY : top + logf(total));
@@ -62,7 +63,7 @@ static void finish_row(const struct attention *ctx, const struct where *w, ptrdi
 static void attend_query_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *ctx = context;
     const struct scratch r = fc_attention_scratch_of(ctx, rank);
-    const ptrdiff_t pairs = ctx->args->cache ? ctx->args->batch * ctx->args->kv_heads : ctx->pairs;
+    const ptrdiff_t pairs = ctx->in_place ? ctx->args->batch * ctx->args->kv_heads : ctx->pairs;
     struct fc_range see[BLOCK_ROWS];
     for (ptrdiff_t i = begin; i < end; i++) {
         struct where w = where_of(ctx, ctx->first_pair + i % pairs, ctx->blocks - 1 - i / pairs);
@@ -99,7 +100,7 @@ static fc_status attend_blocks(struct attention *ctx, ptrdiff_t pairs) {
 /* Heads' keys and values into pages, as many heads as PACKED_BYTES allow, then their blocks. */
 static fc_status pack_and_attend(struct attention *ctx) {
     const ptrdiff_t all = ctx->args->batch * ctx->args->kv_heads,
-                    each = fc_times(ctx->kv.pages_a_row, fc_kv_page_bytes(&ctx->kv));
+                    each = fc_times(ctx->kv.pages_a_row, fc_attention_page_bytes(ctx));
     const ptrdiff_t some =
         each > 0 && PACKED_BYTES / each < all ? (PACKED_BYTES / each > 0 ? PACKED_BYTES / each : 1) : all;
     void **pages = fc_attention_new_pages(ctx, some);
@@ -117,7 +118,7 @@ static fc_status by_blocks(struct attention *ctx) {
     if (fc_scratch_alloc(ctx->args->workspace, &ctx->scratch, ctx->threads, fc_attention_scratch_bytes(ctx)))
         return FC_NO_MEMORY;
     fc_status status =
-        ctx->args->cache ? attend_blocks(ctx, ctx->args->batch * ctx->args->kv_heads) : pack_and_attend(ctx);
+        ctx->in_place ? attend_blocks(ctx, ctx->args->batch * ctx->args->kv_heads) : pack_and_attend(ctx);
     fc_scratch_free(&ctx->scratch);
     return status;
 }
@@ -184,7 +185,7 @@ static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end
     const ptrdiff_t queries = ctx->args->batch * ctx->args->q_len,
                     see_bytes = fc_times(queries, sizeof(struct fc_range));
     fc_scratch parts;
-    ctx->own_page = !ctx->args->cache;
+    ctx->own_page = !ctx->in_place;
     const size_t parts_bytes = (size_t)fc_plus(see_bytes, fc_times(bytes, segment + 1));
     if (fc_scratch_alloc(ctx->args->workspace, &parts, 1, parts_bytes)) return FC_NO_MEMORY;
     if (fc_scratch_alloc(ctx->args->workspace, &ctx->scratch, ctx->threads, fc_attention_scratch_bytes(ctx))) {
@@ -212,26 +213,37 @@ static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end
 
 /* ---- which ---- */
 
-/* How keys and values lie, and what multiplies them. Plain float16 becomes float32. */
-static void choose_pages(struct attention *ctx) {
-    const fc_attention_args *args = ctx->args;
-    if (args->cache) {
-        ctx->kv = *args->cache;
-    } else {
-        const ptrdiff_t pages = chunks_of(args->kv_len);
-        ctx->kv = (fc_kv_cache){.type = args->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32, .kv_heads = 1,
-                              .head_dim = args->head_dim, .v_dim = args->v_dim, .pages_a_row = pages};
+/* The pages of a precision. Without one: those of a cache as they are; plain float16 becomes float32. */
+static fc_kv_type page_type(const fc_attention_args *args) {
+    switch (args->precision) {
+    case FC_PRECISION_F32: return FC_KV_F32;
+    case FC_PRECISION_BF16: return FC_KV_BF16;
+    case FC_PRECISION_I8: return FC_KV_I8; /* not their layout: see bytes.c */
+    default: break;
     }
-    ctx->gemm = ctx->kv.type == FC_KV_F32    ? ctx->k->gemm_f32
-                : ctx->kv.type == FC_KV_BF16 ? ctx->k->gemm_bf16
-                                             : ctx->k->gemm_s8;
-    ctx->a_type = ctx->kv.type == FC_KV_I8                                  ? INT16
-                  : ctx->kv.type == FC_KV_BF16 && ctx->k->bf16_x == FC_BF16 ? BF16
-                                                                            : FLOATS;
+    return args->cache ? args->cache->type : args->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32;
+}
+
+/* How keys and values lie, of chunks [begin, end), and what multiplies them. */
+static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) {
+    const fc_attention_args *args = ctx->args;
+    const fc_kv_type type = page_type(args);
+    ctx->bytes = args->precision == FC_PRECISION_I8;
+    ctx->smooth = ctx->bytes && !args->mask && !args->window;
+    ctx->in_place = args->cache && args->cache->type == type && !ctx->bytes;
+    ctx->first_page = begin < end ? begin : 0;
+    if (ctx->in_place) ctx->kv = *args->cache;
+    else ctx->kv = (fc_kv_cache){.type = type, .kv_heads = 1, .head_dim = args->head_dim, .v_dim = args->v_dim,
+                                 .pages_a_row = begin < end ? end - begin : 0};
+    ctx->gemm = type == FC_KV_F32 ? ctx->k->gemm_f32 : type == FC_KV_BF16 ? ctx->k->gemm_bf16 : ctx->k->gemm_s8;
+    ctx->a_type = ctx->bytes                                              ? FLOATS
+                  : type == FC_KV_I8                                      ? INT16
+                  : type == FC_KV_BF16 && ctx->k->bf16_x == FC_BF16 ? BF16
+                                                                          : FLOATS;
     const fc_a_type multiplies[] = {[FC_KV_F32] = FC_A_F32, [FC_KV_BF16] = FC_A_BF16, [FC_KV_I8] = FC_A_I16};
-    ctx->tile_rows = ctx->k->blocks[multiplies[ctx->kv.type]].tile_rows;
+    ctx->tile_rows = ctx->k->blocks[multiplies[type]].tile_rows;
     ctx->x_size = ctx->a_type == FLOATS ? 4 : 2;
-    ctx->k_step = ctx->kv.type == FC_KV_F32 ? 1 : 2;
+    ctx->k_step = ctx->bytes ? 4 : type == FC_KV_F32 ? 1 : 2;
     ctx->grid = ctx->a_type == BF16 ? ctx->k->bf16_k : ctx->k_step;
     ctx->sums = ctx->a_type == INT16 || ctx->grid > ctx->k_step ? ON_GRID : IN_ORDER;
 }
@@ -240,14 +252,10 @@ fc_status fc_attention(const fc_attention_args *args) {
     if (!FC_IS_OURS(args) || (args->cache && !FC_IS_OURS(args->cache))) return FC_BAD_SIZE;
     struct attention ctx = {
         .k = fc_k, .args = args, .threads = fc_get_num_threads(), .group = args->heads / args->kv_heads};
-    choose_pages(&ctx);
     ctx.block = BLOCK_ROWS / ctx.group > 0 ? BLOCK_ROWS / ctx.group : 1;
     if (ctx.block > args->q_len) ctx.block = args->q_len;
     ctx.blocks = (args->q_len + ctx.block - 1) / ctx.block;
     ctx.rows = ctx.block * ctx.group;
-    ctx.d_padded = fc_round_up(args->head_dim, ctx.k_step);
-    ctx.e_padded = fc_round_up(args->v_dim, 16);
-    ctx.qmax = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (ctx.d_padded > 0 ? ctx.d_padded : 1));
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;
     for (ptrdiff_t b = 0; b < args->batch; b++) {
         const struct fc_range see = fc_visible_to(args, b, 0, args->q_len - 1);
@@ -255,6 +263,10 @@ fc_status fc_attention(const fc_attention_args *args) {
         if (see.lo / FC_KV_CHUNK < begin) begin = see.lo / FC_KV_CHUNK;
         if (chunks_of(see.hi) > end) end = chunks_of(see.hi);
     }
+    choose_pages(&ctx, begin, end);
+    ctx.d_padded = fc_round_up(args->head_dim, ctx.k_step);
+    ctx.e_padded = fc_round_up(args->v_dim, 16);
+    ctx.qmax = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (ctx.d_padded > 0 ? ctx.d_padded : 1));
     if (ctx.blocks == 1 && end - begin > 1) return by_chunks(&ctx, begin, end);
     return by_blocks(&ctx);
 }

@@ -1,5 +1,5 @@
-/* One call of attention: what its three files share. attention.c chooses the work's items, chunk.c computes one chunk
- * of keys against one block of queries, pages.c brings plain arrays into pages. */
+/* One call of attention: what its files share. attention.c chooses the work's items, chunk.c computes one chunk of keys
+ * against one block of queries, bytes.c does in bytes, pages.c brings keys and values into the pages of either. */
 #ifndef FC_OPS_ATTENTION_H
 #define FC_OPS_ATTENTION_H
 
@@ -30,7 +30,10 @@ struct attention {
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
     ptrdiff_t rows, d_padded, e_padded; /* rows of a block = block * R; D in whole lines; E in whole panels */
-    /* The pages: a cache's, or, for plain arrays, those of pairs (b, g) from first_pair on, or a thread's one. */
+    /* The pages: a cache's where they lie, or what plain arrays, or a cache's pages of another type, become: those of
+     * pairs (b, g) from first_pair and of chunks from first_page on, or a thread's one. bytes: see bytes.c. */
+    int in_place, bytes, smooth;
+    ptrdiff_t first_page;
     fc_kv_cache kv;
     ptrdiff_t first_pair, pairs;
     int own_page;
@@ -50,7 +53,8 @@ struct scratch {
     float *part, *part_max, *part_sum; /* (rows, e_padded), (rows), (rows) */
     float *o, *max, *sum;              /* the same, folded so far */
     float *bias;   /* (256) */
-    void *store;   /* of fc_kv_store */
+    float *bytes;  /* of bytes.c */
+    void *store;   /* of fc_kv_store, and tokens of a cache as float32 */
     void *page;    /* own_page */
 };
 
@@ -60,7 +64,37 @@ struct where {
     const struct fc_range *see; /* (queries) */
 };
 
+/* A chunk of n keys from key0 on; of a block's rows (query, head) from `row` on, [lo, hi) are the keys that any of them
+ * sees, [from, to) those that all of them see: intervals only move on from query to query. */
+struct chunk {
+    ptrdiff_t key0, n;
+};
+struct shared {
+    ptrdiff_t lo, from, to, hi;
+};
+
+static inline struct fc_range see_in(const struct attention *ctx, const struct where *w, ptrdiff_t row,
+                                     struct chunk c) {
+    return fc_visible_in(w->see[row / ctx->group], c.key0, c.n);
+}
+
+static inline struct shared seen_by(const struct attention *ctx, const struct where *w, ptrdiff_t row, ptrdiff_t rows,
+                                    struct chunk c) {
+    const struct fc_range first = see_in(ctx, w, row, c), last = see_in(ctx, w, row + rows - 1, c);
+    return (struct shared){.lo = first.lo, .from = last.lo, .to = first.hi, .hi = last.hi};
+}
+
+/* Keys (n, D) and values (n, E) of one head on their way into a page */
+struct tokens {
+    fc_dtype type;
+    const char *k, *v;
+    ptrdiff_t k_stride, v_stride; /* bytes */
+};
+
 /* ---- pages.c ---- */
+
+ptrdiff_t fc_attention_page_bytes(const struct attention *ctx);
+size_t fc_attention_store_bytes(const struct attention *ctx);
 
 /* Pages for `pairs` heads' keys and values, for free(); NULL without memory. */
 void **fc_attention_new_pages(struct attention *ctx, ptrdiff_t pairs);
@@ -68,7 +102,7 @@ void **fc_attention_new_pages(struct attention *ctx, ptrdiff_t pairs);
 /* The chunks that some query sees of the pairs at hand into their pages, on threads */
 fc_status fc_attention_pack_pages(struct attention *ctx);
 
-/* One chunk of plain keys and values into `page`; scratch: of fc_kv_store */
+/* One chunk of keys and values into `page`; scratch: of fc_attention_store_bytes */
 void fc_attention_store_chunk(const struct attention *ctx, ptrdiff_t pair, ptrdiff_t chunk, void *page, void *scratch);
 
 /* ---- chunk.c ---- */
@@ -79,7 +113,25 @@ struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank);
 /* Rows (query, head) of a block into r->q */
 void fc_attention_load_queries(const struct attention *ctx, const struct where *w, const struct scratch *r);
 
+/* What the mask adds to the scores of the keys that a row sees, into `bias`, which is returned */
+const float *fc_attention_load_bias(const struct attention *ctx, const struct where *w, ptrdiff_t row, struct chunk c,
+                                    float *bias);
+
 /* part, part_max, part_sum of a chunk; returns 0 if the block sees none of it. */
 int fc_attention_chunk(const struct attention *ctx, const struct where *w, const struct scratch *r, ptrdiff_t chunk);
+
+/* ---- bytes.c ---- */
+
+ptrdiff_t fc_byte_page_bytes(const struct attention *ctx);
+size_t fc_byte_store_bytes(const struct attention *ctx);
+ptrdiff_t fc_byte_scratch_floats(const struct attention *ctx);
+
+/* A page <- n tokens; scratch: of fc_byte_store_bytes */
+void fc_byte_store(const struct attention *ctx, void *page, ptrdiff_t n, const struct tokens *from, void *scratch);
+void fc_byte_load_queries(const struct attention *ctx, const struct where *w, const struct scratch *r);
+
+/* part, part_max, part_sum of a chunk, whose page this is */
+void fc_byte_chunk(const struct attention *ctx, const struct where *w, const struct scratch *r, void *page,
+                   struct chunk c);
 
 #endif

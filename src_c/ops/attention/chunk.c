@@ -14,15 +14,18 @@ enum {
 
 /* ---- a thread's scratch ---- */
 
+static ptrdiff_t byte_floats(const struct attention *ctx) {
+    return ctx->bytes ? fc_round_up(fc_byte_scratch_floats(ctx), 16) : 0;
+}
 static ptrdiff_t scratch_floats(const struct attention *ctx) {
     const ptrdiff_t row = fc_plus(fc_plus(ctx->d_padded, LD_SCORES + 6), fc_times(2, ctx->e_padded));
-    return fc_plus(fc_times(ctx->rows, row), FC_KV_CHUNK + 128);
+    return fc_plus(fc_plus(fc_times(ctx->rows, row), FC_KV_CHUNK + 128), byte_floats(ctx));
 }
 static ptrdiff_t store_bytes(const struct attention *ctx) {
-    return ctx->args->cache ? 0 : fc_round_up((ptrdiff_t)fc_kv_store_bytes(&ctx->kv), 64);
+    return ctx->in_place ? 0 : fc_round_up((ptrdiff_t)fc_attention_store_bytes(ctx), 64);
 }
 size_t fc_attention_scratch_bytes(const struct attention *ctx) {
-    const ptrdiff_t page = ctx->own_page ? fc_kv_page_bytes(&ctx->kv) : 0;
+    const ptrdiff_t page = ctx->own_page ? fc_attention_page_bytes(ctx) : 0;
     return (size_t)fc_plus(fc_plus(fc_times(scratch_floats(ctx), 4), store_bytes(ctx)), page);
 }
 
@@ -31,7 +34,7 @@ struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank) {
     char *base = fc_scratch_of(&ctx->scratch, rank);
     r.store = base;
     r.page = base + store_bytes(ctx);
-    float *p = (float *)(void *)((char *)r.page + (ctx->own_page ? fc_kv_page_bytes(&ctx->kv) : 0));
+    float *p = (float *)(void *)((char *)r.page + (ctx->own_page ? fc_attention_page_bytes(ctx) : 0));
     r.scores = p, p += ctx->rows * LD_SCORES;
     r.part = p, p += ctx->rows * ctx->e_padded;
     r.o = p, p += ctx->rows * ctx->e_padded;
@@ -42,33 +45,18 @@ struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank) {
     r.q_scale = p, p += ctx->rows;
     r.w_scale = p, p += ctx->rows;
     r.max = p, p += ctx->rows;
-    r.sum = p;
+    r.sum = p, p += ctx->rows;
+    r.bytes = r.scores + fc_round_up(p - r.scores, 16);
     return r;
-}
-
-/* A chunk of n keys from key0 on; of a block's rows (query, head) from `row` on, [lo, hi) are the keys that any of them
- * sees, [from, to) those that all of them see: intervals only move on from query to query. */
-struct chunk {
-    ptrdiff_t key0, n;
-};
-struct shared {
-    ptrdiff_t lo, from, to, hi;
-};
-
-static inline struct fc_range see_in(const struct attention *ctx, const struct where *w, ptrdiff_t row,
-                                     struct chunk c) {
-    return fc_visible_in(w->see[row / ctx->group], c.key0, c.n);
-}
-
-static struct shared seen_by(const struct attention *ctx, const struct where *w, ptrdiff_t row, ptrdiff_t rows,
-                             struct chunk c) {
-    const struct fc_range first = see_in(ctx, w, row, c), last = see_in(ctx, w, row + rows - 1, c);
-    return (struct shared){.lo = first.lo, .from = last.lo, .to = first.hi, .hi = last.hi};
 }
 
 /* Rows (query, head) of a block. A token's heads lie together and tokens far apart: the next ones are prefetched. */
 void fc_attention_load_queries(const struct attention *ctx, const struct where *w, const struct scratch *to) {
     const fc_attention_args *args = ctx->args;
+    if (ctx->bytes) {
+        fc_byte_load_queries(ctx, w, to);
+        return;
+    }
     const ptrdiff_t size = ctx->a_type == BF16 ? 2 : 4, pad = (ctx->d_padded - args->head_dim) * size;
     const ptrdiff_t bytes = ctx->group * args->head_dim * fc_size_of(args->q_type);
     char *q = to->q;
@@ -91,16 +79,20 @@ void fc_attention_load_queries(const struct attention *ctx, const struct where *
 
 /* ---- one chunk ---- */
 
-static fc_kv_head head_of(const struct attention *ctx, const struct where *w, const struct scratch *r,
-                          ptrdiff_t chunk) {
-    if (ctx->args->cache) return fc_kv_head_of(&ctx->kv, w->b, w->g, chunk);
-    if (ctx->own_page) return fc_kv_head_at(&ctx->kv, r->page, 0);
-    return fc_kv_head_of(&ctx->kv, w->b * ctx->args->kv_heads + w->g - ctx->first_pair, 0, chunk);
+/* Not in place */
+static void *page_of(const struct attention *ctx, const struct where *w, const struct scratch *r, ptrdiff_t chunk) {
+    const ptrdiff_t pair = w->b * ctx->args->kv_heads + w->g - ctx->first_pair;
+    return ctx->own_page ? r->page : ctx->kv.pages[pair * ctx->kv.pages_a_row + chunk - ctx->first_page];
 }
 
-/* What the mask adds to the scores of the keys that a row sees; `bias` holds it. */
-static const float *load_bias(const struct attention *ctx, const struct where *w, ptrdiff_t row, struct chunk c,
-                              float *bias) {
+static fc_kv_head head_of(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                          ptrdiff_t chunk) {
+    if (ctx->in_place) return fc_kv_head_of(&ctx->kv, w->b, w->g, chunk);
+    return fc_kv_head_at(&ctx->kv, page_of(ctx, w, r, chunk), 0);
+}
+
+const float *fc_attention_load_bias(const struct attention *ctx, const struct where *w, ptrdiff_t row, struct chunk c,
+                                    float *bias) {
     const fc_attention_args *args = ctx->args;
     const struct fc_range see = see_in(ctx, w, row, c);
     const ptrdiff_t q = w->q0 + row / ctx->group, head = w->g * ctx->group + row % ctx->group;
@@ -144,7 +136,8 @@ static void weights_of_block(const struct attention *ctx, const struct where *w,
     const float *bias = NULL;
     for (ptrdiff_t row = 0; row < w->queries * ctx->group; row++) {
         const struct fc_range see = see_in(ctx, w, row, c);
-        if (args->mask && (row % ctx->group == 0 || args->mask_stride[1])) bias = load_bias(ctx, w, row, c, r->bias);
+        if (args->mask && (row % ctx->group == 0 || args->mask_stride[1]))
+            bias = fc_attention_load_bias(ctx, w, row, c, r->bias);
         weights(ctx, r, h, row, see.lo, see.hi, bias);
     }
 }
@@ -247,7 +240,7 @@ static void weigh_unhidden(const struct attention *ctx, const struct where *w, c
     int finite;
     ctx->k->all_finite(&finite, r->part + row * ctx->e_padded, ctx->e_padded);
     if (finite || r->part_sum[row] == 0.0f) return;
-    const float *bias = ctx->args->mask ? load_bias(ctx, w, row, c, r->bias) : NULL;
+    const float *bias = ctx->args->mask ? fc_attention_load_bias(ctx, w, row, c, r->bias) : NULL;
     (ctx->sums == ON_GRID ? weigh_copies : weigh_runs)(ctx, r, h, row, see_in(ctx, w, row, c), bias);
 }
 
@@ -259,6 +252,10 @@ int fc_attention_chunk(const struct attention *ctx, const struct where *w, const
     const struct shared all = seen_by(ctx, w, 0, rows, c);
     if (all.hi <= all.lo) return 0;
     if (ctx->own_page) fc_attention_store_chunk(ctx, w->b * args->kv_heads + w->g, chunk, r->page, r->store);
+    if (ctx->bytes) {
+        fc_byte_chunk(ctx, w, r, page_of(ctx, w, r, chunk), c);
+        return 1;
+    }
     const fc_kv_head h = head_of(ctx, w, r, chunk);
     const int same = all.lo == all.from && all.to == all.hi;
     for (ptrdiff_t row = 0, count = same ? rows : SCORE_TILES * ctx->tile_rows; row < rows; row += count) {
