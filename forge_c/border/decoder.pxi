@@ -92,13 +92,13 @@ cdef class AttentionPart(Part):
     """Grouped-query attention: qkv (width, (heads + 2 kv_heads) head_dim), one matrix or up to three side by side, out
     (heads head_dim, hidden); width: channels of what goes in, hidden unless said; q_norm and k_norm act on each head,
     before RoPE; so does balance, (heads + kv_heads, head_dim), which queries and keys are multiplied by where the cache
-    is int8."""
+    is int8. precision: as in attention; set_precision changes it."""
     cdef fc_attention_weights w
 
     def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
                  qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None,
-                 ptrdiff_t width=0):
+                 ptrdiff_t width=0, precision=None):
         cdef cnp.ndarray by
         memset(&self.w, 0, sizeof(self.w))
         self.begin(FC_ATTENTION, &self.w, out.n, None, post_norm)
@@ -120,6 +120,15 @@ cdef class AttentionPart(Part):
                           "norm": norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm,
                           "qkv_bias": qkv_bias, "balance": balance, "out_bias": out_bias, "scale": scale,
                           "softcap": softcap, "window": window, "width": width}
+        self.set_precision(precision)
+
+    @property
+    def precision(self):
+        return self.arguments["precision"]
+
+    def set_precision(self, value):
+        self.w.precision = attention_precision("AttentionPart", "precision", value)
+        self.arguments["precision"] = value
 
     cdef int project(self, tuple matrices, ptrdiff_t columns, object bias) except -1:
         """The matrices into w.qkv, `columns` in all."""

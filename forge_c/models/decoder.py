@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.formats.layout import Activations, PackDtype
-from forge_c.functional import KV_CHUNK, CalledPart, LayeredModel, PackedWeight, StateTable
+from forge_c.formats.layout import Activations, PackDtype, Precision
+from forge_c.functional import KV_CHUNK, AttentionPart, CalledPart, LayeredModel, PackedWeight, StateTable
 from forge_c.models.folded import folded
 from forge_c.models.inputs import can_observe, importance_of, of_random_tokens
 from forge_c.models.mix import Formats, weighs
@@ -69,6 +69,17 @@ class Decoder:
 
     def _mixers(self) -> Iterator[Any]:
         return (kind for layer in self.spec.layers for kind in layer.mixers)
+
+    @property
+    def attention_precision(self) -> Precision | None:
+        """As in load; the same for all layers."""
+        return next((part.precision for part in self._model.parts if isinstance(part, AttentionPart)), None)
+
+    @attention_precision.setter
+    def attention_precision(self, value: Precision | None) -> None:
+        for part in self._model.parts:
+            if isinstance(part, AttentionPart):
+                part.set_precision(value)
 
     @property
     def pass_tokens(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from forge_c.checks import dtype_name, short
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
-from forge_c.formats.layout import PACKED, Activations
+from forge_c.formats.layout import PACKED, Activations, Precision
 from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
@@ -43,8 +43,8 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
 def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", *,
-         activations: Activations | None = None, ignore: str | Collection[str] = (),
-         importance: Mapping[str, ArrayLike] | None = None) -> Model:
+         activations: Activations | None = None, attention_precision: Precision | None = None,
+         ignore: str | Collection[str] = (), importance: Mapping[str, ArrayLike] | None = None) -> Model:
     """Load a Hugging Face folder (config.json and safetensors, with tokenizer.json if it is there), a GGUF file, or a
     folder that Model.save wrote.
 
@@ -60,6 +60,9 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
             not the last projection too.
         activations: how inputs of matrices of integers are rounded, "int8" or "int12" (see forge_c.pack); by default to
             12 bits before those of 8 bits, which keeps what these know, and to 8 before those of fewer.
+        attention_precision: what attention multiplies in, "float32", "bfloat16" or "int8" (see forge_c.attention); by
+            default as the cache holds keys and values. A cache of another dtype is converted in every pass, which
+            prompts hardly feel, and tokens that are generated do.
         ignore: keys of config.json, or of a GGUF file, to take no notice of: there may be one that would be refused,
             since it could change the maths, and does not.
         importance: of formats under 8 bits, by which errors of weights are weighed: what collect_importance found of
@@ -80,7 +83,15 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
     """
     dtype = _dtype_name("load", dtype)
     _check_importance(importance)
+    _check_precision("load", attention_precision)
     ignored = _names("load", "ignore", ignore)
+    model = _load(path, dtype, activations, ignored, importance)
+    return model if attention_precision is None else model._attending_in(attention_precision)
+
+
+def _load(path: str | os.PathLike[str] | None, dtype: str, activations: Activations | None, ignored: frozenset[str],
+          importance: Mapping[str, ArrayLike] | None) -> Model:
+    """As load, by what is there."""
     if path is not None and os.path.exists(path) and not os.path.isdir(path):
         return _load_gguf(Path(path), dtype, activations, ignored, importance)
     if path is not None and is_saved(Path(path)):
@@ -135,7 +146,7 @@ def _head(head: Head, checkpoint: Checkpoint) -> Head:
     """What the file says of the head, corrected by what it holds."""
     if head.tied and checkpoint.has_own_head:
         warnings.warn(f"load: {checkpoint.folder} holds an lm_head.weight of its own, which is used, though "
-                      "config.json has tie_word_embeddings true", stacklevel=3)
+                      "config.json has tie_word_embeddings true", stacklevel=4)
         return replace(head, tied=False)
     return replace(head, absent=True) if checkpoint.is_headless and not head.tied else head
 
@@ -154,12 +165,12 @@ def _bar(layers: range) -> Iterable[int]:
 
 
 def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *,
-                 activations: Activations | None = None) -> Model:
+                 activations: Activations | None = None, attention_precision: Precision | None = None) -> Model:
     """A decoder of a known size with random weights and no tokenizer: what it says is noise, its speed is real.
 
     Args:
         shape: a name in forge_c.models.weights.random.SHAPES: "llama-1.1b" (1.1 billion weights), "llama-tiny", ...
-        dtype, activations: as in load; "auto" is bfloat16.
+        dtype, activations, attention_precision: as in load; "auto" is bfloat16.
 
     Raises:
         ValueError: an unknown shape or dtype.
@@ -170,9 +181,17 @@ def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *,
     dtype = _dtype_name("random_model", dtype)
     dtype = "bfloat16" if dtype == "auto" else dtype
     _check_activations("random_model", activations, dtype)
+    _check_precision("random_model", attention_precision)
     spec = model_spec(shape_config(shape))
     checkpoint = RandomCheckpoint(routed=any(layer.router is not None for layer in spec.layers))
-    return Model(Decoder(spec, checkpoint, dtype, _bar, activations), None, frozenset())
+    model = Model(Decoder(spec, checkpoint, dtype, _bar, activations), None, frozenset())
+    return model if attention_precision is None else model._attending_in(attention_precision)
+
+
+def _check_precision(function: str, precision: Any) -> None:
+    if precision is not None and precision not in get_args(Precision):
+        raise ValueError(f"{function}: attention_precision is {short(precision)}, expected None, "
+                         f"{', '.join(get_args(Precision))}")
 
 
 def _check_importance(importance: Any) -> None:
@@ -244,6 +263,18 @@ class Model:
     def dtype(self) -> str:
         """Format of the packed matrices."""
         return self._decoder.dtype
+
+    @property
+    def attention_precision(self) -> Precision | None:
+        """What attention multiplies in, see load; None: as the cache holds keys and values."""
+        return self._decoder.attention_precision
+
+    def _attending_in(self, precision: Precision) -> Model:
+        """The model itself, whose attention multiplies in this precision from now on."""
+        self._decoder.attention_precision = precision
+        if isinstance(self._source, partial):
+            self._source = partial(self._source, attention_precision=precision)
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forge_c import functional
+from forge_c.formats.layout import Precision
 from forge_c.nn.layer import Layer, Matrix, Seed, Vector, cast_input, uniform
 from forge_c.nn.positional import RotaryPositionalEmbedding
 from forge_c.rotary import RopeTable
@@ -25,7 +26,8 @@ class GroupedQueryAttention(Layer):
 
     gqa(x, mask) -> y.  gqa(x, use_cache=True) -> (y, kv_cache); pass kv_cache back with the next tokens. Attention with
     a cache is causal. The cache that the layer makes holds x's dtype (float16 as float32), so that y has the bits of a
-    call without one; a KVCache of another dtype rounds to that. A full cache is replaced by one twice as large: keep
+    call without one; a KVCache of another dtype rounds to that. attention_precision, None, may be set to "float32",
+    "bfloat16" or "int8", what attention multiplies in. A full cache is replaced by one twice as large: keep
     the one that is returned. A call that raises leaves the cache as it was.
 
     >>> gqa = GroupedQueryAttention(64, n_heads=4, n_kv_heads=2, seed=0)
@@ -56,6 +58,7 @@ class GroupedQueryAttention(Layer):
         self.d_model, self.n_heads, self.n_kv_heads, self.causal = d_model, n_heads, n_kv_heads, causal
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.n_rep, self.dropout = n_heads // n_kv_heads, dropout
+        self.attention_precision: Precision | None = None
         self.rope = RotaryPositionalEmbedding.from_table(rope) if isinstance(rope, RopeTable) else rope
         if self.rope is not None and self.rope.dim > self.head_dim:
             raise ValueError(f"{name}: rope has dim {self.rope.dim}, expected at most head_dim {self.head_dim}")
@@ -98,14 +101,15 @@ class GroupedQueryAttention(Layer):
         if not use_cache and kv_cache is None:
             q, k, v = self._project(a, 0, placed)
             return self._output(functional.attention(q, k, v, causal=self.causal, mask=_mask(mask), q_positions=placed,
-                                                     kv_positions=placed), residual)
+                                                     kv_positions=placed, precision=self.attention_precision), residual)
         cache = self._room(kv_cache, a)
         with cache.writing():
             past = cache.lengths
             q, k, v = self._project(a, past, placed)
             cache.append(k, v)
             try:
-                heads = functional.attention(q, cache, causal=True, mask=_mask(mask))
+                heads = functional.attention(q, cache, causal=True, mask=_mask(mask),
+                                             precision=self.attention_precision)
                 return self._output(heads, residual), cache
             except BaseException:
                 cache.truncate(past)
