@@ -84,6 +84,8 @@ struct fc_byte_product {
     ptrdiff_t ld_scale;
 };
 
+enum { FC_BYTE_ROWS = 24 }; /* at a time: their scores stay in L1 until they are weights */
+
 /* A row's scores of a chunk, of which [lo, hi) are seen, on their way to weights in bytes:
  *     cap tanh((scale s k_scale + shift) / cap) + bias     without softcap and bias scale and shift have a factor log2(e) */
 struct fc_byte_row {
@@ -254,7 +256,7 @@ struct fc_seams {
     X(bias_from_bool, (float *bias, const uint8_t *mask, ptrdiff_t n))                                                 \
     X(attention_row, (const struct fc_attention_row *row, ptrdiff_t n, float *max, float *sum))                        \
     X(gemm_bytes, (const struct fc_byte_product *g))                                                                   \
-    X(byte_weights, (const struct fc_byte_row *row, float *max, float *sum))                                           \
+    X(byte_weights, (const struct fc_byte_row *rows, ptrdiff_t count, float *max, float *sum))                         \
     X(to_bytes, (int8_t *q, float *scale, int32_t *sum, const float *x, ptrdiff_t n, float qmax))                      \
     X(hadamard, (float *x, ptrdiff_t n))                                                                               \
     X(to_s16, (int16_t *q, float *scale, const float *x, ptrdiff_t n, float qmax))                                     \

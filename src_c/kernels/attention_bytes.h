@@ -204,17 +204,21 @@ static void hadamard(float *x, ptrdiff_t n) {
 
 /* ---- numbers to bytes ---- */
 
-/* The largest of numbers without a sign, a NaN if there is one: their bits are in that order */
-FC_INLINE float largest_of(vu a) {
-#if FC_N > 8
-    a = vu_max(a, (vu)partner_of((vf)a, 8));
-#endif
-#if FC_N > 4
-    a = vu_max(a, (vu)partner_of((vf)a, 4));
-#endif
-    a = vu_max(a, (vu)partner_of((vf)a, 2));
-    return ((vf)vu_max(a, (vu)partner_of((vf)a, 1)))[0];
-}
+/* The largest lane; the sum of all; the largest of numbers without a sign, a NaN if there is one: their bits are in
+ * that order */
+#define FC_ACROSS(name, type, join)                                                                                    \
+    FC_INLINE float name(type a) {                                                                                     \
+        a = FC_N > 8 ? join(a, (type)partner_of((vf)a, FC_N / 2)) : a;                                                 \
+        a = FC_N > 4 ? join(a, (type)partner_of((vf)a, 4)) : a;                                                        \
+        a = join(a, (type)partner_of((vf)a, 2));                                                                       \
+        return ((vf)join(a, (type)partner_of((vf)a, 1)))[0];                                                           \
+    }
+#define FC_PLUS(a, b) ((a) + (b))
+FC_ACROSS(highest_of, vf, vf_max)
+FC_ACROSS(sum_of, vf, FC_PLUS)
+FC_ACROSS(largest_of, vu, vu_max)
+#undef FC_PLUS
+#undef FC_ACROSS
 
 /* x[n] ~ scale q[n], q in -qmax..qmax, to nearest even, and the sum of q; as `quantize`. x: zeros from n on, to whole
  * vectors, and so q */
@@ -324,39 +328,65 @@ FC_INLINE void put_weights(uint8_t *u, const float *w, float inverse) {
     }
 }
 
-FC_INLINE void byte_weights_of(const struct fc_byte_row *given, float *max, float *sum, const int plain) {
-    const struct fc_byte_row local = *given, *r = &local; /* in registers: no store through s changes it */
-    const ptrdiff_t first = r->lo / FC_BYTE_BLOCK, last = (r->hi + FC_BYTE_BLOCK - 1) / FC_BYTE_BLOCK;
-    vf top[4], total[4] = {{0}};
-    vu largest[FC_BYTE_BLOCKS] = {{0}};
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) top[j] = vf_set1(-INFINITY);
-    for (ptrdiff_t b = first, at = b * FC_BYTE_BLOCK; b < last; b++, at += FC_BYTE_BLOCK)
-        if (at >= r->lo && at + FC_BYTE_BLOCK <= r->hi) byte_scores(r, at, top, plain, 1);
-        else byte_scores(r, at, top, plain, 0);
-    const float m = vf_hmax(vf_max(vf_max(top[0], top[1]), vf_max(top[2], top[3])));
-    const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
-    for (ptrdiff_t b = first, at = b * FC_BYTE_BLOCK; b < last; b++, at += FC_BYTE_BLOCK)
-        if (at >= r->lo && at + FC_BYTE_BLOCK <= r->hi) largest[b] = byte_values(r, at, shift, total, plain, 1);
-        else largest[b] = byte_values(r, at, shift, total, plain, 0);
-    const vf w = largest_of_four(largest), least = vf_set1(0x1p-100f), steps = vf_set1(FC_BYTE_WEIGHT);
-    const vf scale = vf_if_lt(least, w, w / steps, vf_zero()) + w * 0.0f; /* NaN of a NaN or an infinity */
-    const vf inverse = vf_if_lt(least, w, steps / w, vf_zero());
-    for (int b = 0; b < FC_BYTE_BLOCKS; b++) {
-        r->w_scale[b] = scale[b * (FC_N / 4)];
-        if (b < first || b >= last) memset(r->w + b * FC_BYTE_BLOCK, 0, FC_BYTE_BLOCK);
-        else put_weights(r->w + b * FC_BYTE_BLOCK, r->s + b * FC_BYTE_BLOCK, inverse[b * (FC_N / 4)]);
-    }
-    *max = plain ? m * 0.693147181f : m;
-    *sum = vf_sum((total[0] + total[1]) + (total[2] + total[3]));
-    if (m == -INFINITY && *sum == *sum) *sum = 0.0f;
+/* Of 64 keys from `at` on a row sees all, in every lane of a vector */
+FC_INLINE int sees_all(const struct fc_byte_row *r, ptrdiff_t at) {
+    return at >= r->lo && at + FC_BYTE_BLOCK <= r->hi;
 }
 
-/* A row's scores become weights; max, and the sum of e^(s - max). Nothing seen: zeros, -inf and 0. */
-static __attribute__((noinline)) void byte_weights_masked(const struct fc_byte_row *r, float *max, float *sum) {
-    byte_weights_of(r, max, sum, 0);
+/* s <- scores; their largest */
+FC_INLINE float row_scores(const struct fc_byte_row *given, const int plain) {
+    const struct fc_byte_row local = *given, *r = &local; /* in registers: no store through s changes it */
+    vf top[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) top[j] = vf_set1(-INFINITY);
+    for (ptrdiff_t at = r->lo / FC_BYTE_BLOCK * FC_BYTE_BLOCK; at < r->hi; at += FC_BYTE_BLOCK)
+        if (sees_all(r, at)) byte_scores(r, at, top, plain, 1);
+        else byte_scores(r, at, top, plain, 0);
+    return highest_of(vf_max(vf_max(top[0], top[1]), vf_max(top[2], top[3])));
 }
-static void byte_weights(const struct fc_byte_row *r, float *max, float *sum) {
-    if (r->softcap > 0.0f || r->bias) byte_weights_masked(r, max, sum);
-    else byte_weights_of(r, max, sum, 1);
+
+/* s <- weights times v_scale, their scales, and what makes bytes of them, (4); the sum of the weights */
+FC_INLINE float row_values(const struct fc_byte_row *given, float max, float *inverses, const int plain) {
+    const struct fc_byte_row local = *given, *r = &local;
+    const vf shift = vf_set1(max == -INFINITY ? 0.0f : max), least = vf_set1(0x1p-100f);
+    vf total[4] = {{0}};
+    vu largest[FC_BYTE_BLOCKS] = {{0}};
+    for (ptrdiff_t at = r->lo / FC_BYTE_BLOCK * FC_BYTE_BLOCK; at < r->hi; at += FC_BYTE_BLOCK)
+        largest[at / FC_BYTE_BLOCK] = sees_all(r, at) ? byte_values(r, at, shift, total, plain, 1)
+                                                      : byte_values(r, at, shift, total, plain, 0);
+    const vf w = largest_of_four(largest);
+    const vf scale = vf_if_lt(least, w, w * (1.0f / FC_BYTE_WEIGHT), vf_zero()) + w * 0.0f; /* NaN of a NaN */
+    const vf inverse = vf_if_lt(least, w, vf_set1(FC_BYTE_WEIGHT) / w, vf_zero());
+#pragma GCC unroll 4
+    for (int b = 0; b < FC_BYTE_BLOCKS; b++)
+        r->w_scale[b] = scale[b * (FC_N / 4)], inverses[b] = inverse[b * (FC_N / 4)];
+    const float sum = sum_of((total[0] + total[1]) + (total[2] + total[3]));
+    return max == -INFINITY && sum == sum ? 0.0f : sum;
+}
+
+FC_INLINE void row_bytes(const struct fc_byte_row *r, const float *inverses) {
+    for (ptrdiff_t at = 0; at < FC_KV_CHUNK; at += FC_BYTE_BLOCK)
+        if (at + FC_BYTE_BLOCK <= r->lo || at >= r->hi) memset(r->w + at, 0, FC_BYTE_BLOCK);
+        else put_weights(r->w + at, r->s + at, inverses[at / FC_BYTE_BLOCK]);
+}
+
+/* Each step for all rows, so that none waits for what a row's lanes have in common. */
+FC_INLINE void byte_weights_of(const struct fc_byte_row *rows, ptrdiff_t count, float *max, float *sum,
+                               const int plain) {
+    float inverses[FC_BYTE_ROWS][FC_BYTE_BLOCKS];
+    for (ptrdiff_t i = 0; i < count; i++) max[i] = row_scores(rows + i, plain);
+    for (ptrdiff_t i = 0; i < count; i++) sum[i] = row_values(rows + i, max[i], inverses[i], plain);
+    for (ptrdiff_t i = 0; i < count; i++) row_bytes(rows + i, inverses[i]);
+    for (ptrdiff_t i = 0; plain && i < count; i++) max[i] *= 0.693147181f;
+}
+
+static __attribute__((noinline)) void byte_weights_masked(const struct fc_byte_row *rows, ptrdiff_t count, float *max,
+                                                          float *sum) {
+    byte_weights_of(rows, count, max, sum, 0);
+}
+
+/* Rows' scores become weights; of each the max, and the sum of e^(s - max). Nothing seen: zeros, -inf and 0. */
+static void byte_weights(const struct fc_byte_row *rows, ptrdiff_t count, float *max, float *sum) {
+    if (rows->softcap > 0.0f || rows->bias) byte_weights_masked(rows, count, max, sum);
+    else byte_weights_of(rows, count, max, sum, 1);
 }

@@ -17,11 +17,10 @@
 #include "attention.h"
 
 enum {
-    BLOCK_KEYS = 64,                         /* of a scale of weights */
+    BLOCK_KEYS = 64, /* of a scale of weights */
     BLOCKS = FC_KV_CHUNK / BLOCK_KEYS,
     PANELS = FC_KV_CHUNK / FC_PANEL,
-    PREFETCH = 4,                            /* queries ahead: a token's heads lie together, and tokens far apart */
-    ROWS = 24,                               /* of queries whose scores stay in L1 until they are weights */
+    PREFETCH = 4, /* queries ahead: a token's heads lie together, and tokens far apart */
     LD_SCORES = FC_KV_CHUNK + 16,
     LD_WEIGHTS = FC_KV_CHUNK + 64
 };
@@ -158,25 +157,33 @@ static struct byte_scratch scratch_of(const struct attention *ctx, const struct 
     return b;
 }
 
-/* scale H q of rows (query, head), in r->q; the same as bytes, zero more than 0, whose scale goes to r->q_scale */
+/* q (d_padded) <- bytes of a rotated query, `zero` more than 0; its scale */
+static void query_bytes(const struct attention *ctx, uint8_t *q, float *scale, const float *query) {
+    const uint8_t zero = (uint8_t)(ctx->k->byte_query + 1);
+    int32_t sum;
+    ctx->k->to_bytes((int8_t *)q, scale, &sum, query, ctx->args->head_dim, (float)ctx->k->byte_query);
+    for (ptrdiff_t i = 0; i < ctx->d_padded; i++) q[i] = (uint8_t)(q[i] + zero);
+}
+
+/* scale H q of rows (query, head), in r->q, and the same as bytes */
 void fc_byte_load_queries(const struct attention *ctx, const struct where *w, const struct scratch *r) {
     const fc_attention_args *args = ctx->args;
     const struct byte_scratch b = scratch_of(ctx, r);
-    const int zero = ctx->k->byte_query + 1;
+    const int whole = args->head_dim % 64 == 0; /* rows of r->q are as long as `rotated` writes */
     const float scale = args->scale * (args->mask || args->softcap > 0.0f ? 1.0f : 1.44269504f); /* see fc_byte_row */
     const ptrdiff_t bytes = ctx->group * args->head_dim * fc_size_of(args->q_type);
-    int32_t sum;
     const char *block = (const char *)args->q + w->b * args->q_stride[0] + w->q0 * args->q_stride[1] +
                         w->g * ctx->group * args->q_stride[2];
-    for (ptrdiff_t row = 0; row < w->queries * ctx->group; row++) {
-        uint8_t *q = b.q + row * ld_query(ctx);
-        const char *from = block + row / ctx->group * args->q_stride[1];
-        for (ptrdiff_t at = 0; row % ctx->group == 0 && row / ctx->group + PREFETCH < w->queries && at < bytes; at += 64)
+    for (ptrdiff_t i = 0; i < w->queries; i++) {
+        const char *from = block + i * args->q_stride[1];
+        for (ptrdiff_t at = 0; i + PREFETCH < w->queries && at < bytes; at += 64)
             __builtin_prefetch(from + PREFETCH * args->q_stride[1] + at);
-        rotated(ctx, b.query, args->q_type, from + row % ctx->group * args->q_stride[2], args->head_dim, scale);
-        memcpy((float *)(void *)r->q + row * ctx->d_padded, b.query, (size_t)ctx->d_padded * 4);
-        ctx->k->to_bytes((int8_t *)q, r->q_scale + row, &sum, b.query, args->head_dim, (float)ctx->k->byte_query);
-        for (ptrdiff_t i = 0; i < ctx->d_padded; i++) q[i] = (uint8_t)(q[i] + zero);
+        for (ptrdiff_t row = i * ctx->group; row < (i + 1) * ctx->group; row++, from += args->q_stride[2]) {
+            float *q = (float *)(void *)r->q + row * ctx->d_padded, *place = whole ? q : b.query;
+            rotated(ctx, place, args->q_type, from, args->head_dim, scale);
+            if (!whole) memcpy(q, place, (size_t)ctx->d_padded * 4);
+            query_bytes(ctx, b.q + row * ld_query(ctx), r->q_scale + row, place);
+        }
     }
 }
 
@@ -192,23 +199,27 @@ static void score(const struct attention *ctx, const struct scratch *r, const st
         .panels = last - first, .blocks = 1, .lines = ctx->d_padded / 4, .start = h->k_start + first * FC_PANEL});
 }
 
+/* Row i, whose bias is loaded if need be, as the leaf takes it */
+static struct fc_byte_row row_of(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                                 const struct byte_scratch *b, const byte_head *h, ptrdiff_t i, struct chunk c) {
+    static const float none[PANELS];
+    const struct fc_range see = see_in(ctx, w, i, c);
+    if (ctx->args->mask) fc_attention_load_bias(ctx, w, i, c, r->bias + see.lo);
+    return (struct fc_byte_row){
+        .s = r->scores + i * LD_SCORES, .k_scale = h->k_scale, .v_scale = h->v_scale,
+        .shift = ctx->smooth ? b->shifts + i * PANELS : none, .bias = ctx->args->mask ? r->bias : NULL,
+        .scale = r->q_scale[i], .softcap = ctx->args->softcap, .lo = see.lo, .hi = see.hi,
+        .w = b->w + i * LD_WEIGHTS, .w_scale = b->w_scale + i * BLOCKS};
+}
+
 static void weights_of_rows(const struct attention *ctx, const struct where *w, const struct scratch *r,
                             const struct byte_scratch *b, const byte_head *h, ptrdiff_t row, ptrdiff_t rows,
                             struct chunk c) {
-    const fc_attention_args *args = ctx->args;
-    static const float none[PANELS];
-    struct fc_byte_row one = {.k_scale = h->k_scale, .v_scale = h->v_scale, .softcap = args->softcap};
-    for (ptrdiff_t i = row; i < row + rows; i++) {
-        const struct fc_range see = see_in(ctx, w, i, c);
-        if (args->mask && (i == row || i % ctx->group == 0 || args->mask_stride[1])) {
-            fc_attention_load_bias(ctx, w, i, c, r->bias + see.lo);
-            one.bias = r->bias;
-        }
-        one.s = r->scores + i * LD_SCORES;
-        one.shift = ctx->smooth ? b->shifts + i * PANELS : none;
-        one.scale = r->q_scale[i], one.lo = see.lo, one.hi = see.hi;
-        one.w = b->w + i * LD_WEIGHTS, one.w_scale = b->w_scale + i * BLOCKS;
-        ctx->k->byte_weights(&one, &r->part_max[i], &r->part_sum[i]);
+    const ptrdiff_t together = ctx->args->mask ? 1 : rows; /* there is one bias */
+    struct fc_byte_row some[FC_BYTE_ROWS];
+    for (ptrdiff_t i = row; i < row + rows; i += together) {
+        for (ptrdiff_t j = 0; j < together; j++) some[j] = row_of(ctx, w, r, b, h, i + j, c);
+        ctx->k->byte_weights(some, together, r->part_max + i, r->part_sum + i);
     }
 }
 
@@ -234,7 +245,7 @@ void fc_byte_chunk(const struct attention *ctx, const struct where *w, const str
                                            .panel_stride = ldq * PANELS, .m = all, .panels = 1,
                                            .lines = ctx->args->head_dim});
     for (ptrdiff_t row = 0, rows; row < all; row += rows) {
-        rows = fc_smaller(ROWS, all - row);
+        rows = fc_smaller(FC_BYTE_ROWS, all - row);
         const struct shared see = seen_by(ctx, w, row, rows, c);
         if (see.hi <= see.lo) {
             for (ptrdiff_t i = row; i < row + rows; i++) r->part_max[i] = -INFINITY, r->part_sum[i] = 0.0f;
