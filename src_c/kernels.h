@@ -59,6 +59,7 @@ struct fc_gemm {
     int planes, wide;       /* of x, whose integers are int16, */
     int minima;             /* and, of lines of bytes, whether a line of minima follows that of scales */
     int accumulate;         /* add to C instead of writing it */
+    int in_cache;           /* W comes from there: no matter in which order */
 };
 
 /* A row of scores, and what stands between them and their weights; NULL: nothing. */

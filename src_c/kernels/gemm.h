@@ -455,7 +455,8 @@ enum { SHORT_PANEL = 16384 };
 FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[],
                         gemm_tile *const one[], const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
-    const int in_order = g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !(f->a_type == FC_A_I16 && g->m == 1);
+    const int in_order =
+        g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !g->in_cache && !(f->a_type == FC_A_I16 && g->m == 1);
     const int step = FC_NV < FC_PER_PANEL ? FC_NV : FC_PER_PANEL;
     if (in_order)
         for (; v + step <= vectors; v += step) gemm_columns(one, g, v);

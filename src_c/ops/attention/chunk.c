@@ -150,7 +150,8 @@ static void weigh_lines(const struct attention *ctx, const struct scratch *r, co
         .c = r->part + row * ctx->e_padded, .ldc = ctx->e_padded * 4,
         .x = (const char *)(r->scores + row * LD_SCORES) + lo * ctx->x_size, .ldx = LD_SCORES * 4,
         .w = h->v + lo / ctx->k_step * h->line, .panel_stride = h->v_panel, .m = rows,
-        .panels = ctx->e_padded / 16, .lines = (hi - lo) / ctx->k_step, .accumulate = accumulate});
+        .panels = ctx->e_padded / 16, .lines = (hi - lo) / ctx->k_step, .accumulate = accumulate,
+        .in_cache = rows < ctx->rows});
 }
 
 /* part (row) += weights[lo:hi) V[lo:hi) */
