@@ -212,26 +212,39 @@ FC_INLINE void vf_put_upto(fc_dtype t, void *p, ptrdiff_t i, vf a, ptrdiff_t n) 
     else vf_put_n(t, p, i, a, n - i);
 }
 
+/* How many floats from out on lie before the first aligned vector; 0 for types of 16 bits, and for few */
+FC_INLINE ptrdiff_t vf_floats_to_aligned(fc_dtype t, const void *out, ptrdiff_t n) {
+    return t != FC_F32 || (uintptr_t)out % 4 || n < 8 * FC_N ? 0 : (ptrdiff_t)(-(uintptr_t)out % FC_BYTES / 4);
+}
+
 /* ---- reductions: a fixed tree, halves folded together ---- */
 
+/* lane i is a[i ^ w], w a constant */
+FC_INLINE vf vf_across(vf a, int w) {
+#if FC_BYTES == 64
+    if (w == 8) return (vf)vi_shuffle((vi)a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    if (w == 4) return (vf)vi_shuffle((vi)a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    if (w == 2) return (vf)vi_shuffle((vi)a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return (vf)vi_shuffle((vi)a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif FC_BYTES == 32
+    if (w == 4) return (vf)vi_shuffle((vi)a, 4, 5, 6, 7, 0, 1, 2, 3);
+    if (w == 2) return (vf)vi_shuffle((vi)a, 2, 3, 0, 1, 6, 7, 4, 5);
+    return (vf)vi_shuffle((vi)a, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return w == 2 ? (vf)vi_shuffle((vi)a, 2, 3, 0, 1) : (vf)vi_shuffle((vi)a, 1, 0, 3, 2);
+#endif
+}
+
 FC_INLINE float vf_sum(vf a) {
-    float s[FC_N];
-    vf_store(s, a);
-#pragma GCC unroll 16
-    for (int w = FC_N / 2; w; w /= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < w; i++) s[i] += s[i + w];
-    return s[0];
+#pragma GCC unroll 4
+    for (int w = FC_N / 2; w; w /= 2) a += vf_across(a, w);
+    return a[0];
 }
 
 FC_INLINE float vf_hmax(vf a) {
-    float s[FC_N];
-    vf_store(s, a);
-#pragma GCC unroll 16
-    for (int w = FC_N / 2; w; w /= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
-    return s[0];
+#pragma GCC unroll 4
+    for (int w = FC_N / 2; w; w /= 2) a = vf_max(a, vf_across(a, w));
+    return a[0];
 }
 
 FC_INLINE int32_t vi_sum(vi a) {
@@ -254,10 +267,16 @@ FC_INLINE vi vi_order_0213(vi a) {
 
 /* The first n lanes of a, `fill` in the others. */
 FC_INLINE vf vf_fill_from(vf a, ptrdiff_t n, float fill) {
-    float s[FC_N];
-    vf_store(s, a);
-    for (ptrdiff_t i = n; i < FC_N; i++) s[i] = fill;
-    return vf_load(s);
+    const vi lane = {0, 1, 2, 3,
+#if FC_BYTES > 16
+                     4, 5, 6, 7,
+#endif
+#if FC_BYTES > 32
+                     8, 9, 10, 11, 12, 13, 14, 15
+#endif
+    };
+    const vi keep = lane < (vi){0} + (int32_t)n;
+    return (vf)(((vi)a & keep) | ((vi)vf_set1(fill) & ~keep));
 }
 
 /* ---- elementary functions; errors over all floats are in docs/accuracy.md ---- */

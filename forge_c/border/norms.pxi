@@ -1,26 +1,30 @@
 # rms_norm, layer_norm, softmax
 
 
+cdef cnp.ndarray norm_output(str fn, object out, cnp.ndarray x, int t):
+    cdef cnp.ndarray y = result(fn, out, cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), t)
+    if out is not None:
+        no_overlap(fn, "out", y, "x", x, True)
+    return y
+
+
 cdef tuple norm_outputs(str fn, object out, cnp.ndarray x, int t, cnp.ndarray residual):
-    """(y, h): out= is one array, or with a residual a pair."""
-    cdef object y = out
+    """(y, h): out= is a pair."""
+    cdef object y = None
     cdef object h = None
     cdef cnp.ndarray ya
-    cdef cnp.ndarray ha = None
-    if residual is not None and out is not None:
+    cdef cnp.ndarray ha
+    if out is not None:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(f"{fn}: out is a {type(out).__name__}, expected a pair (y, h) because residual is given")
         y, h = out
-    ya = result(fn, y, cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), t)
-    if residual is not None:
-        ha = result(fn, h, cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), t, "out[1]")
+    ya = norm_output(fn, y, x, t)
+    ha = result(fn, h, cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), t, "out[1]")
     if out is not None:
-        no_overlap(fn, "out", ya, "x", x, True)
-        if residual is not None:
-            no_overlap(fn, "out", ya, "residual", residual, True)
-            no_overlap(fn, "out[1]", ha, "x", x, True)
-            no_overlap(fn, "out[1]", ha, "residual", residual, True)
-            no_overlap(fn, "out[1]", ha, "out[0]", ya, False)
+        no_overlap(fn, "out", ya, "residual", residual, True)
+        no_overlap(fn, "out[1]", ha, "x", x, True)
+        no_overlap(fn, "out[1]", ha, "residual", residual, True)
+        no_overlap(fn, "out[1]", ha, "out[0]", ya, False)
     return ya, ha
 
 
@@ -86,9 +90,7 @@ def rms_norm(x, weight=None, eps=1e-6, *, weight_offset=0.0, residual=None, out=
     cdef fc_rows rows
     cdef fc_status status
     if res is None:
-        y = result("rms_norm", out, nd, cnp.PyArray_DIMS(xa), t)
-        if out is not None:
-            no_overlap("rms_norm", "out", y, "x", xa, True)
+        y = norm_output("rms_norm", out, xa, t)
     else:
         y, h = norm_outputs("rms_norm", out, xa, t, res)
     if out is not None and w is not None:
@@ -121,12 +123,15 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, *, residual=None, out=None):
     cdef cnp.ndarray res = norm_residual("layer_norm", residual, xa, t)
     cdef float epsilon = norm_eps("layer_norm", eps)
     cdef cnp.ndarray y
-    cdef cnp.ndarray h
+    cdef cnp.ndarray h = None
     cdef const float *wp = floats(w)
     cdef const float *bp = floats(b)
     cdef fc_rows rows
     cdef fc_status status
-    y, h = norm_outputs("layer_norm", out, xa, t, res)
+    if res is None:
+        y = norm_output("layer_norm", out, xa, t)
+    else:
+        y, h = norm_outputs("layer_norm", out, xa, t, res)
     if out is not None and w is not None:
         not_over("layer_norm", y, h, "weight", weight)
     if out is not None and b is not None:

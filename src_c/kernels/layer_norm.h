@@ -68,26 +68,27 @@ static __attribute__((noinline, unused)) float layer_norm_wide(fc_dtype t, const
     return (float)(inv / *pre);
 }
 
-/* out[n] = (x first - mean) scale weight + bias */
+struct layer_norm_scale {
+    vf first, mean, scale;
+    const float *weight, *bias; /* (n) or NULL */
+};
+
+/* (x first - mean) scale weight + bias at i, as far as n reaches */
+FC_INLINE vf layer_norm_scaled(fc_dtype t, const struct layer_norm_scale *s, const void *x, ptrdiff_t i, ptrdiff_t n) {
+    vf y = (vf_get_upto(t, x, i, n) * s->first - s->mean) * s->scale;
+    if (s->weight) y *= vf_get_upto(FC_F32, s->weight, i, n);
+    return s->bias ? y + vf_get_upto(FC_F32, s->bias, i, n) : y;
+}
+
+/* out[n]. Vectors are stored where they are aligned: the others cost twice as much. */
 FC_INLINE void layer_norm_scale(fc_dtype t, void *out, const void *x, const float *weight, const float *bias,
                                 ptrdiff_t n, float pre, float mean, float inv) {
-    const vf m = vf_set1(mean), scale = vf_set1(inv), first = vf_set1(pre);
-    ptrdiff_t i = 0;
-    for (; i + 2 * FC_N <= n; i += 2 * FC_N) {
-        vf y[2];
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            y[j] = (vf_get(t, x, i + j * FC_N) * first - m) * scale;
-            if (weight) y[j] *= vf_load(weight + i + j * FC_N);
-            if (bias) y[j] += vf_load(bias + i + j * FC_N);
-        }
-        vf_put2(t, out, i, y[0], y[1]);
-    }
-    for (; i < n; i += FC_N) {
-        vf y = (vf_get_upto(t, x, i, n) * first - m) * scale;
-        if (weight) y *= vf_get_upto(FC_F32, weight, i, n);
-        vf_put_upto(t, out, i, bias ? y + vf_get_upto(FC_F32, bias, i, n) : y, n);
-    }
+    const struct layer_norm_scale s = {vf_set1(pre), vf_set1(mean), vf_set1(inv), weight, bias};
+    ptrdiff_t i = vf_floats_to_aligned(t, out, n);
+    if (i) vf_put_n(t, out, 0, layer_norm_scaled(t, &s, x, 0, i), i);
+    for (; i + 2 * FC_N <= n; i += 2 * FC_N)
+        vf_put2(t, out, i, layer_norm_scaled(t, &s, x, i, n), layer_norm_scaled(t, &s, x, i + FC_N, n));
+    for (; i < n; i += FC_N) vf_put_upto(t, out, i, layer_norm_scaled(t, &s, x, i, n), n);
 }
 
 FC_INLINE void layer_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
@@ -98,7 +99,7 @@ FC_INLINE void layer_norm_any(fc_dtype t, void *out, void *h, const void *x, con
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
     else inv = layer_norm_wide(t, row, n, eps, &mean, &pre);
     const ptrdiff_t size = fc_size_of(t), step = stream || next ? STREAM_BYTES / size : n;
-    char some[STREAM_BYTES];
+    char some[STREAM_BYTES] __attribute__((aligned(FC_BYTES)));
     for (ptrdiff_t i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;
         char *to = (char *)out + i * size;

@@ -42,24 +42,26 @@ static __attribute__((noinline, unused)) float rms_wide_inverse(fc_dtype t, cons
     return (float)(inv / *pre);
 }
 
-/* out[n] = x first scale (plus + weight) */
+struct rms_scale {
+    vf first, scale, plus;
+};
+
+/* x first scale (plus + weight) at i, as far as n reaches */
+FC_INLINE vf rms_scaled(fc_dtype t, const struct rms_scale *s, const void *x, const float *weight, ptrdiff_t i,
+                        ptrdiff_t n) {
+    const vf y = vf_get_upto(t, x, i, n) * s->first * s->scale;
+    return weight ? y * (s->plus + vf_get_upto(FC_F32, weight, i, n)) : y;
+}
+
+/* out[n]. Vectors are stored where they are aligned: the others cost twice as much. */
 FC_INLINE void rms_scale(fc_dtype t, void *out, const void *x, const float *weight, ptrdiff_t n, float pre, float inv,
                          float offset) {
-    const vf scale = vf_set1(inv), first = vf_set1(pre), plus = vf_set1(offset);
-    ptrdiff_t i = 0;
-    for (; i + 2 * FC_N <= n; i += 2 * FC_N) {
-        vf y[2];
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            y[j] = vf_get(t, x, i + j * FC_N) * first * scale;
-            if (weight) y[j] *= plus + vf_load(weight + i + j * FC_N);
-        }
-        vf_put2(t, out, i, y[0], y[1]);
-    }
-    for (; i < n; i += FC_N) {
-        vf y = vf_get_upto(t, x, i, n) * first * scale;
-        vf_put_upto(t, out, i, weight ? y * (plus + vf_get_upto(FC_F32, weight, i, n)) : y, n);
-    }
+    const struct rms_scale s = {vf_set1(pre), vf_set1(inv), vf_set1(offset)};
+    ptrdiff_t i = vf_floats_to_aligned(t, out, n);
+    if (i) vf_put_n(t, out, 0, rms_scaled(t, &s, x, weight, 0, i), i);
+    for (; i + 2 * FC_N <= n; i += 2 * FC_N)
+        vf_put2(t, out, i, rms_scaled(t, &s, x, weight, i, n), rms_scaled(t, &s, x, weight, i + FC_N, n));
+    for (; i < n; i += FC_N) vf_put_upto(t, out, i, rms_scaled(t, &s, x, weight, i, n), n);
 }
 
 FC_INLINE void rms_norm_any(fc_dtype t, void *out, void *h, const void *x, const void *residual, const float *weight,
@@ -69,7 +71,7 @@ FC_INLINE void rms_norm_any(fc_dtype t, void *out, void *h, const void *x, const
     if (sum < 3e38f && sum + eps * (float)n > 1e-25f) inv = 1.0f / sqrtf(sum / (float)n + eps);
     else inv = rms_wide_inverse(t, row, n, eps, &pre);
     const ptrdiff_t size = fc_size_of(t), step = stream || next ? STREAM_BYTES / size : n;
-    char some[STREAM_BYTES];
+    char some[STREAM_BYTES] __attribute__((aligned(FC_BYTES)));
     for (ptrdiff_t i = 0; i < n; i += step) {
         const ptrdiff_t count = n - i < step ? n - i : step;
         char *to = (char *)out + i * size;
