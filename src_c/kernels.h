@@ -166,6 +166,13 @@ struct fc_stream {
     char bytes[64];
 };
 
+/* A row of a softmax that waits: e[n], and what each is multiplied by for out (n). */
+struct fc_softmax_row {
+    char *out;
+    const float *e;
+    float share;
+};
+
 /* Vectors that two rows of a result past the caches share; see kernels/conv1d.h. */
 struct fc_seams {
     char lines[4][3 * 64]; /* the end of one row and the beginning of the next, around the vector in the middle */
@@ -184,16 +191,21 @@ struct fc_seams {
     X(layer_norm, (void *out, void *h, const void *x, const void *residual, const float *weight, const float *bias,    \
                    ptrdiff_t n, float eps, const void *next, struct fc_stream *stream), out, h, x, residual, weight,   \
       bias, n, eps, next, stream)                                                                                      \
-    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n, const void *next, struct fc_stream *stream), out, x,  \
-      e, n, next, stream)                                                                                              \
-    X(relu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
-    X(silu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
-    X(gelu, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                        \
-    X(gelu_tanh, (void *out, const void *x, ptrdiff_t n), out, x, n)                                                   \
-    X(reglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                             \
-    X(swiglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                            \
-    X(geglu, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                             \
-    X(geglu_tanh, (void *out, const void *gate, const void *up, ptrdiff_t n), out, gate, up, n)                        \
+    X(softmax, (void *out, const void *x, float *e, ptrdiff_t n), out, x, e, n)                                        \
+    X(softmax_streamed, (struct fc_stream *stream, struct fc_softmax_row *row, void *out, const void *x, float *e,     \
+                         ptrdiff_t n, const void *next), stream, row, out, x, e, n, next)                              \
+    X(relu, (void *out, const void *x, ptrdiff_t n, struct fc_stream *stream), out, x, n, stream)                      \
+    X(silu, (void *out, const void *x, ptrdiff_t n, struct fc_stream *stream), out, x, n, stream)                      \
+    X(gelu, (void *out, const void *x, ptrdiff_t n, struct fc_stream *stream), out, x, n, stream)                      \
+    X(gelu_tanh, (void *out, const void *x, ptrdiff_t n, struct fc_stream *stream), out, x, n, stream)                 \
+    X(reglu, (void *out, const void *gate, const void *up, ptrdiff_t n, struct fc_stream *stream), out, gate,          \
+      up, n, stream)                                                                                                   \
+    X(swiglu, (void *out, const void *gate, const void *up, ptrdiff_t n, struct fc_stream *stream), out, gate,         \
+      up, n, stream)                                                                                                   \
+    X(geglu, (void *out, const void *gate, const void *up, ptrdiff_t n, struct fc_stream *stream), out, gate,          \
+      up, n, stream)                                                                                                   \
+    X(geglu_tanh, (void *out, const void *gate, const void *up, ptrdiff_t n, struct fc_stream *stream), out, gate,     \
+      up, n, stream)                                                                                                   \
     X(rope_split_halves, (void *out, const void *x, const float *cos, const float *sin, ptrdiff_t pairs,               \
       ptrdiff_t dim),                                                                                                  \
       out, x, cos, sin, pairs, dim)                                                                                    \

@@ -73,6 +73,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
  *   FC_HAS_SCALE     vf_off_integer(a)            a less the nearest integer, 0 for infinity
  *                    vf_scale_from(a, n, x, y)    x < y ? 0 : a * 2^n, n any integral float or infinity
+ *   FC_HAS_RECIPROCAL_SHORT   vf_reciprocal_short(a)   1 / a to 2^-14; what processors make of the rest differs
  *   FC_HAS_MADDUBS   vi_maddubs(u8, s8)           int16 lanes: the sum of two products of bytes, which must fit
  *                    vi_add_maddubs(acc, u8, s8)  acc + that
  *
@@ -192,6 +193,23 @@ FC_INLINE vf vf_bf16_pair_of_normals(vf a, vf b) {
 #endif
 }
 
+/* 2 FC_N values of a 16-bit type, of bfloat16 those at even places and those at odd ones */
+FC_INLINE void vf_get_pair(fc_dtype t, const void *p, ptrdiff_t i, vf *a, vf *b) {
+    if (t == FC_BF16) {
+        const vu both = (vu)vf_load((const uint16_t *)p + i);
+        *a = (vf)(both << 16), *b = (vf)(both & 0xffff0000u);
+    } else {
+        *a = vf_get(t, p, i), *b = vf_get(t, p, i + FC_N);
+    }
+}
+
+/* What vf_get_pair splits. To bfloat16 ties are rounded away from 0, in half the operations that they take to even; a
+ * NaN's lower half must be 0, as that of a bfloat16 is. */
+FC_INLINE vf vf_of_pair(fc_dtype t, vf a, vf b) {
+    if (t != FC_BF16) return vf_halves(t, a, b);
+    return (vf)((((vu)a + 0x8000u) >> 16) | (((vu)b + 0x8000u) & 0xffff0000u));
+}
+
 /* a and b to 2 FC_N neighbours from i on */
 FC_INLINE void vf_put2(fc_dtype t, void *p, ptrdiff_t i, vf a, vf b) {
     if (t == FC_F32) {
@@ -281,23 +299,28 @@ FC_INLINE vf vf_fill_from(vf a, ptrdiff_t n, float fill) {
 
 /* ---- elementary functions; errors over all floats are in docs/accuracy.md ---- */
 
-/* q of  e^r = 1 + r + r^2 q(r),  minimax of degree 4, where x = n ln2 + r, |r| <= ln2/2; n in the lowest bits of *t */
-FC_INLINE vf vf_exp_q(vf x, vf *t, vf *r) {
+/* r, |r| <= ln2/2, of  x = n ln2 + r;  n in the lowest bits of *t */
+FC_INLINE vf vf_exp_rest(vf x, vf *t) {
     const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
     *t = vf_fma(x, vf_set1(1.44269504f), magic);
     vf n = *t - magic;
-    *r = vf_fma(n, vf_set1(-0.693359375f), x);
-    *r = vf_fma(n, vf_set1(2.12194440e-4f), *r);
-    vf q = vf_fma(*r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
-    q = vf_fma(*r, q, vf_set1(4.16683890e-2f));
-    q = vf_fma(*r, q, vf_set1(1.66665211e-1f));
-    return vf_fma(*r, q, vf_set1(4.99999940e-1f));
+    return vf_fma(n, vf_set1(2.12194440e-4f), vf_fma(n, vf_set1(-0.693359375f), x));
 }
+
+/* q of  e^r = 1 + r + r^2 q(r),  minimax of degree 4 */
+FC_INLINE vf vf_exp_q(vf r) {
+    vf q = vf_fma(r, vf_set1(1.38145965e-3f), vf_set1(8.36871751e-3f));
+    q = vf_fma(r, q, vf_set1(4.16683890e-2f));
+    q = vf_fma(r, q, vf_set1(1.66665211e-1f));
+    return vf_fma(r, q, vf_set1(4.99999940e-1f));
+}
+
+FC_INLINE vf vf_exp_near_0(vf r) { return vf_fma(r, vf_fma(r, vf_exp_q(r), vf_set1(1.0f)), vf_set1(1.0f)); }
 
 /* e^x = 2^n (1 + r + r^2 q) */
 FC_INLINE vf vf_exp(vf x) {
-    vf t, r, q = vf_exp_q(vf_min(vf_set1(89.0f), vf_max(vf_set1(-104.0f), x)), &t, &r);
-    return vf_scale2(vf_fma(r * r, q, r) + vf_set1(1.0f), t - vf_set1(12582912.0f));
+    vf t, r = vf_exp_rest(vf_min(vf_set1(89.0f), vf_max(vf_set1(-104.0f), x)), &t);
+    return vf_scale2(vf_fma(r * r, vf_exp_q(r), r) + vf_set1(1.0f), t - vf_set1(12582912.0f));
 }
 
 /* 2^n, n in the lowest bits of t; unsigned, as the bits above them go over the edge */
@@ -359,11 +382,7 @@ FC_INLINE vf vf_exp2(vf x) {
 #endif
 
 /* e^r and, in the lowest bits of *t, n, where x = n ln2 + r: e^x = 2^n e^r. -127 ln2 <= x <= 129 ln2. */
-FC_INLINE vf vf_exp_parts(vf x, vf *t) {
-    vf r, p = vf_exp_q(x, t, &r);
-    p = vf_fma(r, p, vf_set1(1.0f));
-    return vf_fma(r, p, vf_set1(1.0f));
-}
+FC_INLINE vf vf_exp_parts(vf x, vf *t) { return vf_exp_near_0(vf_exp_rest(x, t)); }
 
 /* e^x for x <= 0 in fewer operations than vf_exp: 0 where 2^n is no normal float, under 2^-126.5. */
 FC_INLINE vf vf_exp_negative(vf x) {
@@ -371,13 +390,12 @@ FC_INLINE vf vf_exp_negative(vf x) {
     return p * vf_power_of_2(t);
 }
 
-/* x / (1 + e^-u) as  x s / (s + e^-u s),  s = 2^-(n/2) where e^-u = 2^n e^r is large: nothing overflows, and the result
- * underflows once and gradually. Where -u > 176, s is 0. */
+/* x / (1 + e^-u), e^-u = 2^n p, as  x / (1 + 2^m p) 2^(m - n),  m = min(n, 64), beyond which the 1 is nothing: no power
+ * overflows, and the result underflows once and gradually. -u > 132 has n - m = 127, and 0 for 2^-127. */
 FC_INLINE vf vf_times_sigmoid(vf x, vf u) {
-    vf t, p = vf_exp_parts(vf_min(vf_set1(176.4f), vf_max(vf_set1(-87.0f), -u)), &t);
-    const vi n = (vi)t - 0x4b400000, half = (n & ~(n >> 31)) >> 1;
-    const vf s = (vf)((vu)(127 - half) << 23);
-    return x * s / (s + p * (vf)((vu)(n - half + 127) << 23));
+    vf t, p = vf_exp_parts(vf_min(vf_set1(132.4f), vf_max(vf_set1(-86.0f), -u)), &t);
+    const vf one = vf_set1(1.0f), m = vf_min(vf_set1(12582912.0f + 64), t);
+    return x / vf_fma(p, vf_power_of_2(m), one) * (vf)((((vu)m - (vu)t) << 23) + 0x3f800000u);
 }
 
 /* log(1 + x) = 2 s (1 + s^2 p(s^2)) for 0 <= x <= 1, s = x / (2 + x), p minimax */
@@ -407,23 +425,62 @@ FC_INLINE vf vf_tanh(vf x) {
     return vf_if_lt(a, vf_set1(0.625f), small, large);
 }
 
-/* Normal distribution function: Phi(-a) = e^(-a^2/2) t P(t), t = 1 / (1 + 0.38 a), a >= 0.
- * a^2 is carried in two floats, or its rounding would grow by a^2/2 in the exponential. */
-FC_INLINE vf vf_normal_cdf(vf x) {
-    vf a = vf_min(vf_set1(40.0f), vf_abs(x));
-    vf t = vf_set1(1.0f) / vf_fma(a, vf_set1(0.38f), vf_set1(1.0f));
-    vf p = vf_fma(t, vf_set1(2.39779539e-2f), vf_set1(-1.47612453e-1f));
-    p = vf_fma(t, p, vf_set1(3.64978909e-1f));
-    p = vf_fma(t, p, vf_set1(-4.29948390e-1f));
-    p = vf_fma(t, p, vf_set1(2.06660971e-1f));
-    p = vf_fma(t, p, vf_set1(-5.41453771e-2f));
-    p = vf_fma(t, p, vf_set1(1.05907381e-1f));
-    p = vf_fma(t, p, vf_set1(1.26746133e-1f));
-    p = vf_fma(t, p, vf_set1(1.51845664e-1f));
-    p = vf_fma(t, p, vf_set1(1.51589170e-1f));
-    vf a2 = a * a, low = vf_fma(a, a, -a2);
-    vf tail = vf_exp(a2 * -0.5f) * vf_fma(low, vf_set1(-0.5f), vf_set1(1.0f)) * (t * p);
-    return vf_if_lt(x, vf_zero(), tail, vf_set1(1.0f) - tail);
+/* x Phi(x) = max(x, 0) - a Phi(-a),  a = |x|,  Phi(-a) = e^(-a^2/2) t P(t),  t = 1 / (1 + 0.35 a).
+ * a^2 is carried in two floats, or its rounding would grow by a^2/2 in the exponential. That is 2^32 times as large
+ * until the end, where the result underflows once and gradually, and 0 from a = 14.85 on. */
+FC_INLINE vf vf_times_normal_cdf(vf x) {
+    const vf one = vf_set1(1.0f), a = vf_min(vf_set1(14.85f), vf_abs(x)), a2 = a * a, low = vf_fma(a, a, -a2);
+    vf n, r = vf_exp_rest(a2 * -0.5f, &n), e = vf_exp_near_0(vf_fma(low, vf_set1(-0.5f), r));
+    e *= (vf)(((vu)n << 23) + (159u << 23));
+    const vf t = one / vf_fma(a, vf_set1(0.35f), one);
+    vf p = vf_fma(t, vf_set1(-0.0291629378f), vf_set1(0.144055977f));
+    p = vf_fma(t, p, vf_set1(-0.25589183f));
+    p = vf_fma(t, p, vf_set1(0.159381405f));
+    p = vf_fma(t, p, vf_set1(-0.023255853f));
+    p = vf_fma(t, p, vf_set1(0.105571397f));
+    p = vf_fma(t, p, vf_set1(0.11981637f));
+    p = vf_fma(t, p, vf_set1(0.139864221f));
+    p = vf_fma(t, p, vf_set1(0.139621273f));
+    const vf tail = vf_abs(vf_min(vf_set1(15.0f), x)) * (e * (t * p)); /* NaN at -infinity, as the formula says */
+    return vf_fma(tail, vf_set1(-0x1p-32f), vf_max(vf_zero(), x));
+}
+
+/* ---- the same for results of 16 bits, good to 2^-13 with a polynomial of degree 3 and 2^-18 with 4 ---- */
+
+/* p and *power of  2^(n + f) = 2^n p,  0 <= f < 1, p good to 2^-13.7 (degree 3) or 2^-18.5 (4), from
+ * bits = 2^23 (n + f + 127): under 0 the power is 0, and from 2^128 on infinity. */
+FC_INLINE vf vf_exp2_short(int degree, vf bits, vf *power) {
+    const vi z = __builtin_convertvector(vf_min(vf_set1(0x1.fep30f), vf_max(vf_zero(), bits)), vi);
+    const vf m = (vf)((z & 0x7fffff) | 0x3f800000); /* 1 + f */
+    *power = (vf)(z & 0x7f800000);
+    vf p = vf_set1(degree == 3 ? 7.80245215e-2f : 1.35341678e-2f);
+    if (degree == 4) p = vf_fma(m, p, vf_set1(-2.12520920e-3f));
+    p = vf_fma(m, p, vf_set1(degree == 3 ? -8.00639763e-3f : 0.16661337f));
+    p = vf_fma(m, p, vf_set1(degree == 3 ? 0.477772743f : 0.31201604f));
+    return vf_fma(m, p, vf_set1(degree == 3 ? 0.452134371f : 0.509964228f));
+}
+
+#ifndef FC_HAS_RECIPROCAL_SHORT
+FC_INLINE vf vf_reciprocal_short(vf a) { return vf_set1(1.0f) / a; }
+#endif
+
+/* x / (1 + e^-u) from  bits = 2^23 (127 - 24 - u log2(e)):  2^-24 e^-u does not overflow where the result is not 0 */
+FC_INLINE vf vf_times_sigmoid_short(int degree, vf x, vf bits) {
+    const vf s = vf_set1(0x1p-24f);
+    vf power, p = vf_exp2_short(degree, bits, &power);
+    return x * (s * vf_reciprocal_short(vf_fma(power, p, s)));
+}
+
+/* x Phi(x) as above, P of degree 4 and good to 2^-14.8; -a Phi(-a) is 0 under 2^-126 */
+FC_INLINE vf vf_times_normal_cdf_short(int degree, vf x) {
+    const vf a = vf_min(vf_set1(14.0f), vf_abs(x));
+    vf power, e = vf_exp2_short(degree, vf_fma(a * a, vf_set1(-6051101.58f), vf_set1(0x1.fcp29f)), &power);
+    const vf t = vf_reciprocal_short(vf_fma(a, vf_set1(0.38f), vf_set1(1.0f)));
+    vf p = vf_fma(t, vf_set1(-8.99280980e-2f), vf_set1(0.188875929f));
+    p = vf_fma(t, p, vf_set1(9.19801444e-2f));
+    p = vf_fma(t, p, vf_set1(0.157829359f));
+    p = vf_fma(t, p, vf_set1(0.15122515f));
+    return vf_max(vf_zero(), x) - vf_abs(vf_min(vf_set1(14.0f), x)) * (e * power * (t * p));
 }
 
 #endif

@@ -17,6 +17,9 @@
 
 #include "simd.h"
 
+#include "kernels.h"
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "kernels/stream.h"
 #include "kernels/activations.h"
 
 enum { BLOCK = 1024 }; /* numbers of one sign and exponent */

@@ -1,16 +1,12 @@
 /* Elementwise activations and gated products. A row may be the whole array: it is cut into blocks. */
 #include "rows.h"
 
-enum {
-    BLOCK = 4096,
-    PIECE = 256,  /* past the caches: results that wait in L1, so few that they are written beside the next ones */
-    PREFETCH_BYTES = 4096, /* of inputs, fetched early */
-};
+enum { BLOCK = 4096 };
 
 struct elementwise {
     const struct fc_kernels *k;
-    void (*unary)(void *out, const void *x, ptrdiff_t n);
-    void (*binary)(void *out, const void *gate, const void *up, ptrdiff_t n);
+    void (*unary)(void *out, const void *x, ptrdiff_t n, struct fc_stream *stream);
+    void (*binary)(void *out, const void *gate, const void *up, ptrdiff_t n, struct fc_stream *stream);
     char *out;
     const char *a, *b;
     const fc_rows *rows;
@@ -19,36 +15,21 @@ struct elementwise {
     int streamed;
 };
 
-static void apply(const struct elementwise *ctx, char *out, const char *a, const char *b, ptrdiff_t n) {
-    if (ctx->unary) ctx->unary(out, a, n);
-    else ctx->binary(out, a, b, n);
-}
-
-static void apply_streamed(const struct elementwise *ctx, struct fc_stream *stream, char *out, const char *a,
-                           const char *b, ptrdiff_t n) {
-    char some[PIECE * 4];
-    for (ptrdiff_t i = 0; i < n; i += PIECE) {
-        const ptrdiff_t count = fc_smaller(PIECE, n - i), at = i * ctx->size;
-        apply(ctx, some, a + at, b + at, count);
-        ctx->k->stream_row(stream, out + at, some, count * ctx->size, a + at + PREFETCH_BYTES);
-    }
-}
-
 static void activate_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct elementwise *ctx = context;
-    struct fc_stream stream = {0};
+    struct fc_stream large = {0}, *stream = ctx->streamed ? &large : NULL;
     fc_cursor c;
     (void)rank;
     fc_cursor_at(&c, ctx->rows, begin / ctx->blocks);
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t from = i % ctx->blocks * BLOCK, n = fc_smaller(BLOCK, ctx->n - from), skip = from * ctx->size;
         char *out = ctx->out + c.at[0] + skip;
-        const char *a = ctx->a + c.at[1] + skip, *b = ctx->b ? ctx->b + c.at[2] + skip : a;
-        if (ctx->streamed) apply_streamed(ctx, &stream, out, a, b, n);
-        else apply(ctx, out, a, b, n);
+        const char *a = ctx->a + c.at[1] + skip;
+        if (ctx->unary) ctx->unary(out, a, n, stream);
+        else ctx->binary(out, a, ctx->b + c.at[2] + skip, n, stream);
         if (from + n == ctx->n) fc_cursor_next(&c);
     }
-    if (ctx->streamed) ctx->k->stream_end(&stream);
+    if (stream) ctx->k->stream_end(stream);
 }
 
 static fc_status activate_on_threads(struct elementwise *ctx, fc_dtype type, double ns_each) {
@@ -63,7 +44,7 @@ static fc_status activate_on_threads(struct elementwise *ctx, fc_dtype type, dou
 
 fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
     const struct fc_kernels *k = fc_k;
-    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, ptrdiff_t) = {
+    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, ptrdiff_t, struct fc_stream *) = {
         [FC_RELU] = k->relu[type],
         [FC_SILU] = k->silu[type],
         [FC_GELU] = k->gelu[type],
@@ -77,7 +58,7 @@ fc_status fc_activate(fc_activation f, fc_dtype type, void *out, const void *x, 
 fc_status fc_glu(fc_activation f, fc_dtype type, void *out, const void *gate, const void *up, const fc_rows *rows,
                  ptrdiff_t n) {
     const struct fc_kernels *k = fc_k;
-    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, const void *, ptrdiff_t) = {
+    void (*const leaf[FC_ACTIVATIONS])(void *, const void *, const void *, ptrdiff_t, struct fc_stream *) = {
         [FC_RELU] = k->reglu[type],
         [FC_SILU] = k->swiglu[type],
         [FC_GELU] = k->geglu[type],

@@ -8,36 +8,56 @@ struct softmax {
     const char *x;
     const fc_rows *rows;
     ptrdiff_t n;
-    int streamed, beyond_l2;
-    fc_scratch exps; /* a thread: (n), where out cannot hold them */
+    fc_scratch exps; /* a thread: (n), where out cannot hold them, or two rows of them */
 };
 
 static void softmax_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct softmax *ctx = context;
-    struct fc_stream stream = {0};
     fc_cursor c;
     fc_cursor_at(&c, ctx->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
-        void *out = ctx->out + c.at[0];
-        const char *x = ctx->x + c.at[1];
-        ctx->k->softmax[ctx->type](out, x, ctx->exps.block ? fc_scratch_of(&ctx->exps, rank) : out, ctx->n,
-                                   ctx->beyond_l2 && i + 1 < end ? x + ctx->n * fc_size_of(ctx->type) : NULL,
-                                   ctx->streamed ? &stream : NULL);
+        char *out = ctx->out + c.at[0];
+        void *e = ctx->exps.block ? fc_scratch_of(&ctx->exps, rank) : out;
+        ctx->k->softmax[ctx->type](out, ctx->x + c.at[1], e, ctx->n);
     }
-    if (ctx->streamed) ctx->k->stream_end(&stream);
+}
+
+/* Two rows of exponentials in turn: one waits while the other is made. */
+static void softmax_rows_streamed(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct softmax *ctx = context;
+    const ptrdiff_t bytes = ctx->n * fc_size_of(ctx->type);
+    float *e = (float *)(void *)fc_scratch_of(&ctx->exps, rank);
+    struct fc_stream stream = {0};
+    struct fc_softmax_row row = {0};
+    fc_cursor c;
+    fc_cursor_at(&c, ctx->rows, begin);
+    for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
+        const char *x = ctx->x + c.at[1];
+        ctx->k->softmax_streamed[ctx->type](&stream, &row, ctx->out + c.at[0], x, e + (i - begin) % 2 * ctx->n, ctx->n,
+                                            i + 1 < end ? x + bytes : NULL);
+    }
+    ctx->k->softmax_streamed[ctx->type](&stream, &row, NULL, NULL, NULL, ctx->n, NULL);
+    ctx->k->stream_end(&stream);
+}
+
+/* Vectors of out are put together from whole values. */
+static int are_aligned(const void *out, const fc_rows *rows, ptrdiff_t size) {
+    ptrdiff_t all = (ptrdiff_t)(uintptr_t)out;
+    for (int d = 0; d < rows->ndim; d++) all |= rows->stride[0][d];
+    return all % size == 0;
 }
 
 fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
     if (!FC_IS_OURS(rows)) return FC_BAD_SIZE;
     struct softmax ctx = {.k = fc_k, .type = type, .out = out, .x = x, .rows = rows, .n = n};
-    const ptrdiff_t count = fc_rows_count(rows);
-    const double ns = (double)n * fc_ns.softmax + fc_ns.row;
-    const int threads = fc_threads_for(count, ns);
-    ctx.beyond_l2 = fc_reads_beyond_l2((double)count * (double)(n * fc_size_of(type)));
-    ctx.streamed = fc_should_stream((double)count * (double)(n * fc_size_of(type)), out == x);
-    if ((type != FC_F32 || ctx.streamed) && fc_scratch_alloc(NULL, &ctx.exps, threads, (size_t)n * 4))
+    const ptrdiff_t count = fc_rows_count(rows), size = fc_size_of(type);
+    const double ns = (double)n * fc_ns.softmax + fc_ns.row, bytes = (double)count * (double)(n * size);
+    const int threads = fc_threads_for(count, ns), streamed = fc_should_stream(bytes, out == x) &&
+                                                              are_aligned(out, rows, size);
+    if ((type != FC_F32 || streamed) &&
+        fc_scratch_alloc(NULL, &ctx.exps, threads, (size_t)fc_times(n, streamed ? 8 : 4)))
         return FC_NO_MEMORY;
-    fc_status status = fc_static(threads, count, ns, softmax_rows, &ctx);
+    fc_status status = fc_static(threads, count, ns, streamed ? softmax_rows_streamed : softmax_rows, &ctx);
     fc_scratch_free(&ctx.exps);
     return status;
 }

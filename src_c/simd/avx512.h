@@ -68,6 +68,8 @@ FC_INLINE vf vf_scale_from(vf a, vf n, vf x, vf least) {
     const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
     return (vf)_mm512_maskz_scalef_ps(kept, (__m512)a, (__m512)n);
 }
+#define FC_HAS_RECIPROCAL_SHORT 1
+FC_INLINE vf vf_reciprocal_short(vf a) { return (vf)_mm512_rcp14_ps((__m512)a); }
 FC_INLINE vf vf_scale2(vf a, vf n) { return (vf)_mm512_scalef_ps((__m512)a, (__m512)n); }
 
 FC_INLINE vf vf_swap(vf a) { return (vf)_mm512_permute_ps((__m512)a, 0xB1); }

@@ -278,6 +278,7 @@ static void check_floats(void) {
     for (int i = 0; i < 16; i++) want.u[i] = k >> i & 1 ? scaled(a.f[i], b.f[i]) : 0;
     _mm512_storeu_ps(&got, _mm512_maskz_scalef_ps(k, A512, B512));
     compare("maskz_scalef_ps", 64, 0);
+    HALVES("rcp14_ps", _mm512_rcp14_ps(A512), _mm256_div_ps(_mm256_set1_ps(1.0f), PS(a, h)));
 #define INFINITE(x) _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), _mm256_set1_ps(INFINITY), _CMP_EQ_OQ)
     HALVES_AS("reduce_ps", 1, _mm512_reduce_ps(A512, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
               _mm256_andnot_ps(INFINITE(PS(a, h)), _mm256_sub_ps(PS(a, h), _mm256_round_ps(PS(a, h), 8))));

@@ -134,6 +134,9 @@ SOFT(__m512, soft_f32, scalef_ps, (__m512 a, __m512 b), soft_scalef(a[i], b[i]))
 
 SOFT(__m512, soft_f32, maskz_scalef_ps, (__mmask16 k, __m512 a, __m512 b), SOFT_BIT(k) ? soft_scalef(a[i], b[i]) : 0.0f)
 
+/* Processors' own are within 2^-14 of this. */
+SOFT(__m512, soft_f32, rcp14_ps, (__m512 a), 1.0f / a[i])
+
 /* a less the nearest integer, ties to even; the manual has 0 for infinity. Other modes are not ours. */
 SOFT(__m512, soft_f32, reduce_ps, (__m512 a, int imm), ((void)imm, isinf(a[i]) ? 0.0f : a[i] - __builtin_rintf(a[i])))
 
@@ -405,6 +408,7 @@ SOFT_INLINE void soft_tile_dot_s8u8(int c, int a, int b) {
 #define _mm512_cmp_ps_mask soft_cmp_ps_mask
 #define _mm512_scalef_ps soft_scalef_ps
 #define _mm512_maskz_scalef_ps soft_maskz_scalef_ps
+#define _mm512_rcp14_ps soft_rcp14_ps
 #define _mm512_reduce_ps soft_reduce_ps
 #define _mm512_reduce_add_ps soft_reduce_add_ps
 #define _mm512_dpbf16_ps soft_dpbf16_ps
