@@ -239,6 +239,7 @@ struct fc_seams {
     X(conv1d, (void *out, ptrdiff_t ldo, const void *x, ptrdiff_t ldx, const float *weight, const float *bias,         \
                ptrdiff_t n, ptrdiff_t tokens, ptrdiff_t width, int silu), out, ldo, x, ldx, weight, bias, n, tokens,   \
       width, silu)                                                                                                     \
+    X(silu_of_sums, (void *out, const float *x, ptrdiff_t n), out, x, n)                                               \
     X(conv1d_streamed, (struct fc_seams *seams, void *out, const void *x, ptrdiff_t ldx, const float *weight,          \
                         ptrdiff_t ldw, const float *bias, ptrdiff_t n, ptrdiff_t width, int silu), seams, out, x,      \
       ldx, weight, ldw, bias, n, width, silu)                                                                          \

@@ -161,6 +161,9 @@ TOLERANCES = {
 for _op in ("silu", "gelu", "swiglu", "geglu"):
     for _dtype in ("float16", "bfloat16"):
         TOLERANCES[_op, _dtype] = replace(TOLERANCES[_op, _dtype], roundings=lambda n, d, s: 2**11.5)
+for _dtype in ("float16", "bfloat16"):
+    TOLERANCES["causal_conv1d_silu", _dtype] = replace(TOLERANCES["causal_conv1d_silu", _dtype],
+                                                       roundings=lambda n, d, s: 1.1 * (n + 1) + 2**11.5)
 
 
 def multiplies_pairs(dtype: Any) -> bool:

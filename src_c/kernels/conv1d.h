@@ -12,6 +12,16 @@ struct conv1d {
     ptrdiff_t ldx, ldw, width, n;
 };
 
+/* of a sum in float32, for a result of type t */
+FC_INLINE vf conv1d_silu(fc_dtype t, vf x) {
+    return t == FC_F32 ? vf_activate(FC_SILU, x) : vf_activate_short(FC_SILU, t, x);
+}
+
+/* out[n] = silu(x), x sums in float32 */
+FC_INLINE void silu_of_sums_any(fc_dtype t, void *out, const float *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += FC_N) vf_put_upto(t, out, i, conv1d_silu(t, vf_get_upto(FC_F32, x, i, n)), n);
+}
+
 /* acc[r] = token r of a vector of channels at i. taps: the width where it is CONV_TAPS, else 0; whole: the vector lies
  * inside the row. */
 FC_INLINE void conv1d_vector(fc_dtype t, vf *acc, const struct conv1d *c, ptrdiff_t i, const int tokens, const int taps,
@@ -44,7 +54,7 @@ FC_INLINE void conv1d_vector(fc_dtype t, vf *acc, const struct conv1d *c, ptrdif
     }
     if (!silu) return;
 #pragma GCC unroll 4
-    for (int r = 0; r < tokens; r++) acc[r] = vf_activate(FC_SILU, acc[r]);
+    for (int r = 0; r < tokens; r++) acc[r] = conv1d_silu(t, acc[r]);
 }
 
 /* out (tokens, n), ldo bytes apart */

@@ -25,7 +25,7 @@ static const float *state_at(const fc_conv1d_args *args, ptrdiff_t b, ptrdiff_t 
     return (const float *)(const void *)state;
 }
 
-/* Tokens [0, head) of row b, from float32 to float32, then rounded: the bits of the kernel for x's own type. */
+/* Tokens [0, head) of row b, sums in float32 first: the bits of the kernel for x's own type. */
 static void convolve_head(const struct conv1d_run *ctx, ptrdiff_t b, float *rows) {
     const fc_conv1d_args *args = ctx->args;
     const ptrdiff_t back = args->width - 1, n = args->channels, bytes = n * 4;
@@ -38,10 +38,11 @@ static void convolve_head(const struct conv1d_run *ctx, ptrdiff_t b, float *rows
         ctx->k->to_f32[args->type](rows + (back + t) * n, x_at(args, b, t), n, 1.0f);
     for (ptrdiff_t t = 0; t < ctx->head; t += AT_ONCE) {
         const ptrdiff_t count = fc_smaller(AT_ONCE, ctx->head - t);
-        ctx->k->conv1d[FC_F32](out, bytes, rows + t * n, bytes, ctx->weight, args->bias, n, count, args->width,
-                               args->silu);
-        for (ptrdiff_t r = 0; r < count; r++)
-            fc_convert_row(ctx->k, args->type, out_at(args, b, t + r), FC_F32, out + r * n, n, 1.0f);
+        ctx->k->conv1d[FC_F32](out, bytes, rows + t * n, bytes, ctx->weight, args->bias, n, count, args->width, 0);
+        for (ptrdiff_t r = 0; r < count; r++) {
+            if (args->silu) ctx->k->silu_of_sums[args->type](out_at(args, b, t + r), out + r * n, n);
+            else fc_convert_row(ctx->k, args->type, out_at(args, b, t + r), FC_F32, out + r * n, n, 1.0f);
+        }
     }
 }
 
