@@ -1,6 +1,6 @@
 """What rounding costs a model, on the places that llama.cpp's own tool measures: mean KL divergence from float32.
 
-    python tools/measure_quality.py TEXT MODEL [DTYPE[:ACTIVATIONS] ...]
+    python tools/measure_quality.py TEXT MODEL [DTYPE[:ACTIVATIONS[:ATTENTION_PRECISION]] ...]
 
 MODEL is whatever forge_c.models.load takes. The text is cut into pieces of 512 tokens, a BOS in the place of the first
 where the tokenizer adds one; the second half of each counts, as in `llama-perplexity -c 512 -f TEXT`. The reference is
@@ -70,8 +70,9 @@ def main() -> None:
     print(f"float32: {compare(exact, ids, reference)}; {len(ids) * (PIECE - 1 - FIRST)} places", flush=True)
     del exact
     for name in args.formats:
-        dtype, _, activations = name.partition(":")
-        model = fc.models.load(args.model, dtype, activations=activations or None)
+        dtype, activations, attention, *_ = [*name.split(":"), "", ""]
+        model = fc.models.load(args.model, dtype, activations=activations or None,
+                               attention_precision=attention or None)
         print(f"{name}: {compare(model, ids, reference)}", flush=True)
 
 

@@ -170,7 +170,7 @@ FC_INLINE vu max_of_quarters(vu a, vu b) {
 
 /* a + partner in lower lanes, partner - a in upper ones */
 FC_INLINE vf butterfly(vf a, const int step) {
-    vf sign;
+    vf sign = vf_zero();
 #pragma GCC unroll 16
     for (int i = 0; i < FC_N; i++) sign[i] = i & step ? -1.0f : 1.0f;
     return a * sign + partner_of(a, step);
@@ -256,7 +256,7 @@ FC_INLINE vf exp2_for_bytes(vf x) {
 
 /* v in lanes i, i + 1, .. of [lo, hi), else -inf */
 FC_INLINE vf only_within(vf v, ptrdiff_t i, ptrdiff_t lo, ptrdiff_t hi) {
-    vi lane;
+    vi lane = {0};
 #pragma GCC unroll 16
     for (int j = 0; j < FC_N; j++) lane[j] = j;
     const vu in = (vu)(lane >= (int)(lo - i)) & (vu)(lane < (int)(hi - i));
