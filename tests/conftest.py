@@ -156,8 +156,8 @@ TOLERANCES = {
     (op, dtype): Tolerance(roundings, floor, HALF_ULP[dtype], HALF_SUBNORMAL[dtype], LARGEST[dtype])
     for op, (roundings, floor) in OPERATIONS.items() for dtype in DTYPES
 }
-# For results of 16 bits an exponential is good to 2^-13.7, and so is what else these are made of: 2^-12.5 together, under
-# a tenth of a bfloat16's ulp.
+# For results of 16 bits an exponential is good to 2^-13.7, and so is what else these are made of: 2^-12.5 together, a
+# twentieth of a bfloat16's ulp.
 for _op in ("silu", "gelu", "swiglu", "geglu"):
     for _dtype in ("float16", "bfloat16"):
         TOLERANCES[_op, _dtype] = replace(TOLERANCES[_op, _dtype], roundings=lambda n, d, s: 2**11.5)
