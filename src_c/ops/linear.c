@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cut.h"
 #include "rows.h"
 
 enum {
@@ -302,23 +303,14 @@ static ptrdiff_t rows_in_l2(const struct linear *ctx) {
     return fit >= ctx->sizes->rows ? ctx->sizes->rows : fit > tile ? fit / tile * tile : tile;
 }
 
-/* Tiles and blocks of rows, smaller ones where the threads would not have four items each. An item is a block of a
- * tile, or, where a row of out may be named twice, all of them in their order. */
 static void cut(struct linear *ctx, int threads) {
-    const ptrdiff_t m = ctx->args->m, wanted = 4 * (ptrdiff_t)threads;
-    const int in_order = ctx->args->rows->index[0] != NULL;
-    ctx->tile_panels = m > ctx->sizes->many_rows ? ctx->sizes->many_panels : ctx->sizes->few_panels;
-    ctx->block_rows = fc_smaller(m, rows_in_l2(ctx));
-    for (;;) {
-        ctx->tiles = (ctx->panels + ctx->tile_panels - 1) / ctx->tile_panels;
-        ctx->blocks = (m + ctx->block_rows - 1) / ctx->block_rows;
-        ctx->item_blocks = in_order ? ctx->blocks : 1;
-        if (ctx->tiles * ctx->blocks / ctx->item_blocks >= wanted) return;
-        if (ctx->tile_panels > ctx->sizes->few_panels) ctx->tile_panels /= 2;
-        else if (ctx->block_rows > ctx->sizes->many_rows && !in_order)
-            ctx->block_rows = fc_round_up(ctx->block_rows / 2, ctx->sizes->tile_rows);
-        else return;
-    }
+    const struct fc_cut c = fc_cut_product(ctx->sizes, ctx->args->m, ctx->panels, rows_in_l2(ctx),
+                                           ctx->args->rows->index[0] != NULL, threads);
+    ctx->tile_panels = c.tile_panels;
+    ctx->tiles = c.tiles;
+    ctx->block_rows = c.block_rows;
+    ctx->blocks = c.blocks;
+    ctx->item_blocks = c.item_blocks;
 }
 
 static fc_status by_tiles(struct linear *ctx) {
