@@ -19,12 +19,12 @@ from forge_c import KVCache, attention
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-WIDE = "vnni"  # in the name of an ISA that multiplies bytes by bytes: queries and weights have 8 bits, else 7
+WIDE = ("vnni", "amx")  # in names of ISAs that multiply bytes by bytes: queries and weights have 8 bits, else 7
 
 
 def levels(isa: str) -> tuple[int, int]:
     """The largest byte of a query, and of a weight."""
-    return (127, 255) if WIDE in isa else (127, 127) if isa == "base" else (63, 127)
+    return (127, 255) if any(word in isa for word in WIDE) else (127, 127) if isa == "base" else (63, 127)
 
 
 # ---- float32 and bfloat16: the arrays in that dtype -------------------------------------------------

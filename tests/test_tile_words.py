@@ -1,4 +1,4 @@
-"""The tiles of tools/avx512_in_software, which stand for AMX on other CPUs, do what the manual says and what AMX does."""
+"""The tiles of tools/avx512_in_software, which stand for AMX elsewhere, do what the manual says and what AMX does."""
 
 from __future__ import annotations
 

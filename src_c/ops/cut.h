@@ -36,7 +36,7 @@ static inline struct fc_cut fc_cut_product(const struct fc_blocks *sizes, ptrdif
                                .block_rows = block_rows, .blocks = (m + block_rows - 1) / block_rows};
             c.item_blocks = in_order ? c.blocks : 1;
             const double fullness = fc_cut_fullness(&c, m, panels, threads);
-            if (fullness > best_fullness) best = c, best_fullness = fullness;
+            if (fullness >= best_fullness) best = c, best_fullness = fullness;
             if (fullness >= FULL) return c;
         }
     }

@@ -78,7 +78,7 @@ class Checkpoint:
         if others:
             parts = sorted({_part(name) for name in others})
             warnings.warn(f"{folder}: the text model alone is read; {len(others)} tensors of {', '.join(parts)} are "
-                          "not", stacklevel=3)
+                          "not", stacklevel=4)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
