@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= .
 FUZZ_SECONDS ?= 14400
+BENCH_SECONDS ?= 600
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*' \
 	-not -name functional.c -not -path 'forge_c/include/*')
@@ -58,9 +59,9 @@ test: $(VENV)/built  ## Build, then all tests, on all cores
 quick: $(VENV)/built  ## Build, then every test on the best ISA with few of its cases: for the inner loop
 	cd tests && $(PYTEST) --quick .
 
-bench: $(VENV)/built  ## Measure against NumPy and write the pages of docs/
+bench: $(VENV)/built  ## Measure this machine beside others' libraries for BENCH_SECONDS and write its page in docs/benchmarks/
 	@$(BIN)/python -c "$$NEEDS" bench | $(PIP) -r /dev/stdin
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/page.py --seconds $(BENCH_SECONDS)
 
 lint: $(VENV)/built  ## ruff, mypy, cython-lint
 	@$(BIN)/python -c "$$NEEDS" dev | $(PIP) -r /dev/stdin

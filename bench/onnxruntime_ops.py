@@ -14,6 +14,7 @@ Array = np.ndarray
 Call = Callable[[], Any]
 DTYPES = ("float32", "int4-32")
 _MS = "com.microsoft"
+_last: list[Any] = []  # weights and their nibbles
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32,
           np.dtype(np.int64): TensorProto.INT64, np.dtype(np.uint8): TensorProto.UINT8}
 
@@ -150,15 +151,23 @@ def linear(x: Array, weight: Array, *, dtype: str) -> Call:
 
 def _int4(x: Array, weight: Array) -> Call:
     """MatMulNBits over symmetric blocks of 32, with its int8 arithmetic (accuracy level 4)."""
+    (k, n), (quantised, scale) = weight.shape, _nibbles(weight)
+    node = helper.make_node("MatMulNBits", ["x", "w", "scale"], ["y"], domain=_MS, K=k, N=n, bits=4, block_size=32,
+                            accuracy_level=4)
+    return _call([node], {"x": x}, np.empty((len(x), n), np.float32), {"w": quantised, "scale": scale})
+
+
+def _nibbles(weight: Array) -> tuple[Array, Array]:
+    """(two weights a byte, scales); remembered for the last weights, of which there may be several copies in turns."""
+    if _last and _last[0] is weight:
+        return _last[1]
     k, n = weight.shape
     blocks = np.ascontiguousarray(weight.T).reshape(n, k // 32, 32)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
     scale = largest / np.float32(-8)
     u = np.clip(np.rint(blocks / np.where(scale == 0, 1, scale)) + 8, 0, 15).astype(np.uint8)
-    node = helper.make_node("MatMulNBits", ["x", "w", "scale"], ["y"], domain=_MS, K=k, N=n, bits=4, block_size=32,
-                            accuracy_level=4)
-    return _call([node], {"x": x}, np.empty((len(x), n), np.float32),
-                 {"w": u[..., 0::2] | (u[..., 1::2] << 4), "scale": scale.reshape(-1)})
+    _last[:] = weight, (u[..., 0::2] | (u[..., 1::2] << 4), scale.reshape(-1))
+    return _last[1]
 
 
 def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
