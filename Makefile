@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 TESTS ?= .
 FUZZ_SECONDS ?= 14400
 BENCH_SECONDS ?= 600
+LLVM_MCA ?= llvm-mca-19
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*' \
 	-not -name functional.c -not -path 'forge_c/include/*')
@@ -22,7 +23,7 @@ print(*asked["build-system"]["requires"], *asked["project"]["dependencies"], *ex
 endef
 export NEEDS
 
-.PHONY: help demo demo-chat test quick bench lint docs spills asan tsan avx512 aarch64 fuzz clean
+.PHONY: help demo demo-chat test quick bench lint docs spills loops asan tsan avx512 aarch64 fuzz clean
 .DEFAULT_GOAL := demo
 
 help:  ## This list
@@ -74,6 +75,9 @@ docs: $(VENV)/built  ## Run every example of README, docs/ and the docstrings
 
 spills: $(VENV)/built  ## Loops of the product kernels that keep accumulators on the stack
 	cd tests && ../$(BIN)/python ../tools/check_spills.py
+
+loops: $(VENV)/built  ## Cycles of the product kernels' loops on Zen 4 and Sapphire Rapids, by llvm-mca (LLVM_MCA=...)
+	$(BIN)/python tools/estimate_loops.py --page --llvm-mca $(LLVM_MCA)
 
 asan: $(VENV)/built  ## Tests under AddressSanitizer and UBSan (TESTS="test_linear.py ...")
 	tools/check_sanitizers.sh address $(TESTS)
