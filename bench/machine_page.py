@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -179,9 +179,16 @@ def about(found: Mapping[str, Any]) -> str:
 
 def write(found: Mapping[str, Any], folder: Path) -> Path:
     """folder/<machine>.md, and its pictures in folder/<machine>/ where matplotlib is installed."""
+    path = folder / f"{found['name']}.md"
+    if find_spec("matplotlib"):
+        _draw(Figures(found), folder / found["name"])
+    path.write_text(page_text(found, {each.stem for each in (folder / found["name"]).glob("*.svg")}))
+    return path
+
+
+def page_text(found: Mapping[str, Any], pictures: Collection[str]) -> str:
+    """The page, with those of the pictures that there are."""
     figures, name = Figures(found), found["name"]
-    pictures = _pictures(figures, folder / name) if find_spec("matplotlib") else {
-        path.stem: path for path in (folder / name).glob("*.svg")}
 
     def picture(stem: str, text: str) -> list[str]:
         return ["", f"![{text}]({name}/{stem}.svg)"] if stem in pictures else []
@@ -202,9 +209,7 @@ def write(found: Mapping[str, Any], folder: Path) -> Path:
     if left_out:
         lines += ["## Left out", "", "Not measured, for want of time, of memory or of the program: "
                   + "; ".join(left_out) + ".", ""]
-    path = folder / f"{name}.md"
-    path.write_text("\n".join(lines[:-1] if not lines[-1] else lines) + "\n")
-    return path
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def title(found: Mapping[str, Any]) -> str:
@@ -212,24 +217,19 @@ def title(found: Mapping[str, Any]) -> str:
     return f"{found['family']}, {found['cpus']} CPU{'s' if found['cpus'] > 1 else ''}{held}"
 
 
-def _pictures(figures: Figures, folder: Path) -> dict[str, Path]:
-    """Those that there is something to draw of, by their stems."""
+def _draw(figures: Figures, folder: Path) -> None:
+    """Whatever there is something to draw of."""
     limits = figures.limits[figures.most]
     rows = [figures.row(cell) for cell in figures if cell["threads"] == figures.most]
-    drawn = {}
-    if plots.roofline(rows, limits, folder / "roofline.svg"):
-        drawn["roofline"] = folder / "roofline.svg"
+    plots.roofline(rows, limits, folder / "roofline.svg")
     for key, heading in TITLES.items():
-        path = folder / f"{key}-length.svg"
-        if plots.curves(heading, [row for row in rows if row.component == key], limits, path):
-            drawn[path.stem] = path
+        mine = [row for row in rows if row.component == key]
+        plots.curves(heading, mine, limits, folder / f"{key}-length.svg")
     names = [case.name for case in CASES if case.threads]
     panels = [(name, [(cell["impl"], cell["variant"], cell["threads"], _rate(cell)) for cell in figures
                       if cell["case"] == name]) for name in names]
     panels = [(name, points) for name, points in panels if len({threads for _, _, threads, _ in points}) > 1]
-    if plots.over_threads(panels, folder / "threads.svg"):
-        drawn["threads"] = folder / "threads.svg"
-    return drawn
+    plots.over_threads(panels, folder / "threads.svg")
 
 
 def _rate(cell: Mapping[str, Any]) -> float:
@@ -257,4 +257,4 @@ def put_index(page: Path) -> None:
     """The machines whose figures lie in the folder beside the page, between its two comments."""
     found = [(f"{path.parent.name}/{path.stem}.md", json.loads(path.read_text()))
              for path in sorted(page.with_suffix("").glob("*.json"))]
-    put(page, "machines", "\n" + "\n".join(index_lines(found)) + "\n\n" if found else "\n")
+    put(page, "machines", "\n" + "\n".join(index_lines(found)) + "\n\n" if found else "")

@@ -112,11 +112,10 @@ class Measuring:
     def _section(self, name: str, left: Callable[[], float]) -> list[str]:
         """Measures it, and says what was left out."""
         if name == "models":
-            return whole_models.measure(self.found, self.args, self.threads, left, say)
+            return whole_models.measure(self.found, self.args, self.counts(), left, say)
         if name != "threads":
             return self._cases([i for i, case in enumerate(CASES) if case.section == name], self.threads, left)
-        left_out = []
-        counts = [2**i for i in range(self.threads.bit_length()) if 2**i < self.threads]
+        left_out, counts = [], self.counts()[:-1]
         while len(counts) > 1 and left() < _COUNT * len(counts):
             counts = counts[::2]
         for at, count in enumerate(counts):
@@ -124,6 +123,10 @@ class Measuring:
             left_out += self._cases([i for i, case in enumerate(CASES) if case.threads], count,
                                     lambda end=end: end - time.monotonic())
         return left_out
+
+    def counts(self) -> list[int]:
+        """1, 2, 4, ... and all."""
+        return [*(2**i for i in range(self.threads.bit_length()) if 2**i < self.threads), self.threads]
 
     def _cases(self, indices: list[int], threads: int, left: Callable[[], float]) -> list[str]:
         long = self.args.seconds >= 600

@@ -5,7 +5,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,22 +36,24 @@ def _tests(entry: Entry, args: argparse.Namespace, threads: int, limit: float) -
     return llama_cpp(args.llama_bench, gguf_file(entry.form, args.shape, folder.absolute(), args.llama_bench), sizes)
 
 
-def measure(found: dict[str, Any], args: argparse.Namespace, threads: int, left: Callable[[], float],
+def measure(found: dict[str, Any], args: argparse.Namespace, counts: Sequence[int], left: Callable[[], float],
             say: Callable[[str], None]) -> list[str]:
-    """Rounds of every entry while there is time, into found["models"]; says what was left out."""
+    """Every entry in two rounds at the last of the counts, once at the others, and in a third round, while there is time,
+    into found["models"]; says what was left out."""
     sizes = Sizes.of(SHAPES[args.shape])
     if machine.available_memory() < 3 * sizes.file_bytes("BF16"):
         return [f"whole models: {args.shape} takes {3 * sizes.file_bytes('BF16') / 2**30:.0f} GiB of memory"]
     entries = [e for e in ENTRIES if not args.only or any(e.name.startswith(text) for text in args.only)]
     cost = dict.fromkeys(entries, min(_FIRST, args.seconds / 8))
     left_out: list[str] = []
-    number = 0
-    while entries and left() > 0 and number < 3:
+    most = counts[-1]
+    turns = [(most, 0), (most, 1), *((count, 0) for count in reversed(counts[:-1])), (most, 2)]
+    for threads, number in turns:
+        slower = most / threads
         for entry in list(entries):
-            if left() < cost[entry]:
+            if left() < slower * cost[entry]:
                 if number == 0:
-                    left_out.append(entry.name)
-                entries.remove(entry)
+                    left_out.append(f"{entry.name} on {threads} threads")
                 continue
             start = time.monotonic()
             try:
@@ -61,10 +63,10 @@ def measure(found: dict[str, Any], args: argparse.Namespace, threads: int, left:
                 left_out.append(f"{entry.name}: {error}")
                 entries.remove(entry)
                 continue
-            cost[entry] = time.monotonic() - start
-            say(f"  {entry.name}: " + ", ".join(f"{t['test']} {median(t['tokens_per_second']):.1f}" for t in tests))
+            cost[entry] = (time.monotonic() - start) / slower
+            say(f"  {threads} threads, {entry.name}: "
+                + ", ".join(f"{t['test']} {median(t['tokens_per_second']):.1f}" for t in tests))
             _keep(found, entry, args.shape, threads, tests, number)
-        number += 1
     return left_out
 
 
