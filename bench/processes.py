@@ -31,7 +31,9 @@ def output(command: Sequence[str], environment: Mapping[str, str] = os.environ, 
     """stdout of a process; RuntimeError with the last line of its stderr."""
     try:
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=limit, env=environment)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done in {limit:.0f} s") from None
+    except OSError as error:
         raise RuntimeError(str(error)) from None
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])

@@ -5,8 +5,10 @@ by every one of them, so that what is compared lies seconds apart.
 """
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +27,8 @@ IMPLEMENTATIONS = ("forge_c", "numpy", "torch", "onnxruntime")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # Freed memory stays in the process: who makes new arrays at each call gets warm ones, as who writes into out= does.
 WARM_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=67108864"
-_PAUSE = 0.03      # seconds before a turn, so that the others' threads have gone to sleep
+_PAUSE = 0.01      # seconds before a turn, so that the others' threads have stopped
+_PR_SET_PDEATHSIG = 1
 _LONG = 0.5        # seconds of a call that is not repeated to warm up
 _HOPE = 3          # times as long a first call may seem to take, all processes preparing at once
 _GRACE = 10        # seconds over the time in which a round may come to its end
@@ -43,7 +46,8 @@ class Turn(NamedTuple):
 
 
 class Worker:
-    """One implementation in a process of its own; it sleeps while another works."""
+    """One implementation in a process of its own, which is stopped while others work: threads that wait for their next
+    call by spinning, as ONNX Runtime's do for a while, would take a core from them."""
 
     def __init__(self, impl: str, threads: int, python: str = sys.executable) -> None:
         self.impl = impl
@@ -63,6 +67,7 @@ class Worker:
 
     def ask(self, *command: Any) -> None:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         with suppress(BrokenPipeError):  # then there is no answer
             print(json.dumps(command), file=self._process.stdin, flush=True)
 
@@ -70,6 +75,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
+            self._process.send_signal(signal.SIGSTOP)
             return json.loads(line)
         self._process.wait()
         self._start()
@@ -78,6 +84,7 @@ class Worker:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
+        self._process.send_signal(signal.SIGCONT)
         self._process.wait()
 
 
@@ -138,6 +145,7 @@ def _time(calls: list[Call], once: float, seconds: float) -> float:
 
 
 def serve(impl: str) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # who is stopped would not see that stdin is closed
     operations = import_module(f"{impl}_ops")
     calls: dict[str, list[Call]] = {}
     once: dict[str, Any] = {}

@@ -38,8 +38,8 @@ def _tests(entry: Entry, args: argparse.Namespace, threads: int, limit: float) -
 
 def measure(found: dict[str, Any], args: argparse.Namespace, counts: Sequence[int], left: Callable[[], float],
             say: Callable[[str], None]) -> list[str]:
-    """Every entry in two rounds at the last of the counts, once at the others, and in a third round, while there is time,
-    into found["models"]; says what was left out."""
+    """Every entry in two rounds at the last of the counts, once at the others, and in a third round, while there is
+    time, into found["models"]; says what was left out."""
     sizes = Sizes.of(SHAPES[args.shape])
     if machine.available_memory() < 3 * sizes.file_bytes("BF16"):
         return [f"whole models: {args.shape} takes {3 * sizes.file_bytes('BF16') / 2**30:.0f} GiB of memory"]
