@@ -24,6 +24,7 @@ class Variant(NamedTuple):
     written: int
     flops: int
     options: Mapping[str, Any] = {}
+    shared: bool = False  # whether others have it, though forge_c needs options for it
     beside: str = ""  # the variant of others to compare with where they have none of this name
 
 
@@ -71,15 +72,15 @@ def _rope(seq: int, **more: Any) -> Case:
 
 
 def _linear(k: int, n: int, m: int, formats: tuple[str, ...] = tuple(FORMATS), **more: Any) -> Case:
-    """x (m, k) by weights (k, n). int8 takes inputs in 12 bits unless it is asked for 8; beside int4 of 32s,
-    llama.cpp's Q4_0, stands ONNX Runtime's MatMulNBits."""
+    """x (m, k) by weights (k, n). int8 takes inputs in 12 bits unless it is asked for 8; beside that and int4
+    of 32s, llama.cpp's Q4_0, stands ONNX Runtime's MatMulNBits."""
     def variant(name: str, dtype: str = "", **options: Any) -> Variant:
         size = FORMATS[(dtype or name).split("-")[0]]
         return Variant(name, dtype or name, int(k * n * size) + 4 * m * k, 4 * m * n, 2 * m * k * n, options)
 
     variants = [variant(name) for name in formats]
     if "int8" in formats:
-        variants.append(variant("int8, inputs int8", "int8", activations="int8"))
+        variants.append(variant("int8, inputs int8", "int8-128", activations="int8")._replace(shared=True))
     if "int4" in formats:
         variants.append(variant("int4-32"))
     return Case("linear", f"linear {k} -> {n}, M {m}", "linear",
@@ -106,7 +107,7 @@ def _prompt(seq: int, dim: int, **more: Any) -> Case:
 
     def variant(name: str, dtype: str, **options: Any) -> Variant:
         size = seq * dim * FLOATS[dtype]
-        return Variant(name, dtype, int((HEADS + 2 * KV_HEADS) * size), int(HEADS * size), flops, options, dtype)
+        return Variant(name, dtype, int((HEADS + 2 * KV_HEADS) * size), int(HEADS * size), flops, options, beside=dtype)
 
     variants = (*(variant(dtype, dtype) for dtype in FLOATS),
                 *(variant(f"float32, precision {name}", "float32", precision=name) for name in ("bfloat16", "int8")))

@@ -14,7 +14,7 @@ from forge_c.nn import MixtureOfDepths, ModernTransformerBlock, SinusoidalPositi
 
 Array = np.ndarray
 Call = Callable[[], Any]
-DTYPES = ("float32", "bfloat16", "int8", "int4", "int4-32")
+DTYPES = ("float32", "bfloat16", "int8", "int8-128", "int4", "int4-32")
 # Function, ids of weights, options -> the weights, which must not go while their ids stand here, and what was packed.
 _packs: dict[Any, tuple[tuple[Array, ...], Any]] = {}
 _STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}

@@ -26,6 +26,7 @@ from typing import Any
 
 import machine
 import machine_page
+import turns
 import whole_models
 from cases import CASES
 from turns import IMPLEMENTATIONS, Turn, Worker, measure, rates
@@ -50,6 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of llama.cpp's model files, 4 GB (default: a temporary one)")
     parser.add_argument("--name", help="of the page (default: the kind of core and how many)")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder to write (default: docs)")
+    parser.add_argument("--check", action="store_true", help="measure nothing: compare everyone's results with NumPy's")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="make the pages of these figures again")
     args = parser.parse_args()
     unknown = set(args.sections.split(",")) - set(SECTIONS)
@@ -84,8 +86,7 @@ class Measuring:
             self.found.setdefault(key, empty)
         self._limits()
         self.threads = args.threads or self.found["limits"]["threads"]
-        self.implementations = [name for name in IMPLEMENTATIONS if find_spec(name) and (
-            name != "onnxruntime" or find_spec("onnx"))]
+        self.implementations = _installed()
 
     def _limits(self) -> None:
         """Measured in each run; a limit that was reached once is one."""
@@ -164,6 +165,20 @@ class Measuring:
         self.path.write_text(text.replace('{"section"', '\n{"section"') + "\n")
 
 
+def check() -> bool:
+    """Whether everyone makes the same of every case."""
+    workers = [Worker(name, machine.cores()) for name in _installed()]
+    try:
+        return all([turns.check(index, workers, say) for index, case in enumerate(CASES) if case.rank < 2])
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _installed() -> list[str]:
+    return [name for name in IMPLEMENTATIONS if find_spec(name) and (name != "onnxruntime" or find_spec("onnx"))]
+
+
 def _memory(index: int) -> int:
     """Bytes that all implementations may hold of a case together, generously."""
     return 16 * max(max(variant.read + variant.written, machine.FOOTPRINT) for variant in CASES[index].variants)
@@ -171,6 +186,8 @@ def _memory(index: int) -> int:
 
 def main() -> int:
     args = _arguments()
+    if args.check:
+        return 0 if check() else 1
     paths = args.draw or [args.out / "benchmarks" / f"{args.name or machine.kind()}.json"]
     if not args.draw:
         args.llama_bench = os.path.abspath(found) if (found := shutil.which(args.llama_bench)) else args.llama_bench

@@ -95,6 +95,7 @@ def curves(title: str, rows: Sequence[Row], limits: Limits, path: Path) -> bool:
     """A panel for each curve: time against length, a line an implementation and variant, and the float32 limit."""
     drawn = sorted((row for row in rows if row.curve), key=lambda row: row.curve)
     panels = [(name, list(group)) for name, group in groupby(drawn, key=lambda row: row.curve)]
+    panels = [(name, group) for name, group in panels if len({row.length for row in group}) > 1]
     if not panels:
         return False
     figure, axes = _pyplot().subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)

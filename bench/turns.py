@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 from cases import CASES, FORMATS, Case, Variant
 from machine import FOOTPRINT
 
@@ -35,6 +37,8 @@ _GRACE = 10        # seconds over the time in which a round may come to its end
 _SAMPLE = 1e-4     # seconds of a sample at least: shorter calls are counted together
 _COPY_WEIGHTS = ("forge_c", "onnxruntime")  # into packed arrays, into a graph
 _SETS = 64         # copies of a case's buffers at most
+# Of the largest value: what a format does to a product of random numbers, with room to spare; the first name that fits.
+TOLERANCE = {"int4": 0.25, "int8": 0.05, "bfloat16": 0.05, "float32": 1e-3}
 Call = Callable[[], Any]
 Cell = dict[str, Any]
 
@@ -107,7 +111,7 @@ def _calls(case: Case, variant: Variant, impl: str, operations: Any, inputs: tup
 def _offers(impl: str, operations: Any, case: Case, variant: Variant) -> bool:
     op = impl == "numpy" and case.numpy_op or case.op
     return (impl not in case.without and hasattr(operations, op) and variant.dtype in operations.DTYPES
-            and (impl == "forge_c" or not variant.options))
+            and (impl == "forge_c" or not variant.options or variant.shared))
 
 
 def _prepare(impl: str, operations: Any, case: Case, brief: bool) -> tuple[dict[str, list[Call]], dict[str, Any]]:
@@ -161,6 +165,9 @@ def serve(impl: str) -> None:
         elif command == "time":
             name, seconds = arguments
             answer = _time(calls[name], once[name], seconds)
+        elif command == "save":  # what each variant makes of a case
+            for name, prepared in calls.items():
+                np.save(Path(arguments[0]) / f"{name}.npy", operations.to_numpy(prepared[0]()))
         elif command == "drop":
             calls = {}
         print(json.dumps(answer), flush=True)
@@ -202,6 +209,32 @@ def measure(index: int, workers: Iterable[Worker], threads: int, turn: Turn, lef
         say(f"  {case.name}: left out, a round takes {cost:.0f} s")
     return [_cell(case, variant, impl, threads, found[variant.name, impl]) for variant in case.variants
             for impl in IMPLEMENTATIONS if (variant.name, impl) in found]
+
+
+def check(index: int, workers: Iterable[Worker], say: Callable[[str], None]) -> bool:
+    """Whether every variant by everyone makes what NumPy makes in float32, as far as its format goes."""
+    case, right = CASES[index], True
+    with tempfile.TemporaryDirectory() as folder:
+        for worker in workers:
+            mine = Path(folder) / worker.impl
+            mine.mkdir()
+            worker("prepare", index, False)
+            worker("save", str(mine))
+            worker("drop")
+        numpy = Path(folder) / "numpy" / "float32.npy"
+        if not numpy.exists():
+            say(f"  {case.name}: NumPy does not do it")
+            return True
+        expected = np.load(numpy)
+        scale = np.abs(expected).max()
+        for path in sorted(Path(folder).glob("*/*.npy")):
+            got = np.load(path).reshape(expected.shape)
+            error = float(np.abs(got - expected).max() / scale)
+            allowed = next(most for name, most in TOLERANCE.items() if name in path.stem)
+            if not error <= allowed:
+                right = False
+                say(f"  {case.name}, {path.stem}, {path.parent.name}: {error:.2g} of the largest value off")
+    return right
 
 
 def _cell(case: Case, variant: Variant, impl: str, threads: int, rounds: list[float]) -> Cell:
