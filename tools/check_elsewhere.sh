@@ -74,8 +74,10 @@ build() {
 c_api() {
     local folder
     folder=$(mktemp -d)
-    ${CC:-cc} -std=gnu11 -O2 -fno-math-errno -ffp-contract=off -fopenmp -Isrc_c tools/check_c_api.c \
-        $(find src_c -name '*.c') -lm -o "$folder/check" && "$folder/check" >"$folder/log"
+    find src_c tools/check_c_api.c -name '*.c' | timeout -k 5 "$(left)" xargs -P "$(nproc)" -I{} sh -c \
+        'exec $0 -std=gnu11 -O2 -fno-math-errno -ffp-contract=off -fopenmp -Isrc_c -c "$2" -o "$1/$(echo "$2" | tr / _).o"' \
+        "${CC:-cc}" "$folder" {} &&
+        ${CC:-cc} -fopenmp "$folder"/*.o -lm -o "$folder/check" && timeout -k 5 "$(left)" "$folder/check" >"$folder/log"
     local rc=$?
     tail -3 "$folder/log"
     rm -rf "$folder"
