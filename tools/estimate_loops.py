@@ -10,7 +10,7 @@ products, as long as W comes in time, which no such model sees.
 
 Instructions are renamed for llvm-mca where LLVM 19 has their rate wrong: on Sapphire Rapids 512-bit multiplications
 have two ports and not one; on Zen 4 a dot product goes as fast as a multiply-add, and a broadcast from memory is a
-load. It needs llvm-mca 16 or later (Debian: llvm-19).
+load. It has no rates for AMX, whose loops are not here. It needs llvm-mca 16 or later (Debian: llvm-19).
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ITERATIONS = 200
 FEWEST = 8  # products of a loop that is shown
 EMPTY = Loop("", [])
 SHOWN = re.compile(r"gemm_\w+_tile")
-PRODUCTS = re.compile(r"vfn?madd|vdpbf16ps|vpdp|vpmaddwd|vpmaddubsw|tdp")
+PRODUCTS = re.compile(r"vfn?madd|vdpbf16ps|vpdp|vpmaddwd|vpmaddubsw")
 NOPS = re.compile(r"(cs |data16 )*nop|xchg\s+%ax,%ax")
 
 
@@ -57,10 +57,9 @@ class Core(NamedTuple):
 CORES = (
     Core("Zen 4", "znver4", {"zmm": 1.0, "": 0.5},
          {r"vdpbf16ps|vpdp\w+": "vfmadd231ps", r"vp?broadcast\w+ +\S*\(": "vmovups"}),
-    Core("Sapphire Rapids", "sapphirerapids", {"tdp": 16.0, "vdpbf16ps": 2.0, "": 0.5},
+    Core("Sapphire Rapids", "sapphirerapids", {"vdpbf16ps": 2.0, "": 0.5},
          {r"(vfn?madd\w+|vpdp\w+|vpmadd\w+|vmulps)\s.*zmm": "vaddps"}),
 )
-HAVE_NOT = {"Zen 4": "tdp"}
 
 
 def isas(library: str) -> tuple[list[int], list[str]]:
@@ -118,8 +117,6 @@ def simulated(llvm_mca: str, core: Core, loop: Loop) -> float:
 
 def cells(llvm_mca: str, core: Core, loop: Loop) -> list[str]:
     products = _products(loop)
-    if any(re.match(HAVE_NOT.get(core.name, "$"), text) for text in products):
-        return ["–"] * 3
     floor, estimate = core.floor(products), simulated(llvm_mca, core, loop)
     return [f"{floor:.1f}", f"{estimate:.1f}", f"{100 * min(1.0, floor / estimate):.0f} %"]
 
