@@ -64,10 +64,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _git(*arguments: str) -> str:
+    """stdout; nothing where there is no checkout."""
+    return subprocess.run(["git", "-C", str(HERE.parent), *arguments], capture_output=True, text=True).stdout.strip()
+
+
 def _version() -> str:
     """forge_c's version, and the commit if this is a checkout or FORGE_C_COMMIT says it."""
-    done = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    commit = os.environ.get("FORGE_C_COMMIT") or done.stdout.strip()
+    changed = "-dirty" if _git("status", "--porcelain", "--", "src_c", "forge_c", "setup.py") else ""
+    commit = os.environ.get("FORGE_C_COMMIT") or _git("describe", "--always") + changed
     code = "import forge_c; print(forge_c.__version__)"
     version = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE)
     return version.stdout.strip() + (f" ({commit})" if commit else "")
