@@ -87,7 +87,7 @@ def best_of(a: Limits | None, b: Limits) -> Limits:
 def compute_seconds(work: Work, limits: Limits) -> float:
     keys = {"int4": "int4_gops", "int8": "int8_gops", "bfloat16": "bf16_gflops"}
     peak = limits[keys.get(work.dtype.split("-")[0], "fp32_gflops")]
-    return work.flops / (peak or limits["fp32_gflops"]) / 1e9
+    return work.flops / max(peak, limits["fp32_gflops"]) / 1e9  # whatever has fewer bits can be widened
 
 
 def memory_seconds(work: Work, limits: Limits) -> float:

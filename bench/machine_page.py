@@ -12,7 +12,7 @@ from typing import Any
 import plots
 from cases import CASES, TITLES
 from machine import FOOTPRINT, Limits, Work, share
-from peers_table import EXPLANATION, Entry, Sizes, table
+from peers_table import Entry, Sizes, table
 from peers_table import Row as ModelRow
 from report import Row, put, rate_text, time_text
 
@@ -27,7 +27,8 @@ _HOW = [
     "How: every implementation is a process of its own, and they take turns: within a round each works for a moment at "
     "every variant of a case, one to five rounds one after the other. A time is the median over rounds of the median "
     "within a round. Beside it stands the share of this machine's limit, the larger of operations over the peak and of "
-    "bytes over the memory's rate, at the same number of threads; – where there is no limit to compare with. Under a "
+    "bytes over the memory's rate, at the same number of threads; – where there is no limit to compare with. What has "
+    "fewer bits can be widened, so that no peak counts that is lower than float32's. Under a "
     "peer's name stands its time and then, in bold, that over forge_c's: the median over rounds of the ratio within a "
     "round, in brackets the lowest and the highest. More than 1 means that forge_c is faster. What a peer does not "
     "have in a format is compared with what it has: NumPy with its float32, attention in lower precision with the "
@@ -37,6 +38,12 @@ _HOW = [
     f"through buffers of {FOOTPRINT >> 20} MiB together, and the limits' rates of memory are those over arrays of "
     "that size; where the last cache is larger, as a share of a big server's can be, they are not those of DRAM alone. "
     "Cases of one row and prompts find their operands in the caches. Data is random.", ""]
+_MODELS = [
+    "Random weights, everyone in a process of its own, one after the other; rates in tokens a second, the median over "
+    "rounds. pp is a prompt, of which the last token's logits are computed; tg decodes one token at a time from an "
+    "empty cache. llama.cpp's files hold every matrix in the format named. *Of limit*: of a prompt, two operations a weight "
+    "and token over the peak of the format's unit; of decoding, the bytes of weights that a step reads over the read "
+    "rate of memory. A ratio is the median (lowest to highest) over rounds of the ratio within a round."]
 
 
 class Figures:
@@ -160,7 +167,7 @@ def models_table(figures: Figures) -> list[str]:
                 for row in sorted(mine, key=lambda row: row["test"])]
         limits = [figures.limits[threads]] * max(len(row.samples) for row in held)
         lines += ["", f"{shape}, {threads} threads:", "", *table(held, limits, Sizes.of(SHAPES[shape]))]
-    return [*lines[1:], "", *EXPLANATION] if lines else []
+    return [*_MODELS, *lines] if lines else []
 
 
 def about(found: Mapping[str, Any]) -> str:
