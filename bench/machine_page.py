@@ -41,9 +41,9 @@ _HOW = [
 _MODELS = [
     "Random weights, everyone in a process of its own, one after the other; rates in tokens a second, the median over "
     "rounds. pp is a prompt, of which the last token's logits are computed; tg decodes one token at a time from an "
-    "empty cache. llama.cpp's files hold every matrix in the format named. *Of limit*: of a prompt, two operations a weight "
-    "and token over the peak of the format's unit; of decoding, the bytes of weights that a step reads over the read "
-    "rate of memory. A ratio is the median (lowest to highest) over rounds of the ratio within a round."]
+    "empty cache. llama.cpp's files hold every matrix in the format named. *Of limit*: of a prompt, two operations a "
+    "weight and token over the peak of the format's unit; of decoding, the bytes of weights that a step reads over the "
+    "read rate of memory. A ratio is the median (lowest to highest) over rounds of the ratio within a round."]
 
 
 class Figures:
@@ -212,7 +212,9 @@ def page_text(found: Mapping[str, Any], pictures: Collection[str]) -> str:
                   *picture("threads", "Rates against threads"), ""]
     if rows := models_table(figures):
         lines += ["## A whole model", "", *rows, ""]
-    left_out = [each for run in found["runs"].values() for each in run["left_out"]]
+    there = {f"{cell['case']}, threads {cell['threads']}" for cell in figures} | {
+        f"{row['implementation']} {row['format']}, threads {row['threads']}" for row in found["models"]}
+    left_out = [each for run in found["runs"].values() for each in dict.fromkeys(run["left_out"]) if each not in there]
     if left_out:
         lines += ["## Left out", "", "Not measured, for want of time, of memory or of the program: "
                   + "; ".join(left_out) + ".", ""]

@@ -112,7 +112,8 @@ class Measuring:
             self.found["runs"][name] = {
                 "date": str(datetime.date.today()), "version": _version(), "threads": self.threads,
                 "others": neighbours.share(),
-                "seconds": time.monotonic() - before, "left_out": left_out}
+                "seconds": time.monotonic() - before,
+                "left_out": left_out + (self.found["runs"].get(name, {}).get("left_out", []) if self.args.only else [])}
             self.write()
 
     def _section(self, name: str, left: Callable[[], float]) -> list[str]:
@@ -145,12 +146,12 @@ class Measuring:
             for index in sorted(indices, key=lambda i: CASES[i].rank):
                 case = CASES[index]
                 if left() <= 0 or machine.available_memory() < _memory(index):
-                    left_out.append(f"{case.name} on {threads} threads")
+                    left_out.append(f"{case.name}, threads {threads}")
                     continue
                 cells = measure(index, workers, threads, turn, left, say, brief=threads != self.threads)
                 say(f"  {threads} threads, {case.name}, ms: {rates(cells)}")
                 if not cells:
-                    left_out.append(f"{case.name} on {threads} threads")
+                    left_out.append(f"{case.name}, threads {threads}")
                 self._keep(cells)
         finally:
             for worker in workers:

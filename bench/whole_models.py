@@ -53,7 +53,7 @@ def measure(found: dict[str, Any], args: argparse.Namespace, counts: Sequence[in
         for entry in list(entries):
             if left() < slower * cost[entry]:
                 if number == 0:
-                    left_out.append(f"{entry.name} on {threads} threads")
+                    left_out.append(f"{entry.name}, threads {threads}")
                 continue
             start = time.monotonic()
             try:
