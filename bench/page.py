@@ -99,6 +99,8 @@ class Measuring:
         old = self.found.get("limits", {}).get("by_threads", {})
         for count, limits in now["by_threads"].items():
             now["by_threads"][count] = machine.best_of(old.get(count), limits)
+        memory = {size: rates for size, *rates in self.found.get("limits", {}).get("memory", [])}
+        now["memory"] = [[size, *map(max, rates, memory.get(size, rates))] for size, *rates in now["memory"]]
         self.found["limits"] = {**now, "by_threads": {**old, **now["by_threads"]}}
 
     def run(self) -> None:
