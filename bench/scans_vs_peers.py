@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 _CASES = (Case(512, 1536, 1, 16), Case(512, 5120, 1, 16), Case(8192, 1536, 1, 16), Case(1, 5120, 1, 16),
           Case(512, 24, 64, 128), Case(2048, 24, 64, 128), Case(512, 80, 64, 128), Case(1, 80, 64, 128))
-_FMA_LANES = {"base": 4, "avx2": 8, "avx512": 16, "avx512_vnni_bf16": 16}
+_FMA_LANES = {"base": 4, "avx2": 8, "avx_vnni": 8, "avx512": 16, "avx512_vnni": 16, "avx512_vnni_bf16": 16}
 
 
 def _inputs(case: Case) -> tuple[np.ndarray, ...]:

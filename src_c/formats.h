@@ -22,7 +22,8 @@ typedef enum {
     FC_A_F32,
     FC_A_BF16, /* x rounded to bfloat16 */
     FC_A_I8,   /* integers and a scale for each chunk of k, as the caller wants x rounded */
-    FC_A_I16   /* integers that whoever multiplies has made */
+    FC_A_I16,  /* integers that whoever multiplies has made */
+    FC_A_TYPES
 } fc_a_type;
 
 /* Into what a format expands: lines of bytes */

@@ -62,6 +62,7 @@ struct fc_attention_row {
     float scale, softcap;
     int16_t *q; /* (n), with v_scale: weights v_scale ~ *w_scale q; q may begin where s does */
     float *w_scale;
+    uint16_t *bf16; /* (n): weights as bfloat16, instead of s; may begin where s does, or before; else NULL */
 };
 
 /* A block of tokens of one head, whose state is S (n, p); see kernels/ssd.h, kernels/delta.h and kernels/s4d.h. */
@@ -259,8 +260,8 @@ struct fc_seams {
     X(iq4_xs, FC_PACKED_IQ4_XS)                                                                                        \
     X(mxfp4, FC_PACKED_MXFP4)
 
-/* How ops/linear.c cuts a product: data that belongs to the registers and caches of an ISA's machines. No bit of a
- * result depends on it. */
+/* How drivers cut a product of one a_type: data that belongs to the registers and caches of an ISA's machines. No bit
+ * of a result depends on it. */
 struct fc_blocks {
     ptrdiff_t tile_rows;               /* rows that a line of W serves in registers */
     ptrdiff_t panel_bytes;             /* of each panel of W that more rows of x pass over at a time */
@@ -268,10 +269,14 @@ struct fc_blocks {
     ptrdiff_t rows_in_place;           /* up to here float32 x is multiplied where it lies */
     ptrdiff_t many_rows;               /* beyond these a tile has many panels: what is read of x serves them all */
     ptrdiff_t few_panels, many_panels; /* of a tile */
-    ptrdiff_t unpacked_k;              /* rows of unpacked W that become panels at once */
-    ptrdiff_t expanded_k;              /* rows of W that expand at once */
-    ptrdiff_t unexpanded_rows;         /* of x, up to which W does not expand */
-    ptrdiff_t stream_rows;             /* up to here rows of W that come as they lie are streamed past x, */
+};
+
+/* And one whose W does not lie as it is multiplied, whatever the a_type. */
+struct fc_unpacked {
+    ptrdiff_t k;               /* rows of W, not packed, that become panels at once */
+    ptrdiff_t expanded_k;      /* rows of packed W that expand at once */
+    ptrdiff_t unexpanded_rows; /* of x, up to which it does not expand */
+    ptrdiff_t stream_rows;     /* up to here rows of W that come as they lie are streamed past x, */
     ptrdiff_t stream_columns, stream_k; /* so many columns and rows of W at a time */
 };
 
@@ -282,8 +287,10 @@ struct fc_kernels {
     /* the a_type of the ISA's products: float32 or bfloat16 against bfloat16 weights; bytes a value against
      * integer ones */
     fc_dtype bf16_x;
+    ptrdiff_t bf16_k; /* k of bfloat16 products that are summed before they join an output's chain */
     int i8_x, i4_x;
-    struct fc_blocks blocks;
+    struct fc_blocks blocks[FC_A_TYPES];
+    struct fc_unpacked unpacked;
 #define FC_TYPED_MEMBER(name, params, ...) void(*name[FC_DTYPES]) params;
 #define FC_MEMBER(name, params) void(*name) params;
     FC_TYPED_KERNELS(FC_TYPED_MEMBER)

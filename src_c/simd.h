@@ -65,6 +65,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  * and where the ISA has them
  *   FC_HAS_PAIR      vf_bf16_pair(a, b), vf_f16_pair(a, b)   2 FC_N 16-bit values: a store of each half and a load of
  *                                                both would wait for all earlier stores
+ *   FC_HAS_BF16_PAIR vf_bf16_pair_flushed(a, b)   vf_bf16_pair in one instruction, and 0 for subnormal numbers
  *   FC_HAS_BF16_DOT  vf_dot_bf16(acc, w, x)       acc + w[2i] x[2i] + w[2i+1] x[2i+1] of bfloat16 pairs
  *   FC_HAS_I8_DOT    vi_dot_i8(acc, u8, s8)       acc + the four products of bytes in each lane
  *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
@@ -162,6 +163,15 @@ FC_INLINE vf vf_halves(fc_dtype t, vf a, vf b) {
     vf_put(t, both, 0, a);
     vf_put(t, both, FC_N, b);
     return vf_load(both);
+#endif
+}
+
+/* The same as bfloat16, of numbers none of which is subnormal */
+FC_INLINE vf vf_bf16_pair_of_normals(vf a, vf b) {
+#ifdef FC_HAS_BF16_PAIR
+    return vf_bf16_pair_flushed(a, b);
+#else
+    return vf_halves(FC_BF16, a, b);
 #endif
 }
 

@@ -72,8 +72,9 @@ class Tolerance:
 
 
 def sums_flushed(n: float) -> float:
-    """vdpbf16ps makes 0 of a sum under the normal numbers, after each of n products. flushed() has its inputs."""
-    return n * SMALLEST_NORMAL
+    """vdpbf16ps and tdpbf16ps make 0 of a sum under the normal numbers, after each of n products, and, in a tile, of
+    the sum of two chains that are added to the rest. flushed() has its inputs."""
+    return (n + 2) * SMALLEST_NORMAL
 
 
 OPERATIONS: dict[str, tuple[Callable[[float, float, float], float], float | Callable[[float], float]]] = {
@@ -155,7 +156,7 @@ TOLERANCES = {
 def multiplies_pairs(dtype: Any) -> bool:
     """Whether this ISA multiplies pairs of bfloat16 where keys and values have this dtype: then queries and softmax
     weights are rounded to it, and the op is "attention_pairs" in TOLERANCES."""
-    return str(dtype) == "bfloat16" and forge_c.isa().endswith("bf16")
+    return str(dtype) == "bfloat16" and forge_c.isa() in ("avx512_vnni_bf16", "avx512_amx")
 
 
 def flushed(x: Any, w: Any) -> Any:

@@ -16,7 +16,7 @@ def test_rates_are_positive_and_grow_with_the_threads(isa: str) -> None:
         assert rates["int8_gops"] > 1 and rates["int4_gops"] > 1
         if isa == "avx2":  # bytes, not pairs of int16
             assert rates["int4_gops"] > 1.3 * rates["int8_gops"]
-        assert (rates["bf16_gflops"] > 0) == (isa == "avx512_vnni_bf16")
+        assert (rates["bf16_gflops"] > 0) == (isa in ("avx512_vnni_bf16", "avx512_amx"))
 
 
 def test_the_bytes_are_copied_and_read(isa: str, rng: np.random.Generator) -> None:

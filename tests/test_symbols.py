@@ -19,7 +19,7 @@ LIBRARY, MODULE = str(Path(forge_c.get_library_dir(), "libforge_c.so")), functio
 HEADER = Path(forge_c.get_include(), "forge.h")
 both = pytest.mark.parametrize("file", [LIBRARY, MODULE], ids=lambda path: Path(path).name)
 SOURCES = Path(__file__).parents[1]
-ISA_FILES = ("avx2.c", "avx512.c", "avx512_vnni_bf16.c")
+ISA_FILES = ("avx2.c", "avx_vnni.c", "avx512.c", "avx512_vnni.c", "avx512_vnni_bf16.c", "avx512_amx.c")
 
 ENDS_OR_PRINTS = re.compile(
     r"_*(abort|exit|_exit|_Exit|quick_exit|at_quick_exit|raise|kill|assert\w*|assert_fail\w*"
@@ -64,8 +64,8 @@ def functions(file: str) -> dict[int, tuple[str, str]]:
 @cache
 def wide_instructions(file: str) -> dict[str, dict[str, list[str]]]:
     """Source file -> function -> instructions that need more than the x86-64 baseline."""
-    wide = re.compile(r"^\s*[0-9a-f]+:\s+(?P<text>(v(?!er[rw]|m)\w+|.*%[yz]mm|.*%k[0-7]|andn|bextr|bzhi|mulx|pdep|pext"
-                      r"|rorx|sarx|shlx|shrx|blsi|blsr|blsmsk|tzcnt|lzcnt|popcnt|movbe|crc32)\b.*)")
+    wide = re.compile(r"^\s*[0-9a-f]+:\s+(?P<text>(v(?!er[rw]|m)\w+|\{vex\} .*|.*%[yz]mm\d+|.*%k[0-7]|andn|bextr|bzhi"
+                      r"|tile\w+|tdp\w+|(ld|st)tilecfg|mulx|pdep|pext|rorx|sarx|shlx|shrx|blsi|blsr|blsmsk|tzcnt|lzcnt|popcnt|movbe|crc32)\b.*)")
     result: dict[str, dict[str, list[str]]] = {source: {} for source, _ in functions(file).values()}
     held: list[str] = []
     for line in tool(file, "objdump", "-d", "--no-show-raw-insn", "--section=.text").splitlines():
@@ -179,21 +179,35 @@ def test_only_the_isa_files_hold_instructions_beyond_the_baseline(file):
     assert outside == {} or not on_x86()
 
 
-@pytest.mark.parametrize(("source", "register"), [("avx2.c", "%ymm"), ("avx512.c", "%zmm"),
-                                                  ("avx512_vnni_bf16.c", "%zmm")])
-def test_negative_control_the_isa_files_do_hold_them(source, register):
+@pytest.mark.parametrize("source", ISA_FILES)
+def test_negative_control_the_isa_files_do_hold_them(source):
     """The scan finds what it looks for, where it must be, and finds every file."""
+    register = "%zmm" if source.startswith("avx512") else "%ymm"
     assert {"dispatch.c", "threads.c", "base.c", "linear.c", "attention.c"} <= set(wide_instructions(LIBRARY))
     assert "functional.c" in wide_instructions(MODULE)
     in_gemm = wide_instructions(LIBRARY).get(source, {}).get("gemm_f32_tile_6", [])
     assert any(text.startswith("vfmadd") and register in text for text in in_gemm) or not on_x86()
 
 
-def test_each_vnni_file_uses_its_dot_product():
+@pytest.mark.parametrize(("instruction", "sources"), [
+    ("vdpbf16ps", {"avx512_vnni_bf16.c"}), ("tdpbf16ps", {"avx512_amx.c"}), ("tdpbsud", {"avx512_amx.c"}),
+    ("vpdpbusd", {"avx_vnni.c", "avx512_vnni.c", "avx512_vnni_bf16.c", "avx512_amx.c"})])
+def test_bfloat16_and_bytes_are_multiplied_by_the_instruction_for_it(instruction, sources):
+    """And by one alone: two instructions would add in two orders, and a row would not have the bits of many."""
     found = wide_instructions(LIBRARY)
-    dots = {source: any("vdpbf16ps" in text for text in found.get(source, {}).get("gemm_bf16_tile_6", []))
-            for source in ISA_FILES}
-    assert dots == {"avx2.c": False, "avx512.c": False, "avx512_vnni_bf16.c": on_x86()}
+    using = {source for source in ISA_FILES for texts in found.get(source, {}).values()
+             if any(text.removeprefix("{vex} ").startswith(instruction) for text in texts)}
+    assert using == sources or not on_x86()
+
+
+def test_the_isa_files_hold_only_what_their_cpus_have():
+    """AVX-VNNI is another encoding of the instructions of AVX-512, which has registers 16 to 31 and masks."""
+    for source in ("avx2.c", "avx_vnni.c"):
+        wide = [text for held in wide_instructions(LIBRARY).get(source, {}).values() for text in held]
+        assert wide or not on_x86()
+        assert not [text for text in wide if re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]", text)]
+        dots = [text for text in wide if "vpdp" in text]
+        assert all(text.startswith("{vex} ") for text in dots) and bool(dots) == (source == "avx_vnni.c" and on_x86())
 
 
 @both
@@ -213,7 +227,7 @@ def test_only_dispatch_names_the_tables_of_the_isas():
     """Kernels are reached through the table in use; every one of them is local to its file."""
     symbols = [line.split() for line in tool(LIBRARY, "nm").splitlines()]
     tables = [name for *_, kind, name in symbols if name.startswith("fc_kernels_")]
-    assert sorted(tables) == sorted(f"fc_kernels_{name}" for name in ("base", "avx2", "avx512", "avx512_vnni_bf16")) \
+    assert sorted(tables) == sorted(["fc_kernels_base", *(f"fc_kernels_{Path(name).stem}" for name in ISA_FILES)]) \
         or not on_x86()
     assert {name for *_, kind, name in symbols if kind == "T"} == set(offered(LIBRARY))
 

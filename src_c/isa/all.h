@@ -3,6 +3,9 @@
  * text in some leaf names a file in FC_LEAVES: that holds leaves of its own, which may call the common ones, and
  * FC_REPLACED, their entries in the table, `.leaf = its_leaf,` or `.typed_leaf[FC_F16] = its_leaf,`. */
 #include "../simd.h"
+#ifdef FC_HAS_TILES
+#include "../simd/amx.h"
+#endif
 
 #include "../kernels.h"
 
@@ -11,6 +14,9 @@
 #include "../kernels/conv1d.h"
 #include "../kernels/convert.h"
 #include "../kernels/gemm.h"
+#ifdef FC_HAS_TILES
+#include "../kernels/tiles.h"
+#endif
 #include "../kernels/quantize.h"
 #include "../kernels/expand.h"
 #include "../kernels/blocks.h"
@@ -56,9 +62,11 @@ const struct fc_kernels FC_TABLE = {
     .ops_i8 = FC_OPS_I8,
     .ops_i4 = FC_OPS_I4,
     .bf16_x = FC_BF16_X,
+    .bf16_k = FC_BF16_K,
     .i8_x = FC_I8_X,
     .i4_x = FC_I4_X,
     .blocks = FC_BLOCKS,
+    .unpacked = FC_UNPACKED,
     .expand = {FC_EXPANSIONS(FC_EXPANSION_ENTRY)},
     .few = {FC_EXPANSIONS(FC_FEW_ENTRY)},
     FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY) FC_REPLACED};

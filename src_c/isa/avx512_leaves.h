@@ -16,4 +16,11 @@ static void bias_from_bool_masked(float *bias, const uint8_t *mask, ptrdiff_t n)
     }
 }
 
-#define FC_REPLACED .bias_from_bool = bias_from_bool_masked,
+#ifdef FC_HAS_TILES
+#define FC_TILE_LEAVES                                                                                                 \
+    .gemm_u8 = gemm_u8_tiles, .gemm_u4 = gemm_u8_tiles, .gemm_u6 = gemm_u8_tiles,                                      \
+    .gemm_i4_symmetric = gemm_i4_symmetric_tiles, .gemm_i4_affine = gemm_i4_affine_tiles,
+#else
+#define FC_TILE_LEAVES
+#endif
+#define FC_REPLACED .bias_from_bool = bias_from_bool_masked, FC_TILE_LEAVES

@@ -64,6 +64,34 @@ FC_INLINE vf weights_of(float *s, ptrdiff_t n, vf shift) {
     return total;
 }
 
+/* e^(scale s - shift), and 0 for lanes from n on */
+FC_INLINE vf scaled_weights(const float *s, ptrdiff_t n, vf scale, vf shift) {
+    if (n >= FC_N) return vf_exp2_negative(vf_fma(vf_load(s), scale, shift));
+    return vf_fill_from(vf_exp2_negative(vf_fma(vf_load_n(s, n), scale, shift)), n, 0.0f);
+}
+
+/* bf16[n] <- e^(scale (s - max)), scale > 0; the sum before rounding. Both vectors of a pair are read before it is
+ * written where they lay. */
+FC_INLINE vf bfloat16_weights_of(const struct fc_attention_row *r, ptrdiff_t n, float scale, float max) {
+    const vf factor = vf_set1(scale * 1.44269504f), shift = vf_set1(max == -INFINITY ? 0.0f : -max) * factor;
+    vf total = vf_zero(), more = vf_zero();
+    ptrdiff_t i = 0;
+    for (; i + 2 * FC_N <= n; i += 2 * FC_N) {
+        const vf a = scaled_weights(r->s + i, FC_N, factor, shift), b = scaled_weights(r->s + i + FC_N, FC_N, factor, shift);
+        total += a, more += b;
+        vf_store(r->bf16 + i, vf_bf16_pair_of_normals(a, b));
+    }
+    if (i < n) {
+        uint16_t last[2 * FC_N];
+        const vf a = scaled_weights(r->s + i, n - i, factor, shift);
+        const vf b = n - i > FC_N ? scaled_weights(r->s + i + FC_N, n - i - FC_N, factor, shift) : vf_zero();
+        total += a, more += b;
+        vf_store(last, vf_bf16_pair_of_normals(a, b));
+        memcpy(r->bf16 + i, last, (size_t)(n - i) * 2);
+    }
+    return total + more;
+}
+
 /* w v_scale for lanes from i on, 0 where the mask hides the key: its v_scale may be infinite */
 FC_INLINE vf scaled_weight(const struct fc_attention_row *r, ptrdiff_t i, ptrdiff_t n, int masked) {
     const vf w = vf_get_upto(FC_F32, r->s, i, n) * vf_get_upto(FC_F32, r->v_scale, i, n);
@@ -93,16 +121,24 @@ FC_INLINE vf integer_weights_of(const struct fc_attention_row *r, ptrdiff_t n, v
     return total;
 }
 
-/* s[n]: score -> e^(score - max), and, with v_scale, q and w_scale from that; max, and the sum of e^(score - max).
- * A row with nothing to see leaves zeros and sum 0; NaN scores stay NaN, and make the sum NaN. */
+/* s[n]: score -> e^(score - max), and, with v_scale, q and w_scale from that, or bf16; max, and the sum of
+ * e^(score - max). A row with nothing to see leaves zeros and sum 0; NaN scores stay NaN, and make the sum NaN. */
 static void attention_row(const struct fc_attention_row *r, ptrdiff_t n, float *max, float *sum) {
-    if (r->bias || r->softcap > 0.0f || (r->scale != 1.0f && !r->k_scale))
+    const int plain = !r->bias && !(r->softcap > 0.0f);
+    if (r->bf16 && plain && r->scale > 0.0f) {
+        const float top = vf_hmax(max_of(r->s, n));
+        *max = r->scale * top;
+        *sum = vf_sum(bfloat16_weights_of(r, n, r->scale, top));
+        return;
+    }
+    if (!plain || (r->scale != 1.0f && !r->k_scale))
         for (ptrdiff_t i = 0; i < n; i += FC_N) vf_put_upto(FC_F32, r->s, i, attention_score(r, i, n), n);
     else if (r->k_scale) scale_scores(r, n);
     const float m = vf_hmax(max_of(r->s, n));
     const vf shift = vf_set1(m == -INFINITY ? 0.0f : m);
     *max = m;
-    if (!r->v_scale) *sum = vf_sum(weights_of(r->s, n, shift));
+    if (r->bf16) *sum = vf_sum(bfloat16_weights_of(r, n, 1.0f, m));
+    else if (!r->v_scale) *sum = vf_sum(weights_of(r->s, n, shift));
     else if (r->bias) *sum = vf_sum(integer_weights_of(r, n, shift, 1));
     else *sum = vf_sum(integer_weights_of(r, n, shift, 0));
 }

@@ -36,18 +36,33 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
  * four panels of a tile stay in L2, and x in L1. */
 #define FC_PANEL_BYTES (FC_BYTES == 64 ? 32768 : 16384)
 
-/* The blocks of ops/linear.c: unpacked W is 512 KiB at a time, streamed W 256 KiB. */
-#define FC_BLOCKS                                                                                                      \
+#define FC_COMMON_BLOCKS                                                                                               \
     {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24, .many_rows = 48,             \
-     .few_panels = 4, .many_panels = 16, .unpacked_k = 512, .expanded_k = 512,                                         \
-     .unexpanded_rows = FC_BYTES > 16 ? 12 : 1, .stream_rows = 4, .stream_columns = 1024, .stream_k = 64}
+     .few_panels = 4, .many_panels = 16}
+#ifdef FC_HAS_TILES
+#define FC_BLOCKS                                                                                                      \
+    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS,                                                                        \
+     [FC_A_BF16] = {.tile_rows = 32, .panel_bytes = 16384, .rows = 256, .rows_in_place = 2, .many_rows = 48,           \
+                    .few_panels = 4, .many_panels = 32},                                                               \
+     [FC_A_I8] = {.tile_rows = FC_MR, .panel_bytes = 8192, .rows = 256, .rows_in_place = 2, .many_rows = 48,           \
+                  .few_panels = 4, .many_panels = 32}}
+#else
+#define FC_BLOCKS {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS}
+#endif
+/* W that is not packed is 512 KiB at a time, streamed 256 KiB. */
+#define FC_UNPACKED                                                                                                    \
+    {.k = 512, .expanded_k = 512, .unexpanded_rows = FC_BYTES > 16 ? 12 : 1, .stream_rows = 4,                         \
+     .stream_columns = 1024, .stream_k = 64}
 
-#ifdef FC_HAS_BF16_DOT
+#ifdef FC_HAS_TILES
 #define FC_BF16_X FC_BF16
-enum { BF16_PARTS = 1 };
+enum { BF16_PARTS = 1, FC_BF16_K = 32 };
+#elif defined(FC_HAS_BF16_DOT)
+#define FC_BF16_X FC_BF16
+enum { BF16_PARTS = 1, FC_BF16_K = 2 };
 #else
 #define FC_BF16_X FC_F32
-enum { BF16_PARTS = 2 };
+enum { BF16_PARTS = 2, FC_BF16_K = 1 };
 #endif
 #ifdef FC_HAS_I8_DOT
 enum { FC_I8_X = 1, FC_I4_X = 1 };
@@ -461,7 +476,9 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
 #endif
 
 FC_GEMM(gemm_f32, float, &fc_formats[FC_PACKED_F32])
+#ifndef FC_HAS_TILES
 FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
+#endif
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
 
 /* Integer formats: one plane of x, or two. */

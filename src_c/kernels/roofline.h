@@ -5,12 +5,16 @@
 enum { PEAK_CHAINS = FC_BYTES == 64 ? 16 : 12 };
 
 #define FC_OPS_F32 (2.0 * FC_N * PEAK_CHAINS)
-#ifdef FC_HAS_BF16_DOT
+#ifdef FC_HAS_TILES
+#define FC_OPS_BF16 (4 * 16384.0) /* four tiles of 16 rows, 16 columns and 32 k */
+#elif defined(FC_HAS_BF16_DOT)
 #define FC_OPS_BF16 (4.0 * FC_N * PEAK_CHAINS)
 #else
 #define FC_OPS_BF16 0.0
 #endif
-#ifdef FC_HAS_I8_DOT
+#ifdef FC_HAS_TILES
+#define FC_OPS_I8 (4 * 32768.0)
+#elif defined(FC_HAS_I8_DOT)
 #define FC_OPS_I8 (8.0 * FC_N * PEAK_CHAINS)
 #else
 #define FC_OPS_I8 (4.0 * FC_N * PEAK_CHAINS) /* int16 pairs: the exact int8 product of an ISA without the unit */
@@ -34,6 +38,31 @@ static void peak_f32(float *sink, ptrdiff_t iterations) {
     sink[3] = vf_sum(total);
 }
 
+#ifdef FC_HAS_TILES
+/* Full tiles: four sums, two of x and two of W, which hold what sink[0..2] make of them */
+#define FC_PEAK_TILES(name, dot)                                                                                       \
+    static void name(float *sink, ptrdiff_t iterations) {                                                              \
+        struct tile_shapes shapes = shapes_of_pairs(TILE_ROWS, TILE_LINES);                                            \
+        float operand[TILE_ROWS * FC_N], sum[TILE_ROWS * FC_N];                                                        \
+        for (int i = 0; i < TILE_ROWS * FC_N; i++) operand[i] = sink[i % 2] * sink[2];                                 \
+        tiles_begin(&shapes);                                                                                          \
+        tile_load(4, operand, FC_LINE);                                                                                \
+        tile_load(5, operand, FC_LINE);                                                                                \
+        tile_load(6, operand, FC_LINE);                                                                                \
+        tile_load(7, operand, FC_LINE);                                                                                \
+        for (; iterations > 0; iterations--) {                                                                         \
+            dot(0, 4, 6);                                                                                              \
+            dot(1, 4, 7);                                                                                              \
+            dot(2, 5, 6);                                                                                              \
+            dot(3, 5, 7);                                                                                              \
+        }                                                                                                              \
+        tile_store(0, sum, FC_LINE);                                                                                   \
+        tiles_end();                                                                                                   \
+        sink[3] = sum[0];                                                                                              \
+    }
+FC_PEAK_TILES(peak_bf16, tile_dot_bf16)
+FC_PEAK_TILES(peak_i8, tile_dot_s8u8)
+#else
 static void peak_bf16(float *sink, ptrdiff_t iterations) {
 #ifdef FC_HAS_BF16_DOT
     vf acc[PEAK_CHAINS], total = vf_zero();
@@ -81,6 +110,7 @@ static void peak_i8(float *sink, ptrdiff_t iterations) {
 #endif
     peak_steps(sink, iterations, x, peak_i8_step);
 }
+#endif
 
 static void peak_i4(float *sink, ptrdiff_t iterations) {
 #if defined(FC_HAS_MADDUBS) && !defined(FC_HAS_I8_DOT)

@@ -41,7 +41,7 @@ static void choose_lines(struct product *f, const struct fc_kernels *kernels, co
     const int small = args->rounding == FC_ROUND_I8 && f->format->expands != FC_TO_U8;
     f->gemm = !small ? kernels->gemm_u8 : f->format->expands == FC_TO_U4 ? kernels->gemm_u4 : kernels->gemm_u6;
     f->int_bytes = small ? kernels->i4_x : kernels->i8_x;
-    if (args->m > kernels->blocks.unexpanded_rows) return;
+    if (args->m > kernels->unpacked.unexpanded_rows) return;
     f->gemm = kernels->few[args->layout];
     f->expand = NULL;
 }
@@ -98,11 +98,13 @@ static struct product product_of(const struct fc_kernels *kernels, const fc_line
 struct linear {
     const fc_linear_args *args;
     const struct fc_kernels *kernels;
-    const struct fc_blocks *sizes;
+    const struct fc_blocks *sizes; /* of what the product's format multiplies */
+    const struct fc_unpacked *unpacked;
     struct product product;
     const char *x; /* (k / kc, M, kc) of a_type: x_block bytes a block, ldx a row */
     ptrdiff_t ldx, x_block, k; /* k: K in whole blocks of W */
     ptrdiff_t panel_columns; /* of the result, a panel of W: half of FC_PANEL if gated */
+    ptrdiff_t ldc; /* of the accumulators, bytes */
     ptrdiff_t panels, tile_panels, tiles, block_rows, blocks, item_blocks, kc;
     size_t unpacked_bytes; /* a thread's scratch of panels as they are multiplied, of a block of k */
     fc_scratch normed; /* a thread: one row of x after its norm */
@@ -158,11 +160,14 @@ static int lies_ready(const struct linear *ctx) {
  * the caches holds. */
 static ptrdiff_t k_at_once(const struct linear *ctx) {
     const ptrdiff_t block = ctx->product.block_bytes;
-    if (!ctx->product.format->packed) return ctx->sizes->unpacked_k;
-    if (ctx->product.expand) return fc_round_up(ctx->sizes->expanded_k, ctx->product.block_k);
+    if (!ctx->product.format->packed) return ctx->unpacked->k;
+    if (ctx->product.expand) return fc_round_up(ctx->unpacked->expanded_k, ctx->product.block_k);
     if (ctx->args->m <= ctx->sizes->tile_rows) return ctx->k ? ctx->k : 1;
     return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
+
+/* Rows an odd number of lines apart: those of one tile, and of one block, then lie in different sets of the caches. */
+static ptrdiff_t odd_lines(ptrdiff_t bytes) { return fc_round_up(bytes - FC_LINE, 2 * FC_LINE) + FC_LINE; }
 
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right type; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
@@ -176,7 +181,7 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
         ctx->x_block = ctx->kc * ctx->product.x_bytes;
         return FC_OK;
     }
-    ctx->ldx = fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes;
+    ctx->ldx = odd_lines(fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes);
     ctx->x_block = fc_times(args->m, ctx->ldx);
     const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc);
     if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)values)) return FC_NO_MEMORY;
@@ -225,7 +230,7 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
     const struct product *f = &ctx->product;
     const struct fc_rounding *r = &f->rounding;
     const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
-    struct fc_gemm g = {.c = acc, .ldc = ctx->tile_panels * FC_PANEL * 4, .ldx = ctx->ldx,
+    struct fc_gemm g = {.c = acc, .ldc = ctx->ldc, .ldx = ctx->ldx,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes, .wide = r->wide,
                         .minima = f->format->minimum_bytes > 0, .group_chunks = r->chunk ? r->group / r->chunk : 0};
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
@@ -277,7 +282,7 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end, int ra
         ptrdiff_t column = panel * ctx->panel_columns,
                   columns = fc_smaller(panels * ctx->panel_columns, ctx->args->n - column);
         multiply(ctx, acc, unpacked, panel, panels, row, rows);
-        store(ctx, acc, ctx->tile_panels * FC_PANEL, column, columns, row, rows);
+        store(ctx, acc, ctx->ldc / 4, column, columns, row, rows);
     }
 }
 
@@ -324,13 +329,14 @@ static fc_status by_tiles(struct linear *ctx) {
     if (ctx->product.expand)
         ctx->unpacked_bytes = (size_t)(expanded_bytes(&ctx->product, ctx->kc) * ctx->sizes->many_panels);
     else if (!ctx->product.format->packed)
-        ctx->unpacked_bytes = (size_t)(ctx->sizes->unpacked_k * ctx->sizes->many_panels * FC_PANEL * 4);
+        ctx->unpacked_bytes = (size_t)(ctx->unpacked->k * ctx->sizes->many_panels * FC_PANEL * 4);
     cut(ctx, 1);
     int threads = fc_threads_for(ctx->tiles * ctx->blocks / ctx->item_blocks * FINER, item_ns(ctx) / FINER);
     cut(ctx, threads);
     const ptrdiff_t items = ctx->tiles * ctx->blocks / ctx->item_blocks;
     if (threads > items) threads = (int)items;
-    const size_t sums = (size_t)(ctx->block_rows * ctx->tile_panels * FC_PANEL * 4);
+    ctx->ldc = odd_lines(ctx->tile_panels * FC_PANEL * 4);
+    const size_t sums = (size_t)(ctx->block_rows * ctx->ldc);
     if (fc_scratch_alloc(args->workspace, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(ctx), multiply_tiles, ctx);
     fc_scratch_free(&ctx->scratch);
@@ -352,12 +358,12 @@ static void multiply_streams(void *context, ptrdiff_t begin, ptrdiff_t end, int 
     for (ptrdiff_t i = begin; i < end; i++) {
         ptrdiff_t column = i * width, n = fc_smaller(width, args->n - column);
         for (ptrdiff_t j = 0; j < args->m * width; j++) acc[j] = 0.0f;
-        for (ptrdiff_t k0 = 0; k0 < args->k; k0 += ctx->sizes->stream_k)
+        for (ptrdiff_t k0 = 0; k0 < args->k; k0 += ctx->unpacked->stream_k)
             for (ptrdiff_t row = 0; row < args->m; row++)
                 ctx->kernels->gemv_rows[args->weight_type](
                     acc + row * width, stream_x(ctx, row, k0),
                     (const char *)args->weight + k0 * args->ldw + column * w_size, args->ldw,
-                    fc_smaller(ctx->sizes->stream_k, args->k - k0), n);
+                    fc_smaller(ctx->unpacked->stream_k, args->k - k0), n);
         store(ctx, acc, width, column, n, 0, args->m);
     }
 }
@@ -367,7 +373,7 @@ static fc_status by_streams(struct linear *ctx) {
     const double ns = (double)(args->k * fc_size_of(args->weight_type) * STREAM_UNIT) * fc_ns.plain_byte;
     int threads = fc_threads_for((args->n + STREAM_UNIT - 1) / STREAM_UNIT, ns);
     ctx->block_rows =
-        fc_smaller(ctx->sizes->stream_columns, fc_round_up((args->n + threads - 1) / threads, STREAM_UNIT));
+        fc_smaller(ctx->unpacked->stream_columns, fc_round_up((args->n + threads - 1) / threads, STREAM_UNIT));
     ptrdiff_t items = (args->n + ctx->block_rows - 1) / ctx->block_rows;
     if (fc_scratch_alloc(args->workspace, &ctx->scratch, threads, (size_t)(args->m * ctx->block_rows * 4)))
         return FC_NO_MEMORY;
@@ -379,7 +385,7 @@ static fc_status by_streams(struct linear *ctx) {
 fc_status fc_linear(const fc_linear_args *args) {
     if (!FC_IS_OURS(args) || !FC_IS_OURS(args->rows)) return FC_BAD_SIZE;
     const struct fc_kernels *kernels = fc_k;
-    struct linear ctx = {.args = args, .kernels = kernels, .sizes = &kernels->blocks};
+    struct linear ctx = {.args = args, .kernels = kernels, .unpacked = &kernels->unpacked};
     fc_scratch copy = {0};
     void (*const gated[FC_ACTIVATIONS])(void *, const float *, const float *, const float *, ptrdiff_t) = {
         [FC_RELU] = kernels->gated_store_relu[args->type],
@@ -390,8 +396,9 @@ fc_status fc_linear(const fc_linear_args *args) {
     if (args->m == 0 || args->n == 0) return FC_OK;
     ctx.gated = gated[args->activation];
     ctx.product = product_of(kernels, args);
+    ctx.sizes = &kernels->blocks[ctx.product.format->a_type];
     fc_status status = prepare_x(&ctx, &copy);
-    const int streamed = args->layout == FC_ROWS && args->m <= ctx.sizes->stream_rows;
+    const int streamed = args->layout == FC_ROWS && args->m <= ctx.unpacked->stream_rows;
     if (status == FC_OK) status = streamed ? by_streams(&ctx) : by_tiles(&ctx);
     fc_scratch_free(&copy);
     return status;

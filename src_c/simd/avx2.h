@@ -107,6 +107,25 @@ FC_INLINE vi vi_add_maddubs(vi acc, vi u8, vi s8) {
     __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(u8), "x"(s8));
     return acc;
 }
+#ifdef FC_HAS_I8_DOT
+#ifdef FC_SOFTWARE_AVX512
+FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) {
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)u8, (__m256i)s8);
+}
+FC_INLINE vi vi_dot_i16(vi acc, vi a, vi b) {
+    return (vi)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
+}
+#else /* {vex}: not the form that AVX-512 has of them */
+FC_INLINE vi vi_dot_i8(vi acc, vi u8, vi s8) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(u8), "x"(s8));
+    return acc;
+}
+FC_INLINE vi vi_dot_i16(vi acc, vi a, vi b) {
+    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+    return acc;
+}
+#endif
+#endif
 FC_INLINE __m128i vi_packed16(vi a) {
     return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
 }

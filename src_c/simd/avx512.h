@@ -48,6 +48,10 @@ FC_INLINE vf vf_bf16_pair(vf a, vf b) {
                         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     return (vf)_mm512_permutex2var_epi16(vf_bf16_bits(a), (__m512i)upper, vf_bf16_bits(b));
 }
+#if defined(FC_HAS_BF16_DOT) || defined(FC_HAS_TILES)
+#define FC_HAS_BF16_PAIR 1
+FC_INLINE vf vf_bf16_pair_flushed(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+#endif
 FC_INLINE vf vf_f16_pair(vf a, vf b) {
     const __m512i halves = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     const __m256i low = _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

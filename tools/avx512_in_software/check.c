@@ -137,6 +137,13 @@ static void check_integers(unsigned shift) {
     HALVES("dpbusd_epi32", _mm512_dpbusd_epi32(CI512, AI512, BI512),
            _mm256_add_epi32(SI(c, h), _mm256_add_epi32(DOT_EVEN(h), DOT_ODD(h))));
 
+#define HALF_DOT(name, expected)                                                                                       \
+    _mm256_storeu_si256((void *)&got, _mm256_##name(SI(c, 0), SI(a, 0), SI(b, 0)));                                    \
+    _mm256_storeu_si256((void *)&want, _mm256_add_epi32(SI(c, 0), expected));                                          \
+    compare(#name, 32, 0);
+    HALF_DOT(dpwssd_avx_epi32, _mm256_madd_epi16(SI(a, 0), SI(b, 0)))
+    HALF_DOT(dpbusd_avx_epi32, _mm256_add_epi32(DOT_EVEN(0), DOT_ODD(0)))
+
     uint32_t sum = 0;
     for (int i = 0; i < 16; i++) sum += a.u[i];
     got.d[0] = _mm512_reduce_add_epi32(AI512);
@@ -290,6 +297,18 @@ static void check_halves(void) {
     for (int i = 0; i < 16; i++) want.h[i] = _cvtss_sh(a.f[i], _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256((void *)&got, _mm512_cvtps_ph(A512, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     compare("cvtps_ph", 32, 0);
+    for (int i = 0; i < 32; i++) {
+        const uint32_t u = i < 16 ? b.u[i] : a.u[i - 16], sign = u & 0x80000000;
+        const double x = (u & 0x7f800000) == 0 ? 0 : fabs(i < 16 ? b.f[i] : a.f[i - 16]); /* 8 digits by adding */
+        const double unit = x > 0 && isfinite(x) ? ldexp(1, ilogb(x) - 7 + 52) : 1;
+        const float rounded = isfinite(x) ? (float)((x + unit) - unit) : (float)x;
+        uint32_t bits_of;
+        memcpy(&bits_of, &rounded, 4);
+        want.h[i] = (uint16_t)(isnan(x) ? u >> 16 | 0x40 : (bits_of | sign) >> 16);
+    }
+    __m512bh pair = _mm512_cvtne2ps_pbh(A512, B512);
+    memcpy(&got, &pair, 64);
+    compare("cvtne2ps_pbh", 64, 0);
 }
 
 int main(void) {

@@ -1,6 +1,6 @@
-/* AVX-512 in software: the intrinsics that src_c may use, one lane at a time in plain C, so that its AVX-512 tables run,
- * slowly, on a CPU that has only AVX2. With this folder first on the include path, FC_SOFTWARE_AVX512 defined, and gcc;
- * tools/check_avx512.sh does it all, and check.c, beside this, proves these functions.
+/* AVX-512, and AVX-VNNI, in software: the intrinsics that src_c may use, one lane at a time in plain C, so that tables of
+ * both run, slowly, on a CPU that has only AVX2. With this folder first on the include path, FC_SOFTWARE_AVX512 defined,
+ * and gcc; tools/check_avx512.sh does it all, and check.c, beside this, proves these functions.
  * Each line is the Operation section of Intel's manual. A name that is missing here does not compile: the compiler's own
  * intrinsic wants a target that this build never asks for. Give it a line, a #define below, and one in check.c.
  * Left open, as the intrinsics leave it: which NaN comes out of an addition or a product of several. */
@@ -165,6 +165,14 @@ SOFT_INLINE __m512 soft_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
     return (__m512)soft_fma_flush(soft_flush(U32(a) << 16), soft_flush(U32(b) << 16), r);
 }
 
+/* vcvtne2ps2bf16: b below, a above, rounded to nearest even; denormals count as 0, a NaN becomes quiet. */
+SOFT_INLINE uint16_t soft_to_bf16(uint32_t u) {
+    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
+    if ((u & 0x7f800000) == 0) return (uint16_t)(u >> 16 & 0x8000);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+SOFT(__m512bh, soft_u16, cvtne2ps_pbh, (__m512 a, __m512 b), soft_to_bf16(i < 16 ? U32(b)[i & 15] : U32(a)[i & 15]))
+
 /* ---- integers ---- */
 
 SOFT(__m512i, soft_u32, add_epi32, (__m512i a, __m512i b), U32(a)[i] + U32(b)[i])
@@ -197,6 +205,24 @@ SOFT(__m512i, soft_u32, dpwssd_epi32, (__m512i c, __m512i a, __m512i b),
 SOFT(__m512i, soft_u32, dpbusd_epi32, (__m512i c, __m512i a, __m512i b),
      U32(c)[i] + (uint32_t)(U8(a)[4 * i] * I8(b)[4 * i] + U8(a)[4 * i + 1] * I8(b)[4 * i + 1] +
                             U8(a)[4 * i + 2] * I8(b)[4 * i + 2] + U8(a)[4 * i + 3] * I8(b)[4 * i + 3]))
+
+/* AVX-VNNI: the same in 256 bits */
+SOFT_INLINE __m256i soft_lower(__m512i a) {
+    __m256i half;
+    memcpy(&half, &a, 32);
+    return half;
+}
+SOFT_INLINE __m512i soft_wide(__m256i a) {
+    __m512i wide = {0};
+    memcpy(&wide, &a, 32);
+    return wide;
+}
+SOFT_INLINE __m256i soft_dpbusd_avx_epi32(__m256i c, __m256i a, __m256i b) {
+    return soft_lower(soft_dpbusd_epi32(soft_wide(c), soft_wide(a), soft_wide(b)));
+}
+SOFT_INLINE __m256i soft_dpwssd_avx_epi32(__m256i c, __m256i a, __m256i b) {
+    return soft_lower(soft_dpwssd_epi32(soft_wide(c), soft_wide(a), soft_wide(b)));
+}
 
 SOFT_INLINE int soft_reduce_add_epi32(__m512i a) {
     uint32_t sum = 0;
@@ -256,6 +282,79 @@ SOFT_INLINE __m512 soft_cvtph_ps(__m256i a) {
     return ((soft_halves_ps){.half = {_mm256_cvtph_ps(whole.half[0]), _mm256_cvtph_ps(whole.half[1])}}).ps;
 }
 
+/* ---- tiles: what src_c/simd/amx.h asks for, of a thread's own eight. A tile has the rows and bytes that its shape says;
+ * the rest of it is zero. Shapes that the instruction refuses end the program here, as they do there. ---- */
+
+typedef struct {
+    uint8_t b[16][64];
+} soft_tile;
+static _Thread_local soft_tile soft_tiles[8];
+static _Thread_local int soft_tile_rows[8], soft_tile_bytes[8];
+
+SOFT_INLINE void soft_tiles_begin(const uint16_t *row_bytes, const uint8_t *rows) {
+    for (int t = 0; t < 8; t++) {
+        soft_tile_rows[t] = rows[t], soft_tile_bytes[t] = row_bytes[t];
+        if (!rows[t] != !row_bytes[t] || rows[t] > 16 || row_bytes[t] > 64) __builtin_trap();
+    }
+    memset(soft_tiles, 0, sizeof soft_tiles);
+}
+SOFT_INLINE void soft_tiles_end(void) { memset(soft_tile_rows, 0, sizeof soft_tile_rows); }
+SOFT_INLINE void soft_tile_zero(int t) {
+    if (!soft_tile_rows[t]) __builtin_trap();
+    memset(&soft_tiles[t], 0, sizeof(soft_tile));
+}
+SOFT_INLINE void soft_tile_load(int t, const void *p, ptrdiff_t ld) {
+    soft_tile_zero(t);
+    for (int i = 0; i < soft_tile_rows[t]; i++)
+        memcpy(soft_tiles[t].b[i], (const char *)p + i * ld, (size_t)soft_tile_bytes[t]);
+}
+SOFT_INLINE void soft_tile_store(int t, void *p, ptrdiff_t ld) {
+    if (!soft_tile_rows[t]) __builtin_trap();
+    for (int i = 0; i < soft_tile_rows[t]; i++)
+        memcpy((char *)p + i * ld, soft_tiles[t].b[i], (size_t)soft_tile_bytes[t]);
+}
+/* c = m x n of float32 or int32, a = m x k, b = k x n, of 4 bytes each; no two the same */
+SOFT_INLINE void soft_tile_check(int c, int a, int b) {
+    if (c == a || c == b || a == b || !soft_tile_rows[c] || soft_tile_rows[a] != soft_tile_rows[c] ||
+        soft_tile_bytes[b] != soft_tile_bytes[c] || soft_tile_bytes[a] != soft_tile_rows[b] * 4)
+        __builtin_trap();
+}
+
+/* tdpbf16ps: even values in one chain of fused products from 0, odd ones in another; the two are added, then c. */
+SOFT_INLINE void soft_tile_dot_bf16(int c, int a, int b) {
+    soft_tile_check(c, a, b);
+    const soft_f32 one = (soft_f32){0} + 1.0f;
+    for (int i = 0; i < soft_tile_rows[c]; i++) {
+        soft_f32 even = {0}, odd = {0};
+        soft_u32 row;
+        for (int k = 0; k < soft_tile_rows[b]; k++) {
+            soft_u32 pair, x;
+            uint32_t both;
+            memcpy(&pair, soft_tiles[b].b[k], 64);
+            memcpy(&both, soft_tiles[a].b[i] + 4 * k, 4);
+            x = (soft_u32){0} + both;
+            even = soft_fma_flush(soft_flush(x << 16), soft_flush(pair << 16), even);
+            odd = soft_fma_flush(soft_flush(x & 0xffff0000), soft_flush(pair & 0xffff0000), odd);
+        }
+        memcpy(&row, soft_tiles[c].b[i], 64);
+        row = (soft_u32)soft_fma_flush(soft_fma_flush(even, one, odd), one, soft_flush(row));
+        memcpy(soft_tiles[c].b[i], &row, (size_t)soft_tile_bytes[c]);
+    }
+}
+
+/* tdpbsud: signed bytes of a times unsigned ones of b, summed in int32, which may wrap */
+SOFT_INLINE void soft_tile_dot_s8u8(int c, int a, int b) {
+    soft_tile_check(c, a, b);
+    for (int i = 0; i < soft_tile_rows[c]; i++) {
+        uint32_t sum[16];
+        memcpy(sum, soft_tiles[c].b[i], 64);
+        for (int j = 0; j < soft_tile_bytes[c] / 4; j++)
+            for (int k = 0; k < soft_tile_rows[b] * 4; k++)
+                sum[j] += (uint32_t)((int8_t)soft_tiles[a].b[i][k] * soft_tiles[b].b[k / 4][j * 4 + k % 4]);
+        memcpy(soft_tiles[c].b[i], sum, (size_t)soft_tile_bytes[c]);
+    }
+}
+
 #undef F32
 #undef I32
 #undef U32
@@ -309,6 +408,7 @@ SOFT_INLINE __m512 soft_cvtph_ps(__m256i a) {
 #define _mm512_reduce_ps soft_reduce_ps
 #define _mm512_reduce_add_ps soft_reduce_add_ps
 #define _mm512_dpbf16_ps soft_dpbf16_ps
+#define _mm512_cvtne2ps_pbh soft_cvtne2ps_pbh
 #define _mm512_add_epi32 soft_add_epi32
 #define _mm512_sub_epi32 soft_sub_epi32
 #define _mm512_mullo_epi32 soft_mullo_epi32
@@ -330,6 +430,8 @@ SOFT_INLINE __m512 soft_cvtph_ps(__m256i a) {
 #define _mm512_maddubs_epi16 soft_maddubs_epi16
 #define _mm512_dpbusd_epi32 soft_dpbusd_epi32
 #define _mm512_dpwssd_epi32 soft_dpwssd_epi32
+#define _mm256_dpbusd_avx_epi32 soft_dpbusd_avx_epi32
+#define _mm256_dpwssd_avx_epi32 soft_dpwssd_avx_epi32
 #define _mm512_reduce_add_epi32 soft_reduce_add_epi32
 #define _mm512_cvtepu16_epi32 soft_cvtepu16_epi32
 #define _mm512_cvtepi16_epi32 soft_cvtepi16_epi32

@@ -228,8 +228,12 @@ static void choose_pages(struct attention *ctx) {
     ctx->a_type = ctx->kv.type == FC_KV_I8                                  ? INT16
                   : ctx->kv.type == FC_KV_BF16 && ctx->k->bf16_x == FC_BF16 ? BF16
                                                                             : FLOATS;
+    const fc_a_type multiplies[] = {[FC_KV_F32] = FC_A_F32, [FC_KV_BF16] = FC_A_BF16, [FC_KV_I8] = FC_A_I16};
+    ctx->tile_rows = ctx->k->blocks[multiplies[ctx->kv.type]].tile_rows;
     ctx->x_size = ctx->a_type == FLOATS ? 4 : 2;
     ctx->k_step = ctx->kv.type == FC_KV_F32 ? 1 : 2;
+    ctx->grid = ctx->a_type == BF16 ? ctx->k->bf16_k : ctx->k_step;
+    ctx->sums = ctx->a_type == INT16 || ctx->grid > ctx->k_step ? ON_GRID : IN_ORDER;
 }
 
 fc_status fc_attention(const fc_attention_args *args) {

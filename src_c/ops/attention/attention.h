@@ -10,6 +10,11 @@
  * chunk's weights, has a scale; the sums of products are exact. */
 enum a_type { FLOATS, BF16, INT16 };
 
+/* How weights V is summed, so that a row alone has the bits of many. IN_ORDER: a chain over keys, or pairs of them, which
+ * begins and ends with the row's own keys. ON_GRID: over groups of keys at absolute positions, in which others weigh 0;
+ * integer sums have no order, but the same zeros. */
+enum key_sums { IN_ORDER, ON_GRID };
+
 struct attention {
     const struct fc_kernels *k;
     const fc_attention_args *args;
@@ -19,6 +24,9 @@ struct attention {
     ptrdiff_t x_size;        /* their bytes */
     float qmax;              /* INT16: of a query's channel, so that the sums of its products fit */
     ptrdiff_t k_step;         /* keys, or channels of a key, in a line */
+    enum key_sums sums;
+    ptrdiff_t grid;           /* keys of such a group */
+    ptrdiff_t tile_rows;      /* rows that a line serves in registers */
     ptrdiff_t group;         /* R: query heads per key/value head */
     ptrdiff_t block, blocks; /* queries a block, blocks a sequence */
     ptrdiff_t rows, d_padded, e_padded; /* rows of a block = block * R; D in whole lines; E in whole panels */

@@ -133,9 +133,9 @@ static void weights(const struct attention *ctx, const struct scratch *r, const 
         .s = s + from, .k_scale = h->k_scale ? h->k_scale + from : NULL,
         .v_scale = h->v_scale ? h->v_scale + from : NULL, .bias = bias,
         .scale = ctx->a_type == FLOATS ? 1.0f : ctx->a_type == BF16 ? ctx->args->scale : r->q_scale[row],
-        .softcap = ctx->args->softcap, .q = (int16_t *)(void *)s + from, .w_scale = &r->w_scale[row]};
+        .softcap = ctx->args->softcap, .q = (int16_t *)(void *)s + from, .w_scale = &r->w_scale[row],
+        .bf16 = ctx->a_type == BF16 ? (uint16_t *)(void *)s + from : NULL};
     ctx->k->attention_row(&one, to - from, &r->part_max[row], &r->part_sum[row]);
-    if (ctx->a_type == BF16) ctx->k->to_bf16[FC_F32]((uint16_t *)(void *)s + from, s + from, to - from);
 }
 
 static void weights_of_block(const struct attention *ctx, const struct where *w, const struct scratch *r,
@@ -169,19 +169,20 @@ static void weigh_partial_lines(const struct attention *ctx, const struct scratc
                               .panel_stride = h->v_panel, .panels = ctx->e_padded / 16}, ctx->kv.type, lo, hi);
 }
 
-/* part = w_scale weights V for rows: zeros stand for keys that some of them do not see. Integer sums have no order. */
-static void weigh_integers(const struct attention *ctx, const struct where *w, const struct scratch *r,
-                           const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
+/* part = weights V, times w_scale if weights are integers, for rows: zeros stand for keys that some of them do not
+ * see. */
+static void weigh_on_grid(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                          const fc_kv_head *h, ptrdiff_t row, ptrdiff_t rows, struct chunk c) {
     const struct shared see = seen_by(ctx, w, row, rows, c);
-    const ptrdiff_t begin = see.lo / ctx->k_step * ctx->k_step, end = fc_round_up(see.hi, ctx->k_step);
+    const ptrdiff_t begin = see.lo / ctx->grid * ctx->grid, end = fc_round_up(see.hi, ctx->k_step);
     for (ptrdiff_t i = row; i < row + rows; i++) {
-        int16_t *weight = (int16_t *)(void *)(r->scores + i * LD_SCORES);
+        uint16_t *weight = (uint16_t *)(void *)(r->scores + i * LD_SCORES); /* or int16 */
         const struct fc_range own = see_in(ctx, w, i, c);
         memset(weight + begin, 0, (size_t)(own.lo - begin) * sizeof *weight);
         memset(weight + own.hi, 0, (size_t)(end - own.hi) * sizeof *weight);
     }
     weigh_lines(ctx, r, h, row, rows, begin, end, 0);
-    for (ptrdiff_t i = row; i < row + rows; i++) {
+    for (ptrdiff_t i = row; ctx->a_type == INT16 && i < row + rows; i++) {
         float *part = r->part + i * ctx->e_padded;
         ctx->k->from_f32[FC_F32](part, part, ctx->e_padded, r->w_scale[i]);
     }
@@ -207,21 +208,47 @@ static void weigh_rows(const struct attention *ctx, const struct where *w, const
     }
 }
 
-/* A hidden key weighs 0, and 0 times an infinity or a NaN in its value is NaN: a row where that may be is made again,
- * from the runs of keys that it sees. Their chain is the same, so nothing else changes. */
-static void weigh_unhidden(const struct attention *ctx, const struct where *w, const struct scratch *r,
-                           const fc_kv_head *h, ptrdiff_t row, struct chunk c) {
-    float *part = r->part + row * ctx->e_padded;
-    int finite;
-    ctx->k->all_finite(&finite, part, ctx->e_padded);
-    if (finite || r->part_sum[row] == 0.0f) return;
-    const struct fc_range see = see_in(ctx, w, row, c);
-    const float *bias = load_bias(ctx, w, row, c, r->bias) - see.lo;
-    memset(part, 0, (size_t)ctx->e_padded * 4);
+/* Whether a row's key counts for nothing: outside what it sees, or hidden by the mask, of which bias[0] is its first */
+static int is_hidden(struct fc_range see, const float *bias, ptrdiff_t key) {
+    return key < see.lo || key >= see.hi || (bias && bias[key - see.lo] == -INFINITY);
+}
+
+/* part (row) = weights V, of which the values of hidden keys are copied as zeros, panel by panel */
+static void weigh_copies(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row,
+                         struct fc_range see, const float *bias) {
+    uint16_t panel[FC_KV_CHUNK * 16] __attribute__((aligned(64))); /* lines of 16 channels by pairs of keys */
+    const ptrdiff_t begin = see.lo / ctx->grid * ctx->grid, end = fc_round_up(see.hi, ctx->k_step);
+    for (ptrdiff_t p = 0; p < ctx->e_padded / 16; p++) {
+        memcpy(panel, h->v + p * h->v_panel + begin / 2 * h->line, (size_t)((end - begin) / 2 * h->line));
+        for (ptrdiff_t key = begin; key < end; key++)
+            for (ptrdiff_t e = 0; e < 16 && is_hidden(see, bias, key); e++)
+                panel[(key - begin) / 2 * 32 + e * 2 + key % 2] = 0;
+        ctx->gemm(&(struct fc_gemm){
+            .c = r->part + row * ctx->e_padded + p * 16, .ldc = ctx->e_padded * 4,
+            .x = (const char *)(r->scores + row * LD_SCORES) + begin * ctx->x_size, .ldx = LD_SCORES * 4, .w = panel,
+            .panel_stride = h->v_panel, .m = 1, .panels = 1, .lines = (end - begin) / ctx->k_step});
+    }
+}
+
+/* part (row) = weights V over the runs of keys that it sees: their chain is the same */
+static void weigh_runs(const struct attention *ctx, const struct scratch *r, const fc_kv_head *h, ptrdiff_t row,
+                       struct fc_range see, const float *bias) {
+    memset(r->part + row * ctx->e_padded, 0, (size_t)ctx->e_padded * 4);
     for (ptrdiff_t lo = see.lo, hi; lo < see.hi; lo = hi + 1) {
-        for (hi = lo; hi < see.hi && bias[hi] != -INFINITY;) hi++;
+        for (hi = lo; hi < see.hi && !is_hidden(see, bias, hi);) hi++;
         weigh_partial_lines(ctx, r, h, row, lo, hi);
     }
+}
+
+/* A hidden key weighs 0, and 0 times an infinity or a NaN in its value is NaN: a row where that may be is made again
+ * without it, and nothing else changes. */
+static void weigh_unhidden(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                           const fc_kv_head *h, ptrdiff_t row, struct chunk c) {
+    int finite;
+    ctx->k->all_finite(&finite, r->part + row * ctx->e_padded, ctx->e_padded);
+    if (finite || r->part_sum[row] == 0.0f) return;
+    const float *bias = ctx->args->mask ? load_bias(ctx, w, row, c, r->bias) : NULL;
+    (ctx->sums == ON_GRID ? weigh_copies : weigh_runs)(ctx, r, h, row, see_in(ctx, w, row, c), bias);
 }
 
 /* part, part_max, part_sum of a chunk; returns 0 if the block sees none of it. */
@@ -234,16 +261,15 @@ int fc_attention_chunk(const struct attention *ctx, const struct where *w, const
     if (ctx->own_page) fc_attention_store_chunk(ctx, w->b * args->kv_heads + w->g, chunk, r->page, r->store);
     const fc_kv_head h = head_of(ctx, w, r, chunk);
     const int same = all.lo == all.from && all.to == all.hi;
-    const ptrdiff_t tile = ctx->k->blocks.tile_rows;
-    for (ptrdiff_t row = 0, count = same ? rows : SCORE_TILES * tile; row < rows; row += count) {
+    for (ptrdiff_t row = 0, count = same ? rows : SCORE_TILES * ctx->tile_rows; row < rows; row += count) {
         const ptrdiff_t these = fc_smaller(count, rows - row);
         const struct shared see = seen_by(ctx, w, row, these, c);
         score(ctx, r, &h, row, these, see.lo, see.hi);
     }
     weights_of_block(ctx, w, r, &h, c);
-    for (ptrdiff_t row = 0, count = same ? rows : tile; row < rows; row += count)
-        (ctx->a_type == INT16 ? weigh_integers : weigh_rows)(ctx, w, r, &h, row, fc_smaller(count, rows - row), c);
-    for (ptrdiff_t row = 0; args->mask && ctx->a_type != INT16 && row < rows; row++)
-        weigh_unhidden(ctx, w, r, &h, row, c);
+    for (ptrdiff_t row = 0, count = same ? rows : ctx->tile_rows; row < rows; row += count)
+        (ctx->sums == ON_GRID ? weigh_on_grid : weigh_rows)(ctx, w, r, &h, row, fc_smaller(count, rows - row), c);
+    const int zeros = args->mask || (ctx->sums == ON_GRID && (!same || all.lo % ctx->grid || all.hi % ctx->k_step));
+    for (ptrdiff_t row = 0; zeros && ctx->a_type != INT16 && row < rows; row++) weigh_unhidden(ctx, w, r, &h, row, c);
     return 1;
 }
