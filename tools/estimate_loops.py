@@ -126,11 +126,14 @@ def table(llvm_mca: str, library: str, everything: bool) -> list[str]:
     lines = ["| kernel | ISA | instructions | products | "
              + " | ".join(f"{core.name}: floor | estimate | floor of it" for core in CORES) + " |",
              "| --- | --- | --: | --: |" + " --: |" * 3 * len(CORES)]
+    rows: dict[tuple[str, ...], list[str]] = {}  # the cells but the ISA's -> the ISAs
     for (isa, _), loop in sorted(widest(library).items(), key=lambda item: (item[0][1], item[0][0])):
         if isa == "base" or not (everything or SHOWN.match(loop.function)):  # in short registers, and not tuned
             continue
         figures = [cell for core in CORES for cell in cells(llvm_mca, core, loop)]
-        lines.append(f"| {loop.function} | {isa} | {len(loop.body)} | {len(_products(loop))} | {' | '.join(figures)} |")
+        key = loop.function, str(len(loop.body)), str(len(_products(loop))), *figures
+        rows.setdefault(key, []).append(isa)
+    lines += [f"| {function} | {', '.join(on)} | {' | '.join(rest)} |" for (function, *rest), on in rows.items()]
     return lines
 
 
