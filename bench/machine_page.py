@@ -166,7 +166,7 @@ def models_table(figures: Figures) -> list[str]:
                          {n: [rate] for n, rate in enumerate(row["tokens_per_second"])}, {}, row["step_bytes"])
                 for row in sorted(mine, key=lambda row: row["test"])]
         limits = [figures.limits[threads]] * max(len(row.samples) for row in held)
-        lines += ["", f"{shape}, {threads} threads:", "", *table(held, limits, Sizes.of(SHAPES[shape]))]
+        lines += ["", f"{shape}, threads {threads}:", "", *table(held, limits, Sizes.of(SHAPES[shape]))]
     return [*_MODELS, *lines] if lines else []
 
 

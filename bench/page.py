@@ -45,7 +45,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 3, or 5 where there are ten minutes")
     parser.add_argument("--threads", type=int, help="default: as many as forge_c takes")
     parser.add_argument("--shape", default="llama-1.1b", help="of the whole model (default: %(default)s)")
-    parser.add_argument("--only", action="append", metavar="TEXT", help="of whole models, those whose name starts so")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="the cases and the whole models that start so")
     parser.add_argument("--llama-bench", default=os.environ.get("LLAMA_BENCH", "llama-bench"), metavar="PATH",
                         help="llama.cpp's, built for this machine (default: LLAMA_BENCH, or from the PATH)")
     parser.add_argument("--cache", type=Path, help="folder of llama.cpp's model files, 4 GB (default: a temporary one)")
@@ -147,6 +147,8 @@ class Measuring:
                 self.found["versions"][worker.impl] = worker("version")
             for index in sorted(indices, key=lambda i: CASES[i].rank):
                 case = CASES[index]
+                if self.args.only and not any(case.name.startswith(text) for text in self.args.only):
+                    continue
                 if left() <= 0 or machine.available_memory() < _memory(index):
                     left_out.append(f"{case.name}, threads {threads}")
                     continue
