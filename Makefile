@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= .
 FUZZ_SECONDS ?= 14400
+BENCH_SECONDS ?= 600
+LLVM_MCA ?= llvm-mca-19
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*' \
 	-not -name functional.c -not -path 'forge_c/include/*')
@@ -21,7 +23,7 @@ print(*asked["build-system"]["requires"], *asked["project"]["dependencies"], *ex
 endef
 export NEEDS
 
-.PHONY: help demo demo-chat test quick bench lint docs spills asan tsan avx512 aarch64 fuzz clean
+.PHONY: help demo demo-chat test quick bench lint docs spills loops asan tsan avx512 aarch64 fuzz clean
 .DEFAULT_GOAL := demo
 
 help:  ## This list
@@ -58,9 +60,9 @@ test: $(VENV)/built  ## Build, then all tests, on all cores
 quick: $(VENV)/built  ## Build, then every test on the best ISA with few of its cases: for the inner loop
 	cd tests && $(PYTEST) --quick .
 
-bench: $(VENV)/built  ## Measure against NumPy and write the pages of docs/
+bench: $(VENV)/built  ## Measure this machine beside others' libraries for BENCH_SECONDS and write its page in docs/benchmarks/
 	@$(BIN)/python -c "$$NEEDS" bench | $(PIP) -r /dev/stdin
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/page.py --seconds $(BENCH_SECONDS)
 
 lint: $(VENV)/built  ## ruff, mypy, cython-lint
 	@$(BIN)/python -c "$$NEEDS" dev | $(PIP) -r /dev/stdin
@@ -73,6 +75,9 @@ docs: $(VENV)/built  ## Run every example of README, docs/ and the docstrings
 
 spills: $(VENV)/built  ## Loops of the product kernels that keep accumulators on the stack
 	cd tests && ../$(BIN)/python ../tools/check_spills.py
+
+loops: $(VENV)/built  ## Cycles of the product kernels' loops on Zen 4 and Sapphire Rapids, by llvm-mca (LLVM_MCA=...)
+	$(BIN)/python tools/estimate_loops.py --page --llvm-mca $(LLVM_MCA)
 
 asan: $(VENV)/built  ## Tests under AddressSanitizer and UBSan (TESTS="test_linear.py ...")
 	tools/check_sanitizers.sh address $(TESTS)

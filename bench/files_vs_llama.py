@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import machine
-from processes import HERE, Measure, forge_c, llama_cpp, say
+from processes import Measure, forge_c, llama_cpp, say
 
 ACTIVATIONS = ("int8", "int12")
 # (file, ISA, implementation) -> of each round: test -> (tokens per second, of the limit; 0: not known)
@@ -31,8 +31,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each test in a process; their median counts")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--page", type=Path, nargs="?", const=HERE.parent / "docs" / "benchmarks-files.md",
-                        metavar="FILE", help="write the table there too (default: docs/benchmarks-files.md)")
+    parser.add_argument("--page", type=Path, nargs="?", const=machine.page("files"),
+                        metavar="FILE", help="write the table there too (default: docs/benchmarks/<machine>-files.md)")
     return parser.parse_args()
 
 
@@ -75,7 +75,8 @@ def main() -> int:
     for number in range(args.rounds):
         say(f"round {number + 1}, {time.strftime('%X')}")
         _round(args.files, builds, sizes, rates)
-    lines = [f"{datetime.date.today()}: {machine.cpu_model()}, {machine.cores()} cores, {args.threads} threads; "
+    lines = [f"{datetime.date.today()}: {machine.family()} ({machine.cpu_model()}), {machine.cores()} CPUs, "
+             f"{args.threads} threads; "
              f"{args.rounds} rounds; others took {100 * neighbours.share():.0f} % of the processors.", "",
              *_table(rates)]
     print(*lines, sep="\n")
@@ -84,7 +85,7 @@ def main() -> int:
                 "Written by `python bench/files_vs_llama.py`: tokens per second of a prompt of 512 (pp, whose last "
                 "token's logits are computed) and of 128 decoded tokens (tg), the same file in both. forge_c rounds "
                 "the inputs of matrices to 8 bits, as llama.cpp does, or with `activations=\"int12\"` to 12; what "
-                "that is worth is in [accuracy.md](accuracy.md). *Of limit*: as `forge-c bench` says it, of the "
+                "that is worth is in [accuracy.md](../accuracy.md). *Of limit*: as `forge-c bench` says it, of the "
                 "machine's multiply-adds or of the bandwidth of memory, measured in the same process.", ""]
         args.page.write_text("\n".join(head + lines) + "\n")
     return 0

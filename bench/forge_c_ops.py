@@ -1,6 +1,7 @@
 """forge_c, as its users call it: out= where an op takes it, weights packed once. Functions as in numpy_ops."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,20 @@ from forge_c.nn import MixtureOfDepths, ModernTransformerBlock, SinusoidalPositi
 
 Array = np.ndarray
 Call = Callable[[], Any]
-DTYPES = ("float32", "bfloat16", "int8", "int4", "int4-32")
+DTYPES = ("float32", "bfloat16", "int8", "int8-128", "int4", "int4-32")
+# Function, ids of weights, options -> the weights, which must not go while their ids stand here, and what was packed.
+_packs: dict[Any, tuple[tuple[Array, ...], Any]] = {}
 _STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def _packed(pack: Callable[..., Any], *weights: Array, **options: Any) -> Any:
+    """A copy of its own at each call: to pack takes far longer than to copy."""
+    key = pack, *map(id, weights), *options.items()
+    if key not in _packs:
+        if len(_packs) > 1:
+            _packs.clear()
+        _packs[key] = weights, pack(*weights, **options)
+    return copy.deepcopy(_packs[key][1])
 
 
 def to_numpy(result: Any) -> Array:
@@ -137,7 +150,7 @@ def new_swiglu(gate: Array, up: Array, *, dtype: str) -> Call:
 
 
 def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array, *, dtype: str) -> Call:
-    both, last = fc.pack_gated(gate, up, dtype), fc.pack(down, dtype)
+    both, last = _packed(fc.pack_gated, gate, up, dtype=dtype), _packed(fc.pack, down, dtype=dtype)
     hidden, out = np.empty((len(x), gate.shape[1]), np.float32), np.empty_like(x)
     return lambda: fc.linear(fc.gated_linear(x, both, out=hidden), last, out=out)
 
@@ -157,17 +170,17 @@ def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Cal
     return call
 
 
-def linear(x: Array, weight: Array, *, dtype: str) -> Call:
+def linear(x: Array, weight: Array, *, activations: str | None = None, dtype: str) -> Call:
     name, _, group = dtype.partition("-")
-    packed = fc.pack(weight, name, group_size=int(group) if group else None)
+    packed = _packed(fc.pack, weight, dtype=name, group_size=int(group) if group else None, activations=activations)
     out = np.empty((len(x), weight.shape[1]), np.float32)
     return lambda: fc.linear(x, packed, out=out)
 
 
-def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
+def attention(q: Array, k: Array, v: Array, *, precision: str | None = None, dtype: str) -> Call:
     q, k, v = (_cast(a, dtype) for a in (q, k, v))
-    out = np.empty_like(q)
-    return lambda: fc.attention(q, k, v, causal=True, out=out)
+    out, options = np.empty_like(q), {} if precision is None else {"precision": precision}
+    return lambda: fc.attention(q, k, v, causal=True, out=out, **options)
 
 
 def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:

@@ -18,15 +18,15 @@ import shutil
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import machine
 import peers_table
+from model_files import gguf_file
 from peers_table import Entry, Sizes
-from processes import HERE, Measure, Test, forge_c, llama_cpp, output, say, transformers
+from processes import Measure, Test, forge_c, llama_cpp, output, say, transformers
 
 from forge_c.models.weights.random import SHAPES
 
@@ -35,7 +35,6 @@ ENTRIES = (
     *(Entry("forge_c", form) for form in ("bfloat16", "int8", "int4")), Entry("forge_c", "int4", _BATCH),
     *(Entry("llama.cpp", form) for form in ("BF16", "Q8_0", "Q4_0")), Entry("torch", "bfloat16"),
 )
-_SPARE_DISK = 2 << 30
 
 
 class Run(NamedTuple):
@@ -68,8 +67,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "forge_c_gguf", metavar="DIR")
     parser.add_argument("--clean", action="store_true", help="remove the GGUF files of this run at its end")
     parser.add_argument("--out", type=Path, metavar="FILE", help="every figure, as JSON")
-    parser.add_argument("--page", type=Path, nargs="?", const=HERE.parent / "docs" / "benchmarks-models.md",
-                        metavar="FILE", help="write the table there too (default: docs/benchmarks-models.md)")
+    parser.add_argument("--page", type=Path, nargs="?", const=machine.page("models"),
+                        metavar="FILE", help="write the table there too (default: docs/benchmarks/<machine>-models.md)")
     args = parser.parse_args()
     for name in ("python", "llama_bench"):  # children run in another folder
         found = shutil.which(getattr(args, name))
@@ -79,23 +78,6 @@ def _arguments() -> argparse.Namespace:
     args.rounds = args.rounds or (1 if args.quick else 5)
     args.repeats = args.repeats or (1 if args.quick else 2)
     return args
-
-
-def _gguf(form: str, python: str, llama_bench: str, args: argparse.Namespace, sizes: Sizes) -> Path:
-    """The model file of a format, written if it is not there yet; RuntimeError if it cannot be."""
-    if not shutil.which(llama_bench):
-        raise RuntimeError(f"{llama_bench} is not there, see --llama-bench")
-    output([llama_bench, "--help"])
-    config = json.dumps(dict(SHAPES[args.shape]))
-    path: Path = args.cache / f"{args.shape}-{zlib.crc32(config.encode()):08x}-{form}.gguf"
-    if not path.exists():
-        args.cache.mkdir(parents=True, exist_ok=True)
-        need, free = int(sizes.file_bytes(form)), shutil.disk_usage(args.cache).free
-        if free < need + _SPARE_DISK:
-            raise RuntimeError(f"{args.cache} has {free >> 20} MiB, {need + _SPARE_DISK >> 20} are wanted")
-        say(f"writing {path}")
-        output([python, str(HERE / "model_gguf.py"), str(path), form, config])
-    return path
 
 
 def _prepare(args: argparse.Namespace, sizes: Sizes) -> tuple[list[Entry], Peers, dict[str, str]]:
@@ -108,7 +90,7 @@ def _prepare(args: argparse.Namespace, sizes: Sizes) -> tuple[list[Entry], Peers
             continue
         try:
             if entry.implementation == "llama.cpp":
-                files[entry.form] = _gguf(entry.form, args.python, args.llama_bench, args, sizes)
+                files[entry.form] = gguf_file(entry.form, args.shape, args.cache, args.llama_bench, args.python)
             elif entry.implementation == "torch":
                 code = "import torch, transformers as t; print(torch.__version__ + ', transformers ' + t.__version__)"
                 versions["torch"] = output([args.python, "-c", code]).strip()
@@ -172,7 +154,8 @@ def _rounds(entries: list[Entry], run: Run, peers: Peers, args: argparse.Namespa
 
 def _page(args: argparse.Namespace, lines: list[str]) -> list[str]:
     return ["# A whole model against its peers", "",
-            f"Written by `python bench/models_vs_peers.py`: the shape {args.shape}, random weights.", "", *lines, "",
+            f"Written by `python bench/models_vs_peers.py`: the shape {args.shape}, random weights. "
+            "[The index](../benchmarks.md) names other machines.", "", *lines, "",
             *peers_table.EXPLANATION]
 
 
@@ -192,7 +175,8 @@ def main() -> int:
             path.unlink(missing_ok=True)
     if not rows:
         sys.exit("models_vs_peers.py: nothing has run")
-    about = (f"{datetime.date.today()}: {machine.cpu_model()}, {machine.cores()} cores, {args.threads} threads; "
+    about = (f"{datetime.date.today()}: {machine.family()} ({machine.cpu_model()}), {machine.cores()} CPUs, "
+             f"{args.threads} threads; "
              f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {args.rounds} rounds; "
              f"others took up to {100 * max(max(row.others.values()) for row in rows):.0f} % of the processors; "
              f"{peers_table.limits_text(limits)}; forge_c's kernels for {limits[0]['isa']}.")

@@ -12,14 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 Array = np.ndarray
 Call = Callable[[], Any]
-DTYPES = ("float32", "int4-32")
+DTYPES = ("float32", "int8-128", "int4-32")
 _MS = "com.microsoft"
+_last: list[Any] = []  # weights, bits, and what they became
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32,
           np.dtype(np.int64): TensorProto.INT64, np.dtype(np.uint8): TensorProto.UINT8}
 
 
 def to_numpy(result: Any) -> Array:
-    return result.numpy()
+    return np.array(result.numpy())
 
 
 def _call(nodes: list[Any], inputs: dict[str, Array], out: Array, weights: dict[str, Array] | None = None,
@@ -44,12 +45,11 @@ def _call(nodes: list[Any], inputs: dict[str, Array], out: Array, weights: dict[
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
+    # The arrays live as long as these values, and nobody else keeps them.
     held = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in inputs.items()}
-    result = ort.OrtValue.ortvalue_from_numpy(out)
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
-    binding.bind_ortvalue_output("y", result)
-    for name, a in more.items():
+    for name, a in ({"y": out} | more).items():
         held[name] = ort.OrtValue.ortvalue_from_numpy(a)
         binding.bind_ortvalue_output(name, held[name])
     for name, source in shared.items():
@@ -57,7 +57,7 @@ def _call(nodes: list[Any], inputs: dict[str, Array], out: Array, weights: dict[
 
     def call() -> Any:
         session.run_with_iobinding(binding)
-        return result
+        return held["y"]
 
     return call
 
@@ -142,23 +142,33 @@ def mlp(x: Array, up: Array, down: Array, *, activation: str, dtype: str) -> Cal
 
 
 def linear(x: Array, weight: Array, *, dtype: str) -> Call:
-    if dtype == "int4-32":
-        return _int4(x, weight)
+    if dtype != "float32":
+        return _quantised(x, weight, *map(int, dtype.removeprefix("int").split("-")))
     return _call([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": x},
                  np.empty((len(x), weight.shape[1]), np.float32), {"w": weight})
 
 
-def _int4(x: Array, weight: Array) -> Call:
-    """MatMulNBits over symmetric blocks of 32, with its int8 arithmetic (accuracy level 4)."""
+def _quantised(x: Array, weight: Array, bits: int, group: int) -> Call:
+    """MatMulNBits over symmetric blocks, with its int8 arithmetic (accuracy level 4)."""
     k, n = weight.shape
-    blocks = np.ascontiguousarray(weight.T).reshape(n, k // 32, 32)
+    quantised, scale = _blocks(weight, bits, group)
+    node = helper.make_node("MatMulNBits", ["x", "w", "scale"], ["y"], domain=_MS, K=k, N=n, bits=bits,
+                            block_size=group, accuracy_level=4)
+    return _call([node], {"x": x}, np.empty((len(x), n), np.float32), {"w": quantised, "scale": scale})
+
+
+def _blocks(weight: Array, bits: int, group: int) -> tuple[Array, Array]:
+    """(weights, of 4 bits two a byte; scales); remembered for the last weights, of which there may be copies."""
+    if _last and _last[0] is weight and _last[1] == bits:
+        return _last[2]
+    k, n = weight.shape
+    blocks = np.ascontiguousarray(weight.T).reshape(n, k // group, group)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
-    scale = largest / np.float32(-8)
-    u = np.clip(np.rint(blocks / np.where(scale == 0, 1, scale)) + 8, 0, 15).astype(np.uint8)
-    node = helper.make_node("MatMulNBits", ["x", "w", "scale"], ["y"], domain=_MS, K=k, N=n, bits=4, block_size=32,
-                            accuracy_level=4)
-    return _call([node], {"x": x}, np.empty((len(x), n), np.float32),
-                 {"w": u[..., 0::2] | (u[..., 1::2] << 4), "scale": scale.reshape(-1)})
+    middle = 1 << (bits - 1)
+    scale = largest / np.float32(-middle)
+    u = np.clip(np.rint(blocks / np.where(scale == 0, 1, scale)) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    _last[:] = weight, bits, (u[..., 0::2] | (u[..., 1::2] << 4) if bits == 4 else u, scale.reshape(-1))
+    return _last[2]
 
 
 def attention(q: Array, k: Array, v: Array, *, dtype: str) -> Call:

@@ -17,9 +17,9 @@ EXPLANATION = [
     "rounds of the median within a round, counting the tokens of all sequences. pp is a prompt, of which the last "
     "token's logits are computed; tg decodes one token at a time from an empty cache, and with x8 at its end one token "
     "of each of eight sequences. llama.cpp's files hold every matrix in the format named, output included. *Of limit*: "
-    "for a prompt two operations a weight and token over the peak of the format's unit (float32's where there is none "
-    "for bfloat16; – where there is none for int8), for decoding the bytes of weights that a step reads over the read "
-    "bandwidth, or its operations over the peak where they take longer; limits are measured before and after each "
+    "for a prompt two operations a weight and token over the peak of the format's unit (float32's where that of "
+    "bfloat16 is lower; – where there is none for int8), for decoding the bytes of weights that a step reads over the "
+    "read bandwidth, or its operations over the peak where they take longer; limits are measured before and after each "
     "round, and the higher counts; what multiplies in a unit that is not measured, as torch does in AMX, can exceed "
     "them. A ratio is the median (lowest to highest) over rounds of the ratio within a round."]
 
@@ -81,7 +81,7 @@ class Row:
         """The least that a token can take."""
         name = {"float32": "fp32_gflops", "bfloat16": "bf16_gflops", "int4": "int4_gops"}.get(self.entry.width,
                                                                                              "int8_gops")
-        peak = limits[name] or (limits["fp32_gflops"] if name == "bf16_gflops" else None)
+        peak = max(limits[name], limits["fp32_gflops"]) if name == "bf16_gflops" else limits[name] or None
         if self.test.startswith("pp"):
             tokens = int(self.test[2:])
             return 2 * (sizes.blocks + sizes.head / tokens) / peak / 1e9 if peak else None

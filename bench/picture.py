@@ -1,11 +1,15 @@
-"""docs/speed.svg, README's picture, from the table of docs/benchmarks-models.md: `python bench/picture.py`."""
+"""docs/speed.svg, README's picture, from a page of models_vs_peers.py:
+
+    python bench/picture.py [docs/benchmarks/sapphire-rapids-2cpus-models.md]     by default this machine's
+"""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import machine
 import plots
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 TESTS = {"pp512": "prompt of 512", "tg128": "writing"}
 WIDTHS = {"bfloat16": "bfloat16", "BF16": "bfloat16", "int8": "int8", "Q8_0": "int8", "int4": "int4", "Q4_0": "int4"}
 
@@ -18,4 +22,5 @@ def rates(page: str) -> list[tuple[str, str, str, float]]:
 
 
 if __name__ == "__main__":
-    plots.tokens(rates((DOCS / "benchmarks-models.md").read_text()), DOCS / "speed.svg")
+    page = Path(sys.argv[1]) if len(sys.argv) > 1 else machine.page("models")
+    plots.tokens(rates(page.read_text()), machine.PAGES.parent / "speed.svg")

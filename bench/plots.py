@@ -95,6 +95,7 @@ def curves(title: str, rows: Sequence[Row], limits: Limits, path: Path) -> bool:
     """A panel for each curve: time against length, a line an implementation and variant, and the float32 limit."""
     drawn = sorted((row for row in rows if row.curve), key=lambda row: row.curve)
     panels = [(name, list(group)) for name, group in groupby(drawn, key=lambda row: row.curve)]
+    panels = [(name, group) for name, group in panels if len({row.length for row in group}) > 1]
     if not panels:
         return False
     figure, axes = _pyplot().subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
@@ -125,6 +126,37 @@ def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
     shown = lengths[:: 2 if len(lengths) > 5 else 1]
     axes.set_xticks(shown, [f"{n}" if n < 1024 else f"{n >> 10}k" for n in shown])
     axes.grid(color="#dddddd", linewidth=0.6)
+
+
+def over_threads(panels: Sequence[tuple[str, Sequence[tuple[str, str, int, float]]]], path: Path) -> bool:
+    """A panel for each case: (implementation, variant, threads, rate), a line an implementation and variant."""
+    if not panels:
+        return False
+    columns = min(3, len(panels))
+    figure, axes = _pyplot().subplots(-(-len(panels) // columns), columns, squeeze=False,
+                                      figsize=(4.2 * columns, 3.2 * -(-len(panels) // columns)))
+    for ax, (name, points) in zip(axes.flat, panels, strict=False):
+        for impl, variant in dict.fromkeys(point[:2] for point in points):
+            line = sorted(point[2:] for point in points if point[:2] == (impl, variant))
+            ax.plot(*zip(*line, strict=True), color=_COLOURS[impl], linestyle=_DASHES.get(variant, "-."), marker=".")
+        counts = sorted({point[2] for point in points})
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.set_title(name, loc="left")
+        ax.set_xlabel("threads")
+        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in list(axes.flat)[len(panels):]:
+        ax.set_visible(False)
+    shown = list(dict.fromkeys((impl, variant) for _, points in panels for impl, variant, *_ in points))
+    handles = [axes.flat[0].plot([], [], color=_COLOURS[impl], linestyle=_DASHES.get(variant, "-."),
+                                 label=f"{impl} {variant}")[0] for impl, variant in shown]
+    figure.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle("G operations a second, or GB a second where memory is the limit")
+    figure.tight_layout()
+    _save(figure, path)
+    return True
 
 
 def against_length(found: Mapping[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,10 +21,6 @@ _TITLES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "softmax": "Softmax
            "causal_conv1d": "Causal convolution", "selective_scan": "Mamba's scan", "rg_lru": "Griffin's recurrence",
            "models": "The embedded model",
            "mission": "Modern components and what they replace"}
-
-_PAGES = {"benchmarks": "Benchmarks of all components", "benchmarks-rows": "Benchmarks: norms, positions, activations",
-          "benchmarks-linear": "Benchmarks: products with packed weights",
-          "benchmarks-attention": "Benchmarks: attention over short and long contexts"}
 
 
 @dataclass
@@ -121,9 +118,7 @@ def limits_table(limits: Limits) -> list[str]:
 
 def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder: Path, page: str) -> Path:
     """folder/<page>.md and its plots in folder/<page>/."""
-    others = sorted(other.name for other in folder.glob("benchmarks*.md") if other.stem != page)
-    lines = [f"# {_PAGES.get(page, 'Benchmarks')}", "", about, "",
-             *(["Other pages: " + ", ".join(f"[{name}]({name})" for name in others) + ".", ""] if others else []),
+    lines = ["# Benchmarks of components", "", about, "", "[The index](../benchmarks.md) names other machines.", "",
              "Every implementation runs in a process of its own, one after the other, in rounds; a time is the median "
              "over rounds of the median within a round, and spread is how far the rounds lie apart. Data is random. "
              "Unless a case fits in cache by nature, calls rotate through buffers that together exceed the last-level "
@@ -151,3 +146,13 @@ def write(rows: list[Row], limits: Limits, about: str, extra: list[str], folder:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Between the page's two comments of that name."""
+    old = page.read_text()
+    new, found = re.subn(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", lambda m: m[1] + text + m[2], old,
+                         flags=re.DOTALL)
+    if found != 1:
+        raise RuntimeError(f"{page} has {found} places for {name}, expected one")
+    page.write_text(new)

@@ -1,4 +1,5 @@
-"""make bench: every suite for every implementation, in turns, then docs/benchmarks.md.
+"""Every component at length: every suite for every implementation, in turns, then
+docs/benchmarks/<machine>-components.md.
 
     python bench/run.py                                 forge_c, NumPy, and torch and ONNX Runtime if installed
     python bench/run.py --python torch=VENV/bin/python  torch from another environment (with pytest-benchmark)
@@ -25,14 +26,14 @@ IMPLEMENTATIONS = ("forge_c", "numpy", "torch", "onnxruntime")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Run all benchmarks and write docs/benchmarks.md.")
+    parser = argparse.ArgumentParser(description="Run the suites of all components and write their page.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a round of the small cases, forge_c and NumPy, no files")
     parser.add_argument("--python", action="append", default=[], metavar="IMPL=PATH", help="interpreter that has IMPL")
     parser.add_argument("--threads", type=int, help="for every implementation (default: as many as forge_c takes)")
     parser.add_argument("-k", dest="only", metavar="EXPRESSION", help="only the cases that pytest's -k selects")
-    parser.add_argument("--page", default="benchmarks", metavar="NAME", help="of the file (default: %(default)s.md)")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder to write (default: docs)")
+    parser.add_argument("--page", default="components", metavar="NAME", help="<machine>-NAME.md (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=machine.PAGES, help="folder to write (default: docs/benchmarks)")
     return parser.parse_args()
 
 
@@ -65,8 +66,7 @@ def _suites(name: str, python: str, limits: Path, result: Path, args: argparse.N
 
 def _machine_line(limits: machine.Limits, versions: dict[str, str]) -> str:
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return (f"{datetime.date.today()}: {machine.cpu_model()}, {machine.cores()} cores, "
-            f"{machine.last_level_cache() / 2**20:.0f} MiB last-level cache; {limits['threads']} threads; forge_c's "
+    return (f"{datetime.date.today()}: {machine.family()}: {machine.details()}; {limits['threads']} threads; forge_c's "
             f"kernels for {limits['isa']}; Python {sys.version.split()[0]}, {named}.")
 
 
@@ -96,9 +96,9 @@ def main() -> int:
     if not args.only:
         lines, _ = targets.measure(args.rounds, limits)
         extra = ["## Targets", "", "`python bench/targets.py` measures these alone.", "", *lines]
-    command = f"python bench/run.py --page {args.page} -k '{args.only}'" if args.only else "make bench"
+    command = "python bench/run.py" + (f" --page {args.page} -k '{args.only}'" if args.only else "")
     written = report.write(rows, limits, f"Written by `{command}`. {_machine_line(limits, versions)}", extra, args.out,
-                           args.page)
+                           machine.page(args.page).stem)
     print(written)
     return 0
 

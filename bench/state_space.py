@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import plots
+from report import put
 
 import forge_c as fc
 from forge_c import nn
@@ -60,16 +61,6 @@ def machine() -> str:
 def figure(value: float) -> str:
     """Three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def put(page: Path, name: str, text: str) -> None:
-    """Between the page's two comments of that name."""
-    old = page.read_text()
-    new, found = re.subn(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", lambda m: m[1] + text + m[2], old,
-                         flags=re.DOTALL)
-    if found != 1:
-        raise RuntimeError(f"{page} has {found} places for {name}, expected one")
-    page.write_text(new)
 
 
 # ---- attention beside Mamba --------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of 64 and 8 tokens: a smoke run")
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "forge_c_gguf", metavar="DIR")
-    parser.add_argument("--page", type=Path, nargs="?", const=HERE.parent / "docs" / "benchmarks-states.md",
-                        metavar="FILE", help="write the table there too (default: docs/benchmarks-states.md)")
+    parser.add_argument("--page", type=Path, nargs="?", const=machine.page("states"),
+                        metavar="FILE", help="write the table there too (default: docs/benchmarks/<machine>-states.md)")
     args = parser.parse_args()
     if args.llama_bench and not args.llama_quantize:
         parser.error("--llama-bench needs --llama-quantize")
@@ -204,7 +204,8 @@ def main() -> int:
     samples, reading, versions = _rounds(args, Measure(prompt, new, args.repeats, args.threads))
     if not samples:
         sys.exit("states_vs_peers.py: nothing has run")
-    about = (f"{datetime.date.today()}: {machine.cpu_model()}, {machine.cores()} cores, {args.threads} threads; "
+    about = (f"{datetime.date.today()}: {machine.family()} ({machine.cpu_model()}), {machine.cores()} CPUs, "
+             f"{args.threads} threads; "
              f"{''.join(f'{version}; ' for version in sorted(versions))}{args.rounds} rounds; reading "
              f"{median(reading):.0f} GB/s at most; others took {100 * neighbours.share():.0f} % of the processors.")
     table = _table(samples)

@@ -67,7 +67,8 @@ def _best_rate(work: Callable[[], float], seconds: float) -> float:
     return best
 
 
-def _limits(seconds: float, size: int) -> dict[str, float]:
+def limits_now(seconds: float = 0.2, size: int = 256 << 20) -> dict[str, float]:
+    """What roofline() measures, at this number of threads only."""
     data, copy = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
 
     def read() -> float:
@@ -98,7 +99,7 @@ def roofline(seconds: float = 0.2, size: int = 256 << 20) -> dict[str, Any]:
     try:
         for count in range(1, threads + 1):
             set_num_threads(count)
-            by_threads[count] = _limits(seconds, size)
+            by_threads[count] = limits_now(seconds, size)
     finally:
         set_num_threads(threads)
     return {"threads": threads, **by_threads[threads], "by_threads": by_threads}

@@ -320,7 +320,7 @@ def test_bench(plain):
 def test_bench_against_its_limits(capsys, monkeypatch, each_thread_count, plain, dtype, bf16, gbs, batch):
     """So slow a machine that a share has digits; either the operations or the bytes are the floor of the time."""
     limits = {"fp32_gflops": 1e-3, "bf16_gflops": bf16, "read_gbs": gbs}
-    monkeypatch.setattr("forge_c.models.speed.roofline", lambda: limits)
+    monkeypatch.setattr("forge_c.models.speed.limits_now", lambda: limits)
     ticks = iter(np.arange(0, 1000, 0.25))
     monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
     status, out, _ = called(capsys, "bench", "--model", plain, "--dtype", dtype, *BENCH, "--batch", batch)
@@ -337,7 +337,7 @@ def test_bench_against_its_limits(capsys, monkeypatch, each_thread_count, plain,
 
 def test_the_median_counts(capsys, monkeypatch, plain):
     """Runs of 1, 2 and 9 seconds."""
-    monkeypatch.setattr("forge_c.models.speed.roofline", lambda: {"fp32_gflops": 1e-3, "read_gbs": 1e-3})
+    monkeypatch.setattr("forge_c.models.speed.limits_now", lambda: {"fp32_gflops": 1e-3, "read_gbs": 1e-3})
     ticks = iter(2 * [0.0, 1.0, 10.0, 12.0, 20.0, 29.0])
     monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
     status, out, _ = called(capsys, "bench", "--model", plain, *BENCH, "--repeats", 3)
@@ -374,7 +374,7 @@ def test_bench_of_a_shape_as_json(capsys, each_thread_count):
 def test_bench_counts_what_went_through_routers(monkeypatch, two_threads, batch):
     """The floor of so slow a memory is the weights of the steps in which a token went through a layer."""
     limits = {"fp32_gflops": 1e9, "bf16_gflops": 1e9, "read_gbs": 1e-3}
-    monkeypatch.setattr("forge_c.models.speed.roofline", lambda: limits)
+    monkeypatch.setattr("forge_c.models.speed.limits_now", lambda: limits)
     ticks = iter(np.arange(0, 1000, 0.25))
     monkeypatch.setattr("forge_c.models.speed.time.perf_counter", lambda: next(ticks))
     model = random_model("llama-tiny-mod")

@@ -72,7 +72,7 @@ def functions(library: str) -> Iterator[tuple[str, list[Instruction]]]:
                 yield name, body
             name, body = head[1], []
         elif code := re.match(r"^\s*([0-9a-f]+):\s+(\S.*?)\s*(#.*)?$", line):
-            body.append(Instruction(int(code[1], 16), code[2]))
+            body.append(Instruction(int(code[1], 16), code[2].removeprefix("{vex} ")))
 
 
 def loops(name: str, body: list[Instruction]) -> Iterator[Loop]:

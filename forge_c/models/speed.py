@@ -14,7 +14,7 @@ from tqdm import tqdm
 from forge_c.functional import get_num_threads, isa
 from forge_c.models import Model
 from forge_c.models.generation import prefill
-from forge_c.runtime import roofline
+from forge_c.runtime import limits_now
 from forge_c.state import ModelCache
 from forge_c.state.routed import RoutedCache
 
@@ -78,7 +78,7 @@ def json_lines(model: Model, prompt_tokens: int, new_tokens: int, repeats: int, 
 def _limits() -> Mapping[str, Any]:
     """Of this machine; a terminal says why nothing is seen meanwhile."""
     with tqdm(desc="measuring this machine", bar_format="{desc}", disable=None, leave=False):
-        return roofline()
+        return limits_now()
 
 
 def _tests(model: Model, limits: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int,
