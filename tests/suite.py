@@ -168,6 +168,7 @@ def built_once(config: pytest.Config, name: str, build: Callable[[Path], None]) 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="every test on the best ISA, with few of its cases")
+    parser.addoption("--every-isa", action="store_true", help="every test on every ISA")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -206,11 +207,25 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.owned.cleanup()
 
 
+# Tables that are the next one but for the instructions of integer and bfloat16 products, and the tests of these. The
+# others run there with --every-isa, or where FORGE_C_ISA names the table.
+ONLY_PRODUCTS = {"avx512_vnni": "avx512", "avx_vnni": "avx2"}
+PRODUCTS = ("test_linear", "test_quantized", "test_ggml", "test_rounding", "test_attention", "test_roofline",
+            "test_guard", "test_generate", "test_embedded", "test_model_parity", "test_scoring")
+
+
+def isas_of(module: str, *, every: bool = False) -> list[str]:
+    """Those that the tests of a module run on."""
+    return [isa for isa in forge_c.available_isas() if every or isa not in ONLY_PRODUCTS or isa == forge_c.isa()
+            or module.startswith(PRODUCTS)]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The ISAs of a test: all, or with --quick the best: to make thousands of cases takes as long as to run some."""
+    """The ISAs of a test, or with --quick the best: to make thousands of cases takes as long as to run some."""
     if ISA in metafunc.fixturenames:
-        isas = [best_isa()] if metafunc.config.getoption("--quick") else forge_c.available_isas()
-        metafunc.parametrize(ISA, isas, indirect=True)
+        option = metafunc.config.getoption
+        isas = isas_of(metafunc.module.__name__, every=option("--every-isa"))
+        metafunc.parametrize(ISA, [best_isa()] if option("--quick") else isas, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

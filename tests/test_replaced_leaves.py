@@ -20,9 +20,9 @@ static void counted_gemm(const struct fc_gemm *g) {
     products++;
     gemm_f32(g);
 }
-static void counted_relu(void *out, const void *x, ptrdiff_t n) {
+static void counted_relu(void *out, const void *x, ptrdiff_t n, struct fc_stream *stream) {
     halves++;
-    relu_f16(out, x, n);
+    relu_f16(out, x, n, stream);
 }
 #define FC_REPLACED .gemm_f32 = counted_gemm, .relu[FC_F16] = counted_relu,
 """
@@ -40,7 +40,7 @@ int double_calls(float *c, const float *x, const float *w) {
     char zeros[64] = {0};
     products = halves = 0;
     fc_kernels_double.gemm_f32(&g);
-    for (int type = 0; type < FC_DTYPES; type++) fc_kernels_double.relu[type](zeros, zeros, 4);
+    for (int type = 0; type < FC_DTYPES; type++) fc_kernels_double.relu[type](zeros, zeros, 4, NULL);
     const int others = fc_kernels_double.gemm_bf16 == gemm_bf16 && fc_kernels_double.relu[FC_F32] == relu_f32;
     return products * 100 + halves * 10 + others;
 }

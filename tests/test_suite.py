@@ -9,7 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from suite import ISA, Locks, best_isa, case, case_id, chosen_quickly, in_order, is_alone, once
+from suite import (
+    ISA,
+    ONLY_PRODUCTS,
+    PRODUCTS,
+    Locks,
+    best_isa,
+    case,
+    case_id,
+    chosen_quickly,
+    in_order,
+    is_alone,
+    isas_of,
+    once,
+)
+
+import forge_c as fc
 
 
 def parameters(item: pytest.Item) -> dict[str, Any]:
@@ -87,3 +102,13 @@ def test_quick_has_every_value_of_every_parameter(request):
     items, chosen = request.session.items, chosen_quickly(request.session.items)
     assert values(chosen) == values(items)
     assert {parameters(item).get(ISA, best_isa()) for item in chosen} <= {best_isa()}
+
+
+def test_tables_that_differ_in_products_alone_run_what_multiplies():
+    """And everything where they are asked for: by --every-isa, or by FORGE_C_ISA."""
+    everything = list(fc.available_isas())
+    for name in (*PRODUCTS, "test_linear_more"):
+        assert isas_of(name) == everything
+    assert isas_of("test_rms_norm", every=True) == everything
+    less = [isa for isa in everything if isa not in ONLY_PRODUCTS or isa == fc.isa()]
+    assert isas_of("test_rms_norm") == less and set(ONLY_PRODUCTS.values()) & set(everything) <= set(less)

@@ -27,4 +27,4 @@ real=(test_dispatch.py::test_an_isa_is_available_where_the_kernel_reports_what_i
       test_symbols.py::test_the_isa_files_hold_only_what_their_cpus_have)
 cd tests
 PYTHONPATH=$built "$python" -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider \
-    "${real[@]/#/--deselect=tests/}" "${@:-.}"
+    --every-isa "${real[@]/#/--deselect=tests/}" "${@:-.}"

@@ -247,14 +247,14 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     0 .. kv_len - 1 and the queries are the last of them; a KVCache holds 0, 1, 2, ... Keys are summed in chunks of the
     arrays' 256, so positions that say what the default does give its bits.
     softcap c: c * tanh(s / c). sinks (heads,): one more logit in each row's denominator. kv_lens (batch,): valid keys.
-    precision: what q k^T and weights v are multiplied in, softmax and sums being float32: None, that of k and v (float16
-    and float32 in float32, bfloat16 as an int8 or bfloat16 cache's in their own); "float32"; "bfloat16", all four rounded
-    to it; "int8", bytes with a scale for each token and head, and for a query's weights of 64 keys, after H q, H k and
-    H v with Hadamard's matrix H, which changes nothing but spreads large channels, and, without mask and window, less
-    the mean of the 256-key chunk's earlier keys: 1 to 2 % of error where bfloat16 makes 0.3 (docs/accuracy.md). A row
-    depends on the keys that it sees alone, and has the same bits whole, in pieces and token by token, in any batch and on
-    any threads. A KVCache of another dtype is converted in each call, once for all of its queries: a few queries at a
-    time are slower so than in the cache's own.
+    precision: what q k^T and weights v are multiplied in, softmax and sums being float32: None, that of k and v
+    (float16 and float32 in float32, bfloat16 as an int8 or bfloat16 cache's in their own); "float32"; "bfloat16", all
+    four rounded to it; "int8", bytes with a scale for each token and head, and for a query's weights of 64 keys, after
+    H q, H k and H v with Hadamard's matrix H, which changes nothing but spreads large channels, and, without mask and
+    window, less the mean of the 256-key chunk's earlier keys: 1 to 2 % of error where bfloat16 makes 0.3
+    (docs/accuracy.md). A row depends on the keys that it sees alone, and has the same bits whole, in pieces and token
+    by token, in any batch and on any threads. A KVCache of another dtype is converted in each call, once for all of
+    its queries: a few queries at a time are slower so than in the cache's own.
     A row that sees no key gives 0. With return_lse the result is (out, lse): lse (batch, q_len, heads) float32 is the
     log of the softmax's denominator, sinks included, -inf for an empty row.
 

@@ -77,7 +77,8 @@ FC_INLINE vf bfloat16_weights_of(const struct fc_attention_row *r, ptrdiff_t n, 
     vf total = vf_zero(), more = vf_zero();
     ptrdiff_t i = 0;
     for (; i + 2 * FC_N <= n; i += 2 * FC_N) {
-        const vf a = scaled_weights(r->s + i, FC_N, factor, shift), b = scaled_weights(r->s + i + FC_N, FC_N, factor, shift);
+        const vf a = scaled_weights(r->s + i, FC_N, factor, shift);
+        const vf b = scaled_weights(r->s + i + FC_N, FC_N, factor, shift);
         total += a, more += b;
         vf_store(r->bf16 + i, vf_bf16_pair_of_normals(a, b));
     }

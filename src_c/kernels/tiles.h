@@ -32,7 +32,8 @@ FC_INLINE struct tile_shapes shapes_of_row(ptrdiff_t rows, ptrdiff_t lines) {
     return s;
 }
 
-/* What a pass over C multiplies: rows [row, row + rows) by lines [line, line + lines) of each panel, tile_lines at once. */
+/* What a pass over C multiplies: rows [row, row + rows) by lines [line, line + lines) of each panel, tile_lines of them
+ * at once. */
 struct tile_pass {
     ptrdiff_t row, rows, line, lines, tile_lines;
     int accumulate;
@@ -264,8 +265,8 @@ FC_INLINE void tile_store_sums(const int two, int turn, int32_t sums[][TILE_SUMS
     }
 }
 
-/* What follows a chunk's products: its end in each row of x, its line of scales, and the minima of the group that begins
- * with it, or NULL */
+/* What follows a chunk's products: its end in each row of x, its line of scales, and the minima of the group that
+ * begins with it, or NULL */
 struct tile_end {
     const char *x, *scales, *minima;
     int which;
@@ -300,7 +301,8 @@ FC_INLINE void tile_add(gemm_format f, const int two, vf y[TILE_ROWS], int32_t s
 FC_INLINE void tile_chunks(gemm_format f, const int two, const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t panel,
                            const char *w, ptrdiff_t block_lines, const char *s, ptrdiff_t block_scales) {
     const int nibbles = f->bits == 4, minima = nibbles ? f->minimum_bytes > 0 : g->minima;
-    const ptrdiff_t lines = nibbles ? FC_CHUNK / 4 : g->lines, at_once = lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES;
+    const ptrdiff_t lines = nibbles ? FC_CHUNK / 4 : g->lines;
+    const ptrdiff_t at_once = lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES;
     const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
     const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx;
     const ptrdiff_t integers = lines * 4 * (1 + two), x_step = fc_chunk_bytes(integers, FC_X_ALIGN);
@@ -386,7 +388,8 @@ FC_INLINE void unpack_nibbles(char *bytes, const char *w, ptrdiff_t blocks, ptrd
 }
 
 /* Lines of nibbles: a panel is unpacked once, and all rows pass. */
-FC_INLINE void tile_nibbles(gemm_format f, const int two, const struct fc_gemm *g, void (*few)(const struct fc_gemm *)) {
+FC_INLINE void tile_nibbles(gemm_format f, const int two, const struct fc_gemm *g,
+                            void (*few)(const struct fc_gemm *)) {
     const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
     const ptrdiff_t chunks = group_chunks * f->block_groups, lines = chunks * FC_CHUNK / f->k_step;
     const ptrdiff_t block = (lines + 1) * FC_LINE, at_once = UNPACKED_LINES / (2 * lines);

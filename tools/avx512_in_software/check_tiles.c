@@ -167,6 +167,7 @@ int main(int argc, char **argv) {
         check("dot_s8u8", pseudo_s8u8, 0, soft_s8u8, hard ? hard_s8u8 : NULL);
         check("zero", pseudo_zero, 0, soft_zero, hard ? hard_zero : NULL);
     }
-    printf("tiles in software%s: %d rounds, %d wrong\n", hard ? " and the instructions" : ", no AMX here", round_no, failures);
+    const char *beside = hard ? " and the instructions" : ", no AMX here";
+    printf("tiles in software%s: %d rounds, %d wrong\n", beside, round_no, failures);
     return failures != 0;
 }

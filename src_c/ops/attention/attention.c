@@ -3,8 +3,9 @@
  * A row's result is its chunks' partials (max, sum, o), each started fresh and folded in chunk order. A prompt
  * fed whole, in pieces or token by token, alone or in a batch, on any threads, runs that same arithmetic, hence the
  * same bits. Keys and values are multiplied in the panels of a cache's page (state/kv_pages.h); those of plain arrays,
- * and those that are to be multiplied in another precision, are brought into such pages first. Work is a block of queries of one key/value head (all R query heads of the group
- * share its keys), or, where blocks are too few, single chunks whose partials are folded afterwards.
+ * and those that are to be multiplied in another precision, are brought into such pages first. Work is a block of
+ * queries of one key/value head (all R query heads of the group share its keys), or, where blocks are too few, single
+ * chunks whose partials are folded afterwards.
  *
  * Keys outside a row's [lo, hi) (visible.h) are not multiplied at all: a NaN there changes nothing.
  * A key that `mask` hides (False, or -inf) counts for nothing either, whatever it and its value hold. No (S, T) matrix
