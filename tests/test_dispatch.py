@@ -137,6 +137,42 @@ def test_a_wrong_name_in_the_environment_fails_the_import(name):
     assert out.splitlines()[-1] == expected
 
 
+SMALL_SIGNAL_STACK = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 4096)), None) == 0
+import forge_c as fc
+print(*fc.available_isas())
+"""
+TILES_ASKED_FOR = """
+import ctypes, forge_c as fc
+def asked() -> bool:
+    mask = ctypes.c_uint64()
+    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(mask)) == 0
+    return bool(mask.value >> 18 & 1)
+before = fc.isa(), asked()
+fc.available_isas()
+print(*before, asked())
+"""
+amx = pytest.mark.skipif("avx512_amx" not in fc.available_isas() or not Path("/proc/self").exists(),
+                         reason="this CPU has no AMX, or the system refuses it")
+
+
+@amx
+def test_where_the_system_refuses_tiles_the_next_table_runs():
+    """As Linux does where some thread's signal stack is too small for them."""
+    assert run_script(SMALL_SIGNAL_STACK, FORGE_C_ISA="").split() == list(fc.available_isas()[1:])
+
+
+@amx
+def test_tiles_are_asked_for_when_they_are_wanted():
+    """Of ARCH_GET_XCOMP_PERM: at load, unless another ISA is named, and then by whoever asks what there is."""
+    assert run_script(TILES_ASKED_FOR, FORGE_C_ISA="").split() == ["avx512_amx", "True", "True"]
+    assert run_script(TILES_ASKED_FOR, FORGE_C_ISA="avx2").split() == ["avx2", "False", "True"]
+
+
 def test_importing_the_package_alone_runs_no_kernel_code():
     source = "import forge_c, sys; print('forge_c.functional' in sys.modules)"
     assert run_script(source, FORGE_C_ISA="nope") == "False\n"

@@ -26,7 +26,8 @@ def available_isas() -> tuple:
 
 def use_isa(name) -> None:
     """Run the kernels of this ISA from now on. ValueError if this CPU or this build has none of that name."""
-    if str(name) not in available_isas() or fc_use_isa(str(name).encode()) != 0:
+    cdef str text = str(name)  # not looked up in available_isas(), which asks the system for what only others need
+    if "\0" in text or fc_use_isa(text.encode(errors="replace")) != 0:
         raise ValueError(f"use_isa: {name!r} does not run here, expected one of {', '.join(available_isas())}")
 
 
