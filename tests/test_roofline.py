@@ -13,7 +13,7 @@ def test_rates_are_positive_and_grow_with_the_threads(isa: str) -> None:
     assert found["threads"] == fc.get_num_threads() == len(found["by_threads"])
     for rates in found["by_threads"].values():
         assert rates["fp32_gflops"] > 1 and rates["read_gbs"] > 0.1 and rates["copy_gbs"] > 0.1
-        assert rates["int8_gops"] > 0.1 and rates["int4_gops"] > 0.1  # in software too
+        assert rates["int8_gops"] > 1 and rates["int4_gops"] > 1
         if isa == "avx2":  # bytes, not pairs of int16
             assert rates["int4_gops"] > 1.3 * rates["int8_gops"]
         assert (rates["bf16_gflops"] > 0) == (isa in ("avx512_vnni_bf16", "avx512_amx"))

@@ -20,11 +20,12 @@ rm -rf "$built" # a module that is gone stays away
 FORGE_C_SOFTWARE_AVX512=1 "$python" setup.py -q build --build-lib "$built" >build/software_avx512.log 2>&1 ||
     { tail -30 build/software_avx512.log; exit 1; }
 
-# What asks about the CPU and its instructions instead of results.
+# What asks about the CPU, its instructions and their speed instead of results.
 real=(test_dispatch.py::test_an_isa_is_available_where_the_kernel_reports_what_it_needs
       test_symbols.py::test_negative_control_the_isa_files_do_hold_them
       test_symbols.py::test_bfloat16_and_bytes_are_multiplied_by_the_instruction_for_it
-      test_symbols.py::test_the_isa_files_hold_only_what_their_cpus_have)
+      test_symbols.py::test_the_isa_files_hold_only_what_their_cpus_have
+      test_roofline.py::test_rates_are_positive_and_grow_with_the_threads)
 cd tests
 PYTHONPATH=$built "$python" -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider \
     --every-isa "${real[@]/#/--deselect=tests/}" "${@:-.}"
