@@ -447,3 +447,12 @@ def rg_lru(x: ArrayLike, input_gate: ArrayLike, recurrence_gate: ArrayLike, para
             going_on = np.exp(log_a[:, t]) * h + np.sqrt(-np.expm1(2 * log_a[:, t])) * y[:, t]
             y[:, t] = h = going_on if reset is None else np.where(np.asarray(reset)[:, t, None], y[:, t], going_on)
         return y, h
+
+
+def rotated(x: Any) -> Any:
+    """The last axis, in blocks of the largest power of two that divides it, times Hadamard's matrix."""
+    n = x.shape[-1]
+    block, h = n & -n, np.ones((1, 1))
+    while len(h) < block:
+        h = np.block([[h, h], [h, -h]])
+    return (x.reshape(*x.shape[:-1], -1, block) @ h / block**0.5).reshape(x.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
 from typing import Any
@@ -294,25 +294,40 @@ def test_nan_and_infinity_in_the_inputs(isa, dtype, rng, special, at):
             assert np.delete(out, channel, 3).tobytes() == np.delete(clean, channel, 3).tobytes()
 
 
+HIDDEN = (slice(5, 6), slice(0, 256), slice(256, 512), slice(250, 300), slice(511, 600, 2))
+
+
+def dirtied(k: Array, v: Array, hidden: slice, special: float) -> tuple[Array, Array]:
+    """Keys and values of two heads, `special` in some of the hidden ones."""
+    k, v = k.copy(), v.copy()
+    k[:, hidden, 1, 3], v[:, hidden, 0, 7] = special, special
+    return k, v
+
+
+def masks_hiding(hidden: slice) -> Iterator[tuple[dict[str, Any], Array]]:
+    """Options and masks of 3 queries, 4 heads and 600 keys."""
+    keep = np.ones(600, bool)
+    keep[hidden] = False
+    for options in ({}, {"causal": True, "window": 590}, {"softcap": 3.0, "sinks": np.zeros(4, np.float32)}):
+        for mask in (keep, np.where(keep, 0.5, -INF).astype(np.float32), np.broadcast_to(keep, (4, 3, 600)).copy()):
+            yield options, mask
+
+
 @pytest.mark.parametrize("special", [NAN, INF, -INF])
-@pytest.mark.parametrize("hidden", [slice(5, 6), slice(0, 256), slice(256, 512), slice(250, 300), slice(511, 600, 2)])
+@pytest.mark.parametrize("hidden", HIDDEN)
 def test_a_key_that_the_mask_hides_counts_for_nothing(isa, dtype, rng, special, hidden):
     """Whatever it and its value hold, alone or with all of its chunk: 0 times infinity is not looked at."""
     q, k, v = qkv(rng, 1, 3, 600, 4, 2, 8, 20, dtype)
-    keep = np.ones(600, bool)
-    keep[hidden] = False
-    dirty_k, dirty_v = k.copy(), v.copy()
-    dirty_k[:, hidden, 1, 3], dirty_v[:, hidden, 0, 7] = special, special
-    for options in ({}, {"causal": True, "window": 590}, {"softcap": 3.0, "sinks": np.zeros(4, np.float32)}):
-        for mask in (keep, np.where(keep, 0.5, -INF).astype(np.float32), np.broadcast_to(keep, (4, 3, 600)).copy()):
-            want = bits(attention(q, k, v, mask=mask, return_lse=True, **options))
-            assert bits(attention(q, dirty_k, dirty_v, mask=mask, return_lse=True, **options)) == want
-            for stored in ("float32", "int8"):
-                clean, dirty = (KVCache(1, 600, 2, 8, v_dim=20, dtype=stored) for _ in range(2))
-                clean.append(k, v)
-                dirty.append(dirty_k, dirty_v)
-                want_cached = bits(attention(q, clean, mask=mask, **options))
-                assert bits(attention(q, dirty, mask=mask, **options)) == want_cached
+    dirty_k, dirty_v = dirtied(k, v, hidden, special)
+    for options, mask in masks_hiding(hidden):
+        want = bits(attention(q, k, v, mask=mask, return_lse=True, **options))
+        assert bits(attention(q, dirty_k, dirty_v, mask=mask, return_lse=True, **options)) == want
+        for stored in ("float32", "int8"):
+            clean, dirty = (KVCache(1, 600, 2, 8, v_dim=20, dtype=stored) for _ in range(2))
+            clean.append(k, v)
+            dirty.append(dirty_k, dirty_v)
+            want_cached = bits(attention(q, clean, mask=mask, **options))
+            assert bits(attention(q, dirty, mask=mask, **options)) == want_cached
 
 
 @pytest.mark.parametrize("special", [NAN, INF, -INF])

@@ -11,7 +11,22 @@ import reference
 from conftest import check_close
 from guard import guarded, guarded_copy
 from suite import once
-from test_attention import BFLOAT16, EMPTY, INF, NAN, OPTIONS, Array, bits, expected, normal, qkv, random_mask
+from test_attention import (
+    BFLOAT16,
+    EMPTY,
+    HIDDEN,
+    INF,
+    NAN,
+    OPTIONS,
+    Array,
+    bits,
+    dirtied,
+    expected,
+    masks_hiding,
+    normal,
+    qkv,
+    random_mask,
+)
 from test_attention_cache import filled
 
 from forge_c import KVCache, attention
@@ -73,15 +88,6 @@ def test_a_ring_in_any_precision_is_the_window_of_the_whole(isa, rng, precision,
 # ---- int8 -------------------------------------------------------------------------------------------
 
 
-def rotated(x: Array) -> Array:
-    """The last axis, in blocks of the largest power of two that divides it, times Hadamard's matrix."""
-    n = x.shape[-1]
-    block, h = n & -n, np.ones((1, 1))
-    while len(h) < block:
-        h = np.block([[h, h], [h, -h]])
-    return (x.reshape(*x.shape[:-1], -1, block) @ h / block**0.5).reshape(x.shape)
-
-
 @once
 def byte_roundings(q: Array, k: Array, v: Array, query: int, weight: int, **options: Any) -> tuple[Array, Array]:
     """What bytes may add to a score, and to the output: (b, i, h) each.
@@ -91,7 +97,7 @@ def byte_roundings(q: Array, k: Array, v: Array, query: int, weight: int, **opti
     output's error is rotated: no channel gets more than the error's length.
     """
     heads, scale = q.shape[2], abs(options.get("scale", q.shape[3] ** -0.5))
-    q, k, v = (rotated(reference.f64(a)) for a in (q, k, v))
+    q, k, v = (reference.rotated(reference.f64(a)) for a in (q, k, v))
     k, v = (np.repeat(a, heads // a.shape[2], axis=2) for a in (k, v))
     largest, length = (2 * f(np.abs(k), axis=-1).max(axis=1)[:, None] for f in (np.max, np.sum))
     q_step, k_step = np.abs(q).max(axis=-1) / query / 2, largest / 127 / 2
@@ -228,18 +234,14 @@ def test_any_thread_count_gives_the_same_bytes(isa, rng, each_thread_count):
 
 
 @pytest.mark.parametrize("special", [NAN, INF, -INF])
-@pytest.mark.parametrize("hidden", [slice(5, 6), slice(0, 256), slice(256, 512), slice(250, 300), slice(511, 600, 2)])
+@pytest.mark.parametrize("hidden", HIDDEN)
 def test_a_key_that_the_mask_hides_counts_for_nothing_in_bytes(isa, rng, special, hidden):
     q, k, v = qkv(rng, 1, 3, 600, 4, 2, 8, 20)
-    keep = np.ones(600, bool)
-    keep[hidden] = False
-    dirty_k, dirty_v = k.copy(), v.copy()
-    dirty_k[:, hidden, 1, 3], dirty_v[:, hidden, 0, 7] = special, special
-    for options in ({}, {"causal": True, "window": 590}, {"softcap": 3.0, "sinks": np.zeros(4, np.float32)}):
-        for mask in (keep, np.where(keep, 0.5, -INF).astype(np.float32), np.broadcast_to(keep, (4, 3, 600)).copy()):
-            want, got = (bits(attention(q, *kv, mask=mask, precision="int8", return_lse=True, **options))
-                         for kv in ((k, v), (dirty_k, dirty_v)))
-            assert got == want
+    dirty = dirtied(k, v, hidden, special)
+    for options, mask in masks_hiding(hidden):
+        want, got = (bits(attention(q, *kv, mask=mask, precision="int8", return_lse=True, **options))
+                     for kv in ((k, v), dirty))
+        assert got == want
 
 
 @pytest.mark.parametrize("special", [NAN, INF])

@@ -13,6 +13,7 @@ first 1024 tokens of FILE. TOKENIZER: a model that forge_c.models.load takes, wh
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -23,6 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import forge_c as fc
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import reference as ref
 
 Array = NDArray[Any]
 KEYS, TOKENS = 2048, 1024
@@ -93,14 +97,6 @@ def to_bytes(x: Array, largest: int) -> Array:
     return np.round(x / step) * step
 
 
-def rotated(x: Array) -> Array:
-    n = x.shape[-1]
-    block, h = n & -n, np.ones((1, 1))
-    while len(h) < block:
-        h = np.block([[h, h], [h, -h]])
-    return (x.reshape(*x.shape[:-1], -1, block) @ h / block**0.5).reshape(x.shape)
-
-
 def means(k: Array) -> Array:
     """For each key (tokens, d) the mean of the chunk's earlier panels."""
     m = np.zeros_like(k)
@@ -111,7 +107,7 @@ def means(k: Array) -> Array:
 
 def in_bytes(q: Array, k: Array, v: Array, scale: float, *, rotate: bool, smooth: bool) -> Array:
     """int8 as kernels/attention_bytes.h has it, or without a part of it."""
-    turn: Callable[[Array], Array] = rotated if rotate else lambda x: x
+    turn: Callable[[Array], Array] = ref.rotated if rotate else lambda x: x
     out = np.empty((*q.shape[:3], v.shape[3]))
     hidden = np.arange(k.shape[1]) > np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
     for h in range(q.shape[2]):
