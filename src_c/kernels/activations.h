@@ -57,7 +57,7 @@ FC_INLINE void stream_few(fc_activation f, fc_dtype t, struct fc_stream *stream,
                           const void *up, ptrdiff_t n) {
     char some[FC_BYTES];
     if (n) activate_few(f, t, some, x, up, n);
-    stream_put(stream, out, some, n * fc_size_of(t), NULL);
+    stream_row(stream, out, some, n * fc_size_of(t), NULL); /* no copy here: gcc 13 warns of its loops over whole vectors */
 }
 
 enum { ACTIVATION_PREFETCH = 4096 }; /* bytes ahead in the inputs of large results */
