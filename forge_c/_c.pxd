@@ -397,10 +397,15 @@ cdef extern from "forge.h" nogil:
         FC_SHORT_CONV
         FC_RG_LRU
         FC_PART_KINDS
+    ctypedef fc_status fc_all_reduce(void *self, float *y, ptrdiff_t rows, ptrdiff_t n) noexcept nogil
+    ctypedef struct fc_ranks:
+        fc_all_reduce *call
+        void *self
     ctypedef struct fc_part:
         fc_part_kind kind
         const void *weights
         fc_norm norm, post_norm
+        const fc_ranks *ranks
     ctypedef struct fc_router:
         const float *weight
         float threshold
@@ -499,6 +504,8 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t n_layers
         fc_norm norm
         fc_matrix head
+        const fc_ranks *ranks
+        ptrdiff_t first_token
     ctypedef struct fc_forward_args:
         size_t size
         const fc_model *model

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -57,11 +57,16 @@ class Norm:
     def __init__(self, kind: str, n: int, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6,
                  offset: float = 0.0) -> None: ...
 
+class Ranks:
+    all_reduce: Callable[[NDArray[np.float32]], object]
+    def __init__(self, all_reduce: Callable[[NDArray[np.float32]], object]) -> None: ...
+
 class Part:
     hidden: int
     nbytes: int
     params: int
     arguments: dict[str, Any] | None
+    def over(self, ranks: Ranks) -> Self: ...
 
 class AttentionPart(Part):
     @property
@@ -148,8 +153,10 @@ class LayeredModel:
     embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm
+    ranks: Ranks | None
     def __init__(self, embedding: Array | PackedWeight,
-                 layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
+                 layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0,
+                 ranks: Ranks | None = None, first_token: int = 0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
                 last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
 

@@ -419,10 +419,18 @@ typedef enum {
     FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_RG_LRU,
     FC_PART_KINDS
 } fc_part_kind;
+/* Processes that hold shares of what is one matrix in the formula: y (M, n), what this one's share gives, becomes the
+ * sum of what all give, the same bits in each; on the calling thread. */
+typedef fc_status fc_all_reduce(void *self, float *y, ptrdiff_t rows, ptrdiff_t n);
+typedef struct {
+    fc_all_reduce *call;
+    void *self;
+} fc_ranks;
 typedef struct {
     fc_part_kind kind;
     const void *weights; /* of the kind: fc_attention_weights, fc_mlp_weights, fc_called, fc_mamba_weights, .. */
     fc_norm norm, post_norm;
+    const fc_ranks *ranks; /* that hold the part's other heads or channels, with the last bias in one; NULL: none do */
 } fc_part;
 
 /* Mixture of depths: a token's logit is r = x . weight. Those with r > threshold go through the layer,
@@ -567,6 +575,8 @@ typedef struct {
     ptrdiff_t n_layers;
     fc_norm norm;
     fc_matrix head; /* (hidden, vocab) */
+    const fc_ranks *ranks; /* that hold the embedding's rows of other tokens; NULL: none do, */
+    ptrdiff_t first_token; /* else these rows, and the head's columns, are of `vocab` tokens from this one on */
 } fc_model;
 
 /* Row b's tokens come after the start[b] that its states hold. One parallel region in all. FC_INTERRUPTED leaves the

@@ -32,6 +32,36 @@ cdef fc_matrix matrix_of(PackedWeight w) noexcept:
     return m
 
 
+cdef class Ranks:
+    """Processes of which each holds a share of the weights: all_reduce(y (rows, n) float32), in place, makes of what
+    this one's share gives the sum of what all give, the same bits in each."""
+    cdef fc_ranks c
+    cdef readonly object all_reduce
+
+    def __init__(self, all_reduce not None):
+        self.all_reduce, self.c.call, self.c.self = all_reduce, all_reduce_python, <void *>all_reduce
+
+
+cdef fc_status all_reduce_python(void *call, float *y, ptrdiff_t rows, ptrdiff_t n) noexcept nogil:
+    with gil:
+        return all_reduced(<object>call, y, rows, n)
+
+
+cdef fc_status all_reduced(object call, float *y, ptrdiff_t rows, ptrdiff_t n) noexcept:
+    cdef cnp.npy_intp dims[2]
+    cdef cnp.ndarray a
+    try:
+        dims[0], dims[1] = rows, n
+        a = new_array(2, dims, FC_F32)  # a copy: who is called may keep it, y is scratch
+        memcpy(cnp.PyArray_DATA(a), y, cnp.PyArray_NBYTES(a))
+        call(a)
+        memcpy(y, cnp.PyArray_DATA(a), cnp.PyArray_NBYTES(a))
+        return FC_OK
+    except BaseException as error:  # as in called_with
+        PyErr_SetObject(type(error), error)
+        return FC_INTERRUPTED
+
+
 cdef class Part:
     """A part of a layer as src_c takes it: what it holds stays alive with it. norm: of what goes in; post_norm: of what
     comes out; None: absent."""
@@ -47,6 +77,13 @@ cdef class Part:
         self.held, self.nbytes, self.params = [], 0, 0
         self.c.norm, self.c.post_norm = self.normed("norm", norm, hidden), self.normed("post_norm", post_norm, hidden)
         return 0
+
+    def over(self, Ranks ranks not None):
+        """The part itself, whose weights are a share from now on, for models that are made of it then: of heads or
+        channels, and the last bias in one rank alone."""
+        self.held.append(ranks)
+        self.c.ranks = &ranks.c
+        return self
 
     cdef int keep(self, object value) except -1:
         self.held.append(value)
@@ -327,7 +364,8 @@ cdef class StateTable:
 cdef class LayeredModel:
     """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and
     behind them, where a layer has one, a Router, the mixer beside, and attention and mlp ahead, or None; embedding
-    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
+    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab).
+    ranks: that hold the rest of the vocabulary; first_token: of this one's."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
@@ -336,9 +374,11 @@ cdef class LayeredModel:
     cdef readonly object embedding
     cdef readonly PackedWeight head
     cdef readonly Norm norm
+    cdef readonly Ranks ranks
 
     def __cinit__(self, embedding not None, list layers not None, Norm norm not None,
-                  PackedWeight head not None, *, double embedding_scale=1.0):
+                  PackedWeight head not None, *, double embedding_scale=1.0, Ranks ranks=None,
+                  ptrdiff_t first_token=0):
         cdef ptrdiff_t i
         self.held = layers
         self.parts = [part for layer in layers for part in (*layer[:2], *layer[4:]) if part is not None]
@@ -349,6 +389,7 @@ cdef class LayeredModel:
             raise ValueError(f"LayeredModel: head has shape {head.shape}, expected ({norm.n}, vocab)")
         self.look_up(embedding)
         self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
+        self.ranks, self.c.first_token, self.c.ranks = ranks, first_token, NULL if ranks is None else &ranks.c
         self.c.head = matrix_of(head)
         self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
         if self.layers == NULL:

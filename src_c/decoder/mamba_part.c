@@ -68,6 +68,7 @@ fc_status mamba_part(const struct pass *p, const fc_part *part, void *state, flo
         project(p, t.xz, 2 * inner, x, p->rows, p->hidden, &w->in, p->hidden, 2 * inner, &part->norm, NULL);
     if (status == FC_OK) status = convolve(p, t.s, t.u, t.xz, 2 * inner * 4, &w->conv, inner, 1);
     if (status == FC_OK) status = project(p, t.dbc, dbc, t.u, p->rows, inner, &w->x, inner, dbc, NULL, NULL);
+    if (status == FC_OK) status = all_reduce(part->ranks, t.dbc, p->rows, dbc);
     if (status == FC_OK) status = norm_inputs(&t);
     if (status == FC_OK) status = project(p, t.delta, inner, t.dbc, p->rows, dbc, &w->dt, w->rank, inner, NULL, NULL);
     if (status == FC_OK) status = scan(&t);

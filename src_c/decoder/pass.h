@@ -52,6 +52,11 @@ fc_status add_scaled(const struct pass *p, float *out, const float *x, const flo
 /* y *= x, (M, n) each, rows y_row and x_row floats apart */
 fc_status multiply(const struct pass *p, float *y, ptrdiff_t y_row, const float *x, ptrdiff_t x_row, ptrdiff_t n);
 
+/* y (rows, n) = the sum of every rank's y; as it is where no other holds a share */
+static inline fc_status all_reduce(const fc_ranks *ranks, float *y, ptrdiff_t rows, ptrdiff_t n) {
+    return ranks ? ranks->call(ranks->self, y, rows, n) : FC_OK;
+}
+
 /* y = f(y), (rows, n) */
 fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n);
 
