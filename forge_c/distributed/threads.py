@@ -101,6 +101,8 @@ class _ThreadPending(Pending):
             return self._advance()
 
     def wait(self, timeout: float | None = None) -> None:
+        if self.transfer is not None and self.transfer.done:
+            return
         timeout = self.comm.timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
         with self.comm.guard(), self.comm.group.lock:
