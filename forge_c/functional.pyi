@@ -154,6 +154,7 @@ class LayeredModel:
     head: PackedWeight
     norm: Norm
     ranks: Ranks | None
+    first_token: int
     def __init__(self, embedding: Array | PackedWeight,
                  layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0,
                  ranks: Ranks | None = None, first_token: int = 0) -> None: ...

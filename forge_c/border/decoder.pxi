@@ -412,6 +412,11 @@ cdef class LayeredModel:
         PyMem_Free(self.layers)
 
     @property
+    def first_token(self):
+        """Of those whose rows are here."""
+        return self.c.first_token
+
+    @property
     def nbytes(self):
         """Bytes of all weights, of those that parts share once."""
         cdef dict held = {id(self.norm): self.norm, id(self.head): self.head, id(self.embedding): self.embedding}

@@ -42,8 +42,8 @@ class Decoder:
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
         self._describe(spec, dtype if stored is None else stored.mostly())
         form = cast(PackDtype, dtype)  # of what is not stored already
-        ends = (_ends(spec, checkpoint, form, activations) if stored is None
-                else _stored_ends(spec, stored, activations))
+        ends = (packed_ends(spec, checkpoint, form, activations) if stored is None
+                else stored_ends(spec, stored, activations))
         source = _weighed(spec, checkpoint, form, activations, importance) if stored is None else (
             lambda i: StoredSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, form, activations))
         layers = [build_layer(spec.layers[i], source(i)) for i in progress(range(spec.n_layers))]
@@ -168,7 +168,8 @@ class Decoder:
         m, states = self._model, cache.states.held
         layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
         before = sum(len(one.remembers) for one in self.spec.layers[:layer])
-        model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale)
+        model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale, ranks=m.ranks,
+                             first_token=m.first_token)
         with cache.locked():
             self.read_outdated(cache, ids.shape[1])
             if not cache.agree(ids.shape[1]):
@@ -206,7 +207,7 @@ def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype, activations
     return source
 
 
-def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
+def packed_ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
           activations: Activations | None) -> tuple[Any, PackedWeight]:
     """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
@@ -219,7 +220,7 @@ def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
     return embedding, pack(head.T, held, activations=activations)
 
 
-def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
+def stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
                  activations: Activations | None) -> tuple[PackedWeight, PackedWeight]:
     """The same as the file has them, both (H, vocab), and one where the model is tied."""
     def packed(name: str) -> PackedWeight:
