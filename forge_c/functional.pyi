@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, Self, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -58,15 +58,17 @@ class Norm:
                  offset: float = 0.0) -> None: ...
 
 class Ranks:
-    all_reduce: Callable[[NDArray[np.float32]], object]
-    def __init__(self, all_reduce: Callable[[NDArray[np.float32]], object]) -> None: ...
+    exchange: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    def __init__(self, exchange: Callable[[NDArray[np.float32]], NDArray[np.float32]], columns: range | None = None,
+                 n: int = 0) -> None: ...
+
+Over = tuple[Ranks | None, Ranks]
 
 class Part:
     hidden: int
     nbytes: int
     params: int
     arguments: dict[str, Any] | None
-    def over(self, ranks: Ranks) -> Self: ...
 
 class AttentionPart(Part):
     @property
@@ -76,12 +78,13 @@ class AttentionPart(Part):
                  head_dim: int, norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
                  k_norm: Norm | None = None, qkv_bias: Array | None = None, balance: Array | None = None,
                  out_bias: Array | None = None, scale: float = 1.0, softcap: float = 0.0,
-                 window: int | None = None, width: int = 0, precision: Precision | None = None) -> None: ...
+                 window: int | None = None, width: int = 0, precision: Precision | None = None,
+                 over: Over | None = None) -> None: ...
 
 class MLPPart(Part):
     def __init__(self, up: PackedWeight | Sequence[PackedWeight], down: PackedWeight, *, activation: str = "silu",
                  norm: Norm | None = None, post_norm: Norm | None = None, up_bias: Array | None = None,
-                 down_bias: Array | None = None) -> None: ...
+                 down_bias: Array | None = None, over: Over | None = None) -> None: ...
 
 class CalledPart(Part):
     def __init__(self, hidden: int, call: Callable[[Array, Any, NDArray[np.int64]], Array], *, norm: Norm | None = None,
@@ -102,7 +105,7 @@ class MambaPart(RecurrentPart):
                  out_proj: PackedWeight, *, a: Array, d: Array | None, dt_bias: Array | None,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
                  norm: Norm | None = None, post_norm: Norm | None = None, dt_norm: Norm | None = None,
-                 b_norm: Norm | None = None, c_norm: Norm | None = None) -> None: ...
+                 b_norm: Norm | None = None, c_norm: Norm | None = None, over: Over | None = None) -> None: ...
 
 class Mamba2Part(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *, heads: int, groups: int,
@@ -115,12 +118,13 @@ class RGLRUPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, gates: Sequence[PackedWeight],
                  out_proj: PackedWeight, *, heads: int, param: Array, activation: str = "gelu_tanh",
                  gate_bias: Array | None = None, conv_bias: Array | None = None, in_bias: Array | None = None,
-                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None,
+                 over: Over | None = None) -> None: ...
 
 class ShortConvPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
-                 norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+                 norm: Norm | None = None, post_norm: Norm | None = None, over: Over | None = None) -> None: ...
 
 class RecurrentSlots:
     memory: NDArray[np.float32]

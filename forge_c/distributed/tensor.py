@@ -1,10 +1,13 @@
 """A model whose weights are spread over ranks: each holds some heads and inner channels of every layer, some tokens of
-the vocabulary, and the whole residual stream, and what their matrices give is summed over ranks, twice a layer.
+the vocabulary, and the whole residual stream. Every rank runs the same pass over the same tokens, its cache holds its
+own heads, and all have the same bits of the residual stream, of logits, and so the same tokens.
 
-Every rank runs the same pass over the same tokens, and its cache holds its own heads. The sums are in rank order on
-every rank, so that all have the same bits of the residual stream, of logits, and so the same tokens. They differ from
-one process's as sums in another order do: by the rounding of float32, and, with inputs of matrices rounded to integers,
-by the few of them that come to lie on the other side of a step.
+exact: matrices are cut by columns alone, and ranks tell each other what they have computed before and after the last
+matrix of attention and mlp, four times a layer. No sum is cut: the bits are those of one process, whatever the format.
+
+Else the last matrices are cut by rows, and what they give is summed over ranks, in rank order, twice a layer. That
+differs from one process as sums in another order do: by the rounding of float32; and where inputs of matrices are
+rounded (bfloat16, formats of integers) by as much as that rounding does, since it soon rounds other numbers.
 """
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from forge_c import __version__, isa
 from forge_c.distributed.comm import Comm
-from forge_c.distributed.cuts import LayerShare, Place, layer_share, vocabulary
+from forge_c.distributed.cuts import LayerShare, Place, layer_share
+from forge_c.distributed.exchanges import Exchanges
 from forge_c.distributed.share_source import CutFormats, SharedSource
 from forge_c.formats.layout import Activations, PackDtype, Precision
-from forge_c.functional import LayeredModel, Ranks
+from forge_c.functional import LayeredModel
 from forge_c.models import Model
 from forge_c.models.decoder import STORED, Decoder, packed_ends, stored_ends
 from forge_c.models.folded import folded
@@ -39,7 +43,7 @@ from forge_c.state import ModelCache
 Floats = NDArray[np.float32]
 
 
-def load_share(path: str | os.PathLike[str] | None, comm: Comm, dtype: DTypeLike = "auto", *,
+def load_share(path: str | os.PathLike[str] | None, comm: Comm, dtype: DTypeLike = "auto", *, exact: bool = True,
                activations: Activations | None = None, attention_precision: Precision | None = None,
                ignore: str | Collection[str] = (), importance: Mapping[str, ArrayLike] | None = None) -> Model:
     """This rank's share of a model, over the ranks of comm: every rank calls it, and calls the model alike.
@@ -50,24 +54,25 @@ def load_share(path: str | os.PathLike[str] | None, comm: Comm, dtype: DTypeLike
     Raises:
         ValueError: as load; heads or channels that cannot be cut into so many shares; ranks that do not agree.
     """
-    return _share(load_with(partial(ShareDecoder, comm=comm), path, dtype, activations, attention_precision, ignore,
-                            importance))
+    decoder = partial(ShareDecoder, comm=comm, exact=exact)
+    return _share(load_with(decoder, path, dtype, activations, attention_precision, ignore, importance))
 
 
-def random_share(shape: str, comm: Comm, dtype: DTypeLike = "auto", *, activations: Activations | None = None,
-                 attention_precision: Precision | None = None) -> Model:
+def random_share(shape: str, comm: Comm, dtype: DTypeLike = "auto", *, exact: bool = True,
+                 activations: Activations | None = None, attention_precision: Precision | None = None) -> Model:
     """This rank's share of random_model's."""
-    return _share(random_with(partial(ShareDecoder, comm=comm), shape, dtype, activations, attention_precision))
+    return _share(random_with(partial(ShareDecoder, comm=comm, exact=exact), shape, dtype, activations,
+                              attention_precision))
 
 
-def share_of(model: Model, comm: Comm) -> Model:
+def share_of(model: Model, comm: Comm, *, exact: bool = True) -> Model:
     """This rank's share of a model that every rank has loaded: loaded again from where it came from."""
     source = model._source
     if not isinstance(source, partial):
         raise ValueError("parallel: tensor > 1 cuts what a model was loaded from, and this one was not loaded; pass "
                          "the path of its files instead")
     path, dtype = source.args
-    return load_share(path, comm, dtype, **source.keywords)
+    return load_share(path, comm, dtype, exact=exact, **source.keywords)
 
 
 def _share(model: Model) -> Model:
@@ -81,11 +86,12 @@ class ShareDecoder(Decoder):
 
     def __init__(self, spec: ModelSpec, checkpoint: Tensors, dtype: str,
                  progress: Callable[[range], Iterable[int]] = iter, activations: Activations | None = None,
-                 importance: Mapping[str, Any] | None = None, *, comm: Comm) -> None:
-        self.comm, self._vocabulary = comm, vocabulary(spec.vocab_size, comm.size)
+                 importance: Mapping[str, Any] | None = None, *, comm: Comm, exact: bool = True) -> None:
+        self.comm = comm
         with comm.guard():
-            comm.agree("parallel: version, instructions, dtype, and what the model is",
-                       (__version__, isa(), dtype, spec.model_type, f"{zlib.crc32(repr(spec).encode()):08x}"))
+            comm.agree("parallel: version, instructions, dtype, exact, and what the model is",
+                       (__version__, isa(), dtype, exact, spec.model_type, f"{zlib.crc32(repr(spec).encode()):08x}"))
+            self._exchanges = Exchanges(comm, spec, exact)
             self._build(spec, checkpoint, dtype, progress if comm.rank == 0 else iter, activations, importance)
             weight = np.ascontiguousarray(self._model.norm.weight)
             comm.agree("parallel: the last norm's weights", f"{zlib.crc32(weight.tobytes()):08x}")
@@ -93,28 +99,30 @@ class ShareDecoder(Decoder):
     def _build(self, spec: ModelSpec, checkpoint: Tensors, dtype: str, progress: Callable[[range], Iterable[int]],
                activations: Activations | None, importance: Mapping[str, Any] | None) -> None:
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
-        formats = CutFormats(spec, checkpoint, dtype)
-        shares = [layer_share(layer, Place(self.comm.rank, self.comm.size, partial(formats.unit, i),
-                                           f"parallel: layer {i}")) for i, layer in enumerate(spec.layers)]
-        mine = self._vocabulary[self.comm.rank]
+        formats, exchanges = CutFormats(spec, checkpoint, dtype), self._exchanges
+        places = [Place(self.comm.rank, self.comm.size, spec.hidden_size, exchanges.columns, partial(formats.unit, i),
+                        f"parallel: layer {i}") for i in range(spec.n_layers)]
+        shares = [layer_share(layer, place) for layer, place in zip(spec.layers, places, strict=True)]
+        mine = exchanges.vocabulary[self.comm.rank]
         local = replace(spec, embed=replace(spec.embed, vocab_size=len(mine)),
                         layers=tuple(share.layer for share in shares))
         self._describe(local, dtype if stored is None else stored.mostly())
         self.spec = spec
         cuts = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), Cut(0, spec.vocab_size, (mine,)))
-        form, ranks = cast(PackDtype, dtype), Ranks(self.comm.all_reduce)
+        form = cast(PackDtype, dtype)
         ends = (packed_ends(local, SharedTensors(checkpoint, cuts), form, activations) if stored is None
                 else stored_ends(local, SharedBlocks(stored, cuts), activations))
         known = self._importance(spec, checkpoint, form, importance, stored is None)
         layers = []
         for i in progress(range(spec.n_layers)):
             source = _source(spec, checkpoint, shares[i], i, formats, activations, known(i))
-            layers.append(_over(ranks, shares[i], build_layer(shares[i].layer, source)))
+            source.spread = {kind: exchanges.over(inner) for kind, inner in shares[i].inner.items()}
+            layers.append(build_layer(shares[i].layer, source))
             self.comm.barrier()  # so that no rank waits for one that loads slowly longer than for one layer
         norm = LayerSource(checkpoint, "model.", spec.hidden_size, form).norm(spec.head.norm, "norm", spec.hidden_size)
         checkpoint.check_all_taken(("lm_head.weight",) if spec.head.tied else ())
-        self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale, ranks=ranks,
-                                   first_token=mine.start)
+        self._model = LayeredModel(ends[0], layers, norm, ends[1], embedding_scale=spec.embed.scale,
+                                   ranks=exchanges.sum, first_token=mine.start)
 
     def _importance(self, spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
                     importance: Mapping[str, Any] | None, packs: bool) -> Callable[[int], Mapping[str, Any] | None]:
@@ -137,10 +145,7 @@ class ShareDecoder(Decoder):
 
     def _finished(self, y: Floats) -> Floats:
         """Logits of the whole vocabulary, from each rank's."""
-        mine = np.ascontiguousarray(super()._finished(y))
-        parts = [np.empty((*y.shape[:-1], len(tokens)), np.float32) for tokens in self._vocabulary]
-        self.comm.all_gather_arrays(mine, parts)
-        return np.concatenate(parts, axis=-1)
+        return self._exchanges.logits(np.ascontiguousarray(super()._finished(y)))
 
 
 def _source(spec: ModelSpec, checkpoint: Tensors, share: LayerShare, i: int, formats: CutFormats,
@@ -152,13 +157,3 @@ def _source(spec: ModelSpec, checkpoint: Tensors, share: LayerShare, i: int, for
         return StoredSource(SharedBlocks(checkpoint, cuts), prefix, spec.hidden_size, formats.form, activations)
     tensors = SharedTensors(folded(checkpoint, prefix, spec.layers[i]), cuts)
     return SharedSource(tensors, prefix, spec.hidden_size, formats, i, activations, importance)
-
-
-def _over(ranks: Ranks, share: LayerShare, layer: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The layer's parts, of which those that are shares know their ranks."""
-    parts = dict(enumerate(layer))
-    of = {0: share.mixer, 1: share.mlp, 5: share.beside, 6: share.ahead[0], 7: share.ahead[1]}
-    for at, is_term in of.items():
-        if is_term and parts.get(at) is not None:
-            parts[at].over(ranks)
-    return layer

@@ -13,15 +13,18 @@ Index = NDArray[np.intp]
 
 
 class Cut(NamedTuple):
-    """Which part of a tensor: `ranges` along an axis that has n in the whole; end to end."""
+    """Which part of a tensor: `ranges` along an axis that has n in the whole; end to end. across: what the other axis
+    of a matrix has, where it is asked for by less."""
 
     axis: int
     n: int
     ranges: tuple[range, ...]
+    across: int = 0
 
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor of which one of `shape` is the part."""
-        return *shape[: self.axis], self.n, *shape[self.axis + 1 :]
+        """The shape of the tensor of which one of `shape` is asked for."""
+        after = (self.across,) if self.across and len(shape) == 2 and self.axis == 0 else shape[self.axis + 1 :]
+        return *shape[: self.axis], self.n, *after
 
     def of(self, tensor: NDArray[Any]) -> NDArray[Any]:
         """The part, a copy."""
