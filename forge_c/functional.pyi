@@ -121,13 +121,17 @@ class RecurrentSlots:
     memory: NDArray[np.float32]
     source: NDArray[np.int64]
     target: NDArray[np.int64]
-    def __init__(self, memory: NDArray[np.float32], source: NDArray[np.int64], target: NDArray[np.int64]) -> None: ...
+    relay: Callable[[bool], None] | None
+    def __init__(self, memory: NDArray[np.float32], source: NDArray[np.int64], target: NDArray[np.int64],
+                 relay: Callable[[bool], None] | None = None) -> None: ...
 
 class AttentionState:
     pages: KVPages
     table: RopeTable | None
+    attend: Callable[[Array, Array, Array, Array], None] | None
     positions: int
-    def __init__(self, pages: KVPages, table: RopeTable | None = None) -> None: ...
+    def __init__(self, pages: KVPages, table: RopeTable | None = None,
+                 attend: Callable[[Array, Array, Array, Array], None] | None = None) -> None: ...
     def rotate_by(self, table: RopeTable | None) -> None: ...
 
 class RoutedState:
@@ -151,7 +155,8 @@ class LayeredModel:
     def __init__(self, embedding: Array | PackedWeight,
                  layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
-                last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
+                last_only: bool = False, hidden: bool = False,
+                positions: NDArray[np.int64] | None = None) -> tuple[Any, Any]: ...
 
 
 def isa() -> str: ...

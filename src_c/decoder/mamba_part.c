@@ -50,7 +50,7 @@ static fc_status scan(const struct mamba_pass *t) {
         const struct rows_state r = state_of_call(t->s, t->p->batch, calls, i);
         status = scan_rows(t, &r);
     }
-    return status;
+    return status == FC_OK ? relay(t->s, 1) : status;
 }
 
 fc_status mamba_part(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
