@@ -1,0 +1,10 @@
+"""One context over several processes: communicators, the layout of tokens over ranks, and what runs on them.
+
+See docs/distributed.md. Nothing here starts before a communicator is made; mpi4py is imported by MPIComm alone.
+"""
+from forge_c.distributed.comm import Comm, RankError, SelfComm
+from forge_c.distributed.layout import positions, shard, unshard
+from forge_c.distributed.mpi import MPIComm
+from forge_c.distributed.threads import ThreadComm
+
+__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "ThreadComm", "positions", "shard", "unshard"]
