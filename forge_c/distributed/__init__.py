@@ -5,6 +5,7 @@ See docs/distributed.md. Nothing here starts before a communicator is made; mpi4
 from forge_c.distributed.comm import Comm, RankError, SelfComm
 from forge_c.distributed.layout import positions, shard, unshard
 from forge_c.distributed.mpi import MPIComm
+from forge_c.distributed.parallel import parallel
 from forge_c.distributed.threads import ThreadComm
 
-__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "ThreadComm", "positions", "shard", "unshard"]
+__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "ThreadComm", "parallel", "positions", "shard", "unshard"]
