@@ -9,3 +9,8 @@ from forge_c.distributed.parallel import parallel
 from forge_c.distributed.threads import ThreadComm
 
 __all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "ThreadComm", "parallel", "positions", "shard", "unshard"]
+
+
+def __dir__() -> list[str]:
+    """What is meant for users, for completion at a prompt."""
+    return sorted(__all__)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forge_c.distributed.comm import DEFAULT_TIMEOUT, Bytes, Comm, Pending, RankError
+from forge_c.distributed.comm import CONTEXT_SHIFT, DEFAULT_TIMEOUT, Bytes, Comm, Pending, RankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
@@ -34,6 +34,7 @@ _NEWS_BYTES = 2048
 _NEWS_TAG = (1 << 15) + 1
 _HOT = 100e-6        # so long after something came, look again without sleeping
 _LONGEST_SLEEP = 2e-3
+_HELPER_DELAY = 5e-4  # who waits at once moves the message itself, and is not to share the GIL meanwhile
 _GRACE = 2.0         # between the news that a rank has gone and giving up what it may have sent before
 
 FAILED, ENDED = 0, 1
@@ -65,6 +66,7 @@ class MPIComm(Comm):
         # What Testsome looks at, and beside each request whose it is: the news are the first, and nobody's.
         self._requests.append(self._heads.Irecv([self._news, mpi.BYTE], mpi.ANY_SOURCE, _NEWS_TAG))
         self._owners: list[_MPIPending | None] = [None]
+        self._max_contexts = (comm.Get_attr(mpi.TAG_UB) or 0) >> CONTEXT_SHIFT
         self._helper = _Helper(self) if mpi.Query_thread() >= mpi.THREAD_MULTIPLE and self.size > 1 else None
         self.agree("MPIComm: version of forge_c", __version__)
 
@@ -81,13 +83,14 @@ class MPIComm(Comm):
         """A communicator of our own, within the timeout."""
         duplicate, request = comm.Idup()
         begin = time.monotonic()
+        self._broken = f"rank {self.rank} failed: not every rank has made its MPIComm"
         while not request.Test():
             idle = time.monotonic() - begin
             if idle > self.timeout:
-                self._broken = f"rank {self.rank} failed: not every rank has made its MPIComm"
                 raise TimeoutError(f"MPIComm: rank {self.rank} of {self.size}: not every rank has made its own within "
                                    f"{self.timeout:g} s")
             _pause(idle)
+        self._broken = None
         return duplicate
 
     def _start_send(self, data: Bytes, to: int, tag: int) -> Pending:
@@ -200,6 +203,7 @@ class MPIComm(Comm):
     def _abort(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(0.2)  # until mpiexec has passed that on: it stops when all are ended
         self._mpi.COMM_WORLD.Abort(1)
         os._exit(1)  # MPI may return to us while it ends the others
 
@@ -313,12 +317,19 @@ class _Helper:
         self.thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # nobody would see it here: whoever waits raises it
+            self.comm._broken = self.comm._broken or f"rank {self.comm.rank} failed: {type(error).__name__}: {error}"
+
+    def _work(self) -> None:
         comm = self.comm
         while not self.ends:
             self.work.wait()
             self.work.clear()
+            time.sleep(_HELPER_DELAY)
             last = time.monotonic()
-            while not self.ends and len(comm._requests) > 1:
+            while not self.ends and comm._broken is None and len(comm._requests) > 1:
                 if comm._waits:
                     time.sleep(_LONGEST_SLEEP)
                     last = time.monotonic()
@@ -344,10 +355,7 @@ def _pause(idle: float) -> None:
 def _import_mpi() -> Any:
     """mpi4py.MPI, which starts MPI unless the program has."""
     try:
-        if "mpi4py.MPI" not in sys.modules:
-            import mpi4py
-            mpi4py.rc.thread_level = "multiple"
-        from mpi4py import MPI
+        from mpi4py import MPI  # which asks for MPI_THREAD_MULTIPLE, unless mpi4py.rc says otherwise
     except (ImportError, RuntimeError) as error:
         raise ImportError("MPIComm needs mpi4py and an MPI library: pip install forge_c[mpi], or mpi4py and the MPI of "
                           f"this machine ({error})") from error
