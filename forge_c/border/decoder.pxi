@@ -480,7 +480,7 @@ cdef ptrdiff_t placed(cnp.ndarray at, ptrdiff_t batch, ptrdiff_t seq) except -1:
 
 
 cdef bint waits(object state, bint apart) except -1:
-    """Whether the pass calls Python code of a state; TypeError for tokens that lie apart where none attends to them."""
+    """Whether the pass may wait long for a state; TypeError for tokens that lie apart where none attends to them."""
     if isinstance(state, RecurrentSlots):
         return (<RecurrentSlots>state).relay is not None
     if isinstance(state, RoutedState):
@@ -488,7 +488,7 @@ cdef bint waits(object state, bint apart) except -1:
     attends = isinstance(state, AttentionState) and (<AttentionState>state).attend is not None
     if apart and not attends and isinstance(state, AttentionState):
         raise TypeError("forward: positions are given, expected AttentionStates that attend to keys at any")
-    return attends
+    return apart and attends
 
 
 cdef int check_state(Part part, bint is_routed, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,
