@@ -8,3 +8,8 @@ from forge_c.distributed.mpi import MPIComm
 from forge_c.distributed.threads import ThreadComm
 
 __all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "ThreadComm", "positions", "shard", "unshard"]
+
+
+def __dir__() -> list[str]:
+    """What is meant for users, for completion at a prompt."""
+    return sorted(__all__)

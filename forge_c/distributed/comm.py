@@ -2,7 +2,7 @@
 
 A transport (SelfComm here, ThreadComm, MPIComm) starts sends and receives and passes news of a failure on; all the rest
 is built upon these here, so that every transport reduces in the same order and fails in the same way. Not here: what is
-sent when (ring.py), and where tokens lie (layout.py). A communicator is for one thread at a time.
+sent when, and where tokens lie (layout.py).
 """
 from __future__ import annotations
 
@@ -48,9 +48,13 @@ class Pending:
 
 
 class Comm:
-    """A rank among size ranks. timeout: the seconds after which waiting for another rank is an error.
+    """A rank among size ranks: SelfComm, ThreadComm, MPIComm or a split of one. For one thread at a time.
 
-    As a context manager it tells the other ranks of an error that leaves the block, and at the end that this rank is
+    send() and receive() return at once what is under way: .wait() ends it, .done() says whether it has ended. The other
+    methods are for all ranks together, in the same order. timeout: the seconds after which waiting for another rank is
+    an error. A rank that fails in any of them makes the others raise RankError, at once, and every later call too.
+
+    As a context manager it tells the other ranks of an error that leaves the block, and at its end that this rank is
     gone, so that nobody waits for it.
     """
 
@@ -78,9 +82,6 @@ class Comm:
         """Let the other ranks know that this one failed, or has ended (None)."""
         raise NotImplementedError
 
-    def progress(self) -> None:
-        """Move what is under way: for transports without a thread of their own, between two pieces of work."""
-
     # Messages
 
     def send(self, array: Array, to: int, tag: int = 0) -> Pending:
@@ -93,6 +94,9 @@ class Comm:
         a ValueError. Messages of one source and tag arrive in the order of their sends."""
         self._check_peer("receive", "source", source, tag)
         return self._start_receive(as_bytes("receive", "into", into, writable=True), source, tag)
+
+    def progress(self) -> None:
+        """Move what is under way: for transports without a thread of their own, between two pieces of work."""
 
     def _check_peer(self, function: str, argument: str, peer: int, tag: int) -> None:
         if not 0 <= peer < self.size or peer == self.rank:

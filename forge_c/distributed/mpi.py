@@ -200,6 +200,7 @@ class MPIComm(Comm):
     def _abort(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(0.2)  # until mpiexec has passed that on: it stops when all are ended
         self._mpi.COMM_WORLD.Abort(1)
         os._exit(1)  # MPI may return to us while it ends the others
 
@@ -344,10 +345,7 @@ def _pause(idle: float) -> None:
 def _import_mpi() -> Any:
     """mpi4py.MPI, which starts MPI unless the program has."""
     try:
-        if "mpi4py.MPI" not in sys.modules:
-            import mpi4py
-            mpi4py.rc.thread_level = "multiple"
-        from mpi4py import MPI
+        from mpi4py import MPI  # which asks for MPI_THREAD_MULTIPLE, unless mpi4py.rc says otherwise
     except (ImportError, RuntimeError) as error:
         raise ImportError("MPIComm needs mpi4py and an MPI library: pip install forge_c[mpi], or mpi4py and the MPI of "
                           f"this machine ({error})") from error
