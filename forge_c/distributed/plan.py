@@ -10,7 +10,9 @@ behind a window, the rows that need no other rank's keys go first: the others' k
 The clock of the plan is the number of (query, key) pairs that a rank has computed, as if it never waited; a piece is
 needed at a step's start. The part of a piece that one owner holds goes from rank to rank in the order of need, the
 owner to the first, the first to the second, each passing on the buffer that it received into; a rank that needs it
-later than that buffer can be spared gets it from the owner. Nothing that is masked is sent or computed.
+later than that buffer can be spared gets it from the owner. Of ranks that need it at once the last goes first: its own
+keys are asked for less often, and with contiguous parts it has the most to do. Nothing that is masked is sent or
+computed.
 
 That cannot deadlock. Transfers have one total order, `Transfer.key`: time of need, piece, owner, place in the chain.
 What a transfer waits for comes before it in that order:
@@ -37,6 +39,7 @@ Runs = tuple[range, ...]  # the positions of a rank's rows: runs of them, ascend
 _PIECE_BYTES = 2 << 20  # so large that a transfer's latency is small beside its time
 _PIECES = 16            # of a rank's keys at least, if chunks are that small: a chain of ranks begins a piece apart
 _TAGS = 1 << 10
+STAGES = 2  # buffers for own keys on their way, for each of those that receive
 
 
 @dataclass(slots=True)
@@ -215,7 +218,7 @@ def _clipped(rows: range, zero: int, most: int) -> int:
 def _choose_sources(chains: Iterable[list[Transfer]], ranks: tuple[RankPlan, ...], depth: int) -> None:
     spare = [_spared(each, depth) for each in ranks]
     for chain in chains:
-        chain.sort(key=lambda transfer: (transfer.need, transfer.to))
+        chain.sort(key=lambda transfer: (transfer.need, -transfer.to))
         before: Transfer | None = None
         for place, transfer in enumerate(chain):
             transfer.place, transfer.source = place, transfer.owner

@@ -22,12 +22,10 @@ from forge_c.checks import checked_size
 from forge_c.distributed.checks import agree, as_said, check_lengths, check_qkv
 from forge_c.distributed.comm import Array, Bytes, Comm, Pending
 from forge_c.distributed.layout import Layout, check_layout
-from forge_c.distributed.plan import Pass, RankPlan, Runs, Step, Transfer, piece_keys, plan, runs_of
+from forge_c.distributed.plan import STAGES, Pass, RankPlan, Runs, Step, Transfer, piece_keys, plan, runs_of
 from forge_c.distributed.stats import Stats
 from forge_c.distributed.wire import Wire, WireFormat, check_wire
 from forge_c.functional import KV_CHUNK, attention, fold_attention
-
-_STAGES = 2  # buffers for own keys on their way, for each of those that receive
 
 
 class Traffic:
@@ -41,7 +39,7 @@ class Traffic:
         self.free = [np.empty(most, np.uint8) for _ in range(min(depth, len(self.expected)))]
         self.open: deque[_Arrival] = deque()
         most = max((wire.capacity(each.end - each.begin) for each in self.sends), default=0)
-        self.stages = [np.empty(most, np.uint8) for _ in range(min(_STAGES * depth, len(self.sends)))]
+        self.stages = [np.empty(most, np.uint8) for _ in range(min(STAGES * depth, len(self.sends)))]
         self.staged: list[tuple[Pending, Bytes]] = []
 
     def advance(self) -> None:
