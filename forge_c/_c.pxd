@@ -218,6 +218,9 @@ cdef extern from "forge.h" nogil:
         const float *sinks
         fc_workspace *workspace
         fc_precision precision
+        float *carried
+        ptrdiff_t carried_stride
+        int finish
     fc_status fc_attention(const fc_attention_args *args)
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)

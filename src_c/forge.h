@@ -253,6 +253,12 @@ typedef struct {
     const float *sinks;       /* (H) or NULL */
     fc_workspace *workspace;
     fc_precision precision; /* 0: by kv_type, or as the cache holds them */
+    /* (B, S, H, E + 2) or NULL: o, max and sum of each row over the keys before these, a multiple of FC_KV_CHUNK of
+     * them; to begin with, max is -inf and sum 0. Keys come in pieces, in their order: all but the last call only add
+     * to it, and one with `finish`, of the last piece or of none, only writes out and lse: the bits of all keys at once. */
+    float *carried;
+    ptrdiff_t carried_stride; /* batch */
+    int finish;
 } fc_attention_args;
 fc_status fc_attention(const fc_attention_args *args);
 

@@ -6,9 +6,12 @@ from forge_c.distributed.comm import Comm, RankError, SelfComm
 from forge_c.distributed.layout import positions, shard, unshard
 from forge_c.distributed.mpi import MPIComm
 from forge_c.distributed.parallel import parallel
+from forge_c.distributed.ring import ring_attention
+from forge_c.distributed.stats import Stats
 from forge_c.distributed.threads import ThreadComm
 
-__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "ThreadComm", "parallel", "positions", "shard", "unshard"]
+__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "Stats", "ThreadComm", "parallel", "positions", "ring_attention",
+           "shard", "unshard"]
 
 
 def __dir__() -> list[str]:

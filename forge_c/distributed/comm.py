@@ -112,6 +112,10 @@ class Comm:
         if failure is not None:
             raise RankError(failure)
 
+    def wait_any(self, pending: Sequence[Pending], timeout: float | None = None) -> None:
+        """Return when one of them is finished; errors as those of Pending.wait."""
+        raise NotImplementedError
+
     # Failures
 
     def fail(self, error: BaseException) -> None:
@@ -288,6 +292,9 @@ class SubComm(Comm):
 
     def progress(self) -> None:
         self._parent.progress()
+
+    def wait_any(self, pending: Sequence[Pending], timeout: float | None = None) -> None:
+        self._parent.wait_any(pending, timeout)
 
     def _root(self) -> Comm:
         return self._parent._root()

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +79,28 @@ class MPIComm(Comm):
     def progress(self) -> None:
         """Move what is under way."""
         self._advance()
+
+    def wait_any(self, pending: Sequence[Pending], timeout: float | None = None) -> None:
+        messages = [each for each in pending if isinstance(each, _MPIPending)]
+        timeout = self.timeout if timeout is None else timeout
+        begin = last = time.monotonic()
+        with self.guard():
+            self._waits = True  # the helper lets this thread do the work
+            try:
+                while messages and not any(each._finished() for each in messages):
+                    if self._advance():
+                        last = time.monotonic()
+                        continue
+                    for each in messages:
+                        self._check_others(each)
+                    now = time.monotonic()
+                    if now - begin > timeout:
+                        first = messages[0]
+                        raise TimeoutError(f"rank {self.rank} {first.what()}: nothing from rank {first.peer} "
+                                           f"within {timeout:g} s")
+                    _pause(now - last)
+            finally:
+                self._waits = False
 
     def _duplicate(self, comm: MPITypes.Intracomm) -> Any:
         """A communicator of our own, within the timeout."""
@@ -239,26 +262,8 @@ class _MPIPending(Pending):
         return self._finished()
 
     def wait(self, timeout: float | None = None) -> None:
-        if self._finished():
-            return
-        comm = self.comm
-        timeout = comm.timeout if timeout is None else timeout
-        begin = last = time.monotonic()
-        with comm.guard():
-            comm._waits = True  # the helper lets this thread do the work
-            try:
-                while not self._finished():
-                    if comm._advance():
-                        last = time.monotonic()
-                        continue
-                    comm._check_others(self)
-                    now = time.monotonic()
-                    if now - begin > timeout:
-                        raise TimeoutError(f"rank {comm.rank} {self.what()}: nothing from rank {self.peer} "
-                                           f"within {timeout:g} s")
-                    _pause(now - last)
-            finally:
-                comm._waits = False
+        if not self._finished():
+            self.comm.wait_any([self], timeout)
 
     def _finished(self) -> bool:
         if self.error is not None:
