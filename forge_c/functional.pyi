@@ -130,13 +130,17 @@ class RecurrentSlots:
     memory: NDArray[np.float32]
     source: NDArray[np.int64]
     target: NDArray[np.int64]
-    def __init__(self, memory: NDArray[np.float32], source: NDArray[np.int64], target: NDArray[np.int64]) -> None: ...
+    relay: Callable[[bool], None] | None
+    def __init__(self, memory: NDArray[np.float32], source: NDArray[np.int64], target: NDArray[np.int64],
+                 relay: Callable[[bool], None] | None = None) -> None: ...
 
 class AttentionState:
     pages: KVPages
     table: RopeTable | None
+    attend: Callable[[Array, Array, Array, Array], None] | None
     positions: int
-    def __init__(self, pages: KVPages, table: RopeTable | None = None) -> None: ...
+    def __init__(self, pages: KVPages, table: RopeTable | None = None,
+                 attend: Callable[[Array, Array, Array, Array], None] | None = None) -> None: ...
     def rotate_by(self, table: RopeTable | None) -> None: ...
 
 class RoutedState:
@@ -163,7 +167,8 @@ class LayeredModel:
                  layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0,
                  ranks: Ranks | None = None, first_token: int = 0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
-                last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
+                last_only: bool = False, hidden: bool = False,
+                positions: NDArray[np.int64] | None = None) -> tuple[Any, Any]: ...
 
 
 def isa() -> str: ...
@@ -209,6 +214,11 @@ def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: b
               sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
               kv_positions: Array | None = None, precision: Precision | None = None, return_lse: Literal[True],
               out: Array | None = None) -> tuple[Array, NDArray[np.float32]]: ...
+def fold_attention(q: Array, k: Array, v: Array, carried: NDArray[np.float32], q_positions: NDArray[np.integer[Any]], *,
+                   causal: bool = False, scale: float | None = None, window: int | None = None,
+                   softcap: float | None = None, precision: str | None = None,
+                   sinks: NDArray[np.float32] | None = None, out: Array | None = None,
+                   lse: NDArray[np.float32] | None = None) -> None: ...
 def merge_attention(out_a: Array, lse_a: NDArray[np.float32], out_b: Array,
                     lse_b: NDArray[np.float32]) -> tuple[Array, NDArray[np.float32]]: ...
 def route_tokens(x: Array, weight: Array, *,

@@ -253,6 +253,12 @@ typedef struct {
     const float *sinks;       /* (H) or NULL */
     fc_workspace *workspace;
     fc_precision precision; /* 0: by kv_type, or as the cache holds them */
+    /* (B, S, H, E + 2) or NULL: o, max and sum of each row over the keys before these, a multiple of FC_KV_CHUNK of
+     * them; to begin with, max is -inf and sum 0. Keys come in pieces, in their order: all but the last call only add
+     * to it, and one with `finish`, of the last piece or of none, only writes out and lse: the bits of all keys at once. */
+    float *carried;
+    ptrdiff_t carried_stride; /* batch */
+    int finish;
 } fc_attention_args;
 fc_status fc_attention(const fc_attention_args *args);
 
@@ -488,10 +494,16 @@ typedef struct {
     ptrdiff_t window; /* as in fc_attention_args, */
     fc_precision precision; /* too */
 } fc_attention_weights;
+/* out (B, S, heads, head_dim) = attention of the queries in qkv (B, S, heads + 2 kv_heads, head_dim), queries and keys
+ * rotated, by a function of the caller's, which keeps keys and values; on the calling thread */
+typedef fc_status fc_attend(void *self, float *out, const float *qkv, ptrdiff_t batch, ptrdiff_t seq, ptrdiff_t heads,
+                            ptrdiff_t kv_heads, ptrdiff_t head_dim);
 typedef struct {
     const fc_kv_cache *kv;
     const float *cos, *sin; /* (positions, rotary_pairs), or NULL: no RoPE */
     ptrdiff_t rotary_pairs;
+    fc_attend *attend; /* in the place of kv, of which only the type counts then; or NULL. Not behind a router */
+    void *self;        /* its first argument */
 } fc_attention_state;
 
 /* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up), or down f(x up)^2 */
@@ -515,10 +527,13 @@ typedef struct {
 /* States that are as large after a million tokens as after one. A pass reads each row's slot `from` and writes its slot
  * `to`, another one: a state that was stays as it is. A slot: the convolution's last inputs (width - 1, channels), then
  * the scan's state. */
+typedef fc_status fc_relay(void *self, int written);
 typedef struct {
     float *memory; /* (B, slots, floats) */
     ptrdiff_t slots, floats;
     const int64_t *from, *to; /* (B); from < 0: zeros */
+    fc_relay *relay; /* called before `from` is read, and once more, `written`, when `to` is whole; or NULL */
+    void *self;      /* its first argument */
 } fc_recurrent_state;
 typedef struct {
     ptrdiff_t width;
@@ -603,6 +618,9 @@ typedef struct {
     ptrdiff_t batch, seq;
     const int64_t *start; /* (B) */
     fc_workspace *workspace;
+    const int64_t *positions; /* (B, S), where tokens lie for layers of attention that all have `attend`; NULL: one after
+                               * the other from start on */
+    int waits; /* some state's function may wait long: a parallel region for each op, whose threads sleep meanwhile */
 } fc_forward_args;
 fc_status fc_forward(const fc_forward_args *args);
 

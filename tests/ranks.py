@@ -82,9 +82,10 @@ class Done:
 
 
 def run_mpi(script: str | Path, n: int, *arguments: str, timeout: float = 30, expect: int | None = 0,
-            signal_after: float | None = None, options: tuple[str, ...] = (), **env: str) -> Done:
+            signal_after: str | None = None, options: tuple[str, ...] = (), **env: str) -> Done:
     """Run a script (its text, or its file) on n processes, one thread each, which import forge_c and what lies in
-    tests/. Fails unless mpiexec exits with `expect` (None: with anything but 0). signal_after: seconds to Ctrl-C."""
+    tests/. Fails unless mpiexec exits with `expect` (None: with anything but 0). signal_after: a line of output at
+    which Ctrl-C comes."""
     path = mpiexec()
     assert path is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +105,7 @@ def run_mpi(script: str | Path, n: int, *arguments: str, timeout: float = 30, ex
 def _settings(path: str, env: dict[str, str]) -> dict[str, str]:
     search = [str(PACKAGE_PARENT), str(TESTS), os.environ.get("PYTHONPATH", "")]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), "OMP_NUM_THREADS": "1", **env}
+    settings.pop("PYTHONUNBUFFERED", None)  # the words of a line would mingle with another rank's
     # The wheel of MPICH lies beside its mpiexec, where mpi4py does not look if this environment only borrows both.
     library = Path(path).parents[1] / "lib" / "libmpi.so.12"
     if library.exists() and Path(sys.prefix) not in library.parents:
@@ -111,13 +113,13 @@ def _settings(path: str, env: dict[str, str]) -> dict[str, str]:
     return settings
 
 
-def _run(command: list[str], timeout: float, signal_after: float | None, settings: dict[str, str]) -> Done:
+def _run(command: list[str], timeout: float, signal_after: str | None, settings: dict[str, str]) -> Done:
     begin = time.monotonic()
     process = subprocess.Popen(command, env=settings, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
     try:
         if signal_after is not None:
-            time.sleep(signal_after)
+            assert process.stdout is not None and process.stdout.readline().strip() == signal_after
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=timeout)
         return Done(process.returncode, out, err, time.monotonic() - begin)

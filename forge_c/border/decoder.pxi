@@ -305,15 +305,45 @@ cdef fc_status called_with(object call, object state, float *out, const float *x
         return FC_INTERRUPTED
 
 
+cdef fc_status attend_python(void *attend, float *out, const float *qkv, ptrdiff_t batch, ptrdiff_t seq,
+                             ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim) noexcept nogil:
+    with gil:
+        return attend_with(<object>attend, out, qkv, batch, seq, heads, kv_heads, head_dim)
+
+
+cdef fc_status attend_with(object attend, float *out, const float *qkv, ptrdiff_t batch, ptrdiff_t seq,
+                           ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim) noexcept:
+    cdef cnp.npy_intp dims[4]
+    cdef cnp.ndarray y
+    cdef object both  # sliced
+    try:
+        dims[0], dims[1], dims[2], dims[3] = batch, seq, heads + 2 * kv_heads, head_dim
+        both = cnp.PyArray_SimpleNewFromData(4, dims, cnp.NPY_FLOAT32, <void *>qkv)
+        both.flags.writeable = False
+        dims[2] = heads
+        y = cnp.PyArray_SimpleNewFromData(4, dims, cnp.NPY_FLOAT32, out)
+        attend(both[:, :, :heads], both[:, :, heads:heads + kv_heads], both[:, :, heads + kv_heads:], y)
+        return FC_OK
+    except BaseException as error:  # it stays set, as in called_with
+        PyErr_SetObject(type(error), error)
+        return FC_INTERRUPTED
+
+
 cdef class AttentionState:
-    """The pages of a layer's keys and values, and the table by which it rotates them, or None. For a StateTable."""
+    """The pages of a layer's keys and values, and the table by which it rotates them, or None. For a StateTable.
+    attend(q (batch, seq, heads, head_dim), k, v (batch, seq, kv_heads, head_dim), out, as q): a function that keeps k
+    and v and writes out, in the place of the pages, whose dtype alone counts then; float32 in the pass's own memory,
+    which is gone after it."""
     cdef fc_attention_state c
     cdef readonly KVPages pages
     cdef readonly object table
+    cdef readonly object attend
     cdef readonly ptrdiff_t positions  # that it can rotate
 
-    def __init__(self, KVPages pages not None, table=None):
-        self.pages, self.c.kv = pages, &pages.c
+    def __init__(self, KVPages pages not None, table=None, attend=None):
+        self.pages, self.c.kv, self.attend = pages, &pages.c, attend
+        if attend is not None:
+            self.c.attend, self.c.self = attend_python, <void *>attend
         self.rotate_by(table)
 
     def rotate_by(self, table):
@@ -339,6 +369,8 @@ cdef class RoutedState:
     def __init__(self, AttentionState mixer not None, cnp.ndarray positions not None, cnp.ndarray held not None,
                  cnp.ndarray chosen not None):
         self.mixer, self.kept, self.batch = mixer, (positions, held, chosen), held.size
+        if mixer.attend is not None:
+            raise TypeError("RoutedState: mixer has a function that attends, expected pages behind a Router")
         for a, shape in zip(self.kept, ((self.batch, positions.size // max(self.batch, 1)), (self.batch,),
                                         (self.batch,))):
             if a.dtype != np.int64 or a.shape != shape or not a.flags.c_contiguous:
@@ -468,9 +500,9 @@ cdef class LayeredModel:
         return 0
 
     def forward(self, cnp.ndarray ids not None, StateTable states not None, cnp.ndarray start not None, *,
-                bint logits=True, bint last_only=False, bint hidden=False):
+                bint logits=True, bint last_only=False, bint hidden=False, positions=None):
         """ids (batch, seq) int64 inside the vocabulary, after the start (batch,) int64 tokens that each row's states
-        hold -> (logits (batch, seq, vocab), with last_only (batch, 1, vocab), hidden (batch, seq, hidden) after the
+        hold, or at positions (batch, seq) where each layer of attention has an AttentionState that attends -> (logits (batch, seq, vocab), with last_only (batch, 1, vocab), hidden (batch, seq, hidden) after the
         last norm), None for what is not asked for. The caller has seen to it that the states have room, and says to
         them that the tokens are there."""
         cdef fc_forward_args a
@@ -478,6 +510,7 @@ cdef class LayeredModel:
         cdef cnp.npy_intp dims[3]
         cdef cnp.ndarray y = None
         cdef cnp.ndarray h = None
+        cdef cnp.ndarray at
         cdef ptrdiff_t longest = 0
         cdef ptrdiff_t b
         cdef ptrdiff_t i
@@ -489,8 +522,14 @@ cdef class LayeredModel:
         a.batch, a.seq, a.last_only = cnp.PyArray_DIM(ids, 0), cnp.PyArray_DIM(ids, 1), last_only
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
+        a.waits = self.ranks is not None
+        if positions is not None:
+            at = private_ints(positions)
+            longest = placed(at, a.batch, a.seq)
+            a.positions = <const int64_t *>cnp.PyArray_DATA(at)
         for i, (part, is_routed) in enumerate(self.mixers):
             check_state(part, is_routed, i, states.held[i], a.batch, a.seq, longest)
+            a.waits |= waits(states.held[i], positions is not None)
         a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
         if logits:
             dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
@@ -504,6 +543,25 @@ cdef class LayeredModel:
             status = fc_forward(&a)
         check("forward", status)
         return y, h
+
+
+cdef ptrdiff_t placed(cnp.ndarray at, ptrdiff_t batch, ptrdiff_t seq) except -1:
+    """One beyond the last position."""
+    if shape_of(at) != (batch, seq) or (at.size and at.min() < 0):
+        raise ValueError(f"forward: positions has shape {shape_of(at)}, expected ({batch}, {seq}) of them, none below 0")
+    return at.max() + 1 if at.size else 0
+
+
+cdef bint waits(object state, bint apart) except -1:
+    """Whether the pass may wait long for a state; TypeError for tokens that lie apart where none attends to them."""
+    if isinstance(state, RecurrentSlots):
+        return (<RecurrentSlots>state).relay is not None
+    if isinstance(state, RoutedState):
+        state = (<RoutedState>state).mixer
+    attends = isinstance(state, AttentionState) and (<AttentionState>state).attend is not None
+    if apart and not attends and isinstance(state, AttentionState):
+        raise TypeError("forward: positions are given, expected AttentionStates that attend to keys at any")
+    return apart and attends
 
 
 cdef int check_state(Part part, bint is_routed, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,

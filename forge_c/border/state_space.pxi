@@ -1,16 +1,33 @@
 # Parts of layers with a recurrent state, and where the state lies.
 
 
+cdef fc_status relay_python(void *relay, int written) noexcept nogil:
+    with gil:
+        return relay_with(<object>relay, written)
+
+
+cdef fc_status relay_with(object relay, bint written) noexcept:
+    try:
+        relay(written)
+        return FC_OK
+    except BaseException as error:  # it stays set, as in called_with
+        PyErr_SetObject(type(error), error)
+        return FC_INTERRUPTED
+
+
 cdef class RecurrentSlots:
     """What a layer remembers of each row: memory (batch, slots, floats) float32, and the slots (batch,) int64 that a
-    pass reads, -1 for zeros, and writes. For a StateTable."""
+    pass reads, -1 for zeros, and writes. For a StateTable. relay(written): a function that is called before a pass reads
+    the state, with False, and when what it writes is whole, with True."""
     cdef fc_recurrent_state c
     cdef readonly cnp.ndarray memory
     cdef readonly cnp.ndarray source
     cdef readonly cnp.ndarray target
+    cdef readonly object relay
     cdef ptrdiff_t rows
 
-    def __init__(self, cnp.ndarray memory not None, cnp.ndarray source not None, cnp.ndarray target not None):
+    def __init__(self, cnp.ndarray memory not None, cnp.ndarray source not None, cnp.ndarray target not None,
+                 relay=None):
         if (memory.dtype != np.float32 or cnp.PyArray_NDIM(memory) != 3 or not cnp.PyArray_IS_C_CONTIGUOUS(memory)
                 or not cnp.PyArray_ISWRITEABLE(memory)):
             raise ValueError(f"RecurrentSlots: memory is {memory.dtype} {shape_of(memory)}, expected float32 (batch, "
@@ -25,6 +42,9 @@ cdef class RecurrentSlots:
         self.c.slots, self.c.floats = cnp.PyArray_DIM(memory, 1), cnp.PyArray_DIM(memory, 2)
         self.c.from_ = <const int64_t *>cnp.PyArray_DATA(source)
         self.c.to = <const int64_t *>cnp.PyArray_DATA(target)
+        self.relay = relay
+        if relay is not None:
+            self.c.relay, self.c.self = relay_python, <void *>relay
 
     cdef int check(self, ptrdiff_t i, ptrdiff_t batch, ptrdiff_t floats) except -1:
         """Whether a pass of so many rows may take it as state i."""

@@ -5,6 +5,15 @@ See docs/distributed.md. Nothing here starts before a communicator is made; mpi4
 from forge_c.distributed.comm import Comm, RankError, SelfComm
 from forge_c.distributed.layout import positions, shard, unshard
 from forge_c.distributed.mpi import MPIComm
+from forge_c.distributed.parallel import parallel
+from forge_c.distributed.ring import ring_attention
+from forge_c.distributed.stats import Stats
 from forge_c.distributed.threads import ThreadComm
 
-__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "ThreadComm", "positions", "shard", "unshard"]
+__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "Stats", "ThreadComm", "parallel", "positions", "ring_attention",
+           "shard", "unshard"]
+
+
+def __dir__() -> list[str]:
+    """What is meant for users, for completion at a prompt."""
+    return sorted(__all__)

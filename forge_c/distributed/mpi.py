@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forge_c.distributed.comm import DEFAULT_TIMEOUT, Bytes, Comm, Pending, RankError
+from forge_c.distributed.comm import CONTEXT_SHIFT, DEFAULT_TIMEOUT, Bytes, Comm, Pending, RankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
@@ -34,6 +35,7 @@ _NEWS_BYTES = 2048
 _NEWS_TAG = (1 << 15) + 1
 _HOT = 100e-6        # so long after something came, look again without sleeping
 _LONGEST_SLEEP = 2e-3
+_HELPER_DELAY = 5e-4  # who waits at once moves the message itself, and is not to share the GIL meanwhile
 _GRACE = 2.0         # between the news that a rank has gone and giving up what it may have sent before
 
 FAILED, ENDED = 0, 1
@@ -65,6 +67,7 @@ class MPIComm(Comm):
         # What Testsome looks at, and beside each request whose it is: the news are the first, and nobody's.
         self._requests.append(self._heads.Irecv([self._news, mpi.BYTE], mpi.ANY_SOURCE, _NEWS_TAG))
         self._owners: list[_MPIPending | None] = [None]
+        self._max_contexts = (comm.Get_attr(mpi.TAG_UB) or 0) >> CONTEXT_SHIFT
         self._helper = _Helper(self) if mpi.Query_thread() >= mpi.THREAD_MULTIPLE and self.size > 1 else None
         self.agree("MPIComm: version of forge_c", __version__)
 
@@ -77,17 +80,40 @@ class MPIComm(Comm):
         """Move what is under way."""
         self._advance()
 
+    def wait_any(self, pending: Sequence[Pending], timeout: float | None = None) -> None:
+        messages = [each for each in pending if isinstance(each, _MPIPending)]
+        timeout = self.timeout if timeout is None else timeout
+        begin = last = time.monotonic()
+        with self.guard():
+            self._waits = True  # the helper lets this thread do the work
+            try:
+                while messages and not any(each._finished() for each in messages):
+                    if self._advance():
+                        last = time.monotonic()
+                        continue
+                    for each in messages:
+                        self._check_others(each)
+                    now = time.monotonic()
+                    if now - begin > timeout:
+                        first = messages[0]
+                        raise TimeoutError(f"rank {self.rank} {first.what()}: nothing from rank {first.peer} "
+                                           f"within {timeout:g} s")
+                    _pause(now - last)
+            finally:
+                self._waits = False
+
     def _duplicate(self, comm: MPITypes.Intracomm) -> Any:
         """A communicator of our own, within the timeout."""
         duplicate, request = comm.Idup()
         begin = time.monotonic()
+        self._broken = f"rank {self.rank} failed: not every rank has made its MPIComm"
         while not request.Test():
             idle = time.monotonic() - begin
             if idle > self.timeout:
-                self._broken = f"rank {self.rank} failed: not every rank has made its MPIComm"
                 raise TimeoutError(f"MPIComm: rank {self.rank} of {self.size}: not every rank has made its own within "
                                    f"{self.timeout:g} s")
             _pause(idle)
+        self._broken = None
         return duplicate
 
     def _start_send(self, data: Bytes, to: int, tag: int) -> Pending:
@@ -200,6 +226,7 @@ class MPIComm(Comm):
     def _abort(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(0.2)  # until mpiexec has passed that on: it stops when all are ended
         self._mpi.COMM_WORLD.Abort(1)
         os._exit(1)  # MPI may return to us while it ends the others
 
@@ -235,26 +262,8 @@ class _MPIPending(Pending):
         return self._finished()
 
     def wait(self, timeout: float | None = None) -> None:
-        if self._finished():
-            return
-        comm = self.comm
-        timeout = comm.timeout if timeout is None else timeout
-        begin = last = time.monotonic()
-        with comm.guard():
-            comm._waits = True  # the helper lets this thread do the work
-            try:
-                while not self._finished():
-                    if comm._advance():
-                        last = time.monotonic()
-                        continue
-                    comm._check_others(self)
-                    now = time.monotonic()
-                    if now - begin > timeout:
-                        raise TimeoutError(f"rank {comm.rank} {self.what()}: nothing from rank {self.peer} "
-                                           f"within {timeout:g} s")
-                    _pause(now - last)
-            finally:
-                comm._waits = False
+        if not self._finished():
+            self.comm.wait_any([self], timeout)
 
     def _finished(self) -> bool:
         if self.error is not None:
@@ -313,12 +322,19 @@ class _Helper:
         self.thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # nobody would see it here: whoever waits raises it
+            self.comm._broken = self.comm._broken or f"rank {self.comm.rank} failed: {type(error).__name__}: {error}"
+
+    def _work(self) -> None:
         comm = self.comm
         while not self.ends:
             self.work.wait()
             self.work.clear()
+            time.sleep(_HELPER_DELAY)
             last = time.monotonic()
-            while not self.ends and len(comm._requests) > 1:
+            while not self.ends and comm._broken is None and len(comm._requests) > 1:
                 if comm._waits:
                     time.sleep(_LONGEST_SLEEP)
                     last = time.monotonic()
@@ -344,10 +360,7 @@ def _pause(idle: float) -> None:
 def _import_mpi() -> Any:
     """mpi4py.MPI, which starts MPI unless the program has."""
     try:
-        if "mpi4py.MPI" not in sys.modules:
-            import mpi4py
-            mpi4py.rc.thread_level = "multiple"
-        from mpi4py import MPI
+        from mpi4py import MPI  # which asks for MPI_THREAD_MULTIPLE, unless mpi4py.rc says otherwise
     except (ImportError, RuntimeError) as error:
         raise ImportError("MPIComm needs mpi4py and an MPI library: pip install forge_c[mpi], or mpi4py and the MPI of "
                           f"this machine ({error})") from error

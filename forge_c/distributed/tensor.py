@@ -135,6 +135,7 @@ class ShareDecoder(Decoder):
     def forward(self, ids: NDArray[np.int64], cache: ModelCache, *, logits: bool = True, last_only: bool = False,
                 hidden: bool = False, fresh: NDArray[np.bool_] | None = None) -> tuple[Any, Any]:
         """As Decoder.forward; an error of one rank is an error of all."""
+        self._check_head(logits)
         with self.comm.guard():
             return super().forward(ids, cache, logits=logits, last_only=last_only, hidden=hidden, fresh=fresh)
 
@@ -143,9 +144,8 @@ class ShareDecoder(Decoder):
         with self.comm.guard():
             return super().hidden(ids, cache, layer)
 
-    def _finished(self, y: Floats) -> Floats:
-        """Logits of the whole vocabulary, from each rank's."""
-        return self._exchanges.logits(np.ascontiguousarray(super()._finished(y)))
+    def whole_logits(self, found: Floats) -> Floats:
+        return self._exchanges.logits(np.ascontiguousarray(found))
 
 
 def _source(spec: ModelSpec, checkpoint: Tensors, share: LayerShare, i: int, formats: CutFormats,

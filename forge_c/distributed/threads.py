@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Condition, Lock
 
@@ -101,18 +102,8 @@ class _ThreadPending(Pending):
             return self._advance()
 
     def wait(self, timeout: float | None = None) -> None:
-        if self.transfer is not None and self.transfer.done:
-            return
-        timeout = self.comm.timeout if timeout is None else timeout
-        deadline = time.monotonic() + timeout
-        with self.comm.guard(), self.comm.group.lock:
-            while not self._advance():
-                self._check_others()
-                now = time.monotonic()
-                if now >= deadline:
-                    raise TimeoutError(self._late(timeout))
-                ends = self.transfer.ends if self.transfer and self.transfer.ends > now else deadline
-                self.comm.group.news[self.comm.rank].wait(min(ends, deadline) - now)
+        if self.transfer is None or not self.transfer.done:
+            self.comm.wait_any([self], timeout)
 
     def _advance(self) -> bool:
         """Copy if it is time, and say whether that is done. Called with the lock, which the copy lets go."""
@@ -156,6 +147,20 @@ class _ThreadComm(Comm):
 
     def __repr__(self) -> str:
         return f"ThreadComm(rank={self.rank}, size={self.size})"
+
+    def wait_any(self, pending: Sequence[Pending], timeout: float | None = None) -> None:
+        messages = [each for each in pending if isinstance(each, _ThreadPending)]
+        timeout = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        with self.guard(), self.group.lock:
+            while messages and not any(each._advance() for each in messages):
+                for each in messages:
+                    each._check_others()
+                now = time.monotonic()
+                if now >= deadline:
+                    raise TimeoutError(messages[0]._late(timeout))
+                ends = [each.transfer.ends for each in messages if each.transfer and each.transfer.ends > now]
+                self.group.news[self.rank].wait(min([*ends, deadline]) - now)
 
     def _start_send(self, data: Bytes, to: int, tag: int) -> Pending:
         return self._start(self.group.sends, data, to, (self.rank, to, tag))

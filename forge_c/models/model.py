@@ -17,7 +17,6 @@ from forge_c.checks import dtype_name, short
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
 from forge_c.formats.layout import PACKED, Activations, Precision
-from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
 from forge_c.models.gguf_tokenizer import gguf_tokenizer
@@ -352,12 +351,13 @@ class Model:
             RuntimeError: another thread is using the cache.
         """
         tokens, cache = self._fed("model", ids, cache)
-        (batch, seq), most = tokens.shape, self._decoder.pass_tokens if last_only else KV_CHUNK
+        (batch, seq), decoder = tokens.shape, self._decoder
+        most = decoder.pass_tokens if last_only else decoder.result_tokens
         logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
         with all_or_nothing(cache, seq):
             for start in range(0, seq if batch else 0, most):
                 chunk, wanted = slice(start, start + most), not last_only or start + most >= seq
-                found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
+                found, _ = decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
                 if wanted:
                     logits[:, slice(None) if last_only else chunk] = found
         return logits

@@ -306,11 +306,12 @@ static fc_status forward_program(void *context) {
     return status == FC_OK ? results(ctx) : status;
 }
 
-static void count_tokens(struct pass *p) {
+/* given (M): positions, or NULL */
+static void count_tokens(struct pass *p, const int64_t *given) {
     for (ptrdiff_t b = 0; b < p->batch; b++) {
         p->lens[b] = p->start[b] + p->seq;
         if (p->lens[b] > p->longest) p->longest = p->lens[b];
-        for (ptrdiff_t i = 0; i < p->seq; i++) p->positions[b * p->seq + i] = p->start[b] + i;
+        for (ptrdiff_t i = 0; i < p->seq; i++) p->positions[b * p->seq + i] = given ? *given++ : p->start[b] + i;
     }
 }
 
@@ -330,8 +331,8 @@ fc_status fc_forward(const fc_forward_args *args) {
     ctx.y = (float *)(void *)(scratch.base + numbers);
     ctx.x = args->x ? args->x : ctx.y + ctx.p.rows * ctx.p.hidden;
     ctx.p.embedded = ctx.embedded = back ? ctx.y + 2 * ctx.p.rows * ctx.p.hidden : NULL;
-    count_tokens(&ctx.p);
-    const fc_status status = fc_parallel_region(forward_program, &ctx);
+    count_tokens(&ctx.p, args->positions);
+    const fc_status status = args->waits ? forward_program(&ctx) : fc_parallel_region(forward_program, &ctx);
     fc_scratch_free(&scratch);
     return status;
 }

@@ -36,7 +36,7 @@ static fc_status scan(const struct mamba2_pass *t, int gated) {
         const struct rows_state r = state_of_call(t->s, t->p->batch, calls, i);
         status = scan_rows(t, &r, gated);
     }
-    return status;
+    return status == FC_OK ? relay(t->s, 1) : status;
 }
 
 /* y of each group by itself; its weights are the group's own */

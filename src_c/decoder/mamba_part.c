@@ -50,7 +50,7 @@ static fc_status scan(const struct mamba_pass *t) {
         const struct rows_state r = state_of_call(t->s, t->p->batch, calls, i);
         status = scan_rows(t, &r);
     }
-    return status;
+    return status == FC_OK ? relay(t->s, 1) : status;
 }
 
 /* dt, B and C of the channels u of all ranks, which each computes; or of this one's, as terms of a sum */

@@ -44,7 +44,7 @@ static fc_status scan(const struct rg_lru_pass *t) {
         const struct rows_state s = state_of_call(t->s, t->p->batch, calls, i);
         status = scan_rows(t, &s);
     }
-    return status;
+    return status == FC_OK ? relay(t->s, 1) : status;
 }
 
 /* u *= f(y) */

@@ -12,6 +12,7 @@ fc_status short_conv_part(const struct pass *p, const fc_part *part, void *state
     fc_status status = project(p, bcx, row, x, p->rows, p->hidden, &w->in, p->hidden, row, &part->norm, NULL);
     if (status == FC_OK) status = multiply(p, bcx + 2 * n, row, bcx, row, n);
     if (status == FC_OK) status = convolve(p, state, y, bcx + 2 * n, row * 4, &w->conv, n, 0);
+    if (status == FC_OK) status = relay(state, 1);
     if (status == FC_OK) status = multiply(p, y, n, bcx + n, row, n);
     if (status == FC_OK) status = project_out(p, part, out, y, n, &w->out, n, residual);
     fc_scratch_free(&scratch);

@@ -1,0 +1,84 @@
+"""Whether the ranks of a call agree, before anything moves."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from forge_c.distributed.comm import Array, Comm, Disagreement
+from forge_c.distributed.layout import length_of
+from forge_c.distributed.wire import BFLOAT16
+from forge_c.version import __version__
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of q (B, S, H, D), k (B, T, G, D) and v (B, T, G, E)."""
+    batch: int
+    q_len: int
+    kv_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_dim: int
+
+    def shared(self) -> dict[str, int]:
+        """What all ranks have alike."""
+        return {"batch": self.batch, "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim,
+                "v_dim": self.v_dim}
+
+
+def check_array(function: str, name: str, x: object) -> Array:
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}, expected a NumPy array")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{function}: {name} has dtype {x.dtype}, expected float32, float16 or bfloat16")
+    if x.ndim != 4:
+        raise ValueError(f"{function}: {name} has shape {x.shape}, expected 4 axes (batch, seq, heads, dim)")
+    return x
+
+
+def check_qkv(function: str, q: Array, k: Array, v: Array) -> Sizes:
+    """ValueError or TypeError unless they fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_array(function, name, x)
+    if k.dtype != v.dtype:
+        raise TypeError(f"{function}: v has dtype {v.dtype}, expected {k.dtype} as k")
+    batch, _, heads, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"{function}: k has shape {k.shape}, expected ({batch}, seq, kv_heads, {head_dim})")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"{function}: v has shape {v.shape}, expected {k.shape[:3]} and v_dim")
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"{function}: q has {heads} heads, expected a multiple of k's {k.shape[2]} heads")
+    return Sizes(batch, q.shape[1], k.shape[1], heads, k.shape[2], head_dim, v.shape[3])
+
+
+def agree(comm: Comm, function: str, own: dict[str, Any], length: int = 0) -> list[int]:
+    """Every rank's length, where they agree about everything else; Disagreement on every rank where not, which names
+    what differs, and where."""
+    said = comm.all_gather(({"version": __version__, **own}, length))
+    first = said[0][0]
+    for rank, (values, _) in enumerate(said):
+        for name, value in values.items():
+            if value != first.get(name):
+                raise Disagreement(f"{function}: ranks do not agree: {name} is {first.get(name)!r} on rank 0 and "
+                                   f"{value!r} on rank {rank}")
+    return [each for _, each in said]
+
+
+def check_lengths(function: str, layout: str, lengths: list[int]) -> int:
+    """The length of the whole; Disagreement if the ranks' are not those of the layout."""
+    total = sum(lengths)
+    expected = [length_of(layout, total, len(lengths), rank) for rank in range(len(lengths))]
+    if lengths != expected:
+        raise Disagreement(f"{function}: ranks hold {lengths} tokens, expected {expected}: {layout} of {total}")
+    return total
+
+
+def as_said(x: Any) -> Any:
+    """An array as ranks compare it."""
+    return None if x is None else (np.asarray(x).shape, str(np.asarray(x).dtype), np.asarray(x).tobytes())

@@ -1,0 +1,141 @@
+"""What a layer of attention does in a pass over tokens of a sharded cache. k, v are this rank's, rotated, in float32.
+
+Prompt    each rank has some of the tokens: their keys and values stay with it, and those of all ranks, rounded as the
+          cache rounds them, pass by the queries in the order of the keys: the bits of one process.
+Step      each rank has all of the tokens: keys and values go to one shard, and what the queries find in each is
+          merged. Two sums in an order of their own: within 2e-6 of one process, and the same bits on every rank.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from forge_c.distributed.cache import ShardedKV
+from forge_c.distributed.comm import Comm
+from forge_c.distributed.owners import Owners
+from forge_c.formats.layout import Precision
+from forge_c.functional import KV_CHUNK, attention
+from forge_c.state.kv import KVCache
+
+Floats = NDArray[np.float32]
+Positions = NDArray[np.int64]
+
+
+class Prompt:
+    """queries: of all ranks, where their tokens of the pass lie."""
+
+    def __init__(self, comm: Comm, owners: Owners | None, start: int, queries: list[Positions],
+                 precision: Precision | None) -> None:
+        self.comm, self.owners, self.start, self.queries, self.precision = comm, owners, start, queries, precision
+        self._keys: dict[int, list[Positions]] = {}
+
+    def serve(self, layers: Iterable[Any]) -> None:
+        """The pass of a rank that has no tokens, whose keys others may need."""
+        for layer in layers:
+            if isinstance(layer, ShardedKV):
+                kind = layer.kind
+                q, k = (np.empty((1, 0, n, kind.head_dim), np.float32) for n in (kind.n_heads, kind.n_kv_heads))
+                self.attend(layer, q, k, k, q)
+
+    def attend(self, layer: ShardedKV, q: Floats, k: Floats, v: Floats, out: Floats) -> None:
+        """Queries at their positions over the keys of all ranks, and these keys into the cache."""
+        kind, keys = layer.kind, self.keys(layer.kind.window)
+        if k.shape[1]:
+            layer.kv.append(k, v)
+        held = keys[self.comm.rank]
+        n = int(layer.kv._lengths[0])
+        own_k, own_v = held_by(layer.kv, n - len(held), n)
+        fold(self.comm, q, self.queries, own_k, own_v, keys, out, kept=layer.kv.dtype, window=kind.window,
+             scale=kind.scale, softcap=kind.softcap, precision=self.precision)
+
+    def keys(self, window: int | None) -> list[Positions]:
+        """Of all ranks, where the keys lie that some query may see, those of the pass included."""
+        first = 0 if window is None else max(0, self.start - window + 1)
+        if first not in self._keys:
+            assert self.owners is not None  # there are keys
+            self._keys[first] = [np.concatenate([self.owners.positions(r, first), at])
+                                 for r, at in enumerate(self.queries)]
+        return self._keys[first]
+
+
+class Step:
+    """owner (batch, tokens): which rank keeps each token."""
+
+    def __init__(self, comm: Comm, owners: Owners, start: NDArray[np.int64], precision: Precision | None) -> None:
+        self.comm, self.owners, self.start, self.precision = comm, owners, start, precision
+        self.mine = owners.coming == comm.rank  # (batch, tokens)
+
+    def attend(self, layer: ShardedKV, q: Floats, k: Floats, v: Floats, out: Floats) -> None:
+        """Queries over the keys of all ranks, and those keys into the cache that are this rank's."""
+        kind, mine = layer.kind, self.mine
+        counts = mine.sum(1)
+        if counts.any():
+            if not mine[:, : int(counts.max())].all():  # each row's own to its front
+                order = np.argsort(~mine, axis=1, kind="stable")[:, : int(counts.max()), None, None]
+                k, v = np.take_along_axis(k, order, 1), np.take_along_axis(v, order, 1)
+            layer.kv.append(k[:, : counts.max()], v[:, : counts.max()], lens=counts)
+        found, lse = attention(q, layer.kv, scale=kind.scale, softcap=kind.softcap, precision=self.precision,
+                               return_lse=True, **self._placed(layer))
+        out[...] = merged(self.comm, found, lse)
+
+    def _placed(self, layer: ShardedKV) -> dict[str, Any]:
+        """Who sees whom; without a window a single new token sees all."""
+        batch, tokens = self.mine.shape
+        if tokens == 1 and layer.kind.window is None:
+            return {}
+        at = self.start[:, None] + np.arange(tokens)
+        keys = np.zeros((batch, layer.kv.seq_len), np.int64)
+        for b in range(batch):
+            held = np.concatenate([layer.positions(b), at[b][self.mine[b]]])
+            keys[b, : len(held)] = held
+        return {"causal": True, "window": layer.kind.window, "q_positions": at, "kv_positions": keys}
+
+
+def held_by(kv: KVCache, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """k, v (1, n, heads, dim) of its only row's tokens from start to stop, as it holds them; of int8 in float32."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if kv.dtype == "bfloat16" else np.float32)
+    k, v = kv._pages.read(0, start, stop - start)
+    return k[None].astype(dtype, copy=False), v[None].astype(dtype, copy=False)
+
+
+def fold(comm: Comm, q: Floats, queries: list[Positions], k: NDArray[Any], v: NDArray[Any], keys: list[Positions],
+         out: Floats, *, kept: str, window: int | None, scale: float, softcap: float | None,
+         precision: Precision | None) -> None:
+    """out = attention of q at queries[rank] over the keys of all ranks, k and v being those at keys[rank]."""
+    both: list[Any] = []
+    at = np.concatenate(keys)
+    first = int(at.min()) // KV_CHUNK * KV_CHUNK
+    for part in (k, v):
+        parts = [np.empty((1, len(one), *part.shape[2:]), part.dtype) for one in keys]
+        comm.all_gather_arrays(np.ascontiguousarray(part), parts)
+        laid = np.zeros((1, at.max() + 1 - first, *part.shape[2:]), part.dtype)
+        laid[:, at - first] = np.concatenate(parts, axis=1)
+        both.append(laid)
+    if q.shape[1]:
+        args: dict[str, Any] = {"causal": True, "window": window, "scale": scale, "softcap": softcap,
+                                "precision": precision, "q_positions": queries[comm.rank] - first}
+        if kept == "int8":
+            cache = KVCache(1, both[0].shape[1], k.shape[2], k.shape[3], dtype="int8")
+            cache.append(*both)
+            attention(q, cache, out=out, **args)
+        else:
+            attention(q, *both, out=out, **args)
+
+
+def merged(comm: Comm, found: Floats, lse: Floats) -> Floats:
+    """What queries find in all shards (..., dim), from what they find in this one and its lse (...)."""
+    top = lse.copy()
+    comm.all_reduce(top, "max")
+    with np.errstate(invalid="ignore"):
+        weight = np.exp(lse - top)
+    weight[np.isneginf(lse)] = 0
+    sums = np.concatenate([found * weight[..., None], weight[..., None]], axis=-1)
+    comm.all_reduce(sums)
+    total = sums[..., -1:]
+    total[total == 0] = 1
+    result: Floats = sums[..., :-1] / total
+    return result
