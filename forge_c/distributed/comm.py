@@ -21,9 +21,10 @@ Bytes = NDArray[np.uint8]
 DEFAULT_TIMEOUT = 60.0
 # Tags below are the caller's, this one is the collectives'; communicators that share ranks differ in the bits above.
 _COLLECTIVE = 1 << 15
-_CONTEXT_SHIFT = 16
-# Up to so many bytes all_reduce sends whole arrays, one message to each rank; above, a slice to each, twice.
+CONTEXT_SHIFT = 16
+# Up to so many bytes all_reduce gathers whole arrays; above, every rank adds a slice.
 _SMALL_REDUCE = 32 << 10
+_SMALL_VALUE = 512  # bytes of a value that is gathered at once; a longer one goes after its length
 
 
 class RankError(RuntimeError):
@@ -61,7 +62,7 @@ class Comm:
     def __init__(self, rank: int, size: int, timeout: float = DEFAULT_TIMEOUT) -> None:
         self.rank, self.size = rank, size
         self.timeout = timeout
-        self._contexts = 0
+        self._contexts, self._max_contexts = 0, 1 << 15
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, size={self.size})"
@@ -169,11 +170,22 @@ class Comm:
     def all_gather(self, value: object) -> list[Any]:
         """The small Python values of all ranks, in their order."""
         text = np.frombuffer(pickle.dumps(value), np.uint8)
-        lengths = [np.zeros(1, np.int64) for _ in range(self.size)]
-        self.all_gather_arrays(np.array([text.size], np.int64), lengths)
-        texts = [np.empty(int(length[0]), np.uint8) for length in lengths]
+        block = np.zeros(_SMALL_VALUE, np.uint8)
+        block[:8] = np.array([text.size], np.int64).view(np.uint8)
+        block[8:8 + text.size] = text[:_SMALL_VALUE - 8]
+        blocks = self._gather_blocks(block)
+        lengths = blocks[:, :8].copy().view(np.int64)[:, 0]
+        if lengths.max() <= _SMALL_VALUE - 8:
+            return [pickle.loads(blocks[r, 8:8 + n].tobytes()) for r, n in enumerate(lengths)]
+        texts = [np.empty(n, np.uint8) for n in lengths]
         self.all_gather_arrays(text, texts)
         return [pickle.loads(each.tobytes()) for each in texts]
+
+    def _gather_blocks(self, block: Bytes) -> Bytes:
+        """(n,) of every rank -> (size, n): from each to each, since a second hop costs more than a few messages."""
+        blocks = np.empty((self.size, block.size), np.uint8)
+        self.all_gather_arrays(block, list(blocks))
+        return blocks
 
     def all_reduce(self, array: Array, op: str = "sum") -> None:
         """array becomes the sum or the max over all ranks, in place: added in rank order, in array's own dtype, and so
@@ -181,14 +193,12 @@ class Comm:
         if op not in ("sum", "max"):
             raise ValueError(f"all_reduce: op must be 'sum' or 'max', not {op!r}")
         add = np.add if op == "sum" else np.maximum
-        as_bytes("all_reduce", "array", array, writable=True)
+        data = as_bytes("all_reduce", "array", array, writable=True)
         flat = array.reshape(-1)
         if self.size == 1:
             self._check()
         elif array.nbytes <= _SMALL_REDUCE:
-            parts = [np.empty_like(flat) for _ in range(self.size)]
-            self.all_gather_arrays(flat, parts)
-            _fold(add, parts, flat)
+            _fold(add, self._gather_blocks(data).view(array.dtype), flat)
         else:
             slices = np.array_split(flat, self.size)
             parts = [np.empty_like(slices[self.rank]) for _ in range(self.size)]
@@ -218,8 +228,7 @@ class Comm:
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-        nothing = np.empty(0, np.uint8)
-        self.all_gather_arrays(nothing, [nothing] * self.size)
+        self._gather_blocks(np.empty(0, np.uint8))
 
     def agree(self, what: str, value: object) -> None:
         """Every rank calls it: a ValueError on all of them, before anything else moves, if a value differs from
@@ -233,8 +242,11 @@ class Comm:
     def split(self, color: int) -> Comm:
         """The communicator of the ranks that give this color, in the order of their ranks here; every rank calls it.
         A failure in one is a failure in all."""
-        said = self.all_gather((color, self._root()._contexts))
-        context = self._root()._contexts = 1 + max(used for _, used in said)
+        root = self._root()
+        said = self.all_gather((color, root._contexts))
+        context = root._contexts = 1 + max(used for _, used in said)
+        if context >= root._max_contexts:
+            raise Disagreement(f"split: this transport has tags for {root._max_contexts - 1} splits, and all are taken")
         return SubComm(self, [r for r in range(self.size) if said[r][0] == color], context)
 
     def _root(self) -> Comm:
@@ -254,7 +266,7 @@ class SubComm(Comm):
     """Some ranks of another communicator, by another number; what it sends, the other carries."""
 
     def __init__(self, parent: Comm, ranks: Sequence[int], context: int) -> None:
-        self._parent, self._ranks, self._context = parent, list(ranks), context << _CONTEXT_SHIFT
+        self._parent, self._ranks, self._context = parent, list(ranks), context << CONTEXT_SHIFT
         super().__init__(self._ranks.index(parent.rank), len(ranks), parent.timeout)
 
     @property
@@ -325,7 +337,7 @@ def as_bytes(function: str, argument: str, array: Array, *, writable: bool = Fal
     return array.reshape(-1).view(np.uint8)
 
 
-def _fold(add: np.ufunc, parts: Sequence[Array], out: Array) -> None:
+def _fold(add: np.ufunc, parts: Sequence[Array] | Array, out: Array) -> None:
     """out = parts[0] + parts[1] + ..., from the left; out is none of them."""
     out[:] = parts[0]
     for part in parts[1:]:

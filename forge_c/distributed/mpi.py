@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forge_c.distributed.comm import DEFAULT_TIMEOUT, Bytes, Comm, Pending, RankError
+from forge_c.distributed.comm import CONTEXT_SHIFT, DEFAULT_TIMEOUT, Bytes, Comm, Pending, RankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
@@ -35,6 +35,7 @@ _NEWS_BYTES = 2048
 _NEWS_TAG = (1 << 15) + 1
 _HOT = 100e-6        # so long after something came, look again without sleeping
 _LONGEST_SLEEP = 2e-3
+_HELPER_DELAY = 5e-4  # who waits at once moves the message itself, and is not to share the GIL meanwhile
 _GRACE = 2.0         # between the news that a rank has gone and giving up what it may have sent before
 
 FAILED, ENDED = 0, 1
@@ -66,6 +67,7 @@ class MPIComm(Comm):
         # What Testsome looks at, and beside each request whose it is: the news are the first, and nobody's.
         self._requests.append(self._heads.Irecv([self._news, mpi.BYTE], mpi.ANY_SOURCE, _NEWS_TAG))
         self._owners: list[_MPIPending | None] = [None]
+        self._max_contexts = (comm.Get_attr(mpi.TAG_UB) or 0) >> CONTEXT_SHIFT
         self._helper = _Helper(self) if mpi.Query_thread() >= mpi.THREAD_MULTIPLE and self.size > 1 else None
         self.agree("MPIComm: version of forge_c", __version__)
 
@@ -104,13 +106,14 @@ class MPIComm(Comm):
         """A communicator of our own, within the timeout."""
         duplicate, request = comm.Idup()
         begin = time.monotonic()
+        self._broken = f"rank {self.rank} failed: not every rank has made its MPIComm"
         while not request.Test():
             idle = time.monotonic() - begin
             if idle > self.timeout:
-                self._broken = f"rank {self.rank} failed: not every rank has made its MPIComm"
                 raise TimeoutError(f"MPIComm: rank {self.rank} of {self.size}: not every rank has made its own within "
                                    f"{self.timeout:g} s")
             _pause(idle)
+        self._broken = None
         return duplicate
 
     def _start_send(self, data: Bytes, to: int, tag: int) -> Pending:
@@ -319,12 +322,19 @@ class _Helper:
         self.thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # nobody would see it here: whoever waits raises it
+            self.comm._broken = self.comm._broken or f"rank {self.comm.rank} failed: {type(error).__name__}: {error}"
+
+    def _work(self) -> None:
         comm = self.comm
         while not self.ends:
             self.work.wait()
             self.work.clear()
+            time.sleep(_HELPER_DELAY)
             last = time.monotonic()
-            while not self.ends and len(comm._requests) > 1:
+            while not self.ends and comm._broken is None and len(comm._requests) > 1:
                 if comm._waits:
                     time.sleep(_LONGEST_SLEEP)
                     last = time.monotonic()
