@@ -87,7 +87,8 @@ def test_a_part_comes_from_its_owner_or_from_one_who_has_it():
                 assert each in ranks[each.owner].sends
                 continue
             (before,) = (t for t in transfers(ranks) if t.onward is each)
-            assert (before.to, before.owner, before.begin, before.end) == (each.source, each.owner, each.begin, each.end)
+            part = each.owner, each.begin, each.end
+            assert (before.to, before.owner, before.begin, before.end) == (each.source, *part)
             assert before.key() < each.key()
         assert sum(len(rank.sends) for rank in ranks) == sum(t.source == t.owner for t in transfers(ranks))
 

@@ -3,6 +3,7 @@
 See docs/distributed.md. Nothing here starts before a communicator is made; mpi4py is imported by MPIComm alone.
 """
 from forge_c.distributed.comm import Comm, RankError, SelfComm
+from forge_c.distributed.decode import sharded_decode
 from forge_c.distributed.layout import positions, shard, unshard
 from forge_c.distributed.mpi import MPIComm
 from forge_c.distributed.parallel import parallel
@@ -11,7 +12,7 @@ from forge_c.distributed.stats import Stats
 from forge_c.distributed.threads import ThreadComm
 
 __all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "Stats", "ThreadComm", "parallel", "positions", "ring_attention",
-           "shard", "unshard"]
+           "shard", "sharded_decode", "unshard"]
 
 
 def __dir__() -> list[str]:

@@ -58,16 +58,19 @@ def check_qkv(function: str, q: Array, k: Array, v: Array) -> Sizes:
 
 
 def agree(comm: Comm, function: str, own: dict[str, Any], length: int = 0) -> list[int]:
-    """Every rank's length, where they agree about everything else; Disagreement on every rank where not, which names
-    what differs, and where."""
+    """Every rank's length, where they agree about everything else; Disagreement on every rank where not."""
     said = comm.all_gather(({"version": __version__, **own}, length))
-    first = said[0][0]
-    for rank, (values, _) in enumerate(said):
-        for name, value in values.items():
-            if value != first.get(name):
-                raise Disagreement(f"{function}: ranks do not agree: {name} is {first.get(name)!r} on rank 0 and "
-                                   f"{value!r} on rank {rank}")
+    check_said(function, [each for each, _ in said])
     return [each for _, each in said]
+
+
+def check_said(function: str, said: list[dict[str, Any]]) -> None:
+    """Disagreement, which names what differs and where, unless all ranks say the same."""
+    for rank, values in enumerate(said):
+        for name, value in values.items():
+            if value != said[0].get(name):
+                raise Disagreement(f"{function}: ranks do not agree: {name} is {said[0].get(name)!r} on rank 0 and "
+                                   f"{value!r} on rank {rank}")
 
 
 def check_lengths(function: str, layout: str, lengths: list[int]) -> int:

@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 
 from forge_c.distributed.cache import ShardedKV
 from forge_c.distributed.comm import Comm
+from forge_c.distributed.decode import sharded_decode
 from forge_c.distributed.owners import Owners
+from forge_c.distributed.plan import Runs
+from forge_c.distributed.ring import Ring
+from forge_c.distributed.wire import Wire
 from forge_c.formats.layout import Precision
-from forge_c.functional import KV_CHUNK, attention
+from forge_c.functional import KV_CHUNK
 from forge_c.state.kv import KVCache
 
 Floats = NDArray[np.float32]
@@ -53,8 +57,9 @@ class Prompt:
              scale=kind.scale, softcap=kind.softcap, precision=self.precision)
 
     def keys(self, window: int | None) -> list[Positions]:
-        """Of all ranks, where the keys lie that some query may see, those of the pass included."""
-        first = 0 if window is None else max(0, self.start - window + 1)
+        """Of all ranks, where the keys lie from the first chunk on that some query may see, those of the pass included.
+        """
+        first = 0 if window is None else max(0, self.start - window + 1) // KV_CHUNK * KV_CHUNK
         if first not in self._keys:
             assert self.owners is not None  # there are keys
             self._keys[first] = [np.concatenate([self.owners.positions(r, first), at])
@@ -78,9 +83,8 @@ class Step:
                 order = np.argsort(~mine, axis=1, kind="stable")[:, : int(counts.max()), None, None]
                 k, v = np.take_along_axis(k, order, 1), np.take_along_axis(v, order, 1)
             layer.kv.append(k[:, : counts.max()], v[:, : counts.max()], lens=counts)
-        found, lse = attention(q, layer.kv, scale=kind.scale, softcap=kind.softcap, precision=self.precision,
-                               return_lse=True, **self._placed(layer))
-        out[...] = merged(self.comm, found, lse)
+        out[...] = sharded_decode(q, layer.kv, comm=self.comm, scale=kind.scale, softcap=kind.softcap,
+                                  precision=self.precision, **self._placed(layer))
 
     def _placed(self, layer: ShardedKV) -> dict[str, Any]:
         """Who sees whom; without a window a single new token sees all."""
@@ -105,37 +109,27 @@ def held_by(kv: KVCache, start: int, stop: int) -> tuple[NDArray[Any], NDArray[A
 def fold(comm: Comm, q: Floats, queries: list[Positions], k: NDArray[Any], v: NDArray[Any], keys: list[Positions],
          out: Floats, *, kept: str, window: int | None, scale: float, softcap: float | None,
          precision: Precision | None) -> None:
-    """out = attention of q at queries[rank] over the keys of all ranks, k and v being those at keys[rank]."""
-    both: list[Any] = []
-    at = np.concatenate(keys)
-    first = int(at.min()) // KV_CHUNK * KV_CHUNK
-    for part in (k, v):
-        parts = [np.empty((1, len(one), *part.shape[2:]), part.dtype) for one in keys]
-        comm.all_gather_arrays(np.ascontiguousarray(part), parts)
-        laid = np.zeros((1, at.max() + 1 - first, *part.shape[2:]), part.dtype)
-        laid[:, at - first] = np.concatenate(parts, axis=1)
-        both.append(laid)
-    if q.shape[1]:
-        args: dict[str, Any] = {"causal": True, "window": window, "scale": scale, "softcap": softcap,
-                                "precision": precision, "q_positions": queries[comm.rank] - first}
-        if kept == "int8":
-            cache = KVCache(1, both[0].shape[1], k.shape[2], k.shape[3], dtype="int8")
-            cache.append(*both)
-            attention(q, cache, out=out, **args)
-        else:
-            attention(q, *both, out=out, **args)
+    """out = attention of q at queries[rank] over the keys of all ranks, k and v being those at keys[rank]; all keys
+    from keys' first on, a multiple of KV_CHUNK."""
+    first = min(int(at[0]) for at in keys if len(at))
+    runs, rows = (tuple(runs_at(at - first) for at in of) for of in (keys, queries))
+    options: dict[str, Any] = {"causal": True, "window": window, "scale": scale, "softcap": softcap,
+                               "precision": precision}
+    wire = Wire("int8" if kept == "int8" else None, k.dtype, k.shape[0], k.shape[2], k.shape[3], v.shape[3])
+    ring = Ring(comm, runs, wire, 2, None, None, q, k, v, options, None, queries=rows, kept=kept)
+    ring.run()
+    out[...] = ring.out
 
 
-def merged(comm: Comm, found: Floats, lse: Floats) -> Floats:
-    """What queries find in all shards (..., dim), from what they find in this one and its lse (...)."""
-    top = lse.copy()
-    comm.all_reduce(top, "max")
-    with np.errstate(invalid="ignore"):
-        weight = np.exp(lse - top)
-    weight[np.isneginf(lse)] = 0
-    sums = np.concatenate([found * weight[..., None], weight[..., None]], axis=-1)
-    comm.all_reduce(sums)
-    total = sums[..., -1:]
-    total[total == 0] = 1
-    result: Floats = sums[..., :-1] / total
-    return result
+def runs_at(at: Positions) -> Runs:
+    """Ascending positions as evenly spaced runs."""
+    steps = np.diff(at)
+    changes = np.append(np.flatnonzero(np.diff(steps)) + 1, len(steps))
+    runs, begin = [], 0
+    while begin < len(at):
+        step = int(steps[begin]) if begin < len(steps) else 1
+        end = min(int(changes[np.searchsorted(changes, begin, side="right")]) if begin < len(steps) else begin,
+                  len(steps))
+        runs.append(range(int(at[begin]), int(at[end]) + 1, step))
+        begin = end + 1
+    return tuple(runs)

@@ -91,7 +91,7 @@ class _Clock:
 
     def _advance(self, rank: int, now: float) -> None:
         me = self.ranks[rank]
-        for step, coming, leaving in me.open:
+        for _, coming, leaving in me.open:
             for transfer in [each for each in coming if self._done(each, now)]:
                 coming.remove(transfer)
                 if transfer.onward is not None:
