@@ -400,10 +400,18 @@ cdef extern from "forge.h" nogil:
         FC_SHORT_CONV
         FC_RG_LRU
         FC_PART_KINDS
+    ctypedef fc_status fc_exchange(void *self, float *y, const float *mine, ptrdiff_t rows, ptrdiff_t n,
+                                   ptrdiff_t mine_stride) noexcept nogil
+    ctypedef struct fc_ranks:
+        fc_exchange *call
+        void *self
+        ptrdiff_t first, count, n
     ctypedef struct fc_part:
         fc_part_kind kind
         const void *weights
         fc_norm norm, post_norm
+        const fc_ranks *inner
+        const fc_ranks *ranks
     ctypedef struct fc_router:
         const float *weight
         float threshold
@@ -487,6 +495,7 @@ cdef extern from "forge.h" nogil:
         fc_norm norm
         int norm_before_gate
     ctypedef struct fc_short_conv_weights:
+        ptrdiff_t channels
         fc_matrix in_ "in"
         fc_matrix out
         fc_conv_weights conv
@@ -509,6 +518,8 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t n_layers
         fc_norm norm
         fc_matrix head
+        const fc_ranks *ranks
+        ptrdiff_t first_token
     ctypedef struct fc_forward_args:
         size_t size
         const fc_model *model

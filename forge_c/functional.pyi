@@ -57,6 +57,13 @@ class Norm:
     def __init__(self, kind: str, n: int, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6,
                  offset: float = 0.0) -> None: ...
 
+class Ranks:
+    exchange: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    def __init__(self, exchange: Callable[[NDArray[np.float32]], NDArray[np.float32]], columns: range | None = None,
+                 n: int = 0) -> None: ...
+
+Over = tuple[Ranks | None, Ranks]
+
 class Part:
     hidden: int
     nbytes: int
@@ -71,12 +78,13 @@ class AttentionPart(Part):
                  head_dim: int, norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
                  k_norm: Norm | None = None, qkv_bias: Array | None = None, balance: Array | None = None,
                  out_bias: Array | None = None, scale: float = 1.0, softcap: float = 0.0,
-                 window: int | None = None, width: int = 0, precision: Precision | None = None) -> None: ...
+                 window: int | None = None, width: int = 0, precision: Precision | None = None,
+                 over: Over | None = None) -> None: ...
 
 class MLPPart(Part):
     def __init__(self, up: PackedWeight | Sequence[PackedWeight], down: PackedWeight, *, activation: str = "silu",
                  norm: Norm | None = None, post_norm: Norm | None = None, up_bias: Array | None = None,
-                 down_bias: Array | None = None) -> None: ...
+                 down_bias: Array | None = None, over: Over | None = None) -> None: ...
 
 class CalledPart(Part):
     def __init__(self, hidden: int, call: Callable[[Array, Any, NDArray[np.int64]], Array], *, norm: Norm | None = None,
@@ -97,7 +105,7 @@ class MambaPart(RecurrentPart):
                  out_proj: PackedWeight, *, a: Array, d: Array | None, dt_bias: Array | None,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
                  norm: Norm | None = None, post_norm: Norm | None = None, dt_norm: Norm | None = None,
-                 b_norm: Norm | None = None, c_norm: Norm | None = None) -> None: ...
+                 b_norm: Norm | None = None, c_norm: Norm | None = None, over: Over | None = None) -> None: ...
 
 class Mamba2Part(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *, heads: int, groups: int,
@@ -110,12 +118,13 @@ class RGLRUPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, gates: Sequence[PackedWeight],
                  out_proj: PackedWeight, *, heads: int, param: Array, activation: str = "gelu_tanh",
                  gate_bias: Array | None = None, conv_bias: Array | None = None, in_bias: Array | None = None,
-                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None,
+                 over: Over | None = None) -> None: ...
 
 class ShortConvPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
-                 norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+                 norm: Norm | None = None, post_norm: Norm | None = None, over: Over | None = None) -> None: ...
 
 class RecurrentSlots:
     memory: NDArray[np.float32]
@@ -152,8 +161,11 @@ class LayeredModel:
     embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm
+    ranks: Ranks | None
+    first_token: int
     def __init__(self, embedding: Array | PackedWeight,
-                 layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
+                 layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0,
+                 ranks: Ranks | None = None, first_token: int = 0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
                 last_only: bool = False, hidden: bool = False,
                 positions: NDArray[np.int64] | None = None) -> tuple[Any, Any]: ...

@@ -425,10 +425,25 @@ typedef enum {
     FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_RG_LRU,
     FC_PART_KINDS
 } fc_part_kind;
+/* Processes that hold shares of what is one matrix in the formula. y (M, n) becomes what all of them give, the same bits
+ * in each: with count 0 the sum of their y, else this one's columns, `mine` (M, count), mine_stride floats apart, from
+ * `first` on, beside the others'; mine may be these columns of y. On the calling thread. */
+typedef fc_status fc_exchange(void *self, float *y, const float *mine, ptrdiff_t rows, ptrdiff_t n,
+                              ptrdiff_t mine_stride);
+typedef struct {
+    fc_exchange *call;
+    void *self;
+    ptrdiff_t first, count, n;
+} fc_ranks;
 typedef struct {
     fc_part_kind kind;
     const void *weights; /* of the kind: fc_attention_weights, fc_mlp_weights, fc_called, fc_mamba_weights, .. */
     fc_norm norm, post_norm;
+    /* Of a part whose heads or channels are spread over ranks, else NULL twice: the last matrix has some columns, and
+     * takes in the channels of all; or it has the rows for this rank's channels, results are terms of a sum, of which one
+     * has the bias, and `inner` is NULL. */
+    const fc_ranks *inner; /* (M, channels that the last matrix takes in) */
+    const fc_ranks *ranks; /* (M, hidden): results */
 } fc_part;
 
 /* Mixture of depths: a token's logit is r = x . weight. Those with r > threshold go through the layer,
@@ -554,8 +569,9 @@ typedef struct {
 
 /* FC_SHORT_CONV: b, c, x = in(..);  out(c conv(b x)), conv without an activation */
 typedef struct {
-    fc_matrix in;  /* (hidden, 3 hidden) */
-    fc_matrix out; /* (hidden, hidden) */
+    ptrdiff_t channels;
+    fc_matrix in;  /* (hidden, 3 channels) */
+    fc_matrix out; /* (channels, hidden) */
     fc_conv_weights conv;
 } fc_short_conv_weights;
 
@@ -582,6 +598,8 @@ typedef struct {
     ptrdiff_t n_layers;
     fc_norm norm;
     fc_matrix head; /* (hidden, vocab) */
+    const fc_ranks *ranks; /* that hold the embedding's rows of other tokens; NULL: none do, */
+    ptrdiff_t first_token; /* else these rows, and the head's columns, are of `vocab` tokens from this one on */
 } fc_model;
 
 /* Row b's tokens come after the start[b] that its states hold. One parallel region in all. FC_INTERRUPTED leaves the

@@ -32,9 +32,59 @@ cdef fc_matrix matrix_of(PackedWeight w) noexcept:
     return m
 
 
+cdef class Ranks:
+    """Processes of which each holds a share of the weights. exchange(y (rows, n) float32) gives what all of them give, of
+    what this one does, the same bits in each: their sum, or, with columns, which y are of n, those of all ranks."""
+    cdef fc_ranks c
+    cdef readonly object exchange
+
+    def __init__(self, exchange not None, columns=None, ptrdiff_t n=0):
+        self.exchange, self.c.call, self.c.self = exchange, exchange_python, <void *>self
+        if columns is not None:
+            self.c.first, self.c.count, self.c.n = columns.start, len(columns), n
+
+
+cdef fc_status exchange_python(void *call, float *y, const float *mine, ptrdiff_t rows, ptrdiff_t n,
+                               ptrdiff_t mine_stride) noexcept nogil:
+    with gil:
+        return exchanged(<Ranks>call, y, mine, rows, n, mine_stride)
+
+
+cdef fc_status exchanged(Ranks ranks, float *y, const float *mine, ptrdiff_t rows, ptrdiff_t n,
+                         ptrdiff_t mine_stride) noexcept:
+    cdef cnp.npy_intp dims[2]
+    cdef cnp.ndarray given, whole
+    cdef ptrdiff_t i
+    try:
+        dims[0], dims[1] = rows, ranks.c.count or n
+        given = new_array(2, dims, FC_F32)  # a copy: who is called may keep it, y is scratch
+        for i in range(rows):
+            memcpy(<float *>cnp.PyArray_DATA(given) + i * dims[1], mine + i * mine_stride, dims[1] * sizeof(float))
+        whole = np.ascontiguousarray(ranks.exchange(given), np.float32)
+        if shape_of(whole) != (rows, n):
+            raise ValueError(f"Ranks: its result has shape {shape_of(whole)}, expected {(rows, n)}")
+        memcpy(y, cnp.PyArray_DATA(whole), cnp.PyArray_NBYTES(whole))
+        return FC_OK
+    except BaseException as error:  # as in called_with
+        PyErr_SetObject(type(error), error)
+        return FC_INTERRUPTED
+
+
+cdef ptrdiff_t channels_here(object over, PackedWeight last):
+    """Of those that a part's last matrix takes in."""
+    return last.k if over is None or over[0] is None else (<Ranks?>over[0]).c.count
+
+
+cdef ptrdiff_t hidden_of(object over, PackedWeight last):
+    """Channels of a part's result, whole."""
+    return last.n if over is None or over[0] is None else (<Ranks?>over[1]).c.n
+
+
 cdef class Part:
     """A part of a layer as src_c takes it: what it holds stays alive with it. norm: of what goes in; post_norm: of what
-    comes out; None: absent."""
+    comes out; None: absent. over: of a part whose heads or channels are a share, (inner, ranks): Ranks by columns of what
+    its last matrix takes in, and of the part's result, of which that matrix has columns; or (None, Ranks), whose sum the
+    result is a term of, with the last bias in one of them."""
     cdef fc_part c
     cdef list held
     cdef readonly ptrdiff_t hidden
@@ -42,11 +92,23 @@ cdef class Part:
     cdef readonly object params  # weights of its matrices
     cdef readonly dict arguments  # that make another; None where Python code computes it
 
-    cdef int begin(self, fc_part_kind kind, const void *weights, ptrdiff_t hidden, Norm norm, Norm post_norm) except -1:
+    cdef int begin(self, fc_part_kind kind, const void *weights, ptrdiff_t hidden, Norm norm, Norm post_norm,
+                   object over=None) except -1:
         self.c.kind, self.c.weights, self.hidden = kind, weights, hidden
         self.held, self.nbytes, self.params = [], 0, 0
         self.c.norm, self.c.post_norm = self.normed("norm", norm, hidden), self.normed("post_norm", post_norm, hidden)
+        if over is not None:
+            self.held += over
+            self.c.inner = NULL if over[0] is None else &(<Ranks?>over[0]).c
+            self.c.ranks = &(<Ranks?>over[1]).c
         return 0
+
+    cdef fc_matrix last(self, str name, PackedWeight w, ptrdiff_t channels, object bias) except *:
+        """The matrix whose results are the part's, all of them or a share, of this rank's channels, or of all."""
+        cdef tuple shape = (channels, self.hidden)
+        if self.c.inner != NULL:
+            shape = (self.c.inner.n, self.c.ranks.count)
+        return self.matrix(name, w, shape, bias)
 
     cdef int keep(self, object value) except -1:
         self.held.append(value)
@@ -98,15 +160,15 @@ cdef class AttentionPart(Part):
     def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
                  qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None,
-                 ptrdiff_t width=0, precision=None):
+                 ptrdiff_t width=0, precision=None, over=None):
         cdef cnp.ndarray by
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_ATTENTION, &self.w, out.n, None, post_norm)
-        self.w.width = width or out.n
+        self.begin(FC_ATTENTION, &self.w, hidden_of(over, out), None, post_norm, over)
+        self.w.width = width or self.hidden
         self.c.norm = self.normed("norm", norm, self.w.width)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
         self.project(self.beside("qkv", qkv, 3), (heads + 2 * kv_heads) * head_dim, qkv_bias)
-        self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
+        self.w.out = self.last("out", out, heads * head_dim, out_bias)
         self.w.q_norm, self.w.k_norm = self.normed("q_norm", q_norm, head_dim), self.normed("k_norm", k_norm, head_dim)
         if balance is not None:
             by = np.ascontiguousarray(balance, np.float32)
@@ -153,15 +215,16 @@ cdef class MLPPart(Part):
     cdef fc_mlp_weights w
 
     def __init__(self, up not None, PackedWeight down not None, *, str activation not None="silu",
-                 Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None):
+                 Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None, over=None):
         cdef object biases = up_bias
         cdef tuple sides = self.beside("up", up, 2)
         cdef PackedWeight first = sides[0]
-        cdef tuple shape = (down.n, 2 * down.k if first.gated else down.k)
+        cdef ptrdiff_t inner = channels_here(over, down)
+        cdef tuple shape = (hidden_of(over, down), 2 * inner if first.gated else inner)
         cdef bint gated = first.gated or len(sides) == 2
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_GATED_MLP if gated else FC_MLP, &self.w, down.n, norm, post_norm)
-        self.w.inner, self.w.squared = down.k, activation == "relu2" and not gated
+        self.begin(FC_GATED_MLP if gated else FC_MLP, &self.w, shape[0], norm, post_norm, over)
+        self.w.inner, self.w.squared = inner, activation == "relu2" and not gated
         self.w.activation = GATES["relu" if self.w.squared else activation]
         if len(sides) == 1:
             self.w.up = self.matrix("up", first, shape, up_bias)
@@ -169,7 +232,7 @@ cdef class MLPPart(Part):
             gate_bias, up_bias = (None, None) if up_bias is None else np.reshape(up_bias, (2, -1))
             self.w.gate = self.matrix("gate", first, shape, gate_bias)
             self.w.up = self.matrix("up", sides[1], shape, up_bias)
-        self.w.down = self.matrix("down", down, (down.k, down.n), down_bias)
+        self.w.down = self.last("down", down, inner, down_bias)
         self.arguments = {"up": up, "down": down, "activation": activation, "norm": norm, "post_norm": post_norm,
                           "up_bias": biases, "down_bias": down_bias}
 
@@ -359,7 +422,8 @@ cdef class StateTable:
 cdef class LayeredModel:
     """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and
     behind them, where a layer has one, a Router, the mixer beside, and attention and mlp ahead, or None; embedding
-    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
+    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab).
+    ranks: that hold the rest of the vocabulary; first_token: of this one's."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
@@ -368,9 +432,11 @@ cdef class LayeredModel:
     cdef readonly object embedding
     cdef readonly PackedWeight head
     cdef readonly Norm norm
+    cdef readonly Ranks ranks
 
     def __cinit__(self, embedding not None, list layers not None, Norm norm not None,
-                  PackedWeight head not None, *, double embedding_scale=1.0):
+                  PackedWeight head not None, *, double embedding_scale=1.0, Ranks ranks=None,
+                  ptrdiff_t first_token=0):
         cdef ptrdiff_t i
         self.held = layers
         self.parts = [part for layer in layers for part in (*layer[:2], *layer[4:]) if part is not None]
@@ -381,6 +447,7 @@ cdef class LayeredModel:
             raise ValueError(f"LayeredModel: head has shape {head.shape}, expected ({norm.n}, vocab)")
         self.look_up(embedding)
         self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
+        self.ranks, self.c.first_token, self.c.ranks = ranks, first_token, NULL if ranks is None else &ranks.c
         self.c.head = matrix_of(head)
         self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
         if self.layers == NULL:
@@ -401,6 +468,11 @@ cdef class LayeredModel:
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
+
+    @property
+    def first_token(self):
+        """Of those whose rows are here."""
+        return self.c.first_token
 
     @property
     def nbytes(self):
@@ -450,6 +522,7 @@ cdef class LayeredModel:
         a.batch, a.seq, a.last_only = cnp.PyArray_DIM(ids, 0), cnp.PyArray_DIM(ids, 1), last_only
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
+        a.waits = self.ranks is not None
         if positions is not None:
             at = private_ints(positions)
             longest = placed(at, a.batch, a.seq)

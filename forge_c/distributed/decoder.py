@@ -52,7 +52,7 @@ class ParallelDecoder(Decoder):
 
     def __init__(self, decoder: Decoder, comm: Comm, layout: str) -> None:
         self._describe(decoder.spec, decoder.dtype)
-        self._model, self.comm, self.layout = decoder._model, comm, layout
+        self._model, self.comm, self.layout, self._decoder = decoder._model, comm, layout, decoder
         self._of = decoder.kinds
         self.kinds = tuple(Shard(kind, comm.rank, comm.size) for kind in self._of)
         if any(isinstance(kind, _RECURRENT) for kind in self._of):
@@ -80,7 +80,7 @@ class ParallelDecoder(Decoder):
     def runs_together(self, tokens: int, held: int) -> bool:
         """Whether every rank runs all of a text's tokens after so many: their queries are less to send than the keys
         are, and they are few."""
-        kind = next((kind for kind in self._of if isinstance(kind, Attention)), None)
+        kind = next((kind for kind in self._mixers() if isinstance(kind, Attention)), None)
         if tokens <= 1 or kind is None:
             return tokens <= KV_CHUNK
         return tokens <= KV_CHUNK and tokens * kind.n_heads <= held * kind.n_kv_heads
@@ -170,6 +170,7 @@ class ParallelDecoder(Decoder):
             states = [*states[:before], None, *states[before:]]
         found, normed = model.forward(ids, StateTable(states), start, logits=wanted.logits, last_only=wanted.last_only,
                                       hidden=wanted.hidden and not looks, positions=positions)
+        found = None if found is None else self._decoder.whole_logits(found)
         return found, seen[0] if looks else normed
 
     def _whole(self, found: tuple[Any, Any], tokens: list[Ids], last: int, wanted: Wanted) -> tuple[Any, Any]:

@@ -42,8 +42,8 @@ class Decoder:
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
         self._describe(spec, dtype if stored is None else stored.mostly())
         form = cast(PackDtype, dtype)  # of what is not stored already
-        ends = (_ends(spec, checkpoint, form, activations) if stored is None
-                else _stored_ends(spec, stored, activations))
+        ends = (packed_ends(spec, checkpoint, form, activations) if stored is None
+                else stored_ends(spec, stored, activations))
         source = _weighed(spec, checkpoint, form, activations, importance) if stored is None else (
             lambda i: StoredSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, form, activations))
         layers = [build_layer(spec.layers[i], source(i)) for i in progress(range(spec.n_layers))]
@@ -150,7 +150,11 @@ class Decoder:
             with cache.extending(ids, fresh) as start:
                 found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
                                                     hidden=hidden)
-        return None if found is None else self._finished(found), normed
+        return None if found is None else self._finished(self.whole_logits(found)), normed
+
+    def whole_logits(self, found: Floats) -> Floats:
+        """Logits of the whole vocabulary, from those of this rank's tokens where it is spread over ranks."""
+        return found
 
     def _check_head(self, logits: bool) -> None:
         if logits and self.spec.head.absent:
@@ -192,7 +196,9 @@ class Decoder:
         m = self._model
         layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
         before = sum(len(one.remembers) for one in self.spec.layers[:layer])
-        return LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale), before
+        made = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale, ranks=m.ranks,
+                            first_token=m.first_token)
+        return made, before
 
     def _finished(self, y: Floats) -> Floats:
         """Logits as the family scales and caps them, in place."""
@@ -223,7 +229,7 @@ def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype, activations
     return source
 
 
-def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
+def packed_ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
           activations: Activations | None) -> tuple[Any, PackedWeight]:
     """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
@@ -236,7 +242,7 @@ def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
     return embedding, pack(head.T, held, activations=activations)
 
 
-def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
+def stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
                  activations: Activations | None) -> tuple[PackedWeight, PackedWeight]:
     """The same as the file has them, both (H, vocab), and one where the model is tied."""
     def packed(name: str) -> PackedWeight:

@@ -117,8 +117,7 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     balance(&t);
     if (status == FC_OK) status = rotate(&t);
     if (status == FC_OK) status = append_and_attend(&t);
-    if (status == FC_OK)
-        status = project(p, out, p->hidden, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
+    if (status == FC_OK) status = project_out(p, part, out, t.attn_out, queries, &w->out, queries, residual);
     fc_scratch_free(&scratch);
     return status;
 }

@@ -73,8 +73,7 @@ fc_status mamba2_part(const struct pass *p, const fc_part *part, void *state, fl
     if (status == FC_OK) status = scan(&t, !gate_last);
     if (status == FC_OK && normed) status = norm_groups(&t);
     if (status == FC_OK && gate_last) status = gate(&t);
-    if (status == FC_OK)
-        status = project(p, out, p->hidden, t.xbc, p->rows, conv, &w->out, inner, p->hidden, NULL, residual);
+    if (status == FC_OK) status = project_out(p, part, out, t.xbc, conv, &w->out, inner, residual);
     fc_scratch_free(&scratch);
     return status;
 }
