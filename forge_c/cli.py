@@ -155,9 +155,8 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _load(args: argparse.Namespace) -> Model:
+def _set_threads(args: argparse.Namespace) -> None:
     from forge_c import set_num_threads
-    from forge_c.models import load, random_model
     from forge_c.threads import default_threads
 
     if args.threads is not None:
@@ -166,6 +165,12 @@ def _load(args: argparse.Namespace) -> Model:
         if args.threads > cpus:
             warnings.warn(f"--threads is {args.threads}, and this process may use {cpus} CPUs: that is slower than "
                           f"{default_threads()[0]}", stacklevel=1)
+
+
+def _load(args: argparse.Namespace) -> Model:
+    from forge_c.models import load, random_model
+
+    _set_threads(args)
     shape = getattr(args, "shape", None)
     options = {"dtype": args.dtype, "activations": args.activations}
     return load(args.model, **options) if shape is None else random_model(shape, **options)
@@ -204,7 +209,11 @@ def _generate_on_ranks(args: argparse.Namespace, options: dict[str, Any]) -> int
         with comm, spoken(comm, sys.stdout) as out, spoken(comm, sys.stderr) as notes:
             args.threads = args.threads or threads_a_rank(comm)
             sampling = on_all(comm, lambda: _sampling(args))
-            model = parallel(on_all(comm, lambda: _load(args)), comm, **options)
+            if options.get("tensor", 1) == 1:
+                model = parallel(on_all(comm, lambda: _load(args)), comm, **options)
+            else:  # which reads no more than this rank's share
+                on_all(comm, lambda: _set_threads(args))
+                model = parallel(args.model, comm, dtype=args.dtype, activations=args.activations, **options)
             return _write(args, model, from_first(comm, lambda: _text(args)), sampling, out, notes)
     except (RankError, *_USER_ERRORS) as error:
         if comm.rank:

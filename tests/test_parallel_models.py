@@ -411,9 +411,10 @@ def test_the_command_line_on_several_processes_prints_what_one_prints(tmp_path: 
     folder = str(write(tmp_path / "a", small(vocab_size=256), tokenizer=BYTES))
     arguments = ["generate", "--model", folder, "--max-new-tokens", "9", "--temperature", "0.8", "--seed", "3", "def f"]
     assert main(arguments) == 0
-    done = run_mpi(COMMAND, 2, *arguments, "--parallel", "--layout", "striped")
-    assert done.out == capsys.readouterr().out
-    assert done.err.count("prompt 6 tokens") == 1
+    want = capsys.readouterr().out
+    for options in (("--layout", "striped"), ("--tensor", "2")):
+        done = run_mpi(COMMAND, 2, *arguments, "--parallel", *options)
+        assert done.out == want and done.err.count("prompt 6 tokens") == 1
 
 
 @needs_mpi

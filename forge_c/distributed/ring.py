@@ -7,7 +7,6 @@ for.
 """
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import checked_size
-from forge_c.distributed.checks import agree, as_said, check_lengths, check_qkv
+from forge_c.distributed.checks import check_call
 from forge_c.distributed.comm import Array, Bytes, Comm, Pending
-from forge_c.distributed.layout import Layout, check_layout
+from forge_c.distributed.layout import Layout
 from forge_c.distributed.plan import STAGES, Pass, RankPlan, Runs, Step, Transfer, piece_keys, plan, runs_of
 from forge_c.distributed.stats import Stats
 from forge_c.distributed.wire import Wire, WireFormat, check_wire
@@ -229,11 +228,11 @@ class Ring:
         whole = self._whole(step)
         for x in whole:
             x[:, :step.seen - step.first] = 0  # a window hides them, and they may not have been sent
-        if step.own[0] < step.own[1]:
-            self._place(whole, self._own(own), self.rank, step, own.start)
-        for transfer, data in parts:
-            self._place(whole, self.wire.decode(data, transfer.end - transfer.begin), transfer.owner, step,
-                        transfer.begin)
+        known = [(self.rank, step.own[0], self._own(own))]
+        known += [(t.owner, t.begin, self.wire.decode(data, t.end - t.begin)) for t, data in parts]
+        for owner, begin, part in known:
+            for x, y in zip(whole, part, strict=True):
+                place(x, y, self.runs[owner], begin, step.first)
         return whole
 
     def _own(self, rows: slice) -> tuple[Array, Array]:
@@ -250,17 +249,16 @@ class Ring:
                           np.empty((batch, most, heads, self.wire.v_dim), self.wire.read))
         return self.whole[0][:, :count], self.whole[1][:, :count]
 
-    def _place(self, whole: tuple[Array, Array], part: tuple[Array, Array], owner: int, step: Step, begin: int) -> None:
-        """Rows of an owner, from its row `begin` on, at their positions."""
-        count, at = part[0].shape[1], 0
-        for run in self.runs[owner]:
-            some = run[max(begin - at, 0):max(begin + count - at, 0)]
-            if some:
-                row = at + run.index(some[0]) - begin
-                target = slice(some[0] - step.first, some[-1] - step.first + 1, some.step)
-                for x, y in zip(whole, part, strict=True):
-                    x[:, target] = y[:, row:row + len(some)]
-            at += len(run)
+
+def place(whole: Array, part: Array, runs: Runs, begin: int, first: int) -> None:
+    """whole (B, n, ..), which begins at position `first`, <- rows of an owner, from its row `begin` on, at theirs."""
+    count, at = part.shape[1], 0
+    for run in runs:
+        some = run[max(begin - at, 0):max(begin + count - at, 0)]
+        if some:
+            row = at + run.index(some[0]) - begin
+            whole[:, some[0] - first:some[-1] - first + 1:some.step] = part[:, row:row + len(some)]
+        at += len(run)
 
 
 @overload
@@ -313,21 +311,12 @@ def ring_attention(q: Array, k: Array, v: Array, *, comm: Comm, layout: Layout =
     """
     name = "ring_attention"
     with comm.guard():
-        sizes = check_qkv(name, q, k, v)
-        check_layout(name, layout)
         check_wire(name, wire)
         check_piece(name, piece)
         checked_size(name, "depth", depth)
-        if sizes.q_len != sizes.kv_len:
-            raise ValueError(f"{name}: q has {sizes.q_len} tokens and k {sizes.kv_len}, expected as many")
-        if window is not None:
-            window = checked_size(name, "window", window, most=math.inf)
-        options: dict[str, Any] = {"causal": bool(causal), "window": window, "scale": scale, "softcap": softcap,
-                                   "precision": precision}
-        lengths = agree(comm, name, {**sizes.shared(), "q's dtype": q.dtype.name, "k's dtype": k.dtype.name,
-                                     "layout": layout, **options, "sinks": as_said(sinks), "wire": wire,
-                                     "depth": depth, "piece": piece}, sizes.q_len)
-        runs = runs_of(layout, check_lengths(name, layout, lengths), comm.size)
+        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "precision": precision}
+        sizes, seq_len = check_call(comm, name, q, k, v, layout, sinks, options, wire=wire, depth=depth, piece=piece)
+        runs = runs_of(layout, seq_len, comm.size)
         form = Wire(wire, k.dtype, sizes.batch, sizes.kv_heads, sizes.head_dim, sizes.v_dim)
         options["precision"] = form.precision(precision)
         ring = Ring(comm, runs, form, depth, piece, stats, q, k, v, options, sinks)
