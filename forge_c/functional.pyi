@@ -214,9 +214,9 @@ def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: b
               sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
               kv_positions: Array | None = None, precision: Precision | None = None, return_lse: Literal[True],
               out: Array | None = None) -> tuple[Array, NDArray[np.float32]]: ...
-def fold_attention(q: Array, k: Array, v: Array, carried: NDArray[np.float32], q_positions: NDArray[np.integer[Any]], *,
-                   causal: bool = False, scale: float | None = None, window: int | None = None,
-                   softcap: float | None = None, precision: str | None = None,
+def fold_attention(q: Array, k: Array | KVCache, v: Array | None, carried: NDArray[np.float32],
+                   q_positions: NDArray[np.integer[Any]], *, causal: bool = False, scale: float | None = None,
+                   window: int | None = None, softcap: float | None = None, precision: str | None = None,
                    sinks: NDArray[np.float32] | None = None, out: Array | None = None,
                    lse: NDArray[np.float32] | None = None) -> None: ...
 def merge_attention(out_a: Array, lse_a: NDArray[np.float32], out_b: Array,

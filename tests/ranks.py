@@ -106,6 +106,9 @@ def _settings(path: str, env: dict[str, str]) -> dict[str, str]:
     search = [str(PACKAGE_PARENT), str(TESTS), os.environ.get("PYTHONPATH", "")]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), "OMP_NUM_THREADS": "1", **env}
     settings.pop("PYTHONUNBUFFERED", None)  # the words of a line would mingle with another rank's
+    # Open MPI counts cores and looks who starts it; MPICH does neither.
+    settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                 "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     # The wheel of MPICH lies beside its mpiexec, where mpi4py does not look if this environment only borrows both.
     library = Path(path).parents[1] / "lib" / "libmpi.so.12"
     if library.exists() and Path(sys.prefix) not in library.parents:
@@ -117,13 +120,17 @@ def _run(command: list[str], timeout: float, signal_after: str | None, settings:
     begin = time.monotonic()
     process = subprocess.Popen(command, env=settings, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
+    before = ""
     try:
-        if signal_after is not None:
-            assert process.stdout is not None and process.stdout.readline().strip() == signal_after
-            process.send_signal(signal.SIGINT)
+        while signal_after is not None and process.stdout is not None:
+            line = process.stdout.readline()
+            before += line
+            if line.strip() == signal_after or not line:
+                process.send_signal(signal.SIGINT)
+                break
         out, err = process.communicate(timeout=timeout)
-        return Done(process.returncode, out, err, time.monotonic() - begin)
+        return Done(process.returncode, before + out, err, time.monotonic() - begin)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        return Done(None, out, err, time.monotonic() - begin)
+        return Done(None, before + out, err, time.monotonic() - begin)

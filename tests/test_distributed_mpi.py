@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import re
+import time
+from pathlib import Path
 
 import pytest
 from child import TESTS
@@ -16,6 +18,7 @@ import numpy as np
 import forge_c
 from forge_c.distributed import MPIComm, RankError
 
+print("process", os.getpid(), flush=True)
 comm = MPIComm(timeout={timeout})
 x = np.zeros(3 << 20, np.uint8)
 
@@ -41,11 +44,24 @@ def compute(seconds, until=lambda: False):
 
 
 def bad_rank_1(deed: str, *, timeout: float = 30.0, within: float = 10.0, **run: object) -> Done:
-    """Two ranks wait for rank 1, which does a deed instead; nobody hangs, and mpiexec fails."""
+    """Two ranks wait for rank 1, which does a deed instead; nobody hangs or stays, and mpiexec fails."""
     source = BEGIN.format(timeout=timeout) + f"if comm.rank == 1:\n    {deed}\nelse:\n    wait_for_rank_1()\n"
     done = run_mpi(source, 3, expect=None, **run)
     assert done.seconds < within, done
+    processes = [int(number) for number in re.findall(r"^process (\d+)$", done.out, re.M)]
+    assert len(processes) == 3, done
+    end = time.monotonic() + 5
+    while any(lives(each) for each in processes):
+        assert time.monotonic() < end, "a rank still runs"
+        time.sleep(0.05)
     return done
+
+
+def lives(process: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def raised(done: Done) -> dict[int, str]:
@@ -100,8 +116,7 @@ def test_another_size_is_an_error_that_names_both() -> None:
 
 
 def test_ctrl_c_ends_all() -> None:
-    done = bad_rank_1("print('ready', flush=True); time.sleep(100)", signal_after="ready")
-    assert "KeyboardInterrupt" in done.err
+    bad_rank_1("comm.send(x, 0).wait(); print('ready', flush=True); time.sleep(100)", signal_after="ready")
 
 
 def test_a_rank_without_a_communicator() -> None:
@@ -114,6 +129,18 @@ def test_a_rank_without_a_communicator() -> None:
         MPIComm(timeout=0.5)
         """, 2, expect=None)
     assert "TimeoutError: MPIComm: rank 1 of 2: not every rank has made its own within 0.5 s" in done.err
+
+
+def test_a_rank_that_ends_before_it_has_started_mpi() -> None:
+    """MPI_Init of the others would wait for ever; it has ten seconds at least."""
+    done = run_mpi("""
+        import os, sys
+        from forge_c.distributed import MPIComm
+        if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
+            sys.exit(1)
+        MPIComm(timeout=1.0)
+        """, 2, expect=None)
+    assert done.seconds < 20
 
 
 def test_messages_move_while_a_kernel_computes() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from forge_c.distributed.layout import positions_of
+from forge_c.distributed.passes import runs_at
 from forge_c.distributed.plan import RankPlan, Step, Transfer, piece_keys, plan, rows_below, runs_of, summary
 from forge_c.distributed.predict import predict
 
@@ -57,6 +58,28 @@ def test_every_pair_is_computed_once_and_nothing_masked():
         np.testing.assert_array_equal(times, seen, f"{layout}, {seq_len} on {size}, {options}")
 
 
+def test_rows_that_are_not_all_of_the_keys_are_planned_as_in_the_whole():
+    """The last tokens of a text that is read in passes, on ranks that hold more keys of it: what a rank computes for
+    them it computes in a plan of all rows too, and no more."""
+    rng = np.random.default_rng(0)
+    for size, window in product((1, 2, 3, 5), (None, 1, 300)):
+        owner, start = rng.integers(0, size, 1200), 700
+        owner[:500] = np.repeat(np.arange(size), 500)[: 500 * size : size]
+        keys = tuple(runs_at(np.flatnonzero(owner == rank)) for rank in range(size))
+        rows = tuple(runs_at(start + np.flatnonzero(owner[start:] == rank)) for rank in range(size))
+        ranks = plan(keys, causal=True, window=window, piece=256, queries=rows)
+        seen = visible(1200, True, window)
+        times = np.zeros((1200, 1200), int)
+        for rank, each in enumerate(ranks):
+            places, own = start + np.flatnonzero(owner[start:] == rank), np.flatnonzero(owner == rank)
+            for step in each.steps():
+                columns = slice(step.seen, step.last)
+                times[places[step.begin : step.end], columns] += seen[places[step.begin : step.end], columns]
+                assert own[slice(*step.own)].tolist() == own[(own >= step.first) & (own < step.last)].tolist()
+        seen[:start] = False
+        np.testing.assert_array_equal(times, seen)
+
+
 def test_a_step_gets_exactly_the_keys_of_others_that_it_sees():
     for layout, seq_len, size, _, ranks in plans():
         places = [positions_of(layout, seq_len, size, rank) for rank in range(size)]
@@ -87,7 +110,8 @@ def test_a_part_comes_from_its_owner_or_from_one_who_has_it():
                 assert each in ranks[each.owner].sends
                 continue
             (before,) = (t for t in transfers(ranks) if t.onward is each)
-            assert (before.to, before.owner, before.begin, before.end) == (each.source, each.owner, each.begin, each.end)
+            part = each.owner, each.begin, each.end
+            assert (before.to, before.owner, before.begin, before.end) == (each.source, *part)
             assert before.key() < each.key()
         assert sum(len(rank.sends) for rank in ranks) == sum(t.source == t.owner for t in transfers(ranks))
 

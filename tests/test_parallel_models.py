@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import golden_models
 import numpy as np
 import pytest
-from model_folder import FAMILIES, STATE_SPACE, small, write
+from model_folder import BYTES, FAMILIES, STATE_SPACE, small, write
 from ranks import needs_mpi, run_mpi, run_threads, run_threads_to_the_end
 from small_models import ANGLES_BY_LENGTH
 from suite import case
 
+from forge_c.cli import main
 from forge_c.distributed import RankError, SelfComm, ThreadComm, parallel
 from forge_c.distributed import decoder as parallel_decoder
 from forge_c.distributed.cache import ShardedKV
@@ -395,3 +397,57 @@ def test_processes_under_mpiexec_give_what_one_gives(tmp_path: Path) -> None:
         print("right", comm.rank)
         """, 3, str(tmp_path / "a"), str(tmp_path / "b"))
     assert sorted(done.out.split()) == ["0", "1", "2", "right", "right", "right"]
+
+
+COMMAND = """
+    import sys
+    from forge_c.cli import main
+    sys.exit(main(sys.argv[1:]))
+    """
+
+
+@needs_mpi
+def test_the_command_line_on_several_processes_prints_what_one_prints(tmp_path: Path, capsys: Any) -> None:
+    folder = str(write(tmp_path / "a", small(vocab_size=256), tokenizer=BYTES))
+    arguments = ["generate", "--model", folder, "--max-new-tokens", "9", "--temperature", "0.8", "--seed", "3", "def f"]
+    assert main(arguments) == 0
+    want = capsys.readouterr().out
+    for options in (("--layout", "striped"), ("--tensor", "2")):
+        done = run_mpi(COMMAND, 2, *arguments, "--parallel", *options)
+        assert done.out == want and done.err.count("prompt 6 tokens") == 1
+
+
+@needs_mpi
+def test_a_mistake_on_several_processes_is_one_line(tmp_path: Path) -> None:
+    done = run_mpi(COMMAND, 3, "generate", "--parallel", "--model", str(tmp_path / "none"), "text", expect=None)
+    lines = [line for line in done.err.splitlines() if "forge-c" in line]
+    assert len(lines) == 1 and "none" in lines[0] and not done.out.strip()
+    done = run_mpi(COMMAND, 2, "generate", "--parallel", "--model", str(write(tmp_path / "a", small())), expect=None)
+    assert sum("no text" in line for line in done.err.splitlines()) == 1
+
+
+@needs_mpi
+def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", small(vocab_size=256, max_position_embeddings=100_000), tokenizer=BYTES)
+    script = """
+        import os, sys, threading
+        from forge_c.cli import main
+        told, sys.stdout = sys.stdout, open(os.devnull, "w")
+        threading.Timer(2, lambda: print("now", file=told, flush=True)).start()
+        sys.exit(main(sys.argv[1:]))
+        """
+    done = run_mpi(script, 2, "generate", "--parallel", "--model", str(folder), "--max-new-tokens", "90000", "a",
+                   signal_after="now", expect=None)
+    assert done.seconds < 20
+
+
+def test_options_of_several_processes_need_them(capsys: Any) -> None:
+    assert main(["generate", "--layout", "striped", "a"]) == 2
+    assert "--layout is given without --parallel" in capsys.readouterr().err
+
+
+def test_without_mpi4py_the_command_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    assert main(["generate", "--parallel", "a"]) == 2
+    assert "pip install forge_c[mpi]" in capsys.readouterr().err

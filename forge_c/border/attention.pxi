@@ -325,14 +325,16 @@ def fold_attention(q, k, v, cnp.ndarray carried not None, q_positions, *, causal
                    softcap=None, precision=None, sinks=None, out=None, lse=None):
     """What rows carry (batch, q_len, heads, v_dim + 2: o, max, sum; to begin: max -inf, sum 0) <- with these keys.
 
-    The keys lie at 0, 1, 2, .. and q_positions (q_len,) counts from the first of them, which is a multiple of 256 of all
+    k may be a KVCache, v None then. The keys lie at 0, 1, 2, .. and q_positions (q_len,) counts from the first of them, which is a multiple of 256 of all
     keys; pieces come in the keys' order. With out (and lse), which end it, carried stays and out has the bits of
     attention over all keys. Not public: the package above it checks what it is given.
     """
     cdef fc_attention_args a
     cdef cnp.ndarray qa = attention_input("q", q)
-    cdef cnp.ndarray ka = attention_input("k", k)
-    cdef cnp.ndarray va = attention_input("v", v)
+    cdef cnp.ndarray ka
+    cdef cnp.ndarray va
+    cdef cnp.ndarray lens = None
+    cdef KVPages pages = None
     cdef cnp.ndarray y = out
     cdef cnp.ndarray sa
     cdef fc_status status
@@ -341,8 +343,13 @@ def fold_attention(q, k, v, cnp.ndarray carried not None, q_positions, *, causal
     a.softcap, a.window, a.causal = attention_softcap(softcap), attention_window(window), flag("attention", "causal", causal)
     a.precision = attention_precision("attention", "precision", precision)
     attention_queries(&a, qa)
-    same_type("attention", "v", va, dtype_index(ka))
-    attention_arrays(&a, ka, va)
+    if v is None:
+        pages, lens = attention_cache(k, &a, None, window)
+        a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
+    else:
+        ka, va = attention_input("k", k), attention_input("v", v)
+        same_type("attention", "v", va, dtype_index(ka))
+        attention_arrays(&a, ka, va)
     attention_carried(&a, carried)
     placed = attention_placed(&a, q_positions, None)
     sa = parameter("attention", "sinks", sinks, a.heads)

@@ -14,12 +14,15 @@ communicator broke, or whose program ended in an error, lets the others raise th
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,13 +39,15 @@ _NEWS_TAG = (1 << 15) + 1
 _HOT = 100e-6        # so long after something came, look again without sleeping
 _LONGEST_SLEEP = 2e-3
 _HELPER_DELAY = 5e-4  # who waits at once moves the message itself, and is not to share the GIL meanwhile
+_LEAST_START = 10.0  # seconds that MPI has to start on a busy machine
 _GRACE = 2.0         # between the news that a rank has gone and giving up what it may have sent before
 
 FAILED, ENDED = 0, 1
 
 
 class MPIComm(Comm):
-    """This process among those of an mpi4py communicator (COMM_WORLD); every process of it calls MPIComm().
+    """This process among those of an mpi4py communicator (COMM_WORLD); every process of it calls MPIComm(),
+    first of all: the others wait timeout seconds for it.
 
     Raises ImportError if mpi4py or an MPI library is missing, TimeoutError if other ranks do not make theirs within
     timeout seconds, ValueError if they run another version of forge_c.
@@ -51,7 +56,7 @@ class MPIComm(Comm):
     def __init__(self, comm: MPITypes.Intracomm | None = None, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         from forge_c.version import __version__
 
-        self._mpi = mpi = _import_mpi()
+        self._mpi = mpi = _import_mpi(timeout)
         comm = mpi.COMM_WORLD if comm is None else comm
         super().__init__(comm.rank, comm.size, timeout)
         self._broken: str | None = None
@@ -209,26 +214,15 @@ class MPIComm(Comm):
 
     def _leave(self, failed: bool) -> None:
         """At the end of the process: say so, and see the others end before MPI_Finalize, which would spin and hang."""
-        if not self._requests:  # not every rank has made its communicator
-            self._abort()
+        if not self._requests:
+            raise RankError("not every rank has made its MPIComm")
         if self._helper is not None:
             self._helper.stop()
         self._tell(None)
-        try:
-            failed = self._see_others_end(failed)
-        except KeyboardInterrupt:
-            failed = True
-        if failed:
-            self._abort()
+        if self._see_others_end(failed):
+            raise RankError("a rank failed")
         self._requests[0].Cancel()
         self._requests[0].Wait()
-
-    def _abort(self) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(0.2)  # until mpiexec has passed that on: it stops when all are ended
-        self._mpi.COMM_WORLD.Abort(1)
-        os._exit(1)  # MPI may return to us while it ends the others
 
     def _see_others_end(self, failed: bool) -> bool:
         """Wait until every rank has said that it ends, a failed one not for long; whether any failed."""
@@ -357,14 +351,30 @@ def _pause(idle: float) -> None:
         time.sleep(min(idle / 4, _LONGEST_SLEEP))
 
 
-def _import_mpi() -> Any:
+def _import_mpi(timeout: float) -> Any:
     """mpi4py.MPI, which starts MPI unless the program has."""
     try:
-        from mpi4py import MPI  # which asks for MPI_THREAD_MULTIPLE, unless mpi4py.rc says otherwise
+        with _ends_after(max(timeout, _LEAST_START)):
+            from mpi4py import MPI  # which asks for MPI_THREAD_MULTIPLE, unless mpi4py.rc says otherwise
     except (ImportError, RuntimeError) as error:
         raise ImportError("MPIComm needs mpi4py and an MPI library: pip install forge_c[mpi], or mpi4py and the MPI of "
                           f"this machine ({error})") from error
     return MPI
+
+
+@contextmanager
+def _ends_after(timeout: float) -> Iterator[None]:
+    """End this process, with a traceback, if the block takes longer: MPI_Init waits without end, and without letting
+    Python run, for a rank that ended before its own."""
+    try:
+        faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__ or sys.stderr)
+    except (AttributeError, OSError, RuntimeError, ValueError):  # no file to write to
+        yield
+        return
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 _live: list[MPIComm] = []
@@ -392,4 +402,19 @@ def _at_exit() -> None:
     failed = _uncaught or any(comm._broken is not None for comm in _live)
     for comm in _live:
         if comm.size > 1 and not comm._mpi.Is_finalized():
-            comm._leave(failed)
+            try:
+                comm._leave(failed)
+            except BaseException:  # Ctrl-C too
+                _abort(comm._mpi)
+
+
+def _abort(mpi: Any) -> None:
+    """End every process of MPI, and this one even where MPI_Abort does not return."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(3)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(0.2)  # until mpiexec has passed that on: it stops when all are ended
+    mpi.COMM_WORLD.Abort(1)
+    os._exit(1)

@@ -16,13 +16,27 @@ from numpy.typing import NDArray
 
 from forge_c.distributed.cache import ShardedKV
 from forge_c.distributed.comm import Comm
+from forge_c.distributed.decode import sharded_decode
 from forge_c.distributed.owners import Owners
+from forge_c.distributed.plan import Runs
+from forge_c.distributed.ring import Ring
+from forge_c.distributed.wire import Wire
 from forge_c.formats.layout import Precision
-from forge_c.functional import KV_CHUNK, attention
+from forge_c.functional import KV_CHUNK
 from forge_c.state.kv import KVCache
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
+
+
+class Places:
+    """first: the first key's position, a multiple of KV_CHUNK; behind it, of each rank, where keys and queries lie;
+    held: how many of the keys are this rank's."""
+
+    def __init__(self, keys: list[Positions], queries: list[Positions], rank: int) -> None:
+        first = min(int(at[0]) for at in keys if len(at))
+        self.keys, self.queries = (tuple(runs_at(at - first) for at in of) for of in (keys, queries))
+        self.held = len(keys[rank])
 
 
 class Prompt:
@@ -31,7 +45,7 @@ class Prompt:
     def __init__(self, comm: Comm, owners: Owners | None, start: int, queries: list[Positions],
                  precision: Precision | None) -> None:
         self.comm, self.owners, self.start, self.queries, self.precision = comm, owners, start, queries, precision
-        self._keys: dict[int, list[Positions]] = {}
+        self._places: dict[int, Places] = {}
 
     def serve(self, layers: Iterable[Any]) -> None:
         """The pass of a rank that has no tokens, whose keys others may need."""
@@ -43,23 +57,26 @@ class Prompt:
 
     def attend(self, layer: ShardedKV, q: Floats, k: Floats, v: Floats, out: Floats) -> None:
         """Queries at their positions over the keys of all ranks, and these keys into the cache."""
-        kind, keys = layer.kind, self.keys(layer.kind.window)
+        kind, kv, at = layer.kind, layer.kv, self._placed(layer.kind.window)
         if k.shape[1]:
-            layer.kv.append(k, v)
-        held = keys[self.comm.rank]
-        n = int(layer.kv._lengths[0])
-        own_k, own_v = held_by(layer.kv, n - len(held), n)
-        fold(self.comm, q, self.queries, own_k, own_v, keys, out, kept=layer.kv.dtype, window=kind.window,
-             scale=kind.scale, softcap=kind.softcap, precision=self.precision)
+            kv.append(k, v)
+        n = int(kv._lengths[0])
+        k, v = held_by(kv, n - at.held, n)
+        options: dict[str, Any] = {"causal": True, "window": kind.window, "scale": kind.scale,
+                                   "softcap": kind.softcap, "precision": self.precision}
+        wire = Wire("int8" if kv.dtype == "int8" else None, k.dtype, 1, k.shape[2], k.shape[3], v.shape[3])
+        ring = Ring(self.comm, at.keys, wire, 2, None, None, q, k, v, options, None, queries=at.queries, kept=kv.dtype)
+        ring.run()
+        out[...] = ring.out
 
-    def keys(self, window: int | None) -> list[Positions]:
-        """Of all ranks, where the keys lie that some query may see, those of the pass included."""
-        first = 0 if window is None else max(0, self.start - window + 1)
-        if first not in self._keys:
+    def _placed(self, window: int | None) -> Places:
+        """The keys from the first chunk on that some query may see, those of the pass included."""
+        first = 0 if window is None else max(0, self.start - window + 1) // KV_CHUNK * KV_CHUNK
+        if first not in self._places:
             assert self.owners is not None  # there are keys
-            self._keys[first] = [np.concatenate([self.owners.positions(r, first), at])
-                                 for r, at in enumerate(self.queries)]
-        return self._keys[first]
+            keys = [np.concatenate([self.owners.positions(r, first), at]) for r, at in enumerate(self.queries)]
+            self._places[first] = Places(keys, self.queries, self.comm.rank)
+        return self._places[first]
 
 
 class Step:
@@ -68,6 +85,7 @@ class Step:
     def __init__(self, comm: Comm, owners: Owners, start: NDArray[np.int64], precision: Precision | None) -> None:
         self.comm, self.owners, self.start, self.precision = comm, owners, start, precision
         self.mine = owners.coming == comm.rank  # (batch, tokens)
+        self._places: dict[int, dict[str, Any]] = {}
 
     def attend(self, layer: ShardedKV, q: Floats, k: Floats, v: Floats, out: Floats) -> None:
         """Queries over the keys of all ranks, and those keys into the cache that are this rank's."""
@@ -78,21 +96,23 @@ class Step:
                 order = np.argsort(~mine, axis=1, kind="stable")[:, : int(counts.max()), None, None]
                 k, v = np.take_along_axis(k, order, 1), np.take_along_axis(v, order, 1)
             layer.kv.append(k[:, : counts.max()], v[:, : counts.max()], lens=counts)
-        found, lse = attention(q, layer.kv, scale=kind.scale, softcap=kind.softcap, precision=self.precision,
-                               return_lse=True, **self._placed(layer))
-        out[...] = merged(self.comm, found, lse)
+        out[...] = sharded_decode(q, layer.kv, comm=self.comm, scale=kind.scale, softcap=kind.softcap,
+                                  precision=self.precision, **self._placed(layer))
 
     def _placed(self, layer: ShardedKV) -> dict[str, Any]:
         """Who sees whom; without a window a single new token sees all."""
         batch, tokens = self.mine.shape
-        if tokens == 1 and layer.kind.window is None:
+        window = layer.kind.window
+        if tokens == 1 and window is None:
             return {}
-        at = self.start[:, None] + np.arange(tokens)
-        keys = np.zeros((batch, layer.kv.seq_len), np.int64)
-        for b in range(batch):
-            held = np.concatenate([layer.positions(b), at[b][self.mine[b]]])
-            keys[b, : len(held)] = held
-        return {"causal": True, "window": layer.kind.window, "q_positions": at, "kv_positions": keys}
+        if (window or 0) not in self._places:  # layers with the same window hold the same tokens
+            at = self.start[:, None] + np.arange(tokens)
+            keys = np.zeros((batch, layer.kv.seq_len), np.int64)
+            for b in range(batch):
+                held = np.concatenate([layer.positions(b), at[b][self.mine[b]]])
+                keys[b, : len(held)] = held
+            self._places[window or 0] = {"causal": True, "window": window, "q_positions": at, "kv_positions": keys}
+        return self._places[window or 0]
 
 
 def held_by(kv: KVCache, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -102,40 +122,15 @@ def held_by(kv: KVCache, start: int, stop: int) -> tuple[NDArray[Any], NDArray[A
     return k[None].astype(dtype, copy=False), v[None].astype(dtype, copy=False)
 
 
-def fold(comm: Comm, q: Floats, queries: list[Positions], k: NDArray[Any], v: NDArray[Any], keys: list[Positions],
-         out: Floats, *, kept: str, window: int | None, scale: float, softcap: float | None,
-         precision: Precision | None) -> None:
-    """out = attention of q at queries[rank] over the keys of all ranks, k and v being those at keys[rank]."""
-    both: list[Any] = []
-    at = np.concatenate(keys)
-    first = int(at.min()) // KV_CHUNK * KV_CHUNK
-    for part in (k, v):
-        parts = [np.empty((1, len(one), *part.shape[2:]), part.dtype) for one in keys]
-        comm.all_gather_arrays(np.ascontiguousarray(part), parts)
-        laid = np.zeros((1, at.max() + 1 - first, *part.shape[2:]), part.dtype)
-        laid[:, at - first] = np.concatenate(parts, axis=1)
-        both.append(laid)
-    if q.shape[1]:
-        args: dict[str, Any] = {"causal": True, "window": window, "scale": scale, "softcap": softcap,
-                                "precision": precision, "q_positions": queries[comm.rank] - first}
-        if kept == "int8":
-            cache = KVCache(1, both[0].shape[1], k.shape[2], k.shape[3], dtype="int8")
-            cache.append(*both)
-            attention(q, cache, out=out, **args)
-        else:
-            attention(q, *both, out=out, **args)
-
-
-def merged(comm: Comm, found: Floats, lse: Floats) -> Floats:
-    """What queries find in all shards (..., dim), from what they find in this one and its lse (...)."""
-    top = lse.copy()
-    comm.all_reduce(top, "max")
-    with np.errstate(invalid="ignore"):
-        weight = np.exp(lse - top)
-    weight[np.isneginf(lse)] = 0
-    sums = np.concatenate([found * weight[..., None], weight[..., None]], axis=-1)
-    comm.all_reduce(sums)
-    total = sums[..., -1:]
-    total[total == 0] = 1
-    result: Floats = sums[..., :-1] / total
-    return result
+def runs_at(at: Positions) -> Runs:
+    """Ascending positions as evenly spaced runs."""
+    steps = np.diff(at)
+    changes = np.append(np.flatnonzero(np.diff(steps)) + 1, len(steps))
+    runs, begin = [], 0
+    while begin < len(at):
+        step = int(steps[begin]) if begin < len(steps) else 1
+        end = min(int(changes[np.searchsorted(changes, begin, side="right")]) if begin < len(steps) else begin,
+                  len(steps))
+        runs.append(range(int(at[begin]), int(at[end]) + 1, step))
+        begin = end + 1
+    return tuple(runs)

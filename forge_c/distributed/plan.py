@@ -111,11 +111,12 @@ def piece_keys(runs: tuple[Runs, ...], key_bytes: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def plan(runs: tuple[Runs, ...], *, causal: bool, window: int | None, piece: int,
-         depth: int = 2) -> tuple[RankPlan, ...]:
-    """What each rank does. piece: keys, a multiple of KV_CHUNK; depth: pieces that a rank has buffers for."""
+def plan(runs: tuple[Runs, ...], *, causal: bool, window: int | None, piece: int, depth: int = 2,
+         queries: tuple[Runs, ...] | None = None) -> tuple[RankPlan, ...]:
+    """What each rank does. piece: keys, a multiple of KV_CHUNK; depth: pieces that a rank has buffers for; queries:
+    where the rows lie, among the keys of the same rank, if not all of these have one."""
     seq_len = sum(map(_length, runs))
-    ranks = tuple(RankPlan(_passes(each, seq_len, causal, window, piece)) for each in runs)
+    ranks = tuple(RankPlan(_passes(each, seq_len, causal, window, piece)) for each in queries or runs)
     parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     chains: dict[tuple[int, int, int], list[Transfer]] = defaultdict(list)
     for rank, each in enumerate(ranks):

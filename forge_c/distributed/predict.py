@@ -47,7 +47,7 @@ def predict(ranks: tuple[RankPlan, ...], *, token_bytes: int, pair_seconds: floa
 
     >>> from forge_c.distributed.plan import plan, runs_of
     >>> ranks = plan(runs_of("zigzag", 8192, 4), causal=True, window=None, piece=256)
-    >>> [round(each, 3) for each in predict(ranks, token_bytes=1024, pair_seconds=1e-6, bandwidth=1e9).finish]
+    >>> [round(each, 2) for each in predict(ranks, token_bytes=1024, pair_seconds=1e-6, bandwidth=1e9).finish]
     [8.39, 8.39, 8.39, 8.39]
     """
     return _Clock(ranks, token_bytes, pair_seconds, bandwidth, latency, depth).run()
@@ -91,7 +91,7 @@ class _Clock:
 
     def _advance(self, rank: int, now: float) -> None:
         me = self.ranks[rank]
-        for step, coming, leaving in me.open:
+        for _, coming, leaving in me.open:
             for transfer in [each for each in coming if self._done(each, now)]:
                 coming.remove(transfer)
                 if transfer.onward is not None:
