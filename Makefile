@@ -23,7 +23,7 @@ print(*asked["build-system"]["requires"], *asked["project"]["dependencies"], *ex
 endef
 export NEEDS
 
-.PHONY: help demo demo-chat test quick bench lint docs spills loops asan tsan avx512 aarch64 fuzz clean
+.PHONY: help demo demo-chat test quick mpi bench lint docs spills loops asan tsan avx512 aarch64 fuzz clean
 .DEFAULT_GOAL := demo
 
 help:  ## This list
@@ -59,6 +59,9 @@ test: $(VENV)/built  ## Build, then all tests, on all cores
 
 quick: $(VENV)/built  ## Build, then every test on the best ISA with few of its cases: for the inner loop
 	cd tests && $(PYTEST) --quick .
+
+mpi: $(VENV)/built  ## mpi4py and MPICH into .venv: `make test` then runs ranks under mpiexec too
+	@$(BIN)/python -c "$$NEEDS" mpi | $(PIP) -r /dev/stdin
 
 bench: $(VENV)/built  ## Measure this machine beside others' libraries for BENCH_SECONDS and write its page in docs/benchmarks/
 	@$(BIN)/python -c "$$NEEDS" bench | $(PIP) -r /dev/stdin

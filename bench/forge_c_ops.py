@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import ml_dtypes
 import numpy as np
 
 import forge_c as fc
+from forge_c import distributed
+from forge_c.distributed.layout import positions_of
 from forge_c.nn import MixtureOfDepths, ModernTransformerBlock, SinusoidalPositionalEncoding
 
 Array = np.ndarray
@@ -187,6 +190,49 @@ def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
     q, cache = _cast(q, "float32" if dtype == "int8" else dtype), _cache(k, v, k.shape[1], dtype)
     out = np.empty_like(q)
     return lambda: fc.attention(q, cache, causal=True, out=out)
+
+
+def _on_threads(ranks: int, work: Callable[[Any], None]) -> Callable[[], None]:
+    """work(comm) on each of so many ranks, which share the threads between them."""
+    comms, pool = distributed.ThreadComm(ranks), ThreadPoolExecutor(ranks)
+
+    def call() -> None:
+        threads = fc.get_num_threads()
+        fc.set_num_threads(max(threads // ranks, 1))
+        try:
+            list(pool.map(work, comms))
+        finally:
+            fc.set_num_threads(threads)
+
+    return call
+
+
+def over_ranks(q: Array, k: Array, v: Array, *, way: str, ranks: int, layout: str, dtype: str) -> Call:
+    """Each rank's rows by <way>_attention, put where they belong."""
+    whole, out = [_cast(a, dtype) for a in (q, k, v)], _cast(np.empty_like(q), dtype)
+    places = [positions_of(layout, q.shape[1], ranks, rank) for rank in range(ranks)]
+    parts = [[np.ascontiguousarray(a[:, at]) for a in whole] for at in places]
+    attend = getattr(distributed, f"{way}_attention")
+
+    def rows(comm: Any) -> None:
+        out[:, places[comm.rank]] = attend(*parts[comm.rank], comm=comm, layout=layout)
+
+    run = _on_threads(ranks, rows)
+    return lambda: run() or out
+
+
+def decode_over_ranks(q: Array, k: Array, v: Array, *, ranks: int, dtype: str) -> Call:
+    q, out = _cast(q, "float32" if dtype == "int8" else dtype), [np.empty(0)]
+    caches = [_cache(*part, part[0].shape[1], dtype)
+              for part in zip(*(np.array_split(a, ranks, axis=1) for a in (k, v)), strict=True)]
+
+    def attend(comm: Any) -> None:
+        result = distributed.sharded_decode(q, caches[comm.rank], comm=comm)
+        if comm.rank == 0:
+            out[0] = result
+
+    run = _on_threads(ranks, attend)
+    return lambda: run() or out[0]
 
 
 def verify(q: Array, k: Array, v: Array, *, dtype: str) -> Call:

@@ -391,6 +391,15 @@ def windowed(q: Array, k: Array, v: Array, *, window: int, dtype: str) -> Call:
     return call
 
 
+def over_ranks(q: Array, k: Array, v: Array, *, way: str, ranks: int, layout: str, dtype: str) -> Call:
+    """NumPy has no ranks: the whole, at once."""
+    return attention_blocked(q, k, v, dtype=dtype)
+
+
+def decode_over_ranks(q: Array, k: Array, v: Array, *, ranks: int, dtype: str) -> Call:
+    return decode(q, k, v, dtype=dtype)
+
+
 def decode(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
     keys, values = (np.ascontiguousarray(a[0].transpose(1, 0, 2)) for a in (k, v))
     out = np.empty_like(q)

@@ -26,7 +26,7 @@ _HOME = {
     }.items()
     for name in names.split()
 }
-_SUBPACKAGES = ("integrations", "models", "nn", "packing")
+_SUBPACKAGES = ("distributed", "integrations", "models", "nn", "packing")
 
 __all__ = ["__version__", "get_include", "get_library_dir", *_SUBPACKAGES, *_HOME]
 

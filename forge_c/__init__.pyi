@@ -1,3 +1,4 @@
+from forge_c import distributed as distributed
 from forge_c import integrations as integrations
 from forge_c import models as models
 from forge_c import nn as nn

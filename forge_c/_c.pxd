@@ -218,6 +218,9 @@ cdef extern from "forge.h" nogil:
         const float *sinks
         fc_workspace *workspace
         fc_precision precision
+        float *carried
+        ptrdiff_t carried_stride
+        int finish
     fc_status fc_attention(const fc_attention_args *args)
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
@@ -397,10 +400,18 @@ cdef extern from "forge.h" nogil:
         FC_SHORT_CONV
         FC_RG_LRU
         FC_PART_KINDS
+    ctypedef fc_status fc_exchange(void *self, float *y, const float *mine, ptrdiff_t rows, ptrdiff_t n,
+                                   ptrdiff_t mine_stride) noexcept nogil
+    ctypedef struct fc_ranks:
+        fc_exchange *call
+        void *self
+        ptrdiff_t first, count, n
     ctypedef struct fc_part:
         fc_part_kind kind
         const void *weights
         fc_norm norm, post_norm
+        const fc_ranks *inner
+        const fc_ranks *ranks
     ctypedef struct fc_router:
         const float *weight
         float threshold
@@ -432,11 +443,15 @@ cdef extern from "forge.h" nogil:
         float scale, softcap
         ptrdiff_t window
         fc_precision precision
+    ctypedef fc_status fc_attend(void *self, float *out, const float *qkv, ptrdiff_t batch, ptrdiff_t seq,
+                                 ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim) noexcept nogil
     ctypedef struct fc_attention_state:
         const fc_kv_cache *kv
         const float *cos
         const float *sin
         ptrdiff_t rotary_pairs
+        fc_attend *attend
+        void *self
     ctypedef struct fc_mlp_weights:
         ptrdiff_t inner
         fc_matrix up, gate, down
@@ -447,11 +462,14 @@ cdef extern from "forge.h" nogil:
     ctypedef struct fc_called:
         fc_call *call
         void *self
+    ctypedef fc_status fc_relay(void *self, int written) noexcept nogil
     ctypedef struct fc_recurrent_state:
         float *memory
         ptrdiff_t slots, floats
         const int64_t *from_ "from"
         const int64_t *to
+        fc_relay *relay
+        void *self
     ctypedef struct fc_conv_weights:
         ptrdiff_t width
         const float *panels
@@ -477,6 +495,7 @@ cdef extern from "forge.h" nogil:
         fc_norm norm
         int norm_before_gate
     ctypedef struct fc_short_conv_weights:
+        ptrdiff_t channels
         fc_matrix in_ "in"
         fc_matrix out
         fc_conv_weights conv
@@ -499,6 +518,8 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t n_layers
         fc_norm norm
         fc_matrix head
+        const fc_ranks *ranks
+        ptrdiff_t first_token
     ctypedef struct fc_forward_args:
         size_t size
         const fc_model *model
@@ -511,6 +532,8 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t batch, seq
         const int64_t *start
         fc_workspace *workspace
+        const int64_t *positions
+        int waits
     fc_status fc_forward(const fc_forward_args *args)
 
     ctypedef enum fc_peak:

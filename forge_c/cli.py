@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from forge_c.chat import Conversation, run, utf8_stdin
 from forge_c.version import __version__
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # NumPy is imported only once there is work: --help answers a
     from forge_c.models import Model
     from forge_c.models.generation import Generation, Stream
 
+_RANKS = ("layout", "tensor", "timeout")  # arguments of parallel
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _USER_ERRORS = (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError, FloatingPointError)
 
@@ -68,6 +69,16 @@ def _add_generate(generate: _Parser) -> None:
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--chat", action="store_true", help="the text is a user's message: use the chat template")
     generate.add_argument("--no-special-tokens", action="store_true", help="add none to the text")
+    _add_parallel(generate)
+
+
+def _add_parallel(generate: _Parser) -> None:
+    ranks = generate.add_argument_group("several processes, as in: mpiexec -n 4 forge-c generate --parallel ...")
+    ranks.add_argument("--parallel", action="store_true", help="share prompt and cache; needs mpi4py: forge_c[mpi]")
+    ranks.add_argument("--layout", choices=("zigzag", "striped", "contiguous"), help="of the prompt's tokens over "
+                                                                                     "processes (default: zigzag)")
+    ranks.add_argument("--tensor", type=int, metavar="T", help="processes that share each layer's weights (default: 1)")
+    ranks.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for another (default: 60)")
 
 
 def _add_chat(chat: _Parser) -> None:
@@ -144,9 +155,8 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _load(args: argparse.Namespace) -> Model:
+def _set_threads(args: argparse.Namespace) -> None:
     from forge_c import set_num_threads
-    from forge_c.models import load, random_model
     from forge_c.threads import default_threads
 
     if args.threads is not None:
@@ -155,6 +165,12 @@ def _load(args: argparse.Namespace) -> Model:
         if args.threads > cpus:
             warnings.warn(f"--threads is {args.threads}, and this process may use {cpus} CPUs: that is slower than "
                           f"{default_threads()[0]}", stacklevel=1)
+
+
+def _load(args: argparse.Namespace) -> Model:
+    from forge_c.models import load, random_model
+
+    _set_threads(args)
     shape = getattr(args, "shape", None)
     options = {"dtype": args.dtype, "activations": args.activations}
     return load(args.model, **options) if shape is None else random_model(shape, **options)
@@ -171,24 +187,58 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    given = [name for name in _RANKS if getattr(args, name) is not None]
+    if args.parallel:
+        return _generate_on_ranks(args, {name: getattr(args, name) for name in given})
+    if given:
+        raise ValueError(f"--{given[0]} is given without --parallel")
     sampling = _sampling(args)
     model = _load(args)
-    text = _text(args)
+    return _write(args, model, _text(args), sampling, sys.stdout, sys.stderr)
+
+
+def _generate_on_ranks(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """On every process; the first one tells of errors, its own and those of others."""
+    from forge_c.distributed import MPIComm, RankError, parallel
+    from forge_c.distributed.command import from_first, on_all, spoken, threads_a_rank
+
+    comm = MPIComm(timeout=options.get("timeout", 60.0))
+    if comm.rank:
+        warnings.simplefilter("ignore")
+    try:
+        with comm, spoken(comm, sys.stdout) as out, spoken(comm, sys.stderr) as notes:
+            args.threads = args.threads or threads_a_rank(comm)
+            sampling = on_all(comm, lambda: _sampling(args))
+            if options.get("tensor", 1) == 1:
+                model = parallel(on_all(comm, lambda: _load(args)), comm, **options)
+            else:  # which reads no more than this rank's share
+                on_all(comm, lambda: _set_threads(args))
+                model = parallel(args.model, comm, dtype=args.dtype, activations=args.activations, **options)
+            return _write(args, model, from_first(comm, lambda: _text(args)), sampling, out, notes)
+    except (RankError, *_USER_ERRORS) as error:
+        if comm.rank:
+            return 2
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _write(args: argparse.Namespace, model: Model, text: str, sampling: dict[str, Any], out: TextIO,
+           notes: TextIO) -> int:
+    """What goes on from the text, to `out`, and to notes how fast that went."""
     if args.chat and getattr(model.tokenizer, "chat_template", None) is None:
         raise ValueError("--chat: the model has no chat template")
     prompt = {"messages": [{"role": "user", "content": text}]} if args.chat else {"prompt": text}
     stream = model.generate(**prompt, max_new_tokens=args.max_new_tokens, seed=args.seed, stop=args.stop, stream=True,
                             cache_dtype=args.cache_dtype, special_tokens=not args.no_special_tokens, **sampling)
-    sys.stdout.write("" if args.chat else text)
+    out.write("" if args.chat else text)
     try:
         with _reading(stream):
             for piece in stream:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                out.write(piece)
+                out.flush()
     finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        _print_speed(stream.run)
+        out.write("\n")
+        out.flush()
+        _print_speed(stream.run, notes)
     return 0
 
 
@@ -241,12 +291,12 @@ def _stdin() -> str:
         return file.read()
 
 
-def _print_speed(run: Generation) -> None:
+def _print_speed(run: Generation, notes: TextIO) -> None:
     def rate(count: int, seconds: float) -> str:
         return f"{count / seconds:.1f} tokens/s" if seconds > 0 else "-"
 
     print(f"\nprompt {run.prompt_tokens} tokens, {rate(run.prompt_tokens, run.prompt_seconds)}; "
-          f"decode {run.new_tokens} tokens, {rate(run.new_tokens, run.decode_seconds)}", file=sys.stderr)
+          f"decode {run.new_tokens} tokens, {rate(run.new_tokens, run.decode_seconds)}", file=notes)
 
 
 def _info(args: argparse.Namespace) -> int:

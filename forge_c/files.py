@@ -8,9 +8,13 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 _MAX_JSON = 16 << 20
 _MAX_VALUES = 1 << 20  # a parsed value takes up to 100 bytes, however short its text
@@ -47,6 +51,29 @@ def read_file(path: PathLike, limit: int) -> bytes:
     if not left:
         raise ValueError(f"{os.fspath(path)}: more than {limit} bytes, expected at most {limit}")
     return b"".join(pieces)
+
+
+def read_rows(path: PathLike, name: str, start: int, row_bytes: int, rows: NDArray[np.intp],
+              among: slice = slice(None)) -> NDArray[np.uint8]:
+    """Some rows of a tensor that begins at byte `start` of a file, and of each these bytes: (len(rows), bytes) in the
+    order of `rows`. Nothing else is read. ValueError if the file has become shorter since its header was read."""
+    first, stop, _ = among.indices(row_bytes)
+    wanted, places = np.unique(rows, return_inverse=True)
+    ends = np.flatnonzero(np.diff(wanted) != 1) + 1 if stop - first == row_bytes else np.arange(1, len(wanted))
+    raw = np.empty((len(wanted), stop - first), np.uint8)
+    with open_regular(path) as file:
+        for begin, end in pairwise([0, *ends.tolist(), len(wanted)]):
+            into = memoryview(raw[begin:end].reshape(-1).data)
+            if len(into) and not _filled(file, into, start + int(wanted[begin]) * row_bytes + first):
+                raise ValueError(f"{os.fspath(path)}: it ends within {name}")
+    return raw if np.array_equal(places, np.arange(len(raw))) else raw[places]
+
+
+def _filled(file: BinaryIO, into: memoryview, start: int) -> bool:
+    """Whether the file has as many bytes from `start` on; no others are read, as a buffer would."""
+    while into and (count := os.preadv(file.fileno(), [into], start)):
+        into, start = into[count:], start + count
+    return not into
 
 
 def read_json(path: Path, limit: int = _MAX_JSON) -> Any:

@@ -57,6 +57,13 @@ class Norm:
     def __init__(self, kind: str, n: int, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6,
                  offset: float = 0.0) -> None: ...
 
+class Ranks:
+    exchange: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    def __init__(self, exchange: Callable[[NDArray[np.float32]], NDArray[np.float32]], columns: range | None = None,
+                 n: int = 0) -> None: ...
+
+Over = tuple[Ranks | None, Ranks]
+
 class Part:
     hidden: int
     nbytes: int
@@ -71,12 +78,13 @@ class AttentionPart(Part):
                  head_dim: int, norm: Norm | None = None, post_norm: Norm | None = None, q_norm: Norm | None = None,
                  k_norm: Norm | None = None, qkv_bias: Array | None = None, balance: Array | None = None,
                  out_bias: Array | None = None, scale: float = 1.0, softcap: float = 0.0,
-                 window: int | None = None, width: int = 0, precision: Precision | None = None) -> None: ...
+                 window: int | None = None, width: int = 0, precision: Precision | None = None,
+                 over: Over | None = None) -> None: ...
 
 class MLPPart(Part):
     def __init__(self, up: PackedWeight | Sequence[PackedWeight], down: PackedWeight, *, activation: str = "silu",
                  norm: Norm | None = None, post_norm: Norm | None = None, up_bias: Array | None = None,
-                 down_bias: Array | None = None) -> None: ...
+                 down_bias: Array | None = None, over: Over | None = None) -> None: ...
 
 class CalledPart(Part):
     def __init__(self, hidden: int, call: Callable[[Array, Any, NDArray[np.int64]], Array], *, norm: Norm | None = None,
@@ -97,7 +105,7 @@ class MambaPart(RecurrentPart):
                  out_proj: PackedWeight, *, a: Array, d: Array | None, dt_bias: Array | None,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
                  norm: Norm | None = None, post_norm: Norm | None = None, dt_norm: Norm | None = None,
-                 b_norm: Norm | None = None, c_norm: Norm | None = None) -> None: ...
+                 b_norm: Norm | None = None, c_norm: Norm | None = None, over: Over | None = None) -> None: ...
 
 class Mamba2Part(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *, heads: int, groups: int,
@@ -110,24 +118,29 @@ class RGLRUPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, gates: Sequence[PackedWeight],
                  out_proj: PackedWeight, *, heads: int, param: Array, activation: str = "gelu_tanh",
                  gate_bias: Array | None = None, conv_bias: Array | None = None, in_bias: Array | None = None,
-                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+                 out_bias: Array | None = None, norm: Norm | None = None, post_norm: Norm | None = None,
+                 over: Over | None = None) -> None: ...
 
 class ShortConvPart(RecurrentPart):
     def __init__(self, in_proj: PackedWeight, conv: PackedWeight, out_proj: PackedWeight, *,
                  conv_bias: Array | None = None, in_bias: Array | None = None, out_bias: Array | None = None,
-                 norm: Norm | None = None, post_norm: Norm | None = None) -> None: ...
+                 norm: Norm | None = None, post_norm: Norm | None = None, over: Over | None = None) -> None: ...
 
 class RecurrentSlots:
     memory: NDArray[np.float32]
     source: NDArray[np.int64]
     target: NDArray[np.int64]
-    def __init__(self, memory: NDArray[np.float32], source: NDArray[np.int64], target: NDArray[np.int64]) -> None: ...
+    relay: Callable[[bool], None] | None
+    def __init__(self, memory: NDArray[np.float32], source: NDArray[np.int64], target: NDArray[np.int64],
+                 relay: Callable[[bool], None] | None = None) -> None: ...
 
 class AttentionState:
     pages: KVPages
     table: RopeTable | None
+    attend: Callable[[Array, Array, Array, Array], None] | None
     positions: int
-    def __init__(self, pages: KVPages, table: RopeTable | None = None) -> None: ...
+    def __init__(self, pages: KVPages, table: RopeTable | None = None,
+                 attend: Callable[[Array, Array, Array, Array], None] | None = None) -> None: ...
     def rotate_by(self, table: RopeTable | None) -> None: ...
 
 class RoutedState:
@@ -148,10 +161,14 @@ class LayeredModel:
     embedding: Array | PackedWeight
     head: PackedWeight
     norm: Norm
+    ranks: Ranks | None
+    first_token: int
     def __init__(self, embedding: Array | PackedWeight,
-                 layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0) -> None: ...
+                 layers: list[Any], norm: Norm, head: PackedWeight, *, embedding_scale: float = 1.0,
+                 ranks: Ranks | None = None, first_token: int = 0) -> None: ...
     def forward(self, ids: NDArray[np.int64], states: StateTable, start: NDArray[np.int64], *, logits: bool = True,
-                last_only: bool = False, hidden: bool = False) -> tuple[Any, Any]: ...
+                last_only: bool = False, hidden: bool = False,
+                positions: NDArray[np.int64] | None = None) -> tuple[Any, Any]: ...
 
 
 def isa() -> str: ...
@@ -197,6 +214,11 @@ def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: b
               sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
               kv_positions: Array | None = None, precision: Precision | None = None, return_lse: Literal[True],
               out: Array | None = None) -> tuple[Array, NDArray[np.float32]]: ...
+def fold_attention(q: Array, k: Array | KVCache, v: Array | None, carried: NDArray[np.float32],
+                   q_positions: NDArray[np.integer[Any]], *, causal: bool = False, scale: float | None = None,
+                   window: int | None = None, softcap: float | None = None, precision: str | None = None,
+                   sinks: NDArray[np.float32] | None = None, out: Array | None = None,
+                   lse: NDArray[np.float32] | None = None) -> None: ...
 def merge_attention(out_a: Array, lse_a: NDArray[np.float32], out_b: Array,
                     lse_b: NDArray[np.float32]) -> tuple[Array, NDArray[np.float32]]: ...
 def route_tokens(x: Array, weight: Array, *,

@@ -3,6 +3,7 @@ numbers in them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import ml_dtypes
@@ -201,6 +202,29 @@ def _from_blocks(name: str, type_name: str, sides: Sequence[Bytes], activations:
         fill_blocks(name, f, panels[first:first + some], side)
         first += some
     return PackedWeight(panels, (k, n), f.dtype, False, f.group, rounded)
+
+
+def rows_of(packed: PackedWeight, rows: range) -> PackedWeight:
+    """Some of a weight's rows (in_features), number by number: whole blocks, or of int8 from one multiple of 32 to
+    another, since its groups can be made smaller; to the last row in any case."""
+    f, (k, n) = Format(packed.dtype, packed.group_size), packed.shape
+    panels = packed.data.view(np.uint8).reshape(len(packed.data), f.blocks(k), f.block_bytes)
+    if f.dtype == "int8":
+        f, panels = _finer_groups(f, panels, gcd(f.group or 1, rows.start, 0 if rows.stop == k else rows.stop))
+    some = panels[:, rows.start // f.block_k : f.blocks(rows.stop)]
+    out = _aligned(len(some), f.panel_bytes(len(rows)))
+    out[...] = some.reshape(len(some), -1)
+    return PackedWeight(out, (len(rows), n), f.dtype, packed.gated, f.group, packed.activations)
+
+
+def _finer_groups(f: Format, panels: Bytes, group: int) -> tuple[Format, Bytes]:
+    """int8's panels (n, blocks, bytes of a block) in smaller groups, each with the scale of that it was part of."""
+    n, blocks, _ = panels.shape
+    lines = panels.reshape(n, blocks, -1, LINE)
+    finer = (f.group or group) // group
+    u = lines[:, :, :-1].reshape(n, blocks, finer, group // f.k_per_line, LINE)
+    scale = np.broadcast_to(lines[:, :, -1:, None], (n, blocks, finer, 1, LINE))
+    return Format(f.dtype, group), np.concatenate([u, scale], axis=3).reshape(n, blocks * finer, -1)
 
 
 def unpack(packed: PackedWeight) -> Floats:

@@ -253,6 +253,12 @@ typedef struct {
     const float *sinks;       /* (H) or NULL */
     fc_workspace *workspace;
     fc_precision precision; /* 0: by kv_type, or as the cache holds them */
+    /* (B, S, H, E + 2) or NULL: o, max and sum of each row over the keys before these, a multiple of FC_KV_CHUNK of
+     * them; to begin with, max is -inf and sum 0. Keys come in pieces, in their order: all but the last call only add
+     * to it, and one with `finish`, of the last piece or of none, only writes out and lse: the bits of all keys at once. */
+    float *carried;
+    ptrdiff_t carried_stride; /* batch */
+    int finish;
 } fc_attention_args;
 fc_status fc_attention(const fc_attention_args *args);
 
@@ -419,10 +425,25 @@ typedef enum {
     FC_NO_PART, FC_ATTENTION, FC_GATED_MLP, FC_MLP, FC_CALLED, FC_MAMBA, FC_MAMBA2, FC_SHORT_CONV, FC_RG_LRU,
     FC_PART_KINDS
 } fc_part_kind;
+/* Processes that hold shares of what is one matrix in the formula. y (M, n) becomes what all of them give, the same bits
+ * in each: with count 0 the sum of their y, else this one's columns, `mine` (M, count), mine_stride floats apart, from
+ * `first` on, beside the others'; mine may be these columns of y. On the calling thread. */
+typedef fc_status fc_exchange(void *self, float *y, const float *mine, ptrdiff_t rows, ptrdiff_t n,
+                              ptrdiff_t mine_stride);
+typedef struct {
+    fc_exchange *call;
+    void *self;
+    ptrdiff_t first, count, n;
+} fc_ranks;
 typedef struct {
     fc_part_kind kind;
     const void *weights; /* of the kind: fc_attention_weights, fc_mlp_weights, fc_called, fc_mamba_weights, .. */
     fc_norm norm, post_norm;
+    /* Of a part whose heads or channels are spread over ranks, else NULL twice: the last matrix has some columns, and
+     * takes in the channels of all; or it has the rows for this rank's channels, results are terms of a sum, of which one
+     * has the bias, and `inner` is NULL. */
+    const fc_ranks *inner; /* (M, channels that the last matrix takes in) */
+    const fc_ranks *ranks; /* (M, hidden): results */
 } fc_part;
 
 /* Mixture of depths: a token's logit is r = x . weight. Those with r > threshold go through the layer,
@@ -473,10 +494,16 @@ typedef struct {
     ptrdiff_t window; /* as in fc_attention_args, */
     fc_precision precision; /* too */
 } fc_attention_weights;
+/* out (B, S, heads, head_dim) = attention of the queries in qkv (B, S, heads + 2 kv_heads, head_dim), queries and keys
+ * rotated, by a function of the caller's, which keeps keys and values; on the calling thread */
+typedef fc_status fc_attend(void *self, float *out, const float *qkv, ptrdiff_t batch, ptrdiff_t seq, ptrdiff_t heads,
+                            ptrdiff_t kv_heads, ptrdiff_t head_dim);
 typedef struct {
     const fc_kv_cache *kv;
     const float *cos, *sin; /* (positions, rotary_pairs), or NULL: no RoPE */
     ptrdiff_t rotary_pairs;
+    fc_attend *attend; /* in the place of kv, of which only the type counts then; or NULL. Not behind a router */
+    void *self;        /* its first argument */
 } fc_attention_state;
 
 /* FC_GATED_MLP: down (f(x gate) * (x up));  FC_MLP: down f(x up), or down f(x up)^2 */
@@ -500,10 +527,13 @@ typedef struct {
 /* States that are as large after a million tokens as after one. A pass reads each row's slot `from` and writes its slot
  * `to`, another one: a state that was stays as it is. A slot: the convolution's last inputs (width - 1, channels), then
  * the scan's state. */
+typedef fc_status fc_relay(void *self, int written);
 typedef struct {
     float *memory; /* (B, slots, floats) */
     ptrdiff_t slots, floats;
     const int64_t *from, *to; /* (B); from < 0: zeros */
+    fc_relay *relay; /* called before `from` is read, and once more, `written`, when `to` is whole; or NULL */
+    void *self;      /* its first argument */
 } fc_recurrent_state;
 typedef struct {
     ptrdiff_t width;
@@ -539,8 +569,9 @@ typedef struct {
 
 /* FC_SHORT_CONV: b, c, x = in(..);  out(c conv(b x)), conv without an activation */
 typedef struct {
-    fc_matrix in;  /* (hidden, 3 hidden) */
-    fc_matrix out; /* (hidden, hidden) */
+    ptrdiff_t channels;
+    fc_matrix in;  /* (hidden, 3 channels) */
+    fc_matrix out; /* (channels, hidden) */
     fc_conv_weights conv;
 } fc_short_conv_weights;
 
@@ -567,6 +598,8 @@ typedef struct {
     ptrdiff_t n_layers;
     fc_norm norm;
     fc_matrix head; /* (hidden, vocab) */
+    const fc_ranks *ranks; /* that hold the embedding's rows of other tokens; NULL: none do, */
+    ptrdiff_t first_token; /* else these rows, and the head's columns, are of `vocab` tokens from this one on */
 } fc_model;
 
 /* Row b's tokens come after the start[b] that its states hold. One parallel region in all. FC_INTERRUPTED leaves the
@@ -585,6 +618,9 @@ typedef struct {
     ptrdiff_t batch, seq;
     const int64_t *start; /* (B) */
     fc_workspace *workspace;
+    const int64_t *positions; /* (B, S), where tokens lie for layers of attention that all have `attend`; NULL: one after
+                               * the other from start on */
+    int waits; /* some state's function may wait long: a parallel region for each op, whose threads sleep meanwhile */
 } fc_forward_args;
 fc_status fc_forward(const fc_forward_args *args);
 

@@ -12,7 +12,8 @@ import pytest
 import forge_c
 
 
-@pytest.mark.parametrize("package", [forge_c, forge_c.models, forge_c.nn], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("package", [forge_c, forge_c.distributed, forge_c.models, forge_c.nn],
+                         ids=lambda p: p.__name__)
 def test_dir_lists_the_public_names_and_no_others(package: object) -> None:
     listed = [name for name in dir(package) if not name.startswith("__") or name in package.__all__]
     assert listed == sorted(package.__all__)

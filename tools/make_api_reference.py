@@ -46,10 +46,11 @@ def entry(title: str, value: Any) -> list[str]:
     return [head, textwrap.indent(inspect.getdoc(value) or "", "    "), ""]
 
 
-def members(cls: type) -> list[str]:
-    """The public methods and properties of a class that it or its bases here define."""
+def members(cls: type, told: type | None = None) -> list[str]:
+    """The public methods and properties that a class or its bases here define, but for those of a base told already."""
     lines: list[str] = []
-    for name in dict.fromkeys(n for c in cls.__mro__ if c.__module__.startswith("forge_c") for n in vars(c)):
+    bases = [c for c in cls.__mro__ if c.__module__.startswith("forge_c") and (c is cls or c is not told)]
+    for name in dict.fromkeys(n for c in bases for n in vars(c)):
         value = inspect.getattr_static(cls, name)
         if isinstance(value, classmethod | staticmethod):
             value = getattr(cls, name)
@@ -60,10 +61,10 @@ def members(cls: type) -> list[str]:
     return lines
 
 
-def section(title: str, named: dict[str, Any]) -> list[str]:
+def section(title: str, named: dict[str, Any], told: type | None = None) -> list[str]:
     lines = ["", f"## {title}"]
     for name, value in named.items():
-        body = entry(name, value) + (members(value) if inspect.isclass(value) else [])
+        body = entry(name, value) + (members(value, told) if inspect.isclass(value) else [])
         lines += ["", f"### {name.rsplit('.', 1)[-1]}", "", "```text", *"\n".join(body).rstrip().splitlines(), "```"]
     return lines
 
@@ -89,6 +90,8 @@ def page() -> str:
     lines += section("Models", under("fc.models", forge_c.models))
     lines += section("Tokenizers", {"ByteTokenizer": ByteTokenizer, "HuggingFaceTokenizer": HuggingFaceTokenizer})
     lines += section("Layers", under("fc.nn", forge_c.nn))
+    lines += section("Several processes", under("fc.distributed", forge_c.distributed),
+                     told=forge_c.distributed.Comm)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

@@ -309,6 +309,65 @@ def attention(q, k, v=None, *, causal=False, scale=None, mask=None, window=None,
     return (y, lse) if return_lse else y
 
 
+cdef int attention_carried(fc_attention_args *a, cnp.ndarray carried) except -1:
+    """carried (batch, q_len, heads, v_dim + 2) float32, any stride from batch to batch."""
+    same_type("fold_attention", "carried", carried, FC_F32)
+    shape = (a.batch, a.q_len, a.heads, a.v_dim + 2)
+    if shape_of(carried) != shape or not carried.flags.writeable:
+        raise ValueError(f"fold_attention: carried has shape {shape_of(carried)}, expected {shape}, writable")
+    if carried.size and not (carried[0].flags.c_contiguous):
+        raise ValueError("fold_attention: carried[0] is not C-contiguous")
+    a.carried, a.carried_stride = <float *>cnp.PyArray_DATA(carried), carried.strides[0]
+    return 0
+
+
+def fold_attention(q, k, v, cnp.ndarray carried not None, q_positions, *, causal=False, scale=None, window=None,
+                   softcap=None, precision=None, sinks=None, out=None, lse=None):
+    """What rows carry (batch, q_len, heads, v_dim + 2: o, max, sum; to begin: max -inf, sum 0) <- with these keys.
+
+    k may be a KVCache, v None then. The keys lie at 0, 1, 2, .. and q_positions (q_len,) counts from the first of them, which is a multiple of 256 of all
+    keys; pieces come in the keys' order. With out (and lse), which end it, carried stays and out has the bits of
+    attention over all keys. Not public: the package above it checks what it is given.
+    """
+    cdef fc_attention_args a
+    cdef cnp.ndarray qa = attention_input("q", q)
+    cdef cnp.ndarray ka
+    cdef cnp.ndarray va
+    cdef cnp.ndarray lens = None
+    cdef KVPages pages = None
+    cdef cnp.ndarray y = out
+    cdef cnp.ndarray sa
+    cdef fc_status status
+    memset(&a, 0, sizeof(a))
+    a.size = sizeof(a)
+    a.softcap, a.window, a.causal = attention_softcap(softcap), attention_window(window), flag("attention", "causal", causal)
+    a.precision = attention_precision("attention", "precision", precision)
+    attention_queries(&a, qa)
+    if v is None:
+        pages, lens = attention_cache(k, &a, None, window)
+        a.kv_lens = <const int64_t *>cnp.PyArray_DATA(lens)
+    else:
+        ka, va = attention_input("k", k), attention_input("v", v)
+        same_type("attention", "v", va, dtype_index(ka))
+        attention_arrays(&a, ka, va)
+    attention_carried(&a, carried)
+    placed = attention_placed(&a, q_positions, None)
+    sa = parameter("attention", "sinks", sinks, a.heads)
+    a.sinks = floats(sa)
+    a.scale = <float>(number("attention", "scale", scale) if scale is not None
+                      else a.head_dim ** -0.5 if a.head_dim else 1.0)
+    if y is not None:
+        a.finish = True
+        same_shape("fold_attention", "out", y, carried[..., 2:])
+        same_type("fold_attention", "out", y, a.q_type)
+        contiguous_last("fold_attention", "out", y)
+        run_attention(&a, y, lse)
+    elif a.batch and a.q_len and a.heads:
+        with nogil:
+            status = fc_attention(&a)
+        check("attention", status)
+
+
 cdef cnp.ndarray merge_part(str arg, object x, cnp.ndarray like):
     cdef cnp.ndarray a = viewed("merge_attention", arg, x)
     same_type("merge_attention", arg, a, float_type("merge_attention", "out_a", like))

@@ -34,7 +34,9 @@ cdef fc_matrix matrix_of(PackedWeight w) noexcept:
 
 cdef class Part:
     """A part of a layer as src_c takes it: what it holds stays alive with it. norm: of what goes in; post_norm: of what
-    comes out; None: absent."""
+    comes out; None: absent. over: of a part whose heads or channels are a share, (inner, ranks): Ranks by columns of what
+    its last matrix takes in, and of the part's result, of which that matrix has columns; or (None, Ranks), whose sum the
+    result is a term of, with the last bias in one of them."""
     cdef fc_part c
     cdef list held
     cdef readonly ptrdiff_t hidden
@@ -42,11 +44,23 @@ cdef class Part:
     cdef readonly object params  # weights of its matrices
     cdef readonly dict arguments  # that make another; None where Python code computes it
 
-    cdef int begin(self, fc_part_kind kind, const void *weights, ptrdiff_t hidden, Norm norm, Norm post_norm) except -1:
+    cdef int begin(self, fc_part_kind kind, const void *weights, ptrdiff_t hidden, Norm norm, Norm post_norm,
+                   object over=None) except -1:
         self.c.kind, self.c.weights, self.hidden = kind, weights, hidden
         self.held, self.nbytes, self.params = [], 0, 0
         self.c.norm, self.c.post_norm = self.normed("norm", norm, hidden), self.normed("post_norm", post_norm, hidden)
+        if over is not None:
+            self.held += over
+            self.c.inner = NULL if over[0] is None else &(<Ranks?>over[0]).c
+            self.c.ranks = &(<Ranks?>over[1]).c
         return 0
+
+    cdef fc_matrix last(self, str name, PackedWeight w, ptrdiff_t channels, object bias) except *:
+        """The matrix whose results are the part's, all of them or a share, of this rank's channels, or of all."""
+        cdef tuple shape = (channels, self.hidden)
+        if self.c.inner != NULL:
+            shape = (self.c.inner.n, self.c.ranks.count)
+        return self.matrix(name, w, shape, bias)
 
     cdef int keep(self, object value) except -1:
         self.held.append(value)
@@ -98,15 +112,15 @@ cdef class AttentionPart(Part):
     def __init__(self, qkv not None, PackedWeight out not None, *, ptrdiff_t heads, ptrdiff_t kv_heads,
                  ptrdiff_t head_dim, Norm norm=None, Norm post_norm=None, Norm q_norm=None, Norm k_norm=None,
                  qkv_bias=None, balance=None, out_bias=None, double scale=1.0, double softcap=0.0, window=None,
-                 ptrdiff_t width=0, precision=None):
+                 ptrdiff_t width=0, precision=None, over=None):
         cdef cnp.ndarray by
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_ATTENTION, &self.w, out.n, None, post_norm)
-        self.w.width = width or out.n
+        self.begin(FC_ATTENTION, &self.w, hidden_of(over, out), None, post_norm, over)
+        self.w.width = width or self.hidden
         self.c.norm = self.normed("norm", norm, self.w.width)
         self.w.heads, self.w.kv_heads, self.w.head_dim = heads, kv_heads, head_dim
         self.project(self.beside("qkv", qkv, 3), (heads + 2 * kv_heads) * head_dim, qkv_bias)
-        self.w.out = self.matrix("out", out, (heads * head_dim, out.n), out_bias)
+        self.w.out = self.last("out", out, heads * head_dim, out_bias)
         self.w.q_norm, self.w.k_norm = self.normed("q_norm", q_norm, head_dim), self.normed("k_norm", k_norm, head_dim)
         if balance is not None:
             by = np.ascontiguousarray(balance, np.float32)
@@ -153,15 +167,16 @@ cdef class MLPPart(Part):
     cdef fc_mlp_weights w
 
     def __init__(self, up not None, PackedWeight down not None, *, str activation not None="silu",
-                 Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None):
+                 Norm norm=None, Norm post_norm=None, up_bias=None, down_bias=None, over=None):
         cdef object biases = up_bias
         cdef tuple sides = self.beside("up", up, 2)
         cdef PackedWeight first = sides[0]
-        cdef tuple shape = (down.n, 2 * down.k if first.gated else down.k)
+        cdef ptrdiff_t inner = channels_here(over, down)
+        cdef tuple shape = (hidden_of(over, down), 2 * inner if first.gated else inner)
         cdef bint gated = first.gated or len(sides) == 2
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_GATED_MLP if gated else FC_MLP, &self.w, down.n, norm, post_norm)
-        self.w.inner, self.w.squared = down.k, activation == "relu2" and not gated
+        self.begin(FC_GATED_MLP if gated else FC_MLP, &self.w, shape[0], norm, post_norm, over)
+        self.w.inner, self.w.squared = inner, activation == "relu2" and not gated
         self.w.activation = GATES["relu" if self.w.squared else activation]
         if len(sides) == 1:
             self.w.up = self.matrix("up", first, shape, up_bias)
@@ -169,7 +184,7 @@ cdef class MLPPart(Part):
             gate_bias, up_bias = (None, None) if up_bias is None else np.reshape(up_bias, (2, -1))
             self.w.gate = self.matrix("gate", first, shape, gate_bias)
             self.w.up = self.matrix("up", sides[1], shape, up_bias)
-        self.w.down = self.matrix("down", down, (down.k, down.n), down_bias)
+        self.w.down = self.last("down", down, inner, down_bias)
         self.arguments = {"up": up, "down": down, "activation": activation, "norm": norm, "post_norm": post_norm,
                           "up_bias": biases, "down_bias": down_bias}
 
@@ -242,15 +257,45 @@ cdef fc_status called_with(object call, object state, float *out, const float *x
         return FC_INTERRUPTED
 
 
+cdef fc_status attend_python(void *attend, float *out, const float *qkv, ptrdiff_t batch, ptrdiff_t seq,
+                             ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim) noexcept nogil:
+    with gil:
+        return attend_with(<object>attend, out, qkv, batch, seq, heads, kv_heads, head_dim)
+
+
+cdef fc_status attend_with(object attend, float *out, const float *qkv, ptrdiff_t batch, ptrdiff_t seq,
+                           ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t head_dim) noexcept:
+    cdef cnp.npy_intp dims[4]
+    cdef cnp.ndarray y
+    cdef object both  # sliced
+    try:
+        dims[0], dims[1], dims[2], dims[3] = batch, seq, heads + 2 * kv_heads, head_dim
+        both = cnp.PyArray_SimpleNewFromData(4, dims, cnp.NPY_FLOAT32, <void *>qkv)
+        both.flags.writeable = False
+        dims[2] = heads
+        y = cnp.PyArray_SimpleNewFromData(4, dims, cnp.NPY_FLOAT32, out)
+        attend(both[:, :, :heads], both[:, :, heads:heads + kv_heads], both[:, :, heads + kv_heads:], y)
+        return FC_OK
+    except BaseException as error:  # it stays set, as in called_with
+        PyErr_SetObject(type(error), error)
+        return FC_INTERRUPTED
+
+
 cdef class AttentionState:
-    """The pages of a layer's keys and values, and the table by which it rotates them, or None. For a StateTable."""
+    """The pages of a layer's keys and values, and the table by which it rotates them, or None. For a StateTable.
+    attend(q (batch, seq, heads, head_dim), k, v (batch, seq, kv_heads, head_dim), out, as q): a function that keeps k
+    and v and writes out, in the place of the pages, whose dtype alone counts then; float32 in the pass's own memory,
+    which is gone after it."""
     cdef fc_attention_state c
     cdef readonly KVPages pages
     cdef readonly object table
+    cdef readonly object attend
     cdef readonly ptrdiff_t positions  # that it can rotate
 
-    def __init__(self, KVPages pages not None, table=None):
-        self.pages, self.c.kv = pages, &pages.c
+    def __init__(self, KVPages pages not None, table=None, attend=None):
+        self.pages, self.c.kv, self.attend = pages, &pages.c, attend
+        if attend is not None:
+            self.c.attend, self.c.self = attend_python, <void *>attend
         self.rotate_by(table)
 
     def rotate_by(self, table):
@@ -276,6 +321,8 @@ cdef class RoutedState:
     def __init__(self, AttentionState mixer not None, cnp.ndarray positions not None, cnp.ndarray held not None,
                  cnp.ndarray chosen not None):
         self.mixer, self.kept, self.batch = mixer, (positions, held, chosen), held.size
+        if mixer.attend is not None:
+            raise TypeError("RoutedState: mixer has a function that attends, expected pages behind a Router")
         for a, shape in zip(self.kept, ((self.batch, positions.size // max(self.batch, 1)), (self.batch,),
                                         (self.batch,))):
             if a.dtype != np.int64 or a.shape != shape or not a.flags.c_contiguous:
@@ -327,7 +374,8 @@ cdef class StateTable:
 cdef class LayeredModel:
     """Embedding, layers, last norm and projection. layers: (mixer, mlp, parallel, residual_scale), parts or None, and
     behind them, where a layer has one, a Router, the mixer beside, and attention and mlp ahead, or None; embedding
-    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab)."""
+    (vocab, hidden), or packed as (hidden, vocab), so that it may be the head; head (hidden, vocab).
+    ranks: that hold the rest of the vocabulary; first_token: of this one's."""
     cdef fc_model c
     cdef fc_layer *layers
     cdef readonly list held
@@ -336,9 +384,11 @@ cdef class LayeredModel:
     cdef readonly object embedding
     cdef readonly PackedWeight head
     cdef readonly Norm norm
+    cdef readonly Ranks ranks
 
     def __cinit__(self, embedding not None, list layers not None, Norm norm not None,
-                  PackedWeight head not None, *, double embedding_scale=1.0):
+                  PackedWeight head not None, *, double embedding_scale=1.0, Ranks ranks=None,
+                  ptrdiff_t first_token=0):
         cdef ptrdiff_t i
         self.held = layers
         self.parts = [part for layer in layers for part in (*layer[:2], *layer[4:]) if part is not None]
@@ -349,6 +399,7 @@ cdef class LayeredModel:
             raise ValueError(f"LayeredModel: head has shape {head.shape}, expected ({norm.n}, vocab)")
         self.look_up(embedding)
         self.c.embedding_scale, self.c.norm = <float>embedding_scale, norm.c
+        self.ranks, self.c.first_token, self.c.ranks = ranks, first_token, NULL if ranks is None else &ranks.c
         self.c.head = matrix_of(head)
         self.layers = <fc_layer *>PyMem_Malloc((len(layers) + 1) * sizeof(fc_layer))
         if self.layers == NULL:
@@ -369,6 +420,11 @@ cdef class LayeredModel:
 
     def __dealloc__(self):
         PyMem_Free(self.layers)
+
+    @property
+    def first_token(self):
+        """Of those whose rows are here."""
+        return self.c.first_token
 
     @property
     def nbytes(self):
@@ -396,9 +452,9 @@ cdef class LayeredModel:
         return 0
 
     def forward(self, cnp.ndarray ids not None, StateTable states not None, cnp.ndarray start not None, *,
-                bint logits=True, bint last_only=False, bint hidden=False):
+                bint logits=True, bint last_only=False, bint hidden=False, positions=None):
         """ids (batch, seq) int64 inside the vocabulary, after the start (batch,) int64 tokens that each row's states
-        hold -> (logits (batch, seq, vocab), with last_only (batch, 1, vocab), hidden (batch, seq, hidden) after the
+        hold, or at positions (batch, seq) where each layer of attention has an AttentionState that attends -> (logits (batch, seq, vocab), with last_only (batch, 1, vocab), hidden (batch, seq, hidden) after the
         last norm), None for what is not asked for. The caller has seen to it that the states have room, and says to
         them that the tokens are there."""
         cdef fc_forward_args a
@@ -406,6 +462,7 @@ cdef class LayeredModel:
         cdef cnp.npy_intp dims[3]
         cdef cnp.ndarray y = None
         cdef cnp.ndarray h = None
+        cdef cnp.ndarray at
         cdef ptrdiff_t longest = 0
         cdef ptrdiff_t b
         cdef ptrdiff_t i
@@ -417,8 +474,14 @@ cdef class LayeredModel:
         a.batch, a.seq, a.last_only = cnp.PyArray_DIM(ids, 0), cnp.PyArray_DIM(ids, 1), last_only
         for b in range(a.batch):
             longest = max(longest, a.seq + (<const int64_t *>cnp.PyArray_DATA(start))[b])
+        a.waits = self.ranks is not None
+        if positions is not None:
+            at = private_ints(positions)
+            longest = placed(at, a.batch, a.seq)
+            a.positions = <const int64_t *>cnp.PyArray_DATA(at)
         for i, (part, is_routed) in enumerate(self.mixers):
             check_state(part, is_routed, i, states.held[i], a.batch, a.seq, longest)
+            a.waits |= waits(states.held[i], positions is not None)
         a.ids, a.start = <const int64_t *>cnp.PyArray_DATA(ids), <const int64_t *>cnp.PyArray_DATA(start)
         if logits:
             dims[0], dims[1], dims[2] = a.batch, (1 if a.seq else 0) if last_only else a.seq, self.c.vocab
@@ -432,6 +495,25 @@ cdef class LayeredModel:
             status = fc_forward(&a)
         check("forward", status)
         return y, h
+
+
+cdef ptrdiff_t placed(cnp.ndarray at, ptrdiff_t batch, ptrdiff_t seq) except -1:
+    """One beyond the last position."""
+    if shape_of(at) != (batch, seq) or (at.size and at.min() < 0):
+        raise ValueError(f"forward: positions has shape {shape_of(at)}, expected ({batch}, {seq}) of them, none below 0")
+    return at.max() + 1 if at.size else 0
+
+
+cdef bint waits(object state, bint apart) except -1:
+    """Whether the pass may wait long for a state; TypeError for tokens that lie apart where none attends to them."""
+    if isinstance(state, RecurrentSlots):
+        return (<RecurrentSlots>state).relay is not None
+    if isinstance(state, RoutedState):
+        state = (<RoutedState>state).mixer
+    attends = isinstance(state, AttentionState) and (<AttentionState>state).attend is not None
+    if apart and not attends and isinstance(state, AttentionState):
+        raise TypeError("forward: positions are given, expected AttentionStates that attend to keys at any")
+    return apart and attends
 
 
 cdef int check_state(Part part, bint is_routed, ptrdiff_t i, object state, ptrdiff_t batch, ptrdiff_t seq,

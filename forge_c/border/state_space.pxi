@@ -1,16 +1,33 @@
 # Parts of layers with a recurrent state, and where the state lies.
 
 
+cdef fc_status relay_python(void *relay, int written) noexcept nogil:
+    with gil:
+        return relay_with(<object>relay, written)
+
+
+cdef fc_status relay_with(object relay, bint written) noexcept:
+    try:
+        relay(written)
+        return FC_OK
+    except BaseException as error:  # it stays set, as in called_with
+        PyErr_SetObject(type(error), error)
+        return FC_INTERRUPTED
+
+
 cdef class RecurrentSlots:
     """What a layer remembers of each row: memory (batch, slots, floats) float32, and the slots (batch,) int64 that a
-    pass reads, -1 for zeros, and writes. For a StateTable."""
+    pass reads, -1 for zeros, and writes. For a StateTable. relay(written): a function that is called before a pass reads
+    the state, with False, and when what it writes is whole, with True."""
     cdef fc_recurrent_state c
     cdef readonly cnp.ndarray memory
     cdef readonly cnp.ndarray source
     cdef readonly cnp.ndarray target
+    cdef readonly object relay
     cdef ptrdiff_t rows
 
-    def __init__(self, cnp.ndarray memory not None, cnp.ndarray source not None, cnp.ndarray target not None):
+    def __init__(self, cnp.ndarray memory not None, cnp.ndarray source not None, cnp.ndarray target not None,
+                 relay=None):
         if (memory.dtype != np.float32 or cnp.PyArray_NDIM(memory) != 3 or not cnp.PyArray_IS_C_CONTIGUOUS(memory)
                 or not cnp.PyArray_ISWRITEABLE(memory)):
             raise ValueError(f"RecurrentSlots: memory is {memory.dtype} {shape_of(memory)}, expected float32 (batch, "
@@ -25,6 +42,9 @@ cdef class RecurrentSlots:
         self.c.slots, self.c.floats = cnp.PyArray_DIM(memory, 1), cnp.PyArray_DIM(memory, 2)
         self.c.from_ = <const int64_t *>cnp.PyArray_DATA(source)
         self.c.to = <const int64_t *>cnp.PyArray_DATA(target)
+        self.relay = relay
+        if relay is not None:
+            self.c.relay, self.c.self = relay_python, <void *>relay
 
     cdef int check(self, ptrdiff_t i, ptrdiff_t batch, ptrdiff_t floats) except -1:
         """Whether a pass of so many rows may take it as state i."""
@@ -73,15 +93,16 @@ cdef class MambaPart(RecurrentPart):
     def __init__(self, PackedWeight in_proj not None, PackedWeight conv not None, PackedWeight x_proj not None,
                  PackedWeight dt_proj not None, PackedWeight out_proj not None, *, a, d, dt_bias, conv_bias=None,
                  in_bias=None, out_bias=None, Norm norm=None, Norm post_norm=None, Norm dt_norm=None,
-                 Norm b_norm=None, Norm c_norm=None):
-        cdef ptrdiff_t inner = out_proj.k, rank = dt_proj.k, n = (x_proj.n - dt_proj.k) // 2
+                 Norm b_norm=None, Norm c_norm=None, over=None):
+        cdef ptrdiff_t inner = channels_here(over, out_proj), rank = dt_proj.k, n = (x_proj.n - dt_proj.k) // 2
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_MAMBA, &self.w, out_proj.n, norm, post_norm)
+        self.begin(FC_MAMBA, &self.w, hidden_of(over, out_proj), norm, post_norm, over)
         self.w.inner, self.w.n, self.w.rank = inner, n, rank
         self.w.in_ = self.matrix("in_proj", in_proj, (self.hidden, 2 * inner), in_bias)
-        self.w.x = self.matrix("x_proj", x_proj, (inner, rank + 2 * n), None)
+        self.w.x = self.matrix("x_proj", x_proj, (inner if self.c.inner == NULL else self.c.inner.n, rank + 2 * n),
+                               None)
         self.w.dt = self.matrix("dt_proj", dt_proj, (rank, inner), None)
-        self.w.out = self.matrix("out_proj", out_proj, (inner, self.hidden), out_bias)
+        self.w.out = self.last("out_proj", out_proj, inner, out_bias)
         self.w.conv = self.convolution(conv, conv_bias, inner)
         self.w.a, self.w.d = self.vector("a", a, inner * n), self.vector("d", d, inner)
         self.w.dt_bias = self.vector("dt_bias", dt_bias, inner)
@@ -131,18 +152,19 @@ cdef class Mamba2Part(RecurrentPart):
 
 
 cdef class ShortConvPart(RecurrentPart):
-    """A gated convolution: in_proj (hidden, 3 hidden), conv (width, hidden) float32, out_proj (hidden, hidden)."""
+    """A gated convolution: in_proj (hidden, 3 channels), conv (width, channels) float32, out_proj (channels, hidden)."""
     cdef fc_short_conv_weights w
 
     def __init__(self, PackedWeight in_proj not None, PackedWeight conv not None, PackedWeight out_proj not None, *,
-                 conv_bias=None, in_bias=None, out_bias=None, Norm norm=None, Norm post_norm=None):
-        cdef ptrdiff_t hidden = out_proj.n
+                 conv_bias=None, in_bias=None, out_bias=None, Norm norm=None, Norm post_norm=None, over=None):
+        cdef ptrdiff_t channels = channels_here(over, out_proj)
         memset(&self.w, 0, sizeof(self.w))
-        self.begin(FC_SHORT_CONV, &self.w, hidden, norm, post_norm)
-        self.w.in_ = self.matrix("in_proj", in_proj, (hidden, 3 * hidden), in_bias)
-        self.w.out = self.matrix("out_proj", out_proj, (hidden, hidden), out_bias)
-        self.w.conv = self.convolution(conv, conv_bias, hidden)
-        self.floats = (self.w.conv.width - 1) * hidden
+        self.begin(FC_SHORT_CONV, &self.w, hidden_of(over, out_proj), norm, post_norm, over)
+        self.w.channels = channels
+        self.w.in_ = self.matrix("in_proj", in_proj, (self.hidden, 3 * channels), in_bias)
+        self.w.out = self.last("out_proj", out_proj, channels, out_bias)
+        self.w.conv = self.convolution(conv, conv_bias, channels)
+        self.floats = (self.w.conv.width - 1) * channels
         self.arguments = {"in_proj": in_proj, "conv": conv, "out_proj": out_proj, "conv_bias": conv_bias,
                           "in_bias": in_bias, "out_bias": out_bias, "norm": norm, "post_norm": post_norm}
 
@@ -156,17 +178,18 @@ cdef class RGLRUPart(RecurrentPart):
 
     def __init__(self, PackedWeight in_proj not None, PackedWeight conv not None, gates not None,
                  PackedWeight out_proj not None, *, ptrdiff_t heads, param, str activation not None="gelu_tanh",
-                 gate_bias=None, conv_bias=None, in_bias=None, out_bias=None, Norm norm=None, Norm post_norm=None):
-        cdef ptrdiff_t width = out_proj.k, g
+                 gate_bias=None, conv_bias=None, in_bias=None, out_bias=None, Norm norm=None, Norm post_norm=None,
+                 over=None):
+        cdef ptrdiff_t width = channels_here(over, out_proj), g
         cdef object flat = None if gate_bias is None else np.reshape(gate_bias, -1)
         memset(&self.w, 0, sizeof(self.w))
         if heads < 1 or width % heads or len(gates) != 2 * heads or (flat is not None and len(flat) != 2 * width):
             raise ValueError(f"RGLRUPart: heads is {heads}, with {len(gates)} gates, expected a divisor of {width}, "
                              "two for each of them, and biases of as many channels")
-        self.begin(FC_RG_LRU, &self.w, out_proj.n, norm, post_norm)
+        self.begin(FC_RG_LRU, &self.w, hidden_of(over, out_proj), norm, post_norm, over)
         self.w.heads, self.w.block, self.w.activation = heads, width // heads, GATES[activation]
         self.w.in_ = self.matrix("in_proj", in_proj, (self.hidden, 2 * width), in_bias)
-        self.w.out = self.matrix("out_proj", out_proj, (width, self.hidden), out_bias)
+        self.w.out = self.last("out_proj", out_proj, width, out_bias)
         self.w.conv = self.convolution(conv, conv_bias, width)
         self.w.param = self.vector("param", param, width)
         if self.w.param == NULL:

@@ -38,10 +38,11 @@ class Importance:
         self.of_channel, self.feedback = of_channel, feedback
 
     @staticmethod
-    def checked(name: str, given: ArrayLike | None, k: int) -> Importance | None:
-        """That of function `name`'s argument: (k,) mean squares of the inputs, or (k, k) mean products of two."""
-        if given is None:
-            return None
+    def checked(name: str, given: ArrayLike | Importance | None, k: int) -> Importance | None:
+        """That of function `name`'s argument: (k,) mean squares of the inputs, or (k, k) mean products of two; or one
+        that was made before."""
+        if given is None or isinstance(given, Importance):
+            return given
         a = np.asarray(unmasked(name, "importance", given))
         if a.dtype.kind not in "fiu" and a.dtype.name != "bfloat16":
             raise TypeError(f"{name}: importance has dtype {a.dtype}, expected numbers")
@@ -57,6 +58,10 @@ class Importance:
         channel = np.maximum(squares / mean, max(_FLOOR * np.median(squares / mean), _LEAST))
         feedback = None if a.ndim == 1 else _feedback(name, wide / mean, channel)
         return Importance(channel.astype(np.float32), feedback)
+
+    def of(self, rows: range) -> Importance:
+        """Of some channels, as they count among all."""
+        return Importance(self.of_channel[rows.start : rows.stop])
 
     def block(self, start: int, stop: int) -> Floats:
         """Of channels start..stop, 0 beyond the last."""

@@ -42,8 +42,8 @@ class Decoder:
         stored = cast(StoredTensors, checkpoint) if dtype == STORED else None
         self._describe(spec, dtype if stored is None else stored.mostly())
         form = cast(PackDtype, dtype)  # of what is not stored already
-        ends = (_ends(spec, checkpoint, form, activations) if stored is None
-                else _stored_ends(spec, stored, activations))
+        ends = (packed_ends(spec, checkpoint, form, activations) if stored is None
+                else stored_ends(spec, stored, activations))
         source = _weighed(spec, checkpoint, form, activations, importance) if stored is None else (
             lambda i: StoredSource(checkpoint, f"model.layers.{i}.", spec.hidden_size, form, activations))
         layers = [build_layer(spec.layers[i], source(i)) for i in progress(range(spec.n_layers))]
@@ -90,6 +90,11 @@ class Decoder:
         return _ROUTED_PAGES * KV_CHUNK if routed and not windows else KV_CHUNK
 
     @property
+    def result_tokens(self) -> int:
+        """The same of a pass of which every token's logits or hidden states are wanted."""
+        return KV_CHUNK
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
         return self._model.nbytes
@@ -112,14 +117,18 @@ class Decoder:
 
         Layers with a sliding window keep no more than the window needs. dtype "float32", "bfloat16" or "int8".
         """
-        if max_seq_len is None:
-            max_seq_len = self.spec.max_position_embeddings
-            if any(isinstance(kind, Attention) for kind in self.kinds):
-                max_seq_len = min(max_seq_len, DEFAULT_CONTEXT)
-        rows, room = checked_size("new_cache", "batch", batch), checked_size("new_cache", "max_seq_len", max_seq_len)
+        rows, room = checked_size("new_cache", "batch", batch), self._room(max_seq_len)
         layers = [new_state(kind, rows, room, dtype) for kind in self.kinds]
         tables = [self._tables.of(getattr(kind, "rope", None)) for kind in self.kinds]
         return ModelCache(self.kinds, layers, tables, np.zeros(rows, np.int64), room)
+
+    def _room(self, max_seq_len: int | None) -> int:
+        """Of new_cache, checked."""
+        if max_seq_len is None:
+            max_seq_len = self.spec.max_position_embeddings
+            if any(isinstance(kind, Attention) for kind in self._mixers()):
+                max_seq_len = min(max_seq_len, DEFAULT_CONTEXT)
+        return checked_size("new_cache", "max_seq_len", max_seq_len)
 
     @property
     def angles_depend_on_length(self) -> bool:
@@ -131,44 +140,44 @@ class Decoder:
         """ids (batch, n <= pass_tokens), the tokens after those in the cache -> logits (batch, n, vocab), or with
         last_only (batch, 1, vocab), and hidden (batch, n, H) after the last norm; None for what is not asked for.
         fresh: as ModelCache.extending. ValueError for logits of a model without a head."""
-        if logits and self.spec.head.absent:
-            raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
-                             "false: it was saved without its head, and gives hidden states alone")
+        self._check_head(logits)
         with cache.locked():
             self.read_outdated(cache, ids.shape[1], fresh)
             if not cache.agree(ids.shape[1], fresh):
-                return _stacked([self.forward(ids[i : i + 1], cache.row(i), logits=logits, last_only=last_only,
+                return stacked([self.forward(ids[i : i + 1], cache.row(i), logits=logits, last_only=last_only,
                                               hidden=hidden, fresh=None if fresh is None else fresh[i : i + 1])
                                  for i in range(len(ids))])
             with cache.extending(ids, fresh) as start:
                 found, normed = self._model.forward(ids, cache.states, start, logits=logits, last_only=last_only,
                                                     hidden=hidden)
-        return None if found is None else self._finished(found), normed
+        return None if found is None else self._finished(self.whole_logits(found)), normed
+
+    def whole_logits(self, found: Floats) -> Floats:
+        """Logits of the whole vocabulary, from those of this rank's tokens where it is spread over ranks."""
+        return found
+
+    def _check_head(self, logits: bool) -> None:
+        if logits and self.spec.head.absent:
+            raise ValueError("model: the checkpoint has no lm_head.weight, and config.json has tie_word_embeddings "
+                             "false: it was saved without its head, and gives hidden states alone")
 
     def read_outdated(self, cache: ModelCache, tokens: int, fresh: NDArray[np.bool_] | None = None) -> None:
         """Read again the rows whose tokens have the angles of a shorter or longer text than they are part of with
         `tokens` more, as transformers does when a text outgrows longrope's original length."""
         for i, length in cache.outdated(tokens, fresh).items():
             with cache.rereading(i, length) as (row, ids):
-                for start in range(0, len(ids), KV_CHUNK):
-                    self.forward(ids[None, start : start + KV_CHUNK], row, logits=False)
+                for start in range(0, len(ids), self.result_tokens):
+                    self.forward(ids[None, start : start + self.result_tokens], row, logits=False)
 
     def hidden(self, ids: NDArray[np.int64], cache: ModelCache, layer: int) -> Floats:
-        """(batch, n, H) of ids (batch, n <= KV_CHUNK): what goes into layer 0 .. n_layers - 1, or, for n_layers, what
-        comes out of the last norm."""
+        """(batch, n, H) of ids (batch, n <= result_tokens): what goes into layer 0 .. n_layers - 1, or, for n_layers,
+        what comes out of the last norm."""
         if layer == self.spec.n_layers:
             found: Floats = self.forward(ids, cache, logits=False, hidden=True)[1]
             return found
         seen: list[Floats] = []
-
-        def look(x: Floats, state: None, start: NDArray[np.int64]) -> Floats:
-            seen.append(x)
-            return np.zeros_like(x)
-
-        m, states = self._model, cache.states.held
-        layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
-        before = sum(len(one.remembers) for one in self.spec.layers[:layer])
-        model = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale)
+        model, before = self._looking(layer, seen)
+        states = cache.states.held
         with cache.locked():
             self.read_outdated(cache, ids.shape[1])
             if not cache.agree(ids.shape[1]):
@@ -176,6 +185,20 @@ class Decoder:
             with cache.extending(ids) as start:
                 model.forward(ids, StateTable([*states[:before], None, *states[before:]]), start, logits=False)
         return seen[0]
+
+    def _looking(self, layer: int, seen: list[Floats]) -> tuple[LayeredModel, int]:
+        """A model over the same parts that puts into `seen` what goes into a layer, in the place of the state of this
+        number, which is None."""
+        def look(x: Floats, state: None, start: NDArray[np.int64]) -> Floats:
+            seen.append(x)
+            return np.zeros_like(x)
+
+        m = self._model
+        layers = [*m.held[:layer], (CalledPart(m.norm.n, look), None, False, 1.0), *m.held[layer:]]
+        before = sum(len(one.remembers) for one in self.spec.layers[:layer])
+        made = LayeredModel(m.embedding, layers, m.norm, m.head, embedding_scale=self.spec.embed.scale, ranks=m.ranks,
+                            first_token=m.first_token)
+        return made, before
 
     def _finished(self, y: Floats) -> Floats:
         """Logits as the family scales and caps them, in place."""
@@ -206,7 +229,7 @@ def _weighed(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype, activations
     return source
 
 
-def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
+def packed_ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
           activations: Activations | None) -> tuple[Any, PackedWeight]:
     """The embedding (vocab, H), or packed as (H, vocab), and the last projection (H, vocab)."""
     table = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
@@ -219,7 +242,7 @@ def _ends(spec: ModelSpec, checkpoint: Tensors, dtype: PackDtype,
     return embedding, pack(head.T, held, activations=activations)
 
 
-def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
+def stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
                  activations: Activations | None) -> tuple[PackedWeight, PackedWeight]:
     """The same as the file has them, both (H, vocab), and one where the model is tied."""
     def packed(name: str) -> PackedWeight:
@@ -229,7 +252,7 @@ def _stored_ends(spec: ModelSpec, checkpoint: StoredTensors,
     return table, table if spec.head.tied else packed("lm_head.weight")
 
 
-def _stacked(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+def stacked(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     """Results of single rows as that of all."""
     first, second = zip(*rows, strict=True)
     return tuple(None if one[0] is None else np.concatenate(one) for one in (first, second))  # type: ignore[return-value]

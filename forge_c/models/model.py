@@ -17,7 +17,6 @@ from forge_c.checks import dtype_name, short
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
 from forge_c.formats.layout import PACKED, Activations, Precision
-from forge_c.functional import KV_CHUNK
 from forge_c.models.decoder import STORED, Decoder
 from forge_c.models.generation import Generation, LogitsProcessor, Stream
 from forge_c.models.gguf_tokenizer import gguf_tokenizer
@@ -39,6 +38,7 @@ from forge_c.packing import ROWS_OF, Format
 from forge_c.state import ModelCache
 from forge_c.state.model import all_or_nothing
 
+DecoderOf = Callable[..., Decoder]  # of Decoder's arguments
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_python"
 
 
@@ -81,20 +81,30 @@ def load(path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto", 
     >>> model.config.model_type, model.dtype
     ('llama', 'bfloat16')
     """
+    return load_with(Decoder, path, dtype, activations, attention_precision, ignore, importance)
+
+
+def load_with(decoder: DecoderOf, path: str | os.PathLike[str] | None = None, dtype: DTypeLike = "auto",
+              activations: Activations | None = None, attention_precision: Precision | None = None,
+              ignore: str | Collection[str] = (), importance: Mapping[str, ArrayLike] | None = None) -> Model:
+    """As load, with the decoder that this makes of a checkpoint."""
     dtype = _dtype_name("load", dtype)
     _check_importance(importance)
     _check_precision("load", attention_precision)
     ignored = _names("load", "ignore", ignore)
-    model = _load(path, dtype, activations, ignored, importance)
+    model = _load(decoder, path, dtype, activations, ignored, importance)
     return model if attention_precision is None else model._attending_in(attention_precision)
 
 
-def _load(path: str | os.PathLike[str] | None, dtype: str, activations: Activations | None, ignored: frozenset[str],
-          importance: Mapping[str, ArrayLike] | None) -> Model:
+def _load(decoder: DecoderOf, path: str | os.PathLike[str] | None, dtype: str, activations: Activations | None,
+          ignored: frozenset[str], importance: Mapping[str, ArrayLike] | None) -> Model:
     """As load, by what is there."""
     if path is not None and os.path.exists(path) and not os.path.isdir(path):
-        return _load_gguf(Path(path), dtype, activations, ignored, importance)
+        return _load_gguf(decoder, Path(path), dtype, activations, ignored, importance)
     if path is not None and is_saved(Path(path)):
+        if decoder is not Decoder:
+            raise ValueError(f"load: {path} was packed already, and is not cut into shares; expected the files that "
+                             "it was packed from")
         return _load_saved(Path(path), dtype, activations, ignored, importance)
     folder = EMBEDDED if path is None else find(path, lambda found: _spec(found, ignored))
     spec = _spec(folder, ignored)
@@ -106,23 +116,23 @@ def _load(path: str | os.PathLike[str] | None, dtype: str, activations: Activati
     settings = _generation_config(folder)
     again = partial(load, None if path is None else str(folder.absolute()), dtype, activations=activations,
                     ignore=ignored, importance=importance)
-    return Model(Decoder(spec, checkpoint, dtype, _bar, activations, importance), load_tokenizer(folder),
+    return Model(decoder(spec, checkpoint, dtype, _bar, activations, importance), load_tokenizer(folder),
                  _eos_ids(settings, spec), generation_config=settings, source=again)
 
 
-def _load_gguf(path: Path, dtype: str, activations: Activations | None, ignored: frozenset[str],
+def _load_gguf(decoder: DecoderOf, path: Path, dtype: str, activations: Activations | None, ignored: frozenset[str],
                importance: Mapping[str, ArrayLike] | None) -> Model:
     """The model of a GGUF file: its own tokenizer too; nothing but the file is read."""
     file = open_gguf(path)
     spec = gguf_spec(file, ignored)
     checkpoint = GGUFCheckpoint(file, spec)
     _check_activations("load", activations, checkpoint.mostly() if dtype == "auto" else dtype)
-    decoder = Decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations, importance)
+    made = decoder(spec, checkpoint, STORED if dtype == "auto" else dtype, _bar, activations, importance)
     # Last: a large vocabulary takes as much memory meanwhile as the largest tensor does while it is packed.
     tokenizer, ends = gguf_tokenizer(file.metadata, str(file.path))
     stored = checkpoint.stored(None if dtype == "auto" else dtype)
     again = partial(load, str(path.absolute()), dtype, activations=activations, ignore=ignored, importance=importance)
-    return Model(decoder, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
+    return Model(made, tokenizer, ends or frozenset(spec.eos_token_ids), source=again, info=stored)
 
 
 def _load_saved(folder: Path, dtype: str, activations: Activations | None, ignored: frozenset[str],
@@ -178,13 +188,19 @@ def random_model(shape: str = "llama-1.1b", dtype: DTypeLike = "auto", *,
     >>> random_model("llama-tiny")
     Model(model_type='llama', layers=2, hidden_size=64, heads=4/2, vocab_size=512, dtype='bfloat16')
     """
+    return random_with(Decoder, shape, dtype, activations, attention_precision)
+
+
+def random_with(decoder: DecoderOf, shape: str = "llama-1.1b", dtype: DTypeLike = "auto",
+                activations: Activations | None = None, attention_precision: Precision | None = None) -> Model:
+    """As random_model, with the decoder that this makes of its tensors."""
     dtype = _dtype_name("random_model", dtype)
     dtype = "bfloat16" if dtype == "auto" else dtype
     _check_activations("random_model", activations, dtype)
     _check_precision("random_model", attention_precision)
     spec = model_spec(shape_config(shape))
     checkpoint = RandomCheckpoint(routed=any(layer.router is not None for layer in spec.layers))
-    model = Model(Decoder(spec, checkpoint, dtype, _bar, activations), None, frozenset())
+    model = Model(decoder(spec, checkpoint, dtype, _bar, activations), None, frozenset())
     return model if attention_precision is None else model._attending_in(attention_precision)
 
 
@@ -335,12 +351,13 @@ class Model:
             RuntimeError: another thread is using the cache.
         """
         tokens, cache = self._fed("model", ids, cache)
-        (batch, seq), most = tokens.shape, self._decoder.pass_tokens if last_only else KV_CHUNK
+        (batch, seq), decoder = tokens.shape, self._decoder
+        most = decoder.pass_tokens if last_only else decoder.result_tokens
         logits = np.empty((batch, min(seq, 1) if last_only else seq, self.config.vocab_size), np.float32)
         with all_or_nothing(cache, seq):
             for start in range(0, seq if batch else 0, most):
                 chunk, wanted = slice(start, start + most), not last_only or start + most >= seq
-                found, _ = self._decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
+                found, _ = decoder.forward(tokens[:, chunk], cache, logits=wanted, last_only=last_only)
                 if wanted:
                     logits[:, slice(None) if last_only else chunk] = found
         return logits

@@ -23,6 +23,7 @@ from forge_c.functional import (
     Norm,
     PackedWeight,
     Part,
+    Ranks,
     RGLRUPart,
     Router,
     ShortConvPart,
@@ -38,6 +39,7 @@ from forge_c.state.recurrent import RecurrentState
 from forge_c.state.routed import RoutedCache
 
 Floats = NDArray[np.float32]
+Over = tuple[Ranks | None, Ranks]  # of a part, the ranks that it is spread over
 
 
 class LayerSource:
@@ -51,6 +53,7 @@ class LayerSource:
         self.activations = activations  # as in pack
         self.formats = formats or (lambda name, in_features: dtype)
         self.importance = importance or (lambda name: None)
+        self.spread: Mapping[Any, Over] = {}  # of kinds whose heads or channels are a share: as in their parts
 
     def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
         """(out, in) as the file has it."""
@@ -199,7 +202,7 @@ def _(kind: Attention, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         qkv, out, heads=kind.n_heads, kv_heads=kind.n_kv_heads, head_dim=kind.head_dim, norm=norm, post_norm=post_norm,
         q_norm=q_norm, k_norm=k_norm, scale=kind.scale, softcap=kind.softcap or 0.0, window=kind.window,
         qkv_bias=qkv_bias, balance=balance(kind, qkv_bias), width=width,
-        out_bias=source.bias(kind.o_bias, ("self_attn.o_proj", source.hidden)))
+        out_bias=source.bias(kind.o_bias, ("self_attn.o_proj", source.hidden)), over=source.spread.get(kind))
 
 
 @new_state.register
@@ -228,7 +231,7 @@ def _(kind: Mamba, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         conv_bias=source.bias(kind.conv_bias, ("mixer.conv1d", inner)),
         in_bias=source.bias(kind.bias, ("mixer.in_proj", 2 * inner)),
         out_bias=source.bias(kind.bias, ("mixer.out_proj", source.hidden)), norm=norm, post_norm=post_norm,
-        dt_norm=inputs[0], b_norm=inputs[1], c_norm=inputs[2])
+        dt_norm=inputs[0], b_norm=inputs[1], c_norm=inputs[2], over=source.spread.get(kind))
 
 
 def _input_norm(kind: Mamba, source: LayerSource, name: str, n: int) -> Norm | None:
@@ -258,13 +261,14 @@ def _(kind: Mamba2, source: LayerSource, norms: Callable[[], Norms]) -> Part:
 
 @build_part.register
 def _(kind: ShortConv, source: LayerSource, norms: Callable[[], Norms]) -> Part:
-    hidden = source.hidden
+    hidden, n = source.hidden, kind.channels
     norm, post_norm = norms()
     return ShortConvPart(
-        source.packed("mixer.in_proj", 3 * hidden, hidden), source.convolution("mixer.conv1d", hidden, kind.width),
-        source.packed("mixer.out_proj", hidden, hidden), conv_bias=source.bias(kind.bias, ("mixer.conv1d", hidden)),
-        in_bias=source.bias(kind.bias, ("mixer.in_proj", 3 * hidden)),
-        out_bias=source.bias(kind.bias, ("mixer.out_proj", hidden)), norm=norm, post_norm=post_norm)
+        source.packed("mixer.in_proj", 3 * n, hidden), source.convolution("mixer.conv1d", n, kind.width),
+        source.packed("mixer.out_proj", hidden, n), conv_bias=source.bias(kind.bias, ("mixer.conv1d", n)),
+        in_bias=source.bias(kind.bias, ("mixer.in_proj", 3 * n)),
+        out_bias=source.bias(kind.bias, ("mixer.out_proj", hidden)), norm=norm, post_norm=post_norm,
+        over=source.spread.get(kind))
 
 
 @build_part.register
@@ -279,7 +283,8 @@ def _(kind: RGLRU, source: LayerSource, norms: Callable[[], Norms]) -> Part:
         [*gates[0], *gates[1]], source.packed("mixer.linear_out", hidden, width), heads=kind.heads,
         param=source.vector("mixer.recurrent_param", width), activation=kind.activation, gate_bias=np.stack(biases),
         conv_bias=source.vector("mixer.conv1d.bias", width), in_bias=source.bias(True, *first.items()),
-        out_bias=source.vector("mixer.linear_out.bias", hidden), norm=norm, post_norm=post_norm)
+        out_bias=source.vector("mixer.linear_out.bias", hidden), norm=norm, post_norm=post_norm,
+        over=source.spread.get(kind))
 
 
 @build_part.register
@@ -290,7 +295,7 @@ def _(kind: GatedMLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     norm, post_norm = norms()
     return MLPPart(pair, down, activation=kind.activation, norm=norm, post_norm=post_norm,
                    up_bias=source.bias(kind.bias, ("mlp.gate_proj", width), ("mlp.up_proj", width)),
-                   down_bias=source.bias(kind.bias, ("mlp.down_proj", hidden)))
+                   down_bias=source.bias(kind.bias, ("mlp.down_proj", hidden)), over=source.spread.get(kind))
 
 
 @build_part.register
@@ -300,7 +305,7 @@ def _(kind: MLP, source: LayerSource, norms: Callable[[], Norms]) -> Part:
     norm, post_norm = norms()
     return MLPPart(up, down, activation=kind.activation, norm=norm, post_norm=post_norm,
                    up_bias=source.bias(kind.bias, ("mlp.up_proj", kind.width)),
-                   down_bias=source.bias(kind.bias, ("mlp.down_proj", source.hidden)))
+                   down_bias=source.bias(kind.bias, ("mlp.down_proj", source.hidden)), over=source.spread.get(kind))
 
 
 @new_state.register

@@ -119,6 +119,8 @@ class _Writer:
 def save_model(model: Model, folder: str | os.PathLike[str]) -> None:
     """See Model.save."""
     writer, made = _Writer(), model._decoder._model
+    if made.ranks is not None:
+        raise ValueError("Model.save: the model is one rank's share of a model; load that in one process to save it")
     document = {
         "format": _FORMAT, "version": VERSION, "written_by": __version__, "layout": _layout(packed_weights(made)),
         "spec": to_document(model.config), "dtype": model.dtype, "eos_token_ids": sorted(model.eos_token_ids),

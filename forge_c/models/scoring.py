@@ -32,8 +32,8 @@ def hidden_states(model: Model, ids: ArrayLike, cache: ModelCache | None, layer:
     batch, seq = tokens.shape
     found = np.empty((batch, seq, model.config.hidden_size), np.float32)
     with all_or_nothing(cache, seq):
-        for start in range(0, seq if batch else 0, KV_CHUNK):
-            chunk = slice(start, start + KV_CHUNK)
+        for start in range(0, seq if batch else 0, model._decoder.result_tokens):
+            chunk = slice(start, start + model._decoder.result_tokens)
             found[:, chunk] = model._decoder.hidden(tokens[:, chunk], cache, at)
     return found
 
@@ -44,16 +44,17 @@ def embedded(model: Model, texts: Any, pooling: str, normalize: bool) -> NDArray
         raise ValueError(f"embed: pooling is {pooling!r}, expected 'mean' or 'last'")
     rows = _rows("embed", model, texts)
     found = np.zeros((len(rows), model.config.hidden_size), np.float64)
+    step = model._decoder.result_tokens
     for group, ids, lengths in _batches(model, rows):
         cache = model.new_cache(*ids.shape)
         with cache.expecting(ids.shape[1]):
-            for start in range(0, ids.shape[1], KV_CHUNK):
-                part = model._decoder.hidden(ids[:, start : start + KV_CHUNK], cache, model.config.n_layers)
+            for start in range(0, ids.shape[1], step):
+                part = model._decoder.hidden(ids[:, start : start + step], cache, model.config.n_layers)
                 for i, h, length in zip(group, part, lengths, strict=True):
                     h = h[: max(0, length - start)]
                     if pooling == "mean":
                         found[i] += h.sum(0, dtype=np.float64) / length
-                    elif len(h) and start + KV_CHUNK >= length:
+                    elif len(h) and start + step >= length:
                         found[i] = h[-1]
     if normalize:
         found /= np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
@@ -65,7 +66,7 @@ def scored(model: Model, texts: Any) -> list[tuple[Ids, NDArray[np.float64]]]:
     rows = _rows("score", model, texts)
     found = [np.empty(len(row) - 1, np.float64) for row in rows]
     for group, ids, lengths in _batches(model, rows):
-        step = max(1, min(KV_CHUNK, _LOGITS // (model.config.vocab_size * len(group))))
+        step = max(1, min(model._decoder.result_tokens, _LOGITS // (model.config.vocab_size * len(group))))
         cache = model.new_cache(*ids.shape)
         with cache.expecting(ids.shape[1]):
             for start in range(0, ids.shape[1] - 1, step):

@@ -63,7 +63,7 @@ class ModelCache:
         for state in recurrent[1:]:
             state.join(recurrent[0].history)
         self._live = [s for s in self.layers if s is not None and not s.told_by_lengths and s not in recurrent[1:]]
-        bound = [_bound(s, t) for s, t in zip(self.layers, self._tables, strict=True)]
+        bound = [self._bound(s, t) for s, t in zip(self.layers, self._tables, strict=True)]
         rotating = [(s, t) for s, t in zip(bound, self._tables, strict=True) if t is not None]
         self._rotating = [(s, t) for s, t in rotating if not t.depends_on_length]
         self._by_length = [(s, t) for s, t in rotating if t.depends_on_length]
@@ -72,6 +72,9 @@ class ModelCache:
         for layer in self.layers:
             if isinstance(layer, KVCache):
                 layer.join(self._lengths, self._written, self._reserved, self._lock)
+
+    def _bound(self, state: Any, table_of: TableOf | None) -> Any:
+        return _bound(state, table_of)
 
     @property
     def batch(self) -> int:
@@ -261,7 +264,7 @@ class ModelCache:
             TypeError, IndexError: i is not an integer, or not 0 .. batch - 1.
         """
         i = checked_row("ModelCache.row", i, self._lengths)
-        twin = object.__new__(ModelCache)
+        twin = object.__new__(type(self))
         twin.kinds, twin.layers = self.kinds, tuple(None if s is None else s.row(i) for s in self.layers)
         twin.max_seq_len, twin._tables, twin._lock = self.max_seq_len, self._tables, self._lock
         one = slice(i, i + 1)
@@ -290,7 +293,7 @@ class ModelCache:
             return self._twin([None if s is None else s.copy() for s in self.layers], np.arange(self.batch))
 
     def _twin(self, layers: list[Any], rows: NDArray[np.intp]) -> ModelCache:
-        twin = ModelCache(self.kinds, layers, self._tables, self._lengths[rows], self.max_seq_len)
+        twin = type(self)(self.kinds, layers, self._tables, self._lengths[rows], self.max_seq_len)
         twin._written[:] = self._written[rows]
         twin._ids = [self._ids[b][:] for b in rows]
         twin._angles.of = [self._angles.of[b][:] for b in rows]

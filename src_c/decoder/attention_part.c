@@ -38,13 +38,15 @@ static void balance(const struct attention_pass *t) {
     }
 }
 
-/* Queries; keys are rotated on their way into the cache, unless that holds them at other places than they have. */
+/* Queries; keys are rotated on their way into the cache, unless that holds them at other places than they have, or the
+ * caller keeps them. */
 static fc_status rotate(const struct attention_pass *t) {
     const struct pass *p = t->p;
+    const int keys_too = p->counts || t->s->attend;
     if (!t->s->cos) return FC_OK;
     return fc_rope(&(fc_rope_args){
         .size = sizeof(fc_rope_args), .type = FC_F32, .out = t->qkv, .x = t->qkv, .cos = t->s->cos, .sin = t->s->sin,
-        .positions = p->positions, .batch = 1, .seq = p->rows, .heads = t->w->heads + (p->counts ? t->w->kv_heads : 0),
+        .positions = p->positions, .batch = 1, .seq = p->rows, .heads = t->w->heads + (keys_too ? t->w->kv_heads : 0),
         .head_dim = t->w->head_dim, .rotary_pairs = t->s->rotary_pairs, .x_stride = {0, t->row, t->head},
         .out_stride = {0, t->row, t->head}});
 }
@@ -83,9 +85,12 @@ static fc_status attend(const struct attention_pass *t, const struct some_rows *
         .precision = w->precision});
 }
 
-/* All rows at once, or one after the other where they have different numbers of tokens. */
+/* All rows at once, or one after the other where they have different numbers of tokens; or the caller's attention. */
 static fc_status append_and_attend(const struct attention_pass *t) {
     const struct pass *p = t->p;
+    if (t->s->attend)
+        return t->s->attend(t->s->self, t->attn_out, t->qkv, p->batch, p->seq, t->w->heads, t->w->kv_heads,
+                            t->w->head_dim);
     struct some_rows r = {.batch = p->counts ? 1 : p->batch, .seq = p->seq, .cache = *t->s->kv};
     fc_status status = FC_OK;
     for (; r.b < p->batch && status == FC_OK; r.b += r.batch, r.cache.pages += r.batch * r.cache.pages_a_row) {
@@ -112,8 +117,7 @@ fc_status attention_part(const struct pass *p, const fc_part *part, void *state,
     balance(&t);
     if (status == FC_OK) status = rotate(&t);
     if (status == FC_OK) status = append_and_attend(&t);
-    if (status == FC_OK)
-        status = project(p, out, p->hidden, t.attn_out, p->rows, queries, &w->out, queries, p->hidden, NULL, residual);
+    if (status == FC_OK) status = project_out(p, part, out, t.attn_out, queries, &w->out, queries, residual);
     fc_scratch_free(&scratch);
     return status;
 }

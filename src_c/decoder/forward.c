@@ -67,6 +67,28 @@ fc_status project_gated(const struct pass *p, float *out, const float *x, const 
     return project_as(p, &args, w, norm);
 }
 
+fc_status widen(const struct pass *p, const fc_ranks *inner, fc_scratch *wide, const float *y, ptrdiff_t y_stride) {
+    if (fc_scratch_alloc(p->workspace, wide, 1, (size_t)float_bytes(p->rows, inner->n))) return FC_NO_MEMORY;
+    return inner->call(inner->self, (float *)(void *)wide->base, y, p->rows, inner->n, y_stride);
+}
+
+fc_status project_out(const struct pass *p, const fc_part *part, float *out, const float *y, ptrdiff_t y_stride,
+                      const fc_matrix *w, ptrdiff_t n, const float *residual) {
+    const fc_ranks *ranks = part->ranks;
+    const ptrdiff_t first = ranks ? ranks->first : 0, columns = ranks && ranks->count ? ranks->count : p->hidden;
+    fc_scratch wide = {0};
+    fc_status status = FC_OK;
+    if (part->inner) {
+        status = widen(p, part->inner, &wide, y, y_stride);
+        y = (const float *)(const void *)wide.base, y_stride = n = part->inner->n;
+    }
+    if (status == FC_OK)
+        status = project(p, out + first, p->hidden, y, p->rows, y_stride, w, n, columns, NULL,
+                         residual ? residual + first : NULL);
+    fc_scratch_free(&wide);
+    return status;
+}
+
 fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n) {
     const fc_rows each = {.size = sizeof each, .ndim = 1, .shape = {rows}, .stride = {{n * 4}, {n * 4}}};
     return fc_activate(f, FC_F32, y, y, &each, n);
@@ -114,17 +136,19 @@ fc_status multiply(const struct pass *p, float *y, ptrdiff_t y_row, const float 
     return fc_static(fc_threads_for(p->rows, ns), p->rows, ns, multiply_rows, &(struct product){y, x, y_row, x_row, n});
 }
 
+static int is_sum(const fc_ranks *ranks) { return ranks && !ranks->count; }
+
 /* out = post_norm(part(norm(x))) + residual */
 static fc_status run_part(const struct pass *p, const fc_part *part, void *state, float *out, const float *x,
                           const float *residual) {
-    if (part->post_norm.kind == FC_NO_NORM) return parts[part->kind](p, part, state, out, x, residual);
+    const int normed = part->post_norm.kind != FC_NO_NORM, late = residual && (normed || is_sum(part->ranks));
     fc_scratch own = {0};
-    if (residual && fc_scratch_alloc(p->workspace, &own, 1, (size_t)float_bytes(p->rows, p->hidden)))
-        return FC_NO_MEMORY;
-    float *y = residual ? (float *)(void *)own.base : out;
-    fc_status status = parts[part->kind](p, part, state, y, x, NULL);
-    if (status == FC_OK) status = normalise(y, y, &part->post_norm, p->rows, p->hidden, 1, p->hidden);
-    if (status == FC_OK && residual) status = add_scaled(p, out, residual, y, 1.0f);
+    if (late && fc_scratch_alloc(p->workspace, &own, 1, (size_t)float_bytes(p->rows, p->hidden))) return FC_NO_MEMORY;
+    float *y = late ? (float *)(void *)own.base : out;
+    fc_status status = parts[part->kind](p, part, state, y, x, late ? NULL : residual);
+    if (status == FC_OK) status = exchange(part->ranks, y, p->rows, p->hidden);
+    if (status == FC_OK && normed) status = normalise(y, y, &part->post_norm, p->rows, p->hidden, 1, p->hidden);
+    if (status == FC_OK && late) status = add_scaled(p, out, residual, y, 1.0f);
     fc_scratch_free(&own);
     return status;
 }
@@ -132,16 +156,32 @@ static fc_status run_part(const struct pass *p, const fc_part *part, void *state
 /* x += scale part(x); without a norm behind the part and a scale, its last product adds x itself */
 static fc_status add_part(const struct pass *p, const fc_part *part, void *state, float *x, float *y, float scale) {
     if (part->kind == FC_NO_PART) return FC_OK;
-    if (scale == 1.0f && part->post_norm.kind == FC_NO_NORM) return parts[part->kind](p, part, state, x, x, x);
+    if (scale == 1.0f && part->post_norm.kind == FC_NO_NORM) return run_part(p, part, state, x, x, x);
     const fc_status status = run_part(p, part, state, y, x, NULL);
     return status == FC_OK ? add_scaled(p, x, x, y, scale) : status;
 }
 
-/* y = mixer(x) + what is beside it (x) */
-static fc_status run_mixers(const struct pass *p, const fc_layer *layer, void *const *states, float *y,
-                            const float *x) {
-    const fc_status status = run_part(p, &layer->mixer, states[0], y, x, NULL);
-    return status == FC_OK && layer->beside ? run_part(p, layer->beside, states[1], y, x, y) : status;
+/* The ranks of parts that all are shares of the same ones and are added up before anything else: then they exchange what
+ * the sum is. Else NULL. */
+static const fc_ranks *in_common(const fc_part *const *added, int n) {
+    for (int i = 0; i < n; i++)
+        if (added[i]->post_norm.kind != FC_NO_NORM || added[i]->ranks != added[0]->ranks) return NULL;
+    return added[0]->ranks;
+}
+
+/* y = mixer(x) + what is beside it (x) + with `mlp` that of x */
+static fc_status run_added(const struct pass *p, const fc_layer *layer, void *const *states, float *y, const float *x,
+                           int mlp) {
+    const fc_part *added[3] = {&layer->mixer};
+    void *const of[3] = {states[0], layer->beside ? states[1] : NULL, NULL};
+    int n = 1;
+    if (layer->beside) added[n++] = layer->beside;
+    if (mlp) added[n++] = &layer->mlp;
+    const fc_ranks *ranks = in_common(added, n);
+    fc_status status = FC_OK;
+    for (int i = 0; i < n && status == FC_OK; i++)
+        status = (ranks ? parts[added[i]->kind] : run_part)(p, added[i], of[i], y, x, i ? y : NULL);
+    return status == FC_OK ? exchange(ranks, y, p->rows, p->hidden) : status;
 }
 
 struct halves {
@@ -183,8 +223,7 @@ fc_status run_layer(const struct pass *p, const fc_layer *layer, void *const *st
     } else if (!parallel && !layer->beside) {
         status = add_part(p, &layer->mixer, states[0], x, y, layer->residual_scale);
     } else {
-        status = run_mixers(p, layer, states, y, x);
-        if (status == FC_OK && parallel) status = run_part(p, &layer->mlp, NULL, y, x, y);
+        status = run_added(p, layer, states, y, x, parallel);
         if (status == FC_OK) status = add_scaled(p, x, x, y, layer->residual_scale);
     }
     return status == FC_OK && !parallel ? add_part(p, &layer->mlp, NULL, x, y, layer->residual_scale) : status;
@@ -205,14 +244,36 @@ static int looks_back(const fc_model *m) {
     return 0;
 }
 
-static fc_status embed(const struct forward *ctx) {
+static fc_status look_up(const struct forward *ctx, const int64_t *rows) {
     const fc_model *m = ctx->args->model;
-    if (!ctx->args->ids) return FC_OK;
     if (!m->embedding)
-        return fc_embedding_packed(m->table.layout, m->table.group, FC_F32, ctx->x, m->table.data, ctx->args->ids,
-                                   ctx->p.rows, m->hidden, m->embedding_scale);
-    return fc_embedding(m->embedding_type, FC_F32, ctx->x, m->embedding, ctx->args->ids, ctx->p.rows, m->hidden,
+        return fc_embedding_packed(m->table.layout, m->table.group, FC_F32, ctx->x, m->table.data, rows, ctx->p.rows,
+                                   m->hidden, m->embedding_scale);
+    return fc_embedding(m->embedding_type, FC_F32, ctx->x, m->embedding, rows, ctx->p.rows, m->hidden,
                         m->ld_embedding, m->embedding_scale);
+}
+
+static int is_here(const fc_model *m, int64_t id) { return id >= m->first_token && id < m->first_token + m->vocab; }
+
+/* Each token's row is some rank's, and 0 in the sum's other terms */
+static fc_status look_up_over_ranks(const struct forward *ctx) {
+    const fc_model *m = ctx->args->model;
+    const struct pass *p = &ctx->p;
+    fc_scratch scratch;
+    if (fc_scratch_alloc(p->workspace, &scratch, 1, (size_t)fc_times(p->rows, 8))) return FC_NO_MEMORY;
+    int64_t *rows = (int64_t *)(void *)scratch.base; /* (M) of this rank's table; of others' tokens any, 0 */
+    for (ptrdiff_t i = 0; i < p->rows; i++)
+        rows[i] = is_here(m, ctx->args->ids[i]) ? ctx->args->ids[i] - m->first_token : 0;
+    fc_status status = look_up(ctx, rows);
+    for (ptrdiff_t i = 0; i < p->rows; i++)
+        if (!is_here(m, ctx->args->ids[i])) memset(ctx->x + i * m->hidden, 0, (size_t)m->hidden * 4);
+    fc_scratch_free(&scratch);
+    return status == FC_OK ? exchange(m->ranks, ctx->x, p->rows, m->hidden) : status;
+}
+
+static fc_status embed(const struct forward *ctx) {
+    if (!ctx->args->ids) return FC_OK;
+    return ctx->args->model->ranks ? look_up_over_ranks(ctx) : look_up(ctx, ctx->args->ids);
 }
 
 static fc_status results(const struct forward *ctx) {
@@ -245,11 +306,12 @@ static fc_status forward_program(void *context) {
     return status == FC_OK ? results(ctx) : status;
 }
 
-static void count_tokens(struct pass *p) {
+/* given (M): positions, or NULL */
+static void count_tokens(struct pass *p, const int64_t *given) {
     for (ptrdiff_t b = 0; b < p->batch; b++) {
         p->lens[b] = p->start[b] + p->seq;
         if (p->lens[b] > p->longest) p->longest = p->lens[b];
-        for (ptrdiff_t i = 0; i < p->seq; i++) p->positions[b * p->seq + i] = p->start[b] + i;
+        for (ptrdiff_t i = 0; i < p->seq; i++) p->positions[b * p->seq + i] = given ? *given++ : p->start[b] + i;
     }
 }
 
@@ -269,8 +331,8 @@ fc_status fc_forward(const fc_forward_args *args) {
     ctx.y = (float *)(void *)(scratch.base + numbers);
     ctx.x = args->x ? args->x : ctx.y + ctx.p.rows * ctx.p.hidden;
     ctx.p.embedded = ctx.embedded = back ? ctx.y + 2 * ctx.p.rows * ctx.p.hidden : NULL;
-    count_tokens(&ctx.p);
-    const fc_status status = fc_parallel_region(forward_program, &ctx);
+    count_tokens(&ctx.p, args->positions);
+    const fc_status status = args->waits ? forward_program(&ctx) : fc_parallel_region(forward_program, &ctx);
     fc_scratch_free(&scratch);
     return status;
 }

@@ -36,7 +36,7 @@ static fc_status scan(const struct mamba2_pass *t, int gated) {
         const struct rows_state r = state_of_call(t->s, t->p->batch, calls, i);
         status = scan_rows(t, &r, gated);
     }
-    return status;
+    return status == FC_OK ? relay(t->s, 1) : status;
 }
 
 /* y of each group by itself; its weights are the group's own */
@@ -73,8 +73,7 @@ fc_status mamba2_part(const struct pass *p, const fc_part *part, void *state, fl
     if (status == FC_OK) status = scan(&t, !gate_last);
     if (status == FC_OK && normed) status = norm_groups(&t);
     if (status == FC_OK && gate_last) status = gate(&t);
-    if (status == FC_OK)
-        status = project(p, out, p->hidden, t.xbc, p->rows, conv, &w->out, inner, p->hidden, NULL, residual);
+    if (status == FC_OK) status = project_out(p, part, out, t.xbc, conv, &w->out, inner, residual);
     fc_scratch_free(&scratch);
     return status;
 }

@@ -50,6 +50,23 @@ static fc_status scan(const struct mamba_pass *t) {
         const struct rows_state r = state_of_call(t->s, t->p->batch, calls, i);
         status = scan_rows(t, &r);
     }
+    return status == FC_OK ? relay(t->s, 1) : status;
+}
+
+/* dt, B and C of the channels u of all ranks, which each computes; or of this one's, as terms of a sum */
+static fc_status project_u(const struct mamba_pass *t, const fc_part *part) {
+    const struct pass *p = t->p;
+    const float *u = t->u;
+    ptrdiff_t n = t->w->inner;
+    fc_scratch wide = {0};
+    fc_status status = FC_OK;
+    if (part->inner) {
+        status = widen(p, part->inner, &wide, u, n);
+        u = (const float *)(const void *)wide.base, n = part->inner->n;
+    }
+    if (status == FC_OK) status = project(p, t->dbc, t->dbc_row, u, p->rows, n, &t->w->x, n, t->dbc_row, NULL, NULL);
+    if (status == FC_OK && !part->inner) status = exchange(part->ranks, t->dbc, p->rows, t->dbc_row);
+    fc_scratch_free(&wide);
     return status;
 }
 
@@ -67,12 +84,11 @@ fc_status mamba_part(const struct pass *p, const fc_part *part, void *state, flo
     fc_status status =
         project(p, t.xz, 2 * inner, x, p->rows, p->hidden, &w->in, p->hidden, 2 * inner, &part->norm, NULL);
     if (status == FC_OK) status = convolve(p, t.s, t.u, t.xz, 2 * inner * 4, &w->conv, inner, 1);
-    if (status == FC_OK) status = project(p, t.dbc, dbc, t.u, p->rows, inner, &w->x, inner, dbc, NULL, NULL);
+    if (status == FC_OK) status = project_u(&t, part);
     if (status == FC_OK) status = norm_inputs(&t);
     if (status == FC_OK) status = project(p, t.delta, inner, t.dbc, p->rows, dbc, &w->dt, w->rank, inner, NULL, NULL);
     if (status == FC_OK) status = scan(&t);
-    if (status == FC_OK)
-        status = project(p, out, p->hidden, t.u, p->rows, inner, &w->out, inner, p->hidden, NULL, residual);
+    if (status == FC_OK) status = project_out(p, part, out, t.u, inner, &w->out, inner, residual);
     fc_scratch_free(&scratch);
     return status;
 }

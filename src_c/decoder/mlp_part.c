@@ -31,8 +31,7 @@ fc_status mlp_part(const struct pass *p, const fc_part *part, void *state, float
         if (status == FC_OK) status = activate(inner, w->activation, p->rows, w->inner);
         if (status == FC_OK && w->squared) status = multiply(p, inner, w->inner, inner, w->inner, w->inner);
     }
-    if (status == FC_OK)
-        status = project(p, out, p->hidden, inner, p->rows, w->inner, &w->down, w->inner, p->hidden, NULL, residual);
+    if (status == FC_OK) status = project_out(p, part, out, inner, w->inner, &w->down, w->inner, residual);
     fc_scratch_free(&scratch);
     return status;
 }

@@ -52,6 +52,19 @@ fc_status add_scaled(const struct pass *p, float *out, const float *x, const flo
 /* y *= x, (M, n) each, rows y_row and x_row floats apart */
 fc_status multiply(const struct pass *p, float *y, ptrdiff_t y_row, const float *x, ptrdiff_t x_row, ptrdiff_t n);
 
+/* The part's last product: out (M, hidden) = y (M, n) W + residual (M, hidden), rows of y y_stride floats apart. Of a
+ * part that is a share y is this rank's channels, and out has what the share gives. */
+fc_status project_out(const struct pass *p, const fc_part *part, float *out, const float *y, ptrdiff_t y_stride,
+                      const fc_matrix *w, ptrdiff_t n, const float *residual);
+
+/* wide (M, inner->n) = y, this rank's channels, beside those of the others; to be freed whatever this returns */
+fc_status widen(const struct pass *p, const fc_ranks *inner, fc_scratch *wide, const float *y, ptrdiff_t y_stride);
+
+/* y (rows, n) = what all ranks give, of what this one has in it; as it is where no other holds a share */
+static inline fc_status exchange(const fc_ranks *ranks, float *y, ptrdiff_t rows, ptrdiff_t n) {
+    return ranks ? ranks->call(ranks->self, y, y + ranks->first, rows, n, n) : FC_OK;
+}
+
 /* y = f(y), (rows, n) */
 fc_status activate(float *y, fc_activation f, ptrdiff_t rows, ptrdiff_t n);
 

@@ -18,7 +18,7 @@ struct rows_state state_of_call(const fc_recurrent_state *s, ptrdiff_t batch, pt
 fc_status convolve(const struct pass *p, const fc_recurrent_state *s, float *out, const float *x, ptrdiff_t x_row,
                    const fc_conv_weights *w, ptrdiff_t channels, int silu) {
     const ptrdiff_t calls = state_calls(s, p->batch), row = channels * 4;
-    fc_status status = FC_OK;
+    fc_status status = relay(s, 0);
     for (ptrdiff_t i = 0; i < calls && status == FC_OK; i++) {
         const struct rows_state r = state_of_call(s, p->batch, calls, i);
         status = fc_conv1d(&(fc_conv1d_args){

@@ -18,8 +18,13 @@ struct rows_state {
 ptrdiff_t state_calls(const fc_recurrent_state *s, ptrdiff_t batch);
 struct rows_state state_of_call(const fc_recurrent_state *s, ptrdiff_t batch, ptrdiff_t calls, ptrdiff_t i);
 
+/* What the caller wants called before a pass reads the state, or, `written`, when it is whole */
+static inline fc_status relay(const fc_recurrent_state *s, int written) {
+    return s->relay ? s->relay(s->self, written) : FC_OK;
+}
+
 /* out (M, channels) = silu or not (conv(x)), rows of x x_row bytes apart; the state is the first (width - 1, channels)
- * floats of a slot */
+ * floats of a slot. All parts begin with it: it is what awaits the state. */
 fc_status convolve(const struct pass *p, const fc_recurrent_state *s, float *out, const float *x, ptrdiff_t x_row,
                    const fc_conv_weights *w, ptrdiff_t channels, int silu);
 

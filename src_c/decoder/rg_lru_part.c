@@ -44,7 +44,7 @@ static fc_status scan(const struct rg_lru_pass *t) {
         const struct rows_state s = state_of_call(t->s, t->p->batch, calls, i);
         status = scan_rows(t, &s);
     }
-    return status;
+    return status == FC_OK ? relay(t->s, 1) : status;
 }
 
 /* u *= f(y) */
@@ -72,8 +72,7 @@ fc_status rg_lru_part(const struct pass *p, const fc_part *part, void *state, fl
     if (status == FC_OK) status = gates(&t);
     if (status == FC_OK) status = scan(&t);
     if (status == FC_OK) status = gate(&t);
-    if (status == FC_OK)
-        status = project(p, out, p->hidden, t.u, p->rows, width, &w->out, width, p->hidden, NULL, residual);
+    if (status == FC_OK) status = project_out(p, part, out, t.u, width, &w->out, width, residual);
     fc_scratch_free(&scratch);
     return status;
 }

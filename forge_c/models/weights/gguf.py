@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.files import read_rows
 from forge_c.formats.ggml import TYPES, check_scales, dequantize
 from forge_c.formats.gguf import GGUF, TensorInfo
 from forge_c.models.spec import Attention, LayerSpec, Mamba, Mamba2, ModelSpec, ShortConv
@@ -145,19 +146,65 @@ class GGUFCheckpoint:
 
     def take_raw(self, name: str, shape: tuple[int, ...]) -> tuple[str, NDArray[np.uint8]]:
         """(type, bytes (rows, bytes of a row)) of a matrix of that shape; errors as of take."""
-        place, raw = self._read(name, shape)
+        return self._checked(name, self._read(name, shape)[1])
+
+    def type_of(self, name: str) -> str:
+        """How the file stores a tensor; ValueError if there is none."""
+        return self._place(name).tensor.type.name
+
+    def take_rows(self, name: str, shape: tuple[int, ...], rows: Rows) -> NDArray[Any]:
+        """These rows of a matrix of that shape; nothing else is read. Errors as of take."""
+        return self._floats(name, self._part(name, shape, rows, range(shape[1])))
+
+    def take_columns(self, name: str, shape: tuple[int, ...], columns: range) -> NDArray[Any]:
+        """These columns, likewise, and what else is in their blocks."""
+        block = TYPES[self.type_of(name)].weights
+        wide = range(columns.start // block * block, min(-(-columns.stop // block) * block, shape[1]))
+        found = self._floats(name, self._part(name, shape, np.arange(shape[0]), wide))
+        return found[:, columns.start - wide.start : columns.stop - wide.start]
+
+    def take_raw_rows(self, name: str, shape: tuple[int, ...], rows: Rows) -> tuple[str, NDArray[np.uint8]]:
+        """As take_raw, these rows."""
+        return self._checked(name, self._part(name, shape, rows, range(shape[1])))
+
+    def take_raw_columns(self, name: str, shape: tuple[int, ...], columns: range) -> tuple[str, NDArray[np.uint8]]:
+        """As take_raw, these columns, which are whole blocks."""
+        return self._checked(name, self._part(name, shape, np.arange(shape[0]), columns))
+
+    def _floats(self, name: str, raw: NDArray[np.uint8]) -> NDArray[Any]:
+        """Rows of blocks as numbers."""
+        kind, dtype = self.type_of(name), ml_dtypes.bfloat16 if self.type_of(name) == "BF16" else np.float32
+        return dequantize(kind, raw, dtype=dtype, name=self._place(name).name).reshape(len(raw), -1)
+
+    def _checked(self, name: str, raw: NDArray[np.uint8]) -> tuple[str, NDArray[np.uint8]]:
+        """(type, rows of blocks), whose scales are finite."""
+        place = self._place(name)
         stored = TYPES[place.tensor.type.name]
         check_scales(place.name, stored, raw.reshape(-1, stored.nbytes))
         return stored.name, raw
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> tuple[_Place, NDArray[np.uint8]]:
-        """Where it lies, and its rows, or all of a vector as one."""
+    def _part(self, name: str, shape: tuple[int, ...], rows: Rows, columns: range) -> NDArray[np.uint8]:
+        """Bytes of these rows and columns of a matrix; columns are whole blocks."""
+        place = self._place(name, shape)
+        stored, tensor = TYPES[place.tensor.type.name], place.tensor
+        among = slice(stored.row_bytes(columns.start), stored.row_bytes(columns.stop))
+        self._taken.add(name)
+        return read_rows(tensor.path, f"tensor {tensor.name}", tensor.start, stored.row_bytes(shape[1]),
+                         rows if place.rows is None else place.rows[rows], among)
+
+    def _place(self, name: str, shape: tuple[int, ...] | None = None) -> _Place:
+        """Where a tensor lies; of that shape."""
         place = self._places.get(name)
         if place is None:
             raise ValueError(f"{self.file.path}: tensor {self._stored_name(name)} is missing")
-        expected = self._stored_shape(name, shape)
+        expected = place.shape if shape is None else self._stored_shape(name, shape)
         if _without_ones(place.shape) != _without_ones(expected):
             raise ValueError(f"{place.name} has shape {place.tensor.shape}, expected {expected} from the metadata")
+        return place
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> tuple[_Place, NDArray[np.uint8]]:
+        """Where it lies, and its rows, or all of a vector as one."""
+        place = self._place(name, shape)
         raw = place.tensor.read()
         if place.rows is not None:
             raw = raw.reshape(place.tensor.shape[0], -1)[place.rows]

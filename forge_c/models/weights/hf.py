@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.checks import short
-from forge_c.files import open_regular, parse_json, read_json
+from forge_c.files import open_regular, parse_json, read_json, read_rows
 from forge_c.models.weights.foreign import check_tensors, weights_instead
 
 _MAX_HEADER = 100 << 20
@@ -101,14 +101,7 @@ class Checkpoint:
         Raises:
             ValueError: it is missing, or has another shape or dtype.
         """
-        entry = self._entries.get(name)
-        if entry is None:
-            raise ValueError(f"{self.folder}: tensor {name} is missing")
-        if entry.shape != shape:
-            raise ValueError(f"{entry.path}: {entry.name} has shape {entry.shape}, expected {shape} from config.json")
-        if entry.dtype not in _DTYPES:
-            raise ValueError(f"{entry.path}: {entry.name} has dtype {entry.dtype}, expected one of "
-                             f"{', '.join(_DTYPES)}")
+        entry = self._entry(name, shape)
         # Read, not mapped: a file that stays mapped counts, page by page, as this process's memory.
         tensor = np.empty(shape, _DTYPES[entry.dtype])
         with open_regular(entry.path) as file:
@@ -117,6 +110,34 @@ class Checkpoint:
                 raise ValueError(f"{entry.path}: it ends within {entry.name}")
         self._taken.add(name)
         return tensor
+
+    def take_rows(self, name: str, shape: tuple[int, ...], rows: NDArray[np.intp]) -> NDArray[Any]:
+        """These rows of a matrix of that shape; nothing else is read. Errors as of take."""
+        return self._part(name, shape, rows, range(shape[1]))
+
+    def take_columns(self, name: str, shape: tuple[int, ...], columns: range) -> NDArray[Any]:
+        """These columns, likewise."""
+        return self._part(name, shape, np.arange(shape[0]), columns)
+
+    def _part(self, name: str, shape: tuple[int, ...], rows: NDArray[np.intp], columns: range) -> NDArray[Any]:
+        entry = self._entry(name, shape)
+        dtype = _DTYPES[entry.dtype]
+        among = slice(columns.start * dtype.itemsize, columns.stop * dtype.itemsize)
+        raw = read_rows(entry.path, entry.name, entry.start, shape[1] * dtype.itemsize, rows, among)
+        self._taken.add(name)
+        return raw.view(dtype)
+
+    def _entry(self, name: str, shape: tuple[int, ...]) -> _Entry:
+        """Where a tensor of that shape lies."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ValueError(f"{self.folder}: tensor {name} is missing")
+        if entry.shape != shape:
+            raise ValueError(f"{entry.path}: {entry.name} has shape {entry.shape}, expected {shape} from config.json")
+        if entry.dtype not in _DTYPES:
+            raise ValueError(f"{entry.path}: {entry.name} has dtype {entry.dtype}, expected one of "
+                             f"{', '.join(_DTYPES)}")
+        return entry
 
     def check_all_taken(self, allowed: tuple[str, ...] = ()) -> None:
         """Raise ValueError if the folder holds a tensor that no one asked for: it would have changed the result."""

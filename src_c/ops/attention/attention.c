@@ -32,33 +32,6 @@ static struct where where_of(const struct attention *ctx, ptrdiff_t pair, ptrdif
     return (struct where){b, pair % args->kv_heads, q0, queries, fc_keys_of(args, b), NULL};
 }
 
-/* ---- the end of a row ---- */
-
-static void finish_row(const struct attention *ctx, const struct where *w, ptrdiff_t row, float *o, float top,
-                       float total) {
-    const fc_attention_args *args = ctx->args;
-    const ptrdiff_t q = w->q0 + row / ctx->group, head = w->g * ctx->group + row % ctx->group;
-    float keep = 1.0f;
-    if (total == 0.0f) {
-        top = -INFINITY, keep = 0.0f;
-        for (ptrdiff_t j = 0; j < args->v_dim; j++) o[j] = 0.0f;
-    }
-    const float sink = args->sinks ? fc_get_float(args->sinks, head) : -INFINITY;
-    if (sink != -INFINITY) {
-        const float higher = sink > top ? sink : top;
-        keep = total == 0.0f ? 0.0f : expf(top - higher);
-        total = total * keep + expf(sink - higher);
-        top = higher;
-    }
-    if (ctx->bytes && args->v_dim) ctx->k->hadamard(o, args->v_dim);
-    if (args->lse)
-        fc_put_float(args->lse, (w->b * args->q_len + q) * args->heads + head,
-                     total == 0.0f ? -INFINITY : top + logf(total));
-    ctx->k->from_f32[args->q_type]((char *)args->out + w->b * args->out_stride[0] + q * args->out_stride[1] +
-                                       head * args->out_stride[2],
-                                   o, args->v_dim, total == 0.0f ? 0.0f : keep / total);
-}
-
 /* ---- an item is a block of queries; later blocks see more keys, so they go first ---- */
 
 static void attend_query_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -69,11 +42,14 @@ static void attend_query_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, i
     for (ptrdiff_t i = begin; i < end; i++) {
         struct where w = where_of(ctx, ctx->first_pair + i % pairs, ctx->blocks - 1 - i / pairs);
         const ptrdiff_t rows = w.queries * ctx->group;
+        const struct fc_range all = fc_visible_to(ctx->args, w.b, w.q0, w.q0 + w.queries - 1);
+        const ptrdiff_t lo = all.lo, hi = all.hi;
+        if (hi <= lo && ctx->args->carried && !ctx->args->finish) continue;
         for (ptrdiff_t q = 0; q < w.queries; q++) see[q] = fc_visible(ctx->args, w.b, w.q0 + q);
-        const ptrdiff_t lo = see[0].lo, hi = see[w.queries - 1].hi;
         w.see = see;
-        fc_attention_load_queries(ctx, &w, &r);
-        for (ptrdiff_t row = 0; row < rows; row++) r.max[row] = -INFINITY, r.sum[row] = 0.0f;
+        if (hi > lo) fc_attention_load_queries(ctx, &w, &r);
+        for (ptrdiff_t row = 0; row < rows; row++)
+            fc_attention_begin_row(ctx, &w, row, r.o + row * ctx->e_padded, &r.max[row], &r.sum[row]);
         for (ptrdiff_t c = lo / FC_KV_CHUNK; c * FC_KV_CHUNK < hi; c++) {
             if (!fc_attention_chunk(ctx, &w, &r, c)) continue;
             for (ptrdiff_t row = 0; row < rows; row++)
@@ -81,7 +57,7 @@ static void attend_query_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, i
                                        r.part + row * ctx->e_padded, r.part_max[row], r.part_sum[row], ctx->e_padded);
         }
         for (ptrdiff_t row = 0; row < rows; row++)
-            finish_row(ctx, &w, row, r.o + row * ctx->e_padded, r.max[row], r.sum[row]);
+            fc_attention_end_row(ctx, &w, row, r.o + row * ctx->e_padded, r.max[row], r.sum[row]);
     }
 }
 
@@ -179,6 +155,31 @@ static fc_status attend_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t
     return status;
 }
 
+/* Row i of a pair's in ctx->folded */
+struct folded {
+    float *o, *max, *sum;
+};
+static struct folded folded_row(const struct attention *ctx, ptrdiff_t pair, ptrdiff_t row) {
+    float *o = ctx->folded + pair * part_floats(ctx), *max = o + ctx->rows * ctx->e_padded;
+    return (struct folded){o + row * ctx->e_padded, max + row, max + ctx->rows + row};
+}
+
+static void begin_rows(const struct attention *ctx) {
+    for (ptrdiff_t i = 0; i < ctx->args->batch * ctx->args->kv_heads * ctx->rows; i++) {
+        const struct where w = where_of(ctx, i / ctx->rows, 0);
+        const struct folded f = folded_row(ctx, i / ctx->rows, i % ctx->rows);
+        fc_attention_begin_row(ctx, &w, i % ctx->rows, f.o, f.max, f.sum);
+    }
+}
+
+static void end_rows(const struct attention *ctx) {
+    for (ptrdiff_t i = 0; i < ctx->args->batch * ctx->args->kv_heads * ctx->rows; i++) {
+        const struct where w = where_of(ctx, i / ctx->rows, 0);
+        const struct folded f = folded_row(ctx, i / ctx->rows, i % ctx->rows);
+        fc_attention_end_row(ctx, &w, i % ctx->rows, f.o, *f.max, *f.sum);
+    }
+}
+
 static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) {
     const ptrdiff_t pairs = ctx->args->batch * ctx->args->kv_heads,
                     bytes = fc_times(fc_times(pairs, part_floats(ctx)), 4);
@@ -198,15 +199,9 @@ static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end
         ctx->see[i] = fc_visible(ctx->args, i / ctx->args->q_len, i % ctx->args->q_len);
     ctx->folded = (float *)(void *)(ctx->see + queries);
     ctx->parts = ctx->folded + pairs * part_floats(ctx);
-    for (ptrdiff_t i = 0; i < pairs * part_floats(ctx); i++) /* maxima -inf, sums 0 */
-        ctx->folded[i] = i % part_floats(ctx) < ctx->rows * (ctx->e_padded + 1) ? -INFINITY : 0.0f;
+    begin_rows(ctx);
     fc_status status = attend_chunks(ctx, begin, end, segment);
-    for (ptrdiff_t pair = 0; pair < pairs && status == FC_OK; pair++) {
-        const struct where w = where_of(ctx, pair, 0);
-        float *o = ctx->folded + pair * part_floats(ctx), *max = o + ctx->rows * ctx->e_padded, *sum = max + ctx->rows;
-        for (ptrdiff_t row = 0; row < ctx->rows; row++)
-            finish_row(ctx, &w, row, o + row * ctx->e_padded, max[row], sum[row]);
-    }
+    if (status == FC_OK) end_rows(ctx);
     fc_scratch_free(&ctx->scratch);
     fc_scratch_free(&parts);
     return status;
@@ -264,6 +259,7 @@ fc_status fc_attention(const fc_attention_args *args) {
         if (see.lo / FC_KV_CHUNK < begin) begin = see.lo / FC_KV_CHUNK;
         if (chunks_of(see.hi) > end) end = chunks_of(see.hi);
     }
+    if (begin >= end && args->carried && !args->finish) return FC_OK;
     choose_pages(&ctx, begin, end);
     ctx.d_padded = fc_round_up(args->head_dim, ctx.k_step);
     ctx.e_padded = fc_round_up(args->v_dim, 16);

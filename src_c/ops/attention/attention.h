@@ -1,5 +1,6 @@
 /* One call of attention: what its files share. attention.c chooses the work's items, chunk.c computes one chunk of keys
- * against one block of queries, bytes.c does in bytes, pages.c brings keys and values into the pages of either. */
+ * against one block of queries, bytes.c does in bytes, pages.c brings keys and values into the pages of either,
+ * carried.c begins and ends rows. */
 #ifndef FC_OPS_ATTENTION_H
 #define FC_OPS_ATTENTION_H
 
@@ -90,6 +91,15 @@ struct tokens {
     const char *k, *v;
     ptrdiff_t k_stride, v_stride; /* bytes */
 };
+
+/* ---- carried.c ---- */
+
+/* o (e_padded), max, sum of a row: as nothing, or as it carries them. A fresh o is not written: the first fold does. */
+void fc_attention_begin_row(const struct attention *ctx, const struct where *w, ptrdiff_t row, float *o, float *max,
+                            float *sum);
+/* Its result, for which o is overwritten, or what it carries on */
+void fc_attention_end_row(const struct attention *ctx, const struct where *w, ptrdiff_t row, float *o, float max,
+                          float sum);
 
 /* ---- pages.c ---- */
 
