@@ -41,7 +41,6 @@ _LONGEST_SLEEP = 2e-3
 _HELPER_DELAY = 5e-4  # who waits at once moves the message itself, and is not to share the GIL meanwhile
 _LEAST_START = 10.0  # seconds that MPI has to start on a busy machine
 _GRACE = 2.0         # between the news that a rank has gone and giving up what it may have sent before
-_LINGER = 0.05
 
 FAILED, ENDED = 0, 1
 
@@ -70,10 +69,11 @@ class MPIComm(Comm):
         self._last = 0.0
         self._waits = False
         self._awaiting: dict[tuple[int, int], deque[_Receive]] = defaultdict(deque)
-        self._news = np.empty(_NEWS_BYTES, np.uint8)
-        # What Testsome looks at, and beside each request whose it is: the news are the first, and nobody's.
-        self._requests.append(self._heads.Irecv([self._news, mpi.BYTE], mpi.ANY_SOURCE, _NEWS_TAG))
-        self._owners: list[_MPIPending | None] = [None]
+        # What Testsome looks at, and beside each request whose it is; news of every rank are always awaited
+        # (from each: of MPI_ANY_SOURCE, MPICH over TCP let some lie).
+        self._owners: list[_MPIPending] = []
+        for rank in self._others():
+            self._await_news(_News(self, np.empty(_NEWS_BYTES, np.uint8), rank, _NEWS_TAG))
         self._max_contexts = (comm.Get_attr(mpi.TAG_UB) or 0) >> CONTEXT_SHIFT
         self._helper = _Helper(self) if mpi.Query_thread() >= mpi.THREAD_MULTIPLE and self.size > 1 else None
         self.agree("MPIComm: version of forge_c", __version__)
@@ -142,11 +142,8 @@ class MPIComm(Comm):
             self._requests = [self._requests[i] for i in kept]
             self._owners = [self._owners[i] for i in kept]
             for owner in owners:
-                if owner is None:
-                    self._take_news()
-                else:
-                    owner.open -= 1
-                    owner.finish_one()
+                owner.open -= 1
+                owner.finish_one()
             self._last = time.monotonic()
             return True
 
@@ -161,14 +158,16 @@ class MPIComm(Comm):
                     self._post(first, self._bodies.Irecv([part, self._mpi.BYTE], first.peer, first.tag))
             first.waits_for_head = False
 
-    def _take_news(self) -> None:
-        size, rank, kind = self._news[:24].view(np.int64).tolist()
+    def _await_news(self, news: _News) -> None:
+        self._post(news, self._heads.Irecv([news.data, self._mpi.BYTE], news.peer, _NEWS_TAG))
+
+    def _take_news(self, news: _News) -> None:
+        size, rank, kind = news.data[:24].view(np.int64).tolist()
         if kind == ENDED:
             self._ended[rank] = time.monotonic()
         elif self._broken is None:
-            self._broken = self._news[24:24 + size].tobytes().decode("utf-8", "replace")
-        self._requests.insert(0, self._heads.Irecv([self._news, self._mpi.BYTE], self._mpi.ANY_SOURCE, _NEWS_TAG))
-        self._owners.insert(0, None)
+            self._broken = news.data[24:24 + size].tobytes().decode("utf-8", "replace")
+        self._await_news(news)
 
     def _failure(self) -> str | None:
         return self._broken
@@ -202,25 +201,22 @@ class MPIComm(Comm):
         self._tell(None)
         if self._see_others_end(failed):
             raise RankError("a rank failed")
-        self._requests[0].Cancel()
-        self._requests[0].Wait()
+        for request, owner in zip(self._requests, self._owners, strict=True):
+            if isinstance(owner, _News):
+                request.Cancel()
+                request.Wait()
 
     def _see_others_end(self, failed: bool) -> bool:
-        """Wait until every rank has said that it ends, a failed one not for long; whether any failed. Over TCP the last
-        small message of a rank may stay in its buffers: so say it again each second, and move messages for a while
-        after the last has come. Longer than the timeout, the wait is MPI_Finalize's."""
-        begin = told = time.monotonic()
-        lingers_until = float("inf")
-        while (now := time.monotonic()) < min(lingers_until, begin + (_GRACE if failed else self.timeout)):
+        """Wait until every rank has said that it ends and this one's news have left, a failed one not for long;
+        whether any failed."""
+        begin = time.monotonic()
+        while len(self._ended) < self.size - 1 or any(each.open for each in self._told):
             if self._broken is not None and not failed:
-                failed, begin = True, now
-            if len(self._ended) == self.size - 1 and not any(each.open for each in self._told):
-                lingers_until = min(lingers_until, now + _LINGER)
-            if now - told > 1.0:
-                self._tell(None)
-                told = now
+                failed, begin = True, time.monotonic()
+            if failed and time.monotonic() - begin > _GRACE:
+                break
             if not self._advance():
-                _pause(min(now - begin, 0.01))
+                _pause(time.monotonic() - begin)
         return failed or self._broken is not None
 
 
@@ -307,6 +303,13 @@ class _Receive(_MPIPending):
         return True
 
 
+class _News(_MPIPending):
+    """That a rank has failed, or ended."""
+
+    def finish_one(self) -> None:
+        self.comm._take_news(self)
+
+
 class _Helper:
     """The thread that lets MPI work while this rank computes."""
 
@@ -335,7 +338,7 @@ class _Helper:
             self.work.clear()
             time.sleep(_HELPER_DELAY)
             last = time.monotonic()
-            while not self.ends and comm._broken is None and len(comm._requests) > 1:
+            while not self.ends and comm._broken is None and len(comm._requests) >= comm.size:
                 if comm._waits:
                     time.sleep(_LONGEST_SLEEP)
                     last = time.monotonic()
