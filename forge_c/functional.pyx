@@ -47,6 +47,7 @@ include "border/ssd.pxi"
 include "border/rg_lru.pxi"
 include "border/gated_delta.pxi"
 include "border/s4d.pxi"
+include "border/ranks.pxi"
 include "border/decoder.pxi"
 include "border/state_space.pxi"
 

@@ -16,9 +16,11 @@ from test_gguf_models import BLOCKS, of_blocks
 
 from forge_c.distributed import Comm, RankError, SelfComm, parallel
 from forge_c.distributed.tensor import load_share, random_share
+from forge_c.functional import MLPPart, Ranks
 from forge_c.models import Model, load, random_model
 from forge_c.models.inputs import random_tokens
 from forge_c.models.spec import Attention
+from forge_c.packing import pack
 
 # Sums of float32 over ranks against one process's: as far apart as both are from the golden logits, which were summed
 # in yet another order (the bound of test_model_parity), relative to the largest.
@@ -300,6 +302,35 @@ def test_an_error_of_one_rank_is_told_to_the_others(tmp_path: Path) -> None:
 
     _, errors = run_threads_to_the_end(lambda comm: parallel(folder / "no" if comm.rank else folder, comm, tensor=2), 2)
     assert isinstance(errors[1], FileNotFoundError) and isinstance(errors[0], RankError)
+
+
+def test_what_ranks_give_has_the_shape_that_is_awaited(tmp_path: Path) -> None:
+    model = golden("llama")
+    folder = model.write(tmp_path)
+    share = load_share(folder, SelfComm())
+    assert bits(share(model.ids)) == bits(load(folder)(model.ids))  # the only rank's is all of it
+    ranks = share._decoder._model.ranks
+    assert ranks is not None
+    for wrong in (lambda y: y[:, :1], lambda y: y[:1]):
+        ranks.__init__(wrong)  # type: ignore[misc]
+        with pytest.raises(ValueError, match="Ranks: its result has shape"):
+            share(model.ids)
+
+
+def test_a_share_is_of_the_shapes_that_its_ranks_say() -> None:
+    rng = np.random.default_rng(0)
+
+    def w(k: int, n: int) -> Any:
+        return pack(rng.standard_normal((k, n)).astype(np.float32))
+
+    inner, columns = Ranks(lambda y: y, range(4, 12), 24), Ranks(lambda y: y, range(16, 32), 40)
+    part = MLPPart((w(40, 8), w(40, 8)), w(24, 16), over=(inner, columns))
+    assert part.hidden == 40
+    assert MLPPart((w(40, 8), w(40, 8)), w(8, 40), over=(None, Ranks(lambda y: y))).hidden == 40
+    with pytest.raises(ValueError, match=r"MLPPart: down has shape \(8, 40\), expected \(24, 16\)"):
+        MLPPart((w(40, 8), w(40, 8)), w(8, 40), over=(inner, columns))
+    with pytest.raises(TypeError):
+        MLPPart((w(40, 8), w(40, 8)), w(24, 16), over=(inner, None))  # type: ignore[arg-type]
 
 
 def test_random_models_have_shares() -> None:
