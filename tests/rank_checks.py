@@ -11,8 +11,8 @@ import pytest
 from forge_c.distributed import Comm, positions, shard, unshard
 from forge_c.distributed.layout import LAYOUTS
 
-# Around the head of an MPI message (8192 bytes) and its segments (1 MiB).
-SIZES = (0, 1, 8191, 8192, 8193, 8192 + (1 << 20), 8193 + (1 << 20), (3 << 20) + 7)
+# Around the head of an MPI message (8192 bytes) and its segments (256 KiB).
+SIZES = (0, 1, 8191, 8192, 8193, 8192 + (1 << 18), 8193 + (1 << 18), (1 << 20) + 7)
 DTYPES = (np.float32, np.int64, np.bool_, ml_dtypes.bfloat16)
 
 

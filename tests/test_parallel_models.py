@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -115,6 +116,18 @@ def test_caches_of_each_dtype_hold_what_one_process_holds(model_of, family: str,
             assert same(got, use(model))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_attention_of_each_precision(tmp_path: Path, precision: Any) -> None:
+    model = load(write(tmp_path, small("gemma2")), attention_precision=precision)
+    ids = ids_of(model, 1, 600)
+
+    def use(m: Model) -> list[np.ndarray]:
+        return [m(ids, m.new_cache(1, 600, dtype=dtype)) for dtype in ("float32", "bfloat16", "int8")]
+
+    for got in on(3, model, use):
+        assert same(got, use(model))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2", "falcon_h1", "recurrent_gemma"])
 def test_long_prompts_go_through_in_passes(model_of, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank has at most so many tokens of a pass; windows forget between passes."""
@@ -198,6 +211,16 @@ def test_text_is_that_of_one_process(texts: Model) -> None:
 def test_without_a_seed_all_ranks_draw_the_same(texts: Model) -> None:
     found = on(3, texts, lambda m: m.generate("a", 30, temperature=2.0))
     assert found[0] == found[1] == found[2] != on(3, texts, lambda m: m.generate("a", 30, temperature=2.0))[0]
+
+
+@pytest.mark.skipif("FORGE_C_REAL_MODELS" not in os.environ, reason="FORGE_C_REAL_MODELS names no folder")
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_real_models_say_the_same(name: str) -> None:
+    """In float32: where inputs of matrices are rounded, that a step sums in another order shows in them."""
+    model = load(Path(os.environ["FORGE_C_REAL_MODELS"]) / f"{name}.gguf", "float32")
+    text = "The quick brown fox jumps over the lazy dog. " * 30 + "Once upon a time in a land far away, there was"
+    want = model.generate(text, 24)
+    assert on(3, model, lambda m: m.generate(text, 24)) == [want] * 3
 
 
 # ---- caches ----

@@ -15,6 +15,7 @@ from test_attention import Array, check, normal, qkv
 
 from forge_c import attention
 from forge_c.distributed import Comm, RankError, SelfComm, Stats, ThreadComm, ring, ring_attention, shard
+from forge_c.distributed.comm import Pending
 from forge_c.distributed.plan import plan, runs_of, summary
 from forge_c.distributed.wire import Wire
 
@@ -236,6 +237,34 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_timeout():
     comms = ThreadComm(2, timeout=0.3)
     with pytest.raises(TimeoutError, match="nothing from rank 1 within 0.3 s"):
         small(comms[0])
+
+
+class SeenLate(Pending):
+    """Finished only at every second look."""
+
+    def __init__(self, inner: Pending) -> None:
+        self.inner, self.looks = inner, 0
+
+    def done(self) -> bool:
+        self.looks += 1
+        return self.looks % 2 == 0 and self.inner.done()
+
+
+def test_a_message_may_be_finished_between_two_looks(rng):
+    """Its buffer is given back all the same: a rank without buffers would send no more."""
+    q, k, v = qkv(rng, 1, 4096, 4096, 2, 1, 8)
+
+    def run(comm: Comm) -> Array:
+        send, receive, wait_any = comm.send, comm.receive, comm.wait_any
+        comm.send = lambda *given: SeenLate(send(*given))  # type: ignore[method-assign]
+        comm.receive = lambda *given: SeenLate(receive(*given))  # type: ignore[method-assign]
+        comm.wait_any = lambda pending, timeout=None: wait_any(  # type: ignore[method-assign]
+            [getattr(each, "inner", each) for each in pending], timeout)
+        return ring_attention(*(shard(x, "striped", comm) for x in (q, k, v)), comm=comm, layout="striped", piece=256)
+
+    want = attention(q, k, v, causal=True)
+    for rank, out in enumerate(run_threads(run, 3)):
+        assert out.tobytes() == want[:, rank::3].tobytes()
 
 
 # ---- time -------------------------------------------------------------------------------------------

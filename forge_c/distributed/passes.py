@@ -80,22 +80,26 @@ class Prompt:
 
 
 class Step:
-    """owner (batch, tokens): which rank keeps each token."""
+    """The owners know which rank keeps each of the tokens (batch, n)."""
 
     def __init__(self, comm: Comm, owners: Owners, start: NDArray[np.int64], precision: Precision | None) -> None:
         self.comm, self.owners, self.start, self.precision = comm, owners, start, precision
         self.mine = owners.coming == comm.rank  # (batch, tokens)
+        counts = self.mine.sum(1)
+        self.most = int(counts.max())
+        self.lens = None if (counts == self.most).all() else counts
+        self.order: NDArray[np.intp] | None = None  # each row's own to its front
+        if not self.mine[:, : self.most].all():
+            self.order = np.argsort(~self.mine, axis=1, kind="stable")[:, : self.most, None, None]
         self._places: dict[int, dict[str, Any]] = {}
 
     def attend(self, layer: ShardedKV, q: Floats, k: Floats, v: Floats, out: Floats) -> None:
         """Queries over the keys of all ranks, and those keys into the cache that are this rank's."""
-        kind, mine = layer.kind, self.mine
-        counts = mine.sum(1)
-        if counts.any():
-            if not mine[:, : int(counts.max())].all():  # each row's own to its front
-                order = np.argsort(~mine, axis=1, kind="stable")[:, : int(counts.max()), None, None]
-                k, v = np.take_along_axis(k, order, 1), np.take_along_axis(v, order, 1)
-            layer.kv.append(k[:, : counts.max()], v[:, : counts.max()], lens=counts)
+        kind = layer.kind
+        if self.most:
+            if self.order is not None:
+                k, v = np.take_along_axis(k, self.order, 1), np.take_along_axis(v, self.order, 1)
+            layer.kv.append(k[:, : self.most], v[:, : self.most], lens=self.lens)
         out[...] = sharded_decode(q, layer.kv, comm=self.comm, scale=kind.scale, softcap=kind.softcap,
                                   precision=self.precision, **self._placed(layer))
 

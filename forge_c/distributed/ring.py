@@ -8,11 +8,11 @@ for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from forge_c.distributed.stats import Stats
 from forge_c.distributed.wire import Wire, WireFormat, check_wire
 from forge_c.functional import KV_CHUNK, attention, fold_attention
 from forge_c.state.kv import KVCache
+
+T = TypeVar("T")
 
 
 class Traffic:
@@ -51,8 +53,8 @@ class Traffic:
             self.free.append(self.open.popleft().slot)
         while self.expected and self.free:
             self.open.append(_Arrival(self, self.expected.popleft(), self.free.pop()))
-        self.stages += [stage for pending, stage in self.staged if pending.done()]
-        self.staged = [each for each in self.staged if not each[0].done()]
+        gone, self.staged = _split(self.staged, lambda each: each[0].done())
+        self.stages += [stage for _, stage in gone]
         while self.sends and self.stages:
             self._send_own(self.sends.popleft(), self.stages.pop())
 
@@ -73,8 +75,8 @@ class Traffic:
     def drain(self) -> None:
         """Wait until everything has left."""
         self.advance()
-        while under_way := self._under_way():
-            self.comm.wait_any(under_way)
+        while self.sends or self._under_way():
+            self.comm.wait_any(self._under_way())
             self.advance()
 
     def send(self, data: Bytes, transfer: Transfer) -> Pending:
@@ -124,8 +126,7 @@ class _Arrival:
         traffic.stats.pieces += 1
 
     def pass_on(self, traffic: Traffic) -> None:
-        came = [each for each in self.coming if each[2].done()]
-        self.coming = [each for each in self.coming if each not in came]
+        came, self.coming = _split(self.coming, lambda each: each[2].done())
         for transfer, data, _ in came:
             self.parts.append((transfer, data))
             if transfer.onward is not None:
@@ -134,6 +135,14 @@ class _Arrival:
 
     def is_over(self) -> bool:
         return self.computed and not self.coming and not self.leaving
+
+
+def _split(items: list[T], is_first: Callable[[T], bool]) -> tuple[list[T], list[T]]:
+    """Those for which it is so, and the others; asked once of each: a message may be finished between two looks."""
+    sides: tuple[list[T], list[T]] = [], []
+    for each in items:
+        sides[not is_first(each)].append(each)
+    return sides
 
 
 class Ring:
