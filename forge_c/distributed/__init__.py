@@ -1,6 +1,7 @@
 """One context over several processes: communicators, the layout of tokens over ranks, and what runs on them.
 
-Which attention of tokens that lie on ranks, for H query heads, G key/value heads and N ranks; all give the same bits:
+Which attention of tokens that lie on ranks, for H query heads, G key/value heads and N ranks; the first three give the
+same bits, those of one process:
 - ring_attention, unless one of these holds. Any heads, any length; memory of two pieces of keys beside the rank's own.
 - ulysses_attention, where it takes the heads, N > H / G + 1 (it then sends less than a ring) and a rank can hold the
   whole sequence of H / N heads. Equal work for any layout and mask.
