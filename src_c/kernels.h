@@ -57,7 +57,7 @@ struct fc_gemm {
     ptrdiff_t group_chunks; /* integer formats: chunks of a group of W, */
     ptrdiff_t blocks;       /* blocks of a panel, */
     int planes, wide;       /* of x, whose integers are int16, */
-    int minima;             /* and, of lines of bytes, whether a line of minima follows that of scales */
+    int minima, zero;       /* and, of lines of bytes, whether a line of minima follows that of scales, and the u of 0 */
     int accumulate;         /* add to C instead of writing it */
     int in_cache;           /* W comes from there: no matter in which order */
 };

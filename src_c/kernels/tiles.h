@@ -195,236 +195,314 @@ static void gemm_bf16(const struct fc_gemm *g) {
     tiles_end();
 }
 
-/* ---- integer formats: 16 rows by one panel, whose float32 accumulators stay in registers ---- */
+/* ---- integer formats: 16 rows by one panel, whose float32 accumulators stay in registers ----
+ *
+ * Of a few panels a part, TILE_K of k, is made into an image that stays in the caches while all rows pass: panel after
+ * panel, chunk after chunk its lines of signed bytes u - zero, a line of float32 scales and, with minima, a line of
+ * them. All u - zero are bytes: 8 bits have the zero 128, fewer bits have no larger one. */
 
-enum { TILE_SUMS = TILE_ROWS * FC_PANEL, LEAST_TILE_LINES = 8, TILES_OF_SUMS = 4 };
-
-/* Tile c = sum of u q over `lines` lines of a chunk, at_once of them at once; a and b: tiles to load into */
-#define FC_TILE_CHUNK(name, c, a, b)                                                                                   \
-    FC_INLINE void name(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines, ptrdiff_t at_once) {             \
-        tile_zero(c);                                                                                                  \
-        for (ptrdiff_t line = 0; line < lines; line += at_once, x += at_once * 4, w += at_once * FC_LINE) {            \
-            tile_load(a, x, ldx);                                                                                      \
-            tile_load(b, w, FC_LINE);                                                                                  \
-            tile_dot_s8u8(c, a, b);                                                                                    \
-        }                                                                                                              \
-    }
-FC_TILE_CHUNK(tile_chunk_0, 0, 4, 6)
-FC_TILE_CHUNK(tile_chunk_1, 1, 5, 7)
-FC_TILE_CHUNK(tile_chunk_2, 2, 4, 6)
-FC_TILE_CHUNK(tile_chunk_3, 3, 5, 7)
-
-/* Tiles c and c + 1 = the same for the two planes of x, which lie one after the other */
-#define FC_TILE_PLANES(name, high, low)                                                                                \
-    FC_INLINE void name(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines, ptrdiff_t at_once) {             \
-        const ptrdiff_t plane = lines * 4;                                                                             \
-        tile_zero(high);                                                                                               \
-        tile_zero(low);                                                                                                \
-        for (ptrdiff_t line = 0; line < lines; line += at_once, x += at_once * 4, w += at_once * FC_LINE) {            \
-            tile_load(6, w, FC_LINE);                                                                                  \
-            tile_load(4, x, ldx);                                                                                      \
-            tile_dot_s8u8(high, 4, 6);                                                                                 \
-            tile_load(5, x + plane, ldx);                                                                              \
-            tile_dot_s8u8(low, 5, 6);                                                                                  \
-        }                                                                                                              \
-    }
-FC_TILE_PLANES(tile_planes_0, 0, 1)
-FC_TILE_PLANES(tile_planes_1, 2, 3)
-
-/* Tile turn % 4, or those of turn % 2 with two planes, = the sums of a chunk at x and w */
-FC_INLINE void tile_products(const int two, int turn, const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines,
-                             ptrdiff_t at_once) {
-    if (two) {
-        if (turn % 2) tile_planes_1(x, ldx, w, lines, at_once);
-        else tile_planes_0(x, ldx, w, lines, at_once);
-        return;
-    }
-    switch (turn % 4) {
-    case 0: tile_chunk_0(x, ldx, w, lines, at_once); break;
-    case 1: tile_chunk_1(x, ldx, w, lines, at_once); break;
-    case 2: tile_chunk_2(x, ldx, w, lines, at_once); break;
-    case 3: tile_chunk_3(x, ldx, w, lines, at_once); break;
-    }
-}
-
-/* sums[4][256]: those of the tiles, as tile_products numbers them */
-FC_INLINE void tile_store_sums(const int two, int turn, int32_t sums[][TILE_SUMS]) {
-    switch (two ? 4 + turn % 2 : turn % 4) {
-    case 0: tile_store(0, sums[0], FC_LINE); break;
-    case 1: tile_store(1, sums[1], FC_LINE); break;
-    case 2: tile_store(2, sums[2], FC_LINE); break;
-    case 3: tile_store(3, sums[3], FC_LINE); break;
-    case 4:
-        tile_store(0, sums[0], FC_LINE);
-        tile_store(1, sums[1], FC_LINE);
-        break;
-    case 5:
-        tile_store(2, sums[2], FC_LINE);
-        tile_store(3, sums[3], FC_LINE);
-        break;
-    }
-}
-
-/* What follows a chunk's products: its end in each row of x, its line of scales, and the minima of the group that
- * begins with it, or NULL */
-struct tile_end {
-    const char *x, *scales, *minima;
-    int which;
+enum {
+    LEAST_TILE_LINES = 8, /* of a chunk */
+    TILE_SUMS = TILE_ROWS * FC_LINE,
+    TILE_K = 512,
+    IMAGE_PANELS = 8,
+    IMAGE_LINES = TILE_K / 4 + TILE_K / FC_CHUNK * 2
 };
 
-/* y[16] += (start + sums) (x's scale * W's), after the minimum; sums = 128 high + low with two planes. Rows of x are
- * gone through one by one: sixteen addresses would take all registers. */
-FC_INLINE void tile_add(gemm_format f, const int two, vf y[TILE_ROWS], int32_t sums[][TILE_SUMS],
-                        const struct tile_end *of, ptrdiff_t ldx) {
-    vf scale[1];
-    if (of->minima) {
-        const char *x = of->x;
-        int_scales(f, 1, scale, 1, of->minima, 0, 0);
+struct tile_image {
+    char *bytes, *sums; /* sums[4][TILE_SUMS]: room for those of two chunks of two planes */
+    ptrdiff_t panels, chunks, group_chunks, of_group; /* how far into its group the first chunk is */
+};
+
+typedef uint8_t vu8 __attribute__((vector_size(FC_BYTES)));
+FC_INLINE vu vu_less_bytes(vu a, vu b) { return (vu)((vu8)a - (vu8)b); }
+
+/* y[16] += (sum over the group of x's scale q) minimum */
+FC_INLINE void tile_add_minima(vf y[TILE_ROWS], const char *x, ptrdiff_t ldx, const char *minima) {
+    const vf minimum = vf_load(minima);
 #pragma GCC unroll 16
-        for (int i = 0; i < TILE_ROWS; i++, x = opaque(x + ldx))
-            y[i] = vf_fma(vf_load1(&chunk_of_row(x, 0, 0)->sum), scale[0], y[i]);
-    }
-    const char *x = of->x;
-    int_scales(f, 1, scale, of->which, of->scales, 0, 0);
+    for (int i = 0; i < TILE_ROWS; i++, x = opaque(x + ldx))
+        y[i] = vf_fma(vf_load1(&chunk_of_row(x, 0, 0)->sum), minimum, y[i]);
+}
+
+/* y[16] += sums (x's scale * W's); sums = 128 high + low with two planes, each [16][16]. x: what follows the chunk's
+ * integers. Rows are gone through one by one: sixteen addresses would take all registers. Beside tiles only one unit is
+ * left that multiplies or converts, so sums of one plane, less than 2^22, become floats by addition. */
+FC_INLINE void tile_add(const int two, vf y[TILE_ROWS], const char *sums, const char *x, ptrdiff_t ldx,
+                        const char *scales) {
+    const vf scale = vf_load(scales), magic = vf_set1(12582912.0f); /* 1.5 * 2^23 */
 #pragma GCC unroll 16
     for (int i = 0; i < TILE_ROWS; i++, x = opaque(x + ldx)) {
-        const struct fc_chunk *chunk = chunk_of_row(x, 0, 0);
-        vi sum = (vi)vf_load(sums[0] + i * FC_PANEL);
-        if (two) sum = (sum << 7) + (vi)vf_load(sums[1] + i * FC_PANEL);
-        y[i] = vf_fma(vf_from_int(sum + chunk->start), vf_load1(&chunk->scale) * scale[0], y[i]);
+        vi sum = (vi)vf_load(sums + i * FC_LINE);
+        if (two) sum = (sum << 7) + (vi)vf_load(sums + TILE_SUMS + i * FC_LINE);
+        const vf value = two ? vf_from_int(sum) : (vf)(sum + (vi)magic) - magic;
+        y[i] = vf_fma(value, vf_load1(&chunk_of_row(x, 0, 0)->scale) * scale, y[i]);
     }
 }
 
-/* C's 16 rows from `row` on by panel `panel`, whose lines of bytes begin at w, `block_lines` bytes from block to block,
- * and whose lines of scales at s, block_scales apart. A product's sums are long on their way out of the tiles: in each
- * turn one chunk is multiplied, the one before stored, and the one before that added. */
-FC_INLINE void tile_chunks(gemm_format f, const int two, const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t panel,
-                           const char *w, ptrdiff_t block_lines, const char *s, ptrdiff_t block_scales) {
-    const int nibbles = f->bits == 4, minima = nibbles ? f->minimum_bytes > 0 : g->minima;
-    const ptrdiff_t lines = nibbles ? FC_CHUNK / 4 : g->lines;
-    const ptrdiff_t at_once = lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES;
-    const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
-    const ptrdiff_t chunks = group_chunks * f->block_groups, ldx = g->ldx;
+/* Tiles `high` and `low` = sums of w times the planes of a chunk's x, which lie one after the other; with one plane,
+ * FC_CHUNK of k, tile `high` alone. A tile's name is free again only after what reads it, hence many. */
+#define FC_TILE_CHUNK(name, high, low, a, b)                                                                           \
+    FC_INLINE void name##_planes(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines) {                       \
+        const ptrdiff_t plane = lines * 4, at_once = lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES;               \
+        tile_zero(high);                                                                                               \
+        tile_zero(low);                                                                                                \
+        for (ptrdiff_t line = 0; line < lines; line += 2 * at_once) {                                                  \
+            tile_load(6, w, FC_LINE);                                                                                  \
+            tile_load(4, x, ldx);                                                                                      \
+            tile_dot_s8s8(high, 4, 6);                                                                                 \
+            tile_load(5, x + plane, ldx);                                                                              \
+            tile_dot_s8s8(low, 5, 6);                                                                                  \
+            x += at_once * 4, w += at_once * FC_LINE;                                                                  \
+            if (line + at_once >= lines) break;                                                                        \
+            tile_load(7, w, FC_LINE);                                                                                  \
+            tile_load(4, x, ldx);                                                                                      \
+            tile_dot_s8s8(high, 4, 7);                                                                                 \
+            tile_load(5, x + plane, ldx);                                                                              \
+            tile_dot_s8s8(low, 5, 7);                                                                                  \
+            x += at_once * 4, w += at_once * FC_LINE;                                                                  \
+        }                                                                                                              \
+    }                                                                                                                  \
+    FC_INLINE void name(const int two, const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines) {                 \
+        if (two) {                                                                                                     \
+            name##_planes(x, ldx, w, lines);                                                                           \
+            return;                                                                                                    \
+        }                                                                                                              \
+        tile_zero(high);                                                                                               \
+        tile_load(a, x, ldx);                                                                                          \
+        tile_load(b, w, FC_LINE);                                                                                      \
+        tile_dot_s8s8(high, a, b);                                                                                     \
+    }                                                                                                                  \
+    FC_INLINE void name##_store(const int two, const char *sums) {                                                     \
+        tile_store(high, sums, FC_LINE);                                                                               \
+        if (two) tile_store(low, sums + TILE_SUMS, FC_LINE);                                                           \
+    }
+FC_TILE_CHUNK(tile_even, 0, 1, 4, 6)
+FC_TILE_CHUNK(tile_odd, 2, 3, 5, 7)
+
+/* A pointer in a vector register and back: the compiler would put it on the stack, where a load waits for sums that are
+ * on their way to an address with the same last bits. */
+typedef uint64_t aside __attribute__((vector_size(16)));
+FC_INLINE aside put_aside(const char *p) {
+    aside a;
+    __asm__ volatile("vmovq %1, %0" : "=v"(a) : "r"(p));
+    return a;
+}
+FC_INLINE const char *take_back(aside a) {
+    const char *p;
+    __asm__ volatile("vmovq %1, %0" : "=r"(p) : "v"(a));
+    return p;
+}
+
+/* C's 16 rows of a panel to y, or back */
+FC_INLINE void tile_move_sums(vf y[TILE_ROWS], char *c, ptrdiff_t ldc, const int back) {
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++, c = (char *)opaque(c + ldc)) {
+        if (back) vf_store(c, y[i]);
+        else y[i] = vf_load(c);
+    }
+}
+FC_INLINE void tile_begin_sums(vf y[TILE_ROWS], char *c, ptrdiff_t ldc, int accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++) y[i] = vf_zero();
+    if (accumulate) tile_move_sums(y, c, ldc, 0);
+}
+
+/* C (16, 16 panels) (+)= x times an image. Sums take long to leave a tile: in each turn a chunk is multiplied, the one
+ * before stored, and the one before that added, from panel to panel without a pause. */
+FC_INLINE void tile_chunks(const int two, const int minima, const ptrdiff_t lines, const struct tile_image *image,
+                           const char *x, ptrdiff_t ldx, char *c, ptrdiff_t ldc, int accumulate) {
     const ptrdiff_t integers = lines * 4 * (1 + two), x_step = fc_chunk_bytes(integers, FC_X_ALIGN);
-    const int all = (int)(g->blocks * chunks), slots = TILES_OF_SUMS >> two;
-    int32_t sums[TILES_OF_SUMS][TILE_SUMS] __attribute__((aligned(FC_LINE)));
-    struct tile_end end[TILES_OF_SUMS] = {{0}};
-    char *c = (char *)g->c + row * g->ldc + panel * FC_LINE;
-    const char *x = (const char *)g->x + row * ldx;
-    ptrdiff_t chunk = 0;
+    const ptrdiff_t w_step = (lines + 1 + minima) * FC_LINE, all = image->panels * image->chunks;
+    const char *w = image->bytes, *end = x + integers, *const x_end = x + image->chunks * x_step;
+    const char *const sums = image->sums;
+    const aside x_begin = put_aside(x);
+    ptrdiff_t of_group = image->of_group;
     vf y[TILE_ROWS];
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE_ROWS; i++) y[i] = g->accumulate ? vf_load(c + i * g->ldc) : vf_zero();
-    for (int first = 0; first < all + 2; first += TILES_OF_SUMS)
-#pragma GCC unroll 4
-        for (int i = 0; i < TILES_OF_SUMS; i++) { /* tiles are named by literal numbers */
-            const int turn = first + i, before = i + TILES_OF_SUMS - 1, added = i + TILES_OF_SUMS - 2;
-            if (turn < all) tile_products(two, i, x, ldx, w + chunk * lines * FC_LINE, lines, at_once);
-            if (turn >= 1 && turn <= all) tile_store_sums(two, before, sums);
-            if (turn >= 2 && turn < all + 2)
-                tile_add(f, two, y, sums + (added % slots << two), &end[added % TILES_OF_SUMS], ldx);
-            if (turn >= all) continue;
-            end[i] = (struct tile_end){x + integers, s, minima && chunk == 0 ? s + (nibbles ? 0 : FC_LINE) : NULL,
-                                       f->block_groups > 1 ? (int)(chunk / group_chunks) : 0};
-            x += x_step;
-            if (++chunk == chunks) chunk = 0, w += block_lines, s += block_scales;
+    tile_begin_sums(y, c, ldc, accumulate);
+    for (ptrdiff_t turn = 0; turn < all + 2; turn += 2)
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+            const ptrdiff_t chunk = turn + odd;
+            if (chunk < all) {
+                if (odd) tile_odd(two, x, ldx, w, lines);
+                else tile_even(two, x, ldx, w, lines);
+                x += x_step;
+                if (x == x_end) x = take_back(x_begin);
+            }
+            w += w_step;
+            if (chunk >= 1 && chunk <= all) {
+                if (odd) tile_even_store(two, opaque(sums));
+                else tile_odd_store(two, opaque(sums) + 2 * TILE_SUMS);
+            }
+            if (chunk < 2 || chunk >= all + 2) continue;
+            const char *const scales = w - 3 * w_step + lines * FC_LINE;
+            if (minima && of_group == 0) tile_add_minima(y, end, ldx, scales + FC_LINE);
+            if (minima && ++of_group == image->group_chunks) of_group = 0;
+            tile_add(two, y, sums + odd * 2 * TILE_SUMS, end, ldx, scales);
+            end += x_step;
+            if (end != x_end + integers) continue;
+            end = take_back(x_begin) + integers;
+            if (minima) of_group = image->of_group;
+            tile_move_sums(y, c, ldc, 1);
+            c += FC_LINE;
+            if (chunk < all + 1) tile_begin_sums(y, c, ldc, accumulate);
         }
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE_ROWS; i++) vf_store(c + i * g->ldc, y[i]);
 }
 
-/* Lines of a panel that are unpacked at once: bytes that stay in L1 while all rows pass */
-enum { UNPACKED_LINES = 256 };
+/* Each is a function of its own, for its registers, which do not suffice if lines vary. */
+typedef void tile_product(const struct tile_image *image, const char *x, ptrdiff_t ldx, char *c, ptrdiff_t ldc,
+                          int accumulate);
+#define FC_TILE_PRODUCT(name, two, minima, lines)                                                                      \
+    static __attribute__((noinline)) void name(const struct tile_image *image, const char *x, ptrdiff_t ldx, char *c,  \
+                                               ptrdiff_t ldc, int accumulate) {                                        \
+        tile_chunks(two, minima, lines, image, x, ldx, c, ldc, accumulate);                                            \
+    }
+FC_TILE_PRODUCT(tile_one, 0, 0, 8)
+FC_TILE_PRODUCT(tile_one_minima, 0, 1, 8)
+FC_TILE_PRODUCT(tile_two_8, 1, 0, 8)
+FC_TILE_PRODUCT(tile_two_8_minima, 1, 1, 8)
+FC_TILE_PRODUCT(tile_two_16, 1, 0, 16)
+FC_TILE_PRODUCT(tile_two_32, 1, 0, 32)
 
-/* Whether rows go through tiles: whole ones of them, and of k. Sums of integers are exact, so the others, by gemm.h,
- * have the same bits. */
-FC_INLINE ptrdiff_t tile_whole_rows(const struct fc_gemm *g, ptrdiff_t chunk_lines) {
-    return chunk_lines % LEAST_TILE_LINES ? 0 : g->m / TILE_ROWS * TILE_ROWS;
+/* NULL: for other chunks there are none. */
+FC_INLINE tile_product *tile_product_of(const int two, int minima, ptrdiff_t lines) {
+    if (lines == 8) return two ? minima ? tile_two_8_minima : tile_two_8 : minima ? tile_one_minima : tile_one;
+    if (!two || minima) return NULL;
+    return lines == 16 ? tile_two_16 : lines == 32 ? tile_two_32 : NULL;
 }
 
-FC_INLINE void tiles_begin_chunks(ptrdiff_t chunk_lines) {
-    const struct tile_shapes shapes =
-        shapes_of_pairs(TILE_ROWS, chunk_lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES);
-    tiles_begin(&shapes);
+/* A chunk's lines as signed bytes u - zero: of nibbles four k of the low ones, then four of the high ones */
+FC_INLINE void image_lines(gemm_format f, char *to, const char *w, ptrdiff_t lines, vu zero) {
+    for (; lines > 0; lines -= f->bits == 4 ? 2 : 1, w += FC_LINE) {
+        const vu line = (vu)vf_load(w), low = f->bits == 4 ? line & 0x0f0f0f0fu : line;
+        vf_store(to, (vf)vu_less_bytes(low, zero));
+        to += FC_LINE;
+        if (f->bits == 8) continue;
+        vf_store(to, (vf)vu_less_bytes(line >> 4 & 0x0f0f0f0fu, zero));
+        to += FC_LINE;
+    }
 }
 
-/* The rows from `row` on, for the leaf of gemm.h */
-FC_INLINE struct fc_gemm rows_from(const struct fc_gemm *g, ptrdiff_t row) {
+/* Where chunks of a panel lie */
+struct tile_blocks {
+    ptrdiff_t chunks, group_chunks; /* of a block, of a group */
+    ptrdiff_t chunk_bytes, bytes;   /* lines of a chunk, a block */
+    int minima, zero;
+};
+
+/* The image of chunks [first, first + chunks) of the panel at w, to `to`; returns what comes after it. */
+FC_INLINE char *image_panel(gemm_format f, char *to, const char *w, ptrdiff_t lines, ptrdiff_t first, ptrdiff_t chunks,
+                            const struct tile_blocks *b) {
+    const vu zero = (vu){0} + (uint32_t)b->zero * 0x01010101u;
+    for (ptrdiff_t i = first; i < first + chunks; i++) {
+        const ptrdiff_t in_block = i % b->chunks;
+        const char *block = w + i / b->chunks * b->bytes, *end = block + b->chunks * b->chunk_bytes;
+        vf scale[1];
+        image_lines(f, to, block + in_block * b->chunk_bytes, lines, zero);
+        to += lines * FC_LINE;
+        int_scales(f, 1, scale, f->block_groups > 1 ? (int)(in_block / b->group_chunks) : 0, end, 0, 0);
+        vf_store(to, scale[0]);
+        to += FC_LINE;
+        if (!b->minima) continue;
+        int_scales(f, 1, scale, 1, f->bits == 4 ? end : end + FC_LINE, 0, 0);
+        vf_store(to, scale[0]);
+        to += FC_LINE;
+    }
+    return to;
+}
+
+/* A leaf's way through its panels and their parts */
+struct tile_parts {
+    struct tile_blocks blocks;
+    struct tile_image image;
+    ptrdiff_t lines, x_step, rows, chunks, at_once; /* of a chunk; whole tiles of rows; chunks of a panel, of a part */
+    tile_product *product;
+};
+
+/* While a part is multiplied, the next one is asked for: of these panels, of the next ones, or, in the end, of the next
+ * block of k. A share of its lines for the rows from `row` on. */
+FC_INLINE void prefetch_part(const struct fc_gemm *g, const struct tile_parts *p, ptrdiff_t panel, ptrdiff_t at,
+                             ptrdiff_t row) {
+    const ptrdiff_t bytes = p->blocks.bytes, chunks = p->blocks.chunks;
+    const ptrdiff_t part = (p->at_once * bytes / chunks + FC_LINE - 1) / FC_LINE;
+    const ptrdiff_t from = part * row / p->rows, to = part * (row + TILE_ROWS) / p->rows;
+    at += p->at_once;
+    if (at >= p->chunks) {
+        at = 0, panel += IMAGE_PANELS;
+        if (panel >= g->panels) at = p->chunks, panel = 0;
+    }
+    const char *w = (const char *)g->w + panel * g->panel_stride + at / chunks * bytes;
+    for (ptrdiff_t i = 0; i < IMAGE_PANELS && panel + i < g->panels; i++, w += g->panel_stride)
+        for (ptrdiff_t line = from; line < to; line++) __builtin_prefetch(w + line * FC_LINE, 0, 2);
+}
+
+/* Chunks [at, at + at_once) of IMAGE_PANELS panels, for all rows */
+FC_INLINE void tile_part(gemm_format f, const struct fc_gemm *g, struct tile_parts *p, ptrdiff_t panel, ptrdiff_t at) {
+    char *to = p->image.bytes;
+    p->image.panels = g->panels - panel < IMAGE_PANELS ? g->panels - panel : IMAGE_PANELS;
+    p->image.chunks = p->chunks - at < p->at_once ? p->chunks - at : p->at_once;
+    p->image.of_group = at % p->image.group_chunks;
+    for (ptrdiff_t i = panel; i < panel + p->image.panels; i++)
+        to = image_panel(f, to, (const char *)g->w + i * g->panel_stride, p->lines, at, p->image.chunks, &p->blocks);
+    for (ptrdiff_t row = 0; row < p->rows; row += TILE_ROWS) {
+        prefetch_part(g, p, panel, at, row);
+        p->product(&p->image, (const char *)g->x + row * g->ldx + at * p->x_step, g->ldx,
+                   (char *)g->c + row * g->ldc + panel * FC_LINE, g->ldc, g->accumulate || at);
+    }
+}
+
+FC_INLINE struct tile_blocks tile_blocks_of(gemm_format f, const struct fc_gemm *g, ptrdiff_t lines) {
+    const int nibbles = f->bits == 4;
+    struct tile_blocks b = {.group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks,
+                            .chunk_bytes = lines * 4 / f->k_step * FC_LINE,
+                            .minima = nibbles ? f->minimum_bytes > 0 : g->minima,
+                            .zero = nibbles ? f->zero : g->zero};
+    b.chunks = b.group_chunks * f->block_groups;
+    b.bytes = b.chunks * b.chunk_bytes + (nibbles ? 1 : 1 + b.minima) * FC_LINE;
+    return b;
+}
+
+/* Rows in whole tiles; sums of integers are exact, so the others, by gemm.h, have the same bits. */
+FC_INLINE void tile_integers(gemm_format f, const int two, const struct fc_gemm *g,
+                             void (*few)(const struct fc_gemm *)) {
+    const ptrdiff_t lines = f->bits == 4 ? FC_CHUNK / 4 : g->lines;
+    struct tile_parts p = {.blocks = tile_blocks_of(f, g, lines), .lines = lines};
+    p.product = tile_product_of(two, p.blocks.minima, lines);
+    if (p.product && g->blocks) p.rows = g->m / TILE_ROWS * TILE_ROWS;
+    if (p.rows) {
+        char bytes[IMAGE_PANELS * IMAGE_LINES * FC_LINE] __attribute__((aligned(FC_LINE)));
+        char sums[4 * TILE_SUMS] __attribute__((aligned(FC_LINE)));
+        const struct tile_shapes shapes =
+            shapes_of_pairs(TILE_ROWS, lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES);
+        p.image = (struct tile_image){.bytes = bytes, .sums = sums, .group_chunks = p.blocks.group_chunks};
+        p.x_step = fc_chunk_bytes(lines * 4 * (1 + two), FC_X_ALIGN);
+        p.chunks = g->blocks * p.blocks.chunks;
+        p.at_once = TILE_K / (lines * 4);
+        tiles_begin(&shapes);
+        for (ptrdiff_t panel = 0; panel < g->panels; panel += IMAGE_PANELS)
+            for (ptrdiff_t at = 0; at < p.chunks; at += p.at_once) tile_part(f, g, &p, panel, at);
+        tiles_end();
+    }
+    if (p.rows == g->m) return;
     struct fc_gemm rest = *g;
-    rest.c = (float *)(void *)((char *)g->c + row * g->ldc);
-    rest.x = (const char *)g->x + row * g->ldx;
-    rest.m = g->m - row;
-    return rest;
-}
-
-/* Lines of bytes: 16 rows of x stay in L1 while the panels pass, each of which is asked for what comes after it. */
-FC_INLINE void tile_bytes(gemm_format f, const int two, const struct fc_gemm *g, void (*few)(const struct fc_gemm *)) {
-    const ptrdiff_t rows = tile_whole_rows(g, g->lines), lines = g->group_chunks * g->lines;
-    const ptrdiff_t block = (lines + 1 + (g->minima != 0)) * FC_LINE, all = g->blocks * block;
-    if (rows) tiles_begin_chunks(g->lines);
-    for (ptrdiff_t row = 0; row < rows; row += TILE_ROWS)
-        for (ptrdiff_t panel = 0; panel < g->panels; panel++) {
-            const char *w = (const char *)g->w + panel * g->panel_stride;
-            const ptrdiff_t share = all / FC_LINE * TILE_ROWS / rows;
-            for (ptrdiff_t line = 0; line < share; line++)
-                __builtin_prefetch(w + all + (row / TILE_ROWS * share + line) * FC_LINE, 0, 2);
-            tile_chunks(f, two, g, row, panel, w, block, w + lines * FC_LINE, block);
-        }
-    if (rows) tiles_end();
-    if (rows == g->m) return;
-    const struct fc_gemm rest = rows_from(g, rows);
+    rest.c = (float *)(void *)((char *)g->c + p.rows * g->ldc);
+    rest.x = (const char *)g->x + p.rows * g->ldx;
+    rest.m = g->m - p.rows;
     few(&rest);
 }
 
-/* Nibbles to lines of bytes, four k of the low ones, then four of the high ones; block_lines of them, then a line of
- * scales, follow each other. */
-FC_INLINE void unpack_nibbles(char *bytes, const char *w, ptrdiff_t blocks, ptrdiff_t block_lines) {
-    for (; blocks > 0; blocks--, w += FC_LINE)
-        for (ptrdiff_t line = 0; line < block_lines; line++, w += FC_LINE, bytes += 2 * FC_LINE) {
-            const vu nibbles = (vu)vf_load(w);
-            vf_store(bytes, (vf)(nibbles & 0x0f0f0f0fu));
-            vf_store(bytes + FC_LINE, (vf)(nibbles >> 4 & 0x0f0f0f0fu));
-        }
-}
-
-/* Lines of nibbles: a panel is unpacked once, and all rows pass. */
-FC_INLINE void tile_nibbles(gemm_format f, const int two, const struct fc_gemm *g,
-                            void (*few)(const struct fc_gemm *)) {
-    const ptrdiff_t group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks;
-    const ptrdiff_t chunks = group_chunks * f->block_groups, lines = chunks * FC_CHUNK / f->k_step;
-    const ptrdiff_t block = (lines + 1) * FC_LINE, at_once = UNPACKED_LINES / (2 * lines);
-    const ptrdiff_t x_block = chunks * fc_chunk_bytes(FC_CHUNK * (1 + two), FC_X_ALIGN);
-    const ptrdiff_t rows = at_once ? tile_whole_rows(g, FC_CHUNK / 4) : 0;
-    char bytes[UNPACKED_LINES * FC_LINE] __attribute__((aligned(FC_LINE)));
-    if (rows) tiles_begin_chunks(FC_CHUNK / 4);
-    for (ptrdiff_t panel = 0; rows && panel < g->panels; panel++)
-        for (ptrdiff_t at = 0; at < g->blocks; at += at_once) {
-            const char *w = (const char *)g->w + panel * g->panel_stride + at * block;
-            struct fc_gemm part = *g;
-            part.x = (const char *)g->x + at * x_block;
-            part.blocks = g->blocks - at < at_once ? g->blocks - at : at_once;
-            part.accumulate |= at > 0;
-            unpack_nibbles(bytes, w, part.blocks, lines);
-            for (ptrdiff_t row = 0; row < rows; row += TILE_ROWS)
-                tile_chunks(f, two, &part, row, panel, bytes, 2 * lines * FC_LINE, w + lines * FC_LINE, block);
-        }
-    if (rows) tiles_end();
-    if (rows == g->m) return;
-    const struct fc_gemm rest = rows_from(g, rows);
-    few(&rest);
-}
-
-#define FC_TILE_GEMM(name, kind, format)                                                                               \
+#define FC_TILE_GEMM(name, format)                                                                                     \
     static __attribute__((noinline)) void name##_tiles_int(const struct fc_gemm *g) {                                  \
-        tile_##kind(format, 0, g, name##_int);                                                                         \
+        tile_integers(format, 0, g, name##_int);                                                                       \
     }                                                                                                                  \
     static __attribute__((noinline)) void name##_tiles_planes(const struct fc_gemm *g) {                               \
-        tile_##kind(format, 1, g, name##_planes);                                                                      \
+        tile_integers(format, 1, g, name##_planes);                                                                    \
     }                                                                                                                  \
     static void name##_tiles(const struct fc_gemm *g) {                                                                \
         if (g->m < TILE_ROWS) name(g);                                                                                 \
         else (g->planes == 2 ? name##_tiles_planes : name##_tiles_int)(g);                                             \
     }
-FC_TILE_GEMM(gemm_u8, bytes, &fc_formats[FC_PACKED_I8])
-FC_TILE_GEMM(gemm_i4_symmetric, nibbles, &fc_formats[FC_PACKED_I4_SYMMETRIC])
-FC_TILE_GEMM(gemm_i4_affine, nibbles, &fc_formats[FC_PACKED_I4_AFFINE])
+FC_TILE_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
+FC_TILE_GEMM(gemm_i4_symmetric, &fc_formats[FC_PACKED_I4_SYMMETRIC])
+FC_TILE_GEMM(gemm_i4_affine, &fc_formats[FC_PACKED_I4_AFFINE])

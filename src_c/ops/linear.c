@@ -233,7 +233,8 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
     const ptrdiff_t panel_bytes = ctx->k / f->block_k * f->block_bytes;
     struct fc_gemm g = {.c = acc, .ldc = ctx->ldc, .ldx = ctx->ldx,
                         .panel_stride = panel_bytes, .m = rows, .panels = panels, .planes = r->planes, .wide = r->wide,
-                        .minima = f->format->minimum_bytes > 0, .group_chunks = r->chunk ? r->group / r->chunk : 0};
+                        .minima = f->format->minimum_bytes > 0, .zero = f->format->zero,
+                        .group_chunks = r->chunk ? r->group / r->chunk : 0};
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
         ptrdiff_t kc = fc_smaller(ctx->kc, ctx->k - k0);
         g.x = ctx->x + k0 / ctx->kc * ctx->x_block + row * ctx->ldx;

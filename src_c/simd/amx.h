@@ -8,7 +8,8 @@
  *   tile_dot_bf16(c, a, b)       c[i][j] += a[i][2k] b[k][2j] + a[i][2k + 1] b[k][2j + 1]  over rows k of b: the even
  *                                values and the odd ones each in a chain of FMAs from 0 in the order of k, then
  *                                c + (even + odd); subnormals count as 0 and become 0, whatever MXCSR says
- *   tile_dot_s8u8(c, a, b)       c[i][j] += sum over k and q < 4 of a[i][4k + q] b[k][4j + q], signed and unsigned bytes
+ *   tile_dot_s8s8(c, a, b)       c[i][j] += sum over k and q < 4 of a[i][4k + q] b[k][4j + q], signed bytes
+ *   tile_dot_s8u8(c, a, b)       the same, b's unsigned
  * c, a and b are different. All are assembly: the compiler's own words for loads and shapes do not say what memory they
  * read, and need no target then. */
 
@@ -27,6 +28,7 @@ struct tile_shapes {
 #define tile_load_once(t, p, ld) soft_tile_load(t, p, ld)
 #define tile_store(t, p, ld) soft_tile_store(t, p, ld)
 #define tile_dot_bf16(c, a, b) soft_tile_dot_bf16(c, a, b)
+#define tile_dot_s8s8(c, a, b) soft_tile_dot_s8s8(c, a, b)
 #define tile_dot_s8u8(c, a, b) soft_tile_dot_s8u8(c, a, b)
 #else
 FC_INLINE void tiles_begin(const struct tile_shapes *shapes) { __asm__ volatile("ldtilecfg %0" : : "m"(*shapes)); }
@@ -39,5 +41,6 @@ FC_INLINE void tiles_end(void) { __asm__ volatile("tilerelease" : : : "memory");
 #define tile_store(t, p, ld)                                                                                           \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((ptrdiff_t)(ld)) : "memory")
 #define tile_dot_bf16(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+#define tile_dot_s8s8(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #define tile_dot_s8u8(c, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #endif

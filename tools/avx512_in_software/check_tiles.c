@@ -99,16 +99,20 @@ static void pseudo_bf16(void) {
             memcpy(want.b + i * LD + 4 * j, &c, 4);
         }
 }
-static void pseudo_s8u8(void) {
+static void pseudo_bytes(int is_signed) {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             uint32_t c;
             memcpy(&c, in[C].b + i * LD + 4 * j, 4);
-            for (int l = 0; l < 4 * k; l++)
-                c += (uint32_t)((int8_t)in[A].b[i * LD + l] * in[B].b[l / 4 * LD + 4 * j + l % 4]);
+            for (int l = 0; l < 4 * k; l++) {
+                const uint8_t w = in[B].b[l / 4 * LD + 4 * j + l % 4];
+                c += (uint32_t)((int8_t)in[A].b[i * LD + l] * (is_signed ? (int8_t)w : w));
+            }
             memcpy(want.b + i * LD + 4 * j, &c, 4);
         }
 }
+static void pseudo_s8s8(void) { pseudo_bytes(1); }
+static void pseudo_s8u8(void) { pseudo_bytes(0); }
 static void pseudo_zero(void) {
     for (int i = 0; i < m; i++) memset(want.b + i * LD, 0, (size_t)n * 4);
 }
@@ -147,9 +151,11 @@ static void check(const char *name, void (*pseudo)(void), int floats, void (*sof
 }
 
 static void soft_bf16(void) { SOFTWARE(soft_tile_dot_bf16(0, 1, 2)) }
+static void soft_s8s8(void) { SOFTWARE(soft_tile_dot_s8s8(0, 1, 2)) }
 static void soft_s8u8(void) { SOFTWARE(soft_tile_dot_s8u8(0, 1, 2)) }
 static void soft_zero(void) { SOFTWARE(soft_tile_zero(0)) }
 static void hard_bf16(void) { HARDWARE(tile_dot_bf16(0, 1, 2)) }
+static void hard_s8s8(void) { HARDWARE(tile_dot_s8s8(0, 1, 2)) }
 static void hard_s8u8(void) { HARDWARE(tile_dot_s8u8(0, 1, 2)) }
 static void hard_zero(void) { HARDWARE(tile_zero(0)) }
 
@@ -164,6 +170,7 @@ int main(int argc, char **argv) {
     for (round_no = 0; round_no < rounds && failures < 20; round_no++) {
         draw();
         check("dot_bf16", pseudo_bf16, 1, soft_bf16, hard ? hard_bf16 : NULL);
+        check("dot_s8s8", pseudo_s8s8, 0, soft_s8s8, hard ? hard_s8s8 : NULL);
         check("dot_s8u8", pseudo_s8u8, 0, soft_s8u8, hard ? hard_s8u8 : NULL);
         check("zero", pseudo_zero, 0, soft_zero, hard ? hard_zero : NULL);
     }
