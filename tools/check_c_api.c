@@ -288,6 +288,30 @@ static void check_attention(ptrdiff_t q_len, ptrdiff_t kv_len, ptrdiff_t d) {
     free(q), free(k), free(v), free(y), free(p);
 }
 
+/* The keys in two pieces, the second at 256: the bits of one call. */
+static void check_carried(ptrdiff_t q_len, ptrdiff_t kv_len, ptrdiff_t d) {
+    enum { H = 4, G = 2 };
+    float *q = random_floats(q_len * H * d), *k = random_floats(kv_len * G * d), *v = random_floats(kv_len * G * d);
+    float *y = random_floats(q_len * H * d), *whole = random_floats(q_len * H * d);
+    float *carried = random_floats(q_len * H * (d + 2));
+    int64_t *at = malloc((size_t)q_len * sizeof *at);
+    fc_attention_args a = {.size = sizeof a, .out = whole, .q = q, .k = k, .v = v, .batch = 1, .q_len = q_len,
+                           .kv_len = kv_len, .heads = H, .kv_heads = G, .head_dim = d, .v_dim = d, .causal = 1,
+                           .scale = 0.1f, .q_positions = at};
+    a.q_stride[1] = a.out_stride[1] = H * d * 4, a.q_stride[2] = a.out_stride[2] = d * 4;
+    a.k_stride[1] = a.v_stride[1] = G * d * 4, a.k_stride[2] = a.v_stride[2] = d * 4;
+    for (ptrdiff_t i = 0; i < q_len; i++) at[i] = i * kv_len / q_len;
+    fc_attention(&a);
+    for (ptrdiff_t i = 0; i < q_len * H; i++) carried[i * (d + 2) + d] = -INFINITY, carried[i * (d + 2) + d + 1] = 0;
+    a.out = y, a.carried = carried, a.kv_len = 256;
+    fc_attention(&a);
+    a.k = k + 256 * G * d, a.v = v + 256 * G * d, a.kv_len = kv_len - 256, a.finish = 1;
+    for (ptrdiff_t i = 0; i < q_len; i++) at[i] -= 256;
+    fc_attention(&a);
+    for (ptrdiff_t i = 0; i < q_len * H * d; i++) expect(y[i], whole[i], 0);
+    free(q), free(k), free(v), free(y), free(whole), free(carried), free(at);
+}
+
 int main(void) {
     for (int i = 0; i < fc_num_isas(); i++) {
         if (!fc_isa_name(i)) continue;
@@ -315,6 +339,8 @@ int main(void) {
         report("int8, int4");
         for (ptrdiff_t d = 16; d <= 80; d += 13) check_attention(1, 40, d), check_attention(29, 300, d);
         report("attention");
+        for (ptrdiff_t d = 16; d <= 80; d += 13) check_carried(1, 600, d), check_carried(60, 511, d);
+        report("attention in pieces");
     }
     return failures != 0;
 }

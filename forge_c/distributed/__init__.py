@@ -1,5 +1,13 @@
 """One context over several processes: communicators, the layout of tokens over ranks, and what runs on them.
 
+Which attention of tokens that lie on ranks, for H query heads, G key/value heads and N ranks; all give the same bits:
+- ring_attention, unless one of these holds. Any heads, any length; memory of two pieces of keys beside the rank's own.
+- ulysses_attention, where it takes the heads, N > H / G + 1 (it then sends less than a ring) and a rank can hold the
+  whole sequence of H / N heads. Equal work for any layout and mask.
+- gathered_attention, for sequences under some 4096 N tokens, where a ring's pieces would be small, or with a window
+  that is short beside a rank's part; a rank holds what it sees of two groups of heads.
+- sharded_decode, for new tokens, or a short prompt, against keys that stay where they are.
+
 See docs/distributed.md. Nothing here starts before a communicator is made; mpi4py is imported by MPIComm alone.
 """
 from forge_c.distributed.comm import Comm, RankError, SelfComm
