@@ -235,6 +235,22 @@ def decode_over_ranks(q: Array, k: Array, v: Array, *, ranks: int, dtype: str) -
     return lambda: run() or out[0]
 
 
+def scan_over_ranks(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, z: Array, delta_bias: Array,
+                    state: Array, *, ranks: int, schedule: str, dtype: str) -> Call:
+    """Each rank's tokens by selective_scan, put where they belong."""
+    whole, out = [_cast(a, dtype) for a in (u, delta, B, C, z)], np.empty_like(u, _STORED[dtype])
+    places = [slice(at[0], at[-1] + 1) for at in np.array_split(np.arange(u.shape[1]), ranks)]
+
+    def tokens(comm: Any) -> None:
+        u, delta, B, C, z = (a[:, places[comm.rank]] for a in whole)
+        out[:, places[comm.rank]], _ = distributed.selective_scan(
+            u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True, state=state, comm=comm,
+            schedule=schedule)
+
+    run = _on_threads(ranks, tokens)
+    return lambda: run() or out
+
+
 def verify(q: Array, k: Array, v: Array, *, dtype: str) -> Call:
     return decode(q, k, v, dtype=dtype)
 

@@ -125,6 +125,11 @@ def selective_scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Arra
     return call
 
 
+def scan_over_ranks(*given: Array, ranks: int, schedule: str, dtype: str) -> Call:
+    """NumPy has no ranks: the whole, at once."""
+    return selective_scan(*given, dtype=dtype)
+
+
 def selective_scan_by_tokens(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, z: Array,
                              delta_bias: Array, state: Array, *, dtype: str) -> Call:
     """A loop over tokens."""

@@ -19,6 +19,7 @@ _TITLES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "softmax": "Softmax
            "mixture_of_depths": "Mixture of depths",
            "ssd_scan": "Mamba-2's scan", "gated_delta": "Gated delta rule", "s4d": "Diagonal state spaces",
            "causal_conv1d": "Causal convolution", "selective_scan": "Mamba's scan", "rg_lru": "Griffin's recurrence",
+           "ring_attention": "Attention over ranks", "distributed_scan": "Mamba's scan over ranks",
            "models": "The embedded model",
            "mission": "Modern components and what they replace"}
 

@@ -18,12 +18,22 @@ from forge_c.distributed.layout import positions, shard, unshard
 from forge_c.distributed.mpi import MPIComm
 from forge_c.distributed.parallel import parallel
 from forge_c.distributed.ring import ring_attention
+from forge_c.distributed.scan import (
+    causal_conv1d,
+    exclusive_scan,
+    gated_delta,
+    rg_lru,
+    s4d_scan,
+    selective_scan,
+    ssd_scan,
+)
 from forge_c.distributed.stats import Stats
 from forge_c.distributed.threads import ThreadComm
 from forge_c.distributed.ulysses import ulysses_attention
 
-__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "Stats", "ThreadComm", "gathered_attention", "parallel",
-           "positions", "ring_attention", "shard", "sharded_decode", "ulysses_attention", "unshard"]
+__all__ = ["Comm", "MPIComm", "RankError", "SelfComm", "Stats", "ThreadComm", "causal_conv1d", "exclusive_scan",
+           "gated_delta", "gathered_attention", "parallel", "positions", "rg_lru", "ring_attention", "s4d_scan",
+           "selective_scan", "shard", "sharded_decode", "ssd_scan", "ulysses_attention", "unshard"]
 
 
 def __dir__() -> list[str]:
