@@ -141,6 +141,36 @@ def test_a_broken_communicator_stays_broken() -> None:
 
 # The simulated link
 
+def test_ctrl_c_in_a_main_thread_that_is_no_rank() -> None:
+    """fail() reaches ranks that wait for a message, and the pool's end need not wait for the timeout."""
+    begin = time.monotonic()
+    out = run_script("""
+        import os, signal, threading
+        from concurrent.futures import ThreadPoolExecutor
+        import numpy as np
+        from forge_c.distributed import ThreadComm
+
+        begun = threading.Barrier(3)
+
+        def wait(comm):
+            begun.wait()
+            comm.receive(np.empty(1), 1 - comm.rank).wait()
+
+        comms = ThreadComm(2)
+        with ThreadPoolExecutor(2) as pool:
+            ranks = [pool.submit(wait, comm) for comm in comms]
+            try:
+                begun.wait()
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+                ranks[0].result()
+            except KeyboardInterrupt as error:
+                comms[0].fail(error)
+        print([repr(rank.exception()) for rank in ranks])
+        """)
+    assert out.count("RankError('rank 0 failed: KeyboardInterrupt") == 2, out
+    assert time.monotonic() - begin < 30
+
+
 def test_a_link_takes_its_time() -> None:
     """0.1 s of latency and 0.2 s for the bytes of a message; the second goes after the first. Until then nothing is
     seen of them, and work meanwhile hides them."""

@@ -20,6 +20,10 @@ def ThreadComm(n: int, *, latency: float = 0.0, bandwidth: float | None = None,
     """n communicators, each for a thread of its own. latency (seconds a message) and bandwidth (bytes a second out of,
     and into, each rank) simulate a link; without them a message takes as long as its copy.
 
+    Ctrl-C is raised in the main thread alone. If that is a rank whose block `with comm` the error leaves, the others
+    hear of it; if it is none, it must tell them before it waits for their threads, as a pool does at its end:
+    `except KeyboardInterrupt as error: comms[0].fail(error)`. Else they go on until they are finished.
+
     >>> import numpy as np
     >>> from concurrent.futures import ThreadPoolExecutor
     >>> from forge_c.distributed import ThreadComm
