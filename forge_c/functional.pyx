@@ -48,6 +48,7 @@ include "border/rg_lru.pxi"
 include "border/gated_delta.pxi"
 include "border/s4d.pxi"
 include "border/ranks.pxi"
+include "border/parts.pxi"
 include "border/decoder.pxi"
 include "border/state_space.pxi"
 

@@ -107,8 +107,8 @@ cdef fc_precision attention_precision(str function, str arg, object precision) e
     if precision is None:
         return FC_PRECISION_AUTO
     if not isinstance(precision, str):
-        raise TypeError(f"{function}: {arg} is a {type(precision).__name__}, expected None or a name: float32, bfloat16, "
-                        "int8")
+        raise TypeError(f"{function}: {arg} is a {type(precision).__name__}, expected None or a name: float32, "
+                        "bfloat16, int8")
     if precision == "float32":
         return FC_PRECISION_F32
     if precision == "bfloat16":
@@ -325,9 +325,9 @@ def fold_attention(q, k, v, cnp.ndarray carried not None, q_positions, *, causal
                    softcap=None, precision=None, sinks=None, out=None, lse=None):
     """What rows carry (batch, q_len, heads, v_dim + 2: o, max, sum; to begin: max -inf, sum 0) <- with these keys.
 
-    k may be a KVCache, v None then. The keys lie at 0, 1, 2, .. and q_positions (q_len,) counts from the first of them, which is a multiple of 256 of all
-    keys; pieces come in the keys' order. With out (and lse), which end it, carried stays and out has the bits of
-    attention over all keys. Not public: the package above it checks what it is given.
+    k may be a KVCache, v None then. The keys lie at 0, 1, 2, .. and q_positions (q_len,) counts from the first of them,
+    which is a multiple of 256 of all keys; pieces come in the keys' order. With out (and lse), which end it, carried
+    stays and out has the bits of attention over all keys. Not public: the package above it checks what it is given.
     """
     cdef fc_attention_args a
     cdef cnp.ndarray qa = attention_input("q", q)
@@ -340,7 +340,8 @@ def fold_attention(q, k, v, cnp.ndarray carried not None, q_positions, *, causal
     cdef fc_status status
     memset(&a, 0, sizeof(a))
     a.size = sizeof(a)
-    a.softcap, a.window, a.causal = attention_softcap(softcap), attention_window(window), flag("attention", "causal", causal)
+    a.softcap, a.window = attention_softcap(softcap), attention_window(window)
+    a.causal = flag("attention", "causal", causal)
     a.precision = attention_precision("attention", "precision", precision)
     attention_queries(&a, qa)
     if v is None:

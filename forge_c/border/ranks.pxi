@@ -1,9 +1,11 @@
 # What a pass of a share of a model asks its caller: what all ranks give.
+from libc.string cimport memcpy
+from cpython.exc cimport PyErr_SetObject
 
 
 cdef class Ranks:
-    """Processes of which each holds a share of the weights. exchange(y (rows, n) float32) gives what all of them give, of
-    what this one does, the same bits in each: their sum, or, with columns, which y are of n, those of all ranks."""
+    """Processes of which each holds a share of the weights. exchange(y (rows, n) float32) gives what all of them give,
+    of what this one does, the same bits in each: their sum, or, with columns, which y are of n, those of all ranks."""
     cdef fc_ranks c
     cdef readonly object exchange
 

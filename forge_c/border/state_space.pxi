@@ -17,8 +17,8 @@ cdef fc_status relay_with(object relay, bint written) noexcept:
 
 cdef class RecurrentSlots:
     """What a layer remembers of each row: memory (batch, slots, floats) float32, and the slots (batch,) int64 that a
-    pass reads, -1 for zeros, and writes. For a StateTable. relay(written): a function that is called before a pass reads
-    the state, with False, and when what it writes is whole, with True."""
+    pass reads, -1 for zeros, and writes. For a StateTable. relay(written): a function that is called before a pass
+    reads the state, with False, and when what it writes is whole, with True."""
     cdef fc_recurrent_state c
     cdef readonly cnp.ndarray memory
     cdef readonly cnp.ndarray source
@@ -152,7 +152,8 @@ cdef class Mamba2Part(RecurrentPart):
 
 
 cdef class ShortConvPart(RecurrentPart):
-    """A gated convolution: in_proj (hidden, 3 channels), conv (width, channels) float32, out_proj (channels, hidden)."""
+    """A gated convolution: in_proj (hidden, 3 channels), conv (width, channels) float32, out_proj (channels, hidden).
+    """
     cdef fc_short_conv_weights w
 
     def __init__(self, PackedWeight in_proj not None, PackedWeight conv not None, PackedWeight out_proj not None, *,
