@@ -121,7 +121,7 @@ class Comm:
     def fail(self, error: BaseException) -> None:
         """Break this communicator and let every other rank raise RankError with this error's text."""
         if self._failure() is None:
-            self._tell(f"{type(error).__name__}: {error}")
+            self._tell(f"{type(error).__name__}: {error}".removesuffix(": "))
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -139,7 +139,7 @@ class Comm:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, RankError):
+        if error is not None and not isinstance(error, RankError | Disagreement):
             self.fail(error)
         elif self._failure() is None:
             self._tell(None)
