@@ -198,19 +198,22 @@ static void gemm_bf16(const struct fc_gemm *g) {
 /* ---- integer formats: 16 rows by one panel, whose float32 accumulators stay in registers ----
  *
  * Of a few panels a part, TILE_K of k, is made into an image that stays in the caches while all rows pass: panel after
- * panel, chunk after chunk its lines of signed bytes u - zero, a line of float32 scales and, with minima, a line of
- * them. All u - zero are bytes: 8 bits have the zero 128, fewer bits have no larger one. */
+ * panel, chunk after chunk its lines of signed bytes u - zero (u, with two planes), a line of float32 scales and, with
+ * minima, a line of them. All u - zero are bytes: 8 bits have the zero 128, fewer bits have no larger one. */
 
 enum {
     LEAST_TILE_LINES = 8, /* of a chunk */
     TILE_SUMS = TILE_ROWS * FC_LINE,
     TILE_K = 512,
     IMAGE_PANELS = 8,
+    FEW_TILE_ROWS = 64, /* for fewer, panels are read one after the other, in order */
     IMAGE_LINES = TILE_K / 4 + TILE_K / FC_CHUNK * 2
 };
 
 struct tile_image {
-    char *bytes, *sums; /* sums[4][TILE_SUMS]: room for those of two chunks of two planes */
+    const char *bytes;
+    char *sums;    /* [4][TILE_SUMS]: room for those of two chunks of two planes */
+    ptrdiff_t gap; /* bytes between a panel and the next */
     ptrdiff_t panels, chunks, group_chunks, of_group; /* how far into its group the first chunk is */
 };
 
@@ -225,23 +228,24 @@ FC_INLINE void tile_add_minima(vf y[TILE_ROWS], const char *x, ptrdiff_t ldx, co
         y[i] = vf_fma(vf_load1(&chunk_of_row(x, 0, 0)->sum), minimum, y[i]);
 }
 
-/* y[16] += sums (x's scale * W's); sums = 128 high + low with two planes, each [16][16]. x: what follows the chunk's
- * integers. Rows are gone through one by one: sixteen addresses would take all registers. Beside tiles only one unit is
- * left that multiplies or converts, so sums of one plane, less than 2^22, become floats by addition. */
+/* y[16] += sums (x's scale * W's); sums = start + 128 high + low with two planes, each [16][16]. x: what follows the
+ * chunk's integers. Rows are gone through one by one: sixteen addresses would take all registers. Beside tiles only one
+ * unit is left that multiplies or converts, so sums of one plane, less than 2^22, become floats by addition. */
 FC_INLINE void tile_add(const int two, vf y[TILE_ROWS], const char *sums, const char *x, ptrdiff_t ldx,
                         const char *scales) {
     const vf scale = vf_load(scales), magic = vf_set1(12582912.0f); /* 1.5 * 2^23 */
 #pragma GCC unroll 16
     for (int i = 0; i < TILE_ROWS; i++, x = opaque(x + ldx)) {
         vi sum = (vi)vf_load(sums + i * FC_LINE);
-        if (two) sum = (sum << 7) + (vi)vf_load(sums + TILE_SUMS + i * FC_LINE);
+        if (two) sum = (sum << 7) + (vi)vf_load(sums + TILE_SUMS + i * FC_LINE) + chunk_of_row(x, 0, 0)->start;
         const vf value = two ? vf_from_int(sum) : (vf)(sum + (vi)magic) - magic;
         y[i] = vf_fma(value, vf_load1(&chunk_of_row(x, 0, 0)->scale) * scale, y[i]);
     }
 }
 
-/* Tiles `high` and `low` = sums of w times the planes of a chunk's x, which lie one after the other; with one plane,
- * FC_CHUNK of k, tile `high` alone. A tile's name is free again only after what reads it, hence many. */
+/* Tiles `high` and `low` = sums of u times the planes of a chunk's x, which lie one after the other; with one plane,
+ * FC_CHUNK of k, tile `high` alone = those of u - zero. A tile's name is free again only after what reads it, hence
+ * many. */
 #define FC_TILE_CHUNK(name, high, low, a, b)                                                                           \
     FC_INLINE void name##_planes(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t lines) {                       \
         const ptrdiff_t plane = lines * 4, at_once = lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES;               \
@@ -250,16 +254,16 @@ FC_INLINE void tile_add(const int two, vf y[TILE_ROWS], const char *sums, const 
         for (ptrdiff_t line = 0; line < lines; line += 2 * at_once) {                                                  \
             tile_load(6, w, FC_LINE);                                                                                  \
             tile_load(4, x, ldx);                                                                                      \
-            tile_dot_s8s8(high, 4, 6);                                                                                 \
+            tile_dot_s8u8(high, 4, 6);                                                                                 \
             tile_load(5, x + plane, ldx);                                                                              \
-            tile_dot_s8s8(low, 5, 6);                                                                                  \
+            tile_dot_s8u8(low, 5, 6);                                                                                  \
             x += at_once * 4, w += at_once * FC_LINE;                                                                  \
             if (line + at_once >= lines) break;                                                                        \
             tile_load(7, w, FC_LINE);                                                                                  \
             tile_load(4, x, ldx);                                                                                      \
-            tile_dot_s8s8(high, 4, 7);                                                                                 \
+            tile_dot_s8u8(high, 4, 7);                                                                                 \
             tile_load(5, x + plane, ldx);                                                                              \
-            tile_dot_s8s8(low, 5, 7);                                                                                  \
+            tile_dot_s8u8(low, 5, 7);                                                                                  \
             x += at_once * 4, w += at_once * FC_LINE;                                                                  \
         }                                                                                                              \
     }                                                                                                                  \
@@ -273,7 +277,7 @@ FC_INLINE void tile_add(const int two, vf y[TILE_ROWS], const char *sums, const 
         tile_load(b, w, FC_LINE);                                                                                      \
         tile_dot_s8s8(high, a, b);                                                                                     \
     }                                                                                                                  \
-    FC_INLINE void name##_store(const int two, const char *sums) {                                                     \
+    FC_INLINE void name##_store(const int two, char *sums) {                                                           \
         tile_store(high, sums, FC_LINE);                                                                               \
         if (two) tile_store(low, sums + TILE_SUMS, FC_LINE);                                                           \
     }
@@ -315,8 +319,9 @@ FC_INLINE void tile_chunks(const int two, const int minima, const ptrdiff_t line
     const ptrdiff_t integers = lines * 4 * (1 + two), x_step = fc_chunk_bytes(integers, FC_X_ALIGN);
     const ptrdiff_t w_step = (lines + 1 + minima) * FC_LINE, all = image->panels * image->chunks;
     const char *w = image->bytes, *end = x + integers, *const x_end = x + image->chunks * x_step;
-    const char *const sums = image->sums;
-    const aside x_begin = put_aside(x);
+    char *const sums = image->sums;
+    const char *ends = w + lines * FC_LINE;
+    const aside x_begin = put_aside(x), gap = put_aside((const char *)0 + image->gap);
     ptrdiff_t of_group = image->of_group;
     vf y[TILE_ROWS];
     tile_begin_sums(y, c, ldc, accumulate);
@@ -328,20 +333,25 @@ FC_INLINE void tile_chunks(const int two, const int minima, const ptrdiff_t line
                 if (odd) tile_odd(two, x, ldx, w, lines);
                 else tile_even(two, x, ldx, w, lines);
                 x += x_step;
-                if (x == x_end) x = take_back(x_begin);
+                if (two) w += w_step;
+                if (x == x_end) {
+                    x = take_back(x_begin);
+                    if (two) w += take_back(gap) - (const char *)0;
+                }
             }
-            w += w_step;
+            if (!two) w += w_step; /* without gaps: scales are found from w, which saves a register */
             if (chunk >= 1 && chunk <= all) {
-                if (odd) tile_even_store(two, opaque(sums));
-                else tile_odd_store(two, opaque(sums) + 2 * TILE_SUMS);
+                if (odd) tile_even_store(two, (char *)opaque(sums));
+                else tile_odd_store(two, (char *)opaque(sums) + 2 * TILE_SUMS);
             }
             if (chunk < 2 || chunk >= all + 2) continue;
-            const char *const scales = w - 3 * w_step + lines * FC_LINE;
+            const char *const scales = two ? ends : w - 3 * w_step + lines * FC_LINE;
             if (minima && of_group == 0) tile_add_minima(y, end, ldx, scales + FC_LINE);
             if (minima && ++of_group == image->group_chunks) of_group = 0;
             tile_add(two, y, sums + odd * 2 * TILE_SUMS, end, ldx, scales);
-            end += x_step;
+            end += x_step, ends += w_step;
             if (end != x_end + integers) continue;
+            if (two) ends += take_back(gap) - (const char *)0;
             end = take_back(x_begin) + integers;
             if (minima) of_group = image->of_group;
             tile_move_sums(y, c, ldc, 1);
@@ -395,19 +405,22 @@ struct tile_blocks {
 FC_INLINE char *image_panel(gemm_format f, char *to, const char *w, ptrdiff_t lines, ptrdiff_t first, ptrdiff_t chunks,
                             const struct tile_blocks *b) {
     const vu zero = (vu){0} + (uint32_t)b->zero * 0x01010101u;
-    for (ptrdiff_t i = first; i < first + chunks; i++) {
-        const ptrdiff_t in_block = i % b->chunks;
-        const char *block = w + i / b->chunks * b->bytes, *end = block + b->chunks * b->chunk_bytes;
+    const char *block = w + first / b->chunks * b->bytes;
+    ptrdiff_t in_block = first % b->chunks;
+    for (; chunks > 0; chunks--) {
+        const char *end = block + b->chunks * b->chunk_bytes;
         vf scale[1];
         image_lines(f, to, block + in_block * b->chunk_bytes, lines, zero);
         to += lines * FC_LINE;
-        int_scales(f, 1, scale, f->block_groups > 1 ? (int)(in_block / b->group_chunks) : 0, end, 0, 0);
+        int_scales(f, 1, scale, f->block_groups > 1 ? (int)in_block / (f->group / FC_CHUNK) : 0, end, 0, 0);
         vf_store(to, scale[0]);
         to += FC_LINE;
-        if (!b->minima) continue;
-        int_scales(f, 1, scale, 1, f->bits == 4 ? end : end + FC_LINE, 0, 0);
-        vf_store(to, scale[0]);
-        to += FC_LINE;
+        if (b->minima) {
+            int_scales(f, 1, scale, 1, f->bits == 4 ? end : end + FC_LINE, 0, 0);
+            vf_store(to, scale[0]);
+            to += FC_LINE;
+        }
+        if (++in_block == b->chunks) in_block = 0, block += b->bytes;
     }
     return to;
 }
@@ -416,31 +429,43 @@ FC_INLINE char *image_panel(gemm_format f, char *to, const char *w, ptrdiff_t li
 struct tile_parts {
     struct tile_blocks blocks;
     struct tile_image image;
-    ptrdiff_t lines, x_step, rows, chunks, at_once; /* of a chunk; whole tiles of rows; chunks of a panel, of a part */
+    char *bytes; /* room for it */
+    ptrdiff_t lines, x_step, rows;     /* of a chunk; those in whole tiles */
+    ptrdiff_t chunks, at_once, panels; /* chunks of a panel, of a part; panels of a part */
     tile_product *product;
 };
 
+FC_INLINE ptrdiff_t panels_of_part(const struct fc_gemm *g, const struct tile_parts *p, ptrdiff_t panel) {
+    return g->panels - panel < p->panels ? g->panels - panel : p->panels;
+}
+
+/* Into L2, of `lines` lines of each panel from w on, the share of a tile of rows from `row` on */
+FC_INLINE void prefetch_lines_of(const char *w, ptrdiff_t stride, ptrdiff_t panels, ptrdiff_t lines, ptrdiff_t row,
+                                 ptrdiff_t rows) {
+    const ptrdiff_t from = lines * row / rows, to = lines * (row + TILE_ROWS) / rows;
+    for (; panels > 0; panels--, w += stride)
+        for (ptrdiff_t line = from; line < to; line++) __builtin_prefetch(w + line * FC_LINE, 0, 2);
+}
+
 /* While a part is multiplied, the next one is asked for: of these panels, of the next ones, or, in the end, of the next
- * block of k. A share of its lines for the rows from `row` on. */
+ * block of k. */
 FC_INLINE void prefetch_part(const struct fc_gemm *g, const struct tile_parts *p, ptrdiff_t panel, ptrdiff_t at,
                              ptrdiff_t row) {
     const ptrdiff_t bytes = p->blocks.bytes, chunks = p->blocks.chunks;
     const ptrdiff_t part = (p->at_once * bytes / chunks + FC_LINE - 1) / FC_LINE;
-    const ptrdiff_t from = part * row / p->rows, to = part * (row + TILE_ROWS) / p->rows;
     at += p->at_once;
     if (at >= p->chunks) {
-        at = 0, panel += IMAGE_PANELS;
+        at = 0, panel += p->panels;
         if (panel >= g->panels) at = p->chunks, panel = 0;
     }
-    const char *w = (const char *)g->w + panel * g->panel_stride + at / chunks * bytes;
-    for (ptrdiff_t i = 0; i < IMAGE_PANELS && panel + i < g->panels; i++, w += g->panel_stride)
-        for (ptrdiff_t line = from; line < to; line++) __builtin_prefetch(w + line * FC_LINE, 0, 2);
+    prefetch_lines_of((const char *)g->w + panel * g->panel_stride + at / chunks * bytes, g->panel_stride,
+                      panels_of_part(g, p, panel), part, row, p->rows);
 }
 
-/* Chunks [at, at + at_once) of IMAGE_PANELS panels, for all rows */
+/* Chunks [at, at + at_once) of a few panels, for all rows */
 FC_INLINE void tile_part(gemm_format f, const struct fc_gemm *g, struct tile_parts *p, ptrdiff_t panel, ptrdiff_t at) {
-    char *to = p->image.bytes;
-    p->image.panels = g->panels - panel < IMAGE_PANELS ? g->panels - panel : IMAGE_PANELS;
+    char *to = p->bytes;
+    p->image.panels = panels_of_part(g, p, panel);
     p->image.chunks = p->chunks - at < p->at_once ? p->chunks - at : p->at_once;
     p->image.of_group = at % p->image.group_chunks;
     for (ptrdiff_t i = panel; i < panel + p->image.panels; i++)
@@ -452,12 +477,29 @@ FC_INLINE void tile_part(gemm_format f, const struct fc_gemm *g, struct tile_par
     }
 }
 
-FC_INLINE struct tile_blocks tile_blocks_of(gemm_format f, const struct fc_gemm *g, ptrdiff_t lines) {
+/* Two planes of bytes, a chunk that is a group: it lies with its scales as in an image already, for which few rows
+ * would hardly pay. */
+FC_INLINE void tile_part_in_place(const struct fc_gemm *g, struct tile_parts *p, ptrdiff_t at) {
+    const ptrdiff_t step = p->blocks.bytes, chunks = p->chunks - at < p->at_once ? p->chunks - at : p->at_once;
+    p->image.chunks = chunks;
+    p->image.gap = g->panel_stride - chunks * step;
+    for (ptrdiff_t row = 0; row < p->rows; row += TILE_ROWS)
+        for (ptrdiff_t panel = 0; panel < g->panels; panel += p->panels) {
+            p->image.bytes = (const char *)g->w + panel * g->panel_stride + at * step;
+            p->image.panels = panels_of_part(g, p, panel);
+            prefetch_lines_of(p->image.bytes + chunks * step, g->panel_stride, p->image.panels,
+                              chunks * step / FC_LINE, row, p->rows);
+            p->product(&p->image, (const char *)g->x + row * g->ldx + at * p->x_step, g->ldx,
+                       (char *)g->c + row * g->ldc + panel * FC_LINE, g->ldc, g->accumulate || at);
+        }
+}
+
+FC_INLINE struct tile_blocks tile_blocks_of(gemm_format f, const int two, const struct fc_gemm *g, ptrdiff_t lines) {
     const int nibbles = f->bits == 4;
     struct tile_blocks b = {.group_chunks = f->block_groups > 1 ? f->group / FC_CHUNK : g->group_chunks,
                             .chunk_bytes = lines * 4 / f->k_step * FC_LINE,
                             .minima = nibbles ? f->minimum_bytes > 0 : g->minima,
-                            .zero = nibbles ? f->zero : g->zero};
+                            .zero = two ? 0 : nibbles ? f->zero : g->zero};
     b.chunks = b.group_chunks * f->block_groups;
     b.bytes = b.chunks * b.chunk_bytes + (nibbles ? 1 : 1 + b.minima) * FC_LINE;
     return b;
@@ -467,7 +509,7 @@ FC_INLINE struct tile_blocks tile_blocks_of(gemm_format f, const struct fc_gemm 
 FC_INLINE void tile_integers(gemm_format f, const int two, const struct fc_gemm *g,
                              void (*few)(const struct fc_gemm *)) {
     const ptrdiff_t lines = f->bits == 4 ? FC_CHUNK / 4 : g->lines;
-    struct tile_parts p = {.blocks = tile_blocks_of(f, g, lines), .lines = lines};
+    struct tile_parts p = {.blocks = tile_blocks_of(f, two, g, lines), .lines = lines};
     p.product = tile_product_of(two, p.blocks.minima, lines);
     if (p.product && g->blocks) p.rows = g->m / TILE_ROWS * TILE_ROWS;
     if (p.rows) {
@@ -475,13 +517,18 @@ FC_INLINE void tile_integers(gemm_format f, const int two, const struct fc_gemm 
         char sums[4 * TILE_SUMS] __attribute__((aligned(FC_LINE)));
         const struct tile_shapes shapes =
             shapes_of_pairs(TILE_ROWS, lines % TILE_LINES ? LEAST_TILE_LINES : TILE_LINES);
+        p.bytes = bytes;
         p.image = (struct tile_image){.bytes = bytes, .sums = sums, .group_chunks = p.blocks.group_chunks};
         p.x_step = fc_chunk_bytes(lines * 4 * (1 + two), FC_X_ALIGN);
         p.chunks = g->blocks * p.blocks.chunks;
         p.at_once = TILE_K / (lines * 4);
+        p.panels = p.rows < FEW_TILE_ROWS ? 1 : IMAGE_PANELS;
         tiles_begin(&shapes);
-        for (ptrdiff_t panel = 0; panel < g->panels; panel += IMAGE_PANELS)
-            for (ptrdiff_t at = 0; at < p.chunks; at += p.at_once) tile_part(f, g, &p, panel, at);
+        if (two && f->bits == 8 && p.blocks.chunks == 1)
+            for (ptrdiff_t at = 0; at < p.chunks; at += p.at_once) tile_part_in_place(g, &p, at);
+        else
+            for (ptrdiff_t panel = 0; panel < g->panels; panel += p.panels)
+                for (ptrdiff_t at = 0; at < p.chunks; at += p.at_once) tile_part(f, g, &p, panel, at);
         tiles_end();
     }
     if (p.rows == g->m) return;
