@@ -1,11 +1,15 @@
-"""Numbers as callers and files give them, checked, and values as errors show them."""
+"""Numbers as callers and files give them, checked, values as errors show them, and warnings at the caller's line."""
 from __future__ import annotations
 
 import sys
+import warnings
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_PACKAGE = str(Path(__file__).parent) + "/"
 
 
 def integer(function: str, name: str, value: int) -> int:
@@ -51,3 +55,11 @@ def short(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line that called this package, however deep in it this is."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

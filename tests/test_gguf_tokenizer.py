@@ -279,8 +279,9 @@ def test_no_vocabulary(keys):
 
 
 def test_a_file_that_does_not_say_how_to_cut_words():
-    with pytest.warns(UserWarning, match="^x.gguf: it does not say how its tokenizer cuts words"):
+    with pytest.warns(UserWarning, match="^x.gguf: it does not say how its tokenizer cuts words") as caught:
         gguf_tokenizer(pairs_of_letters(None), "x.gguf")
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gguf_tokenizer(pairs_of_letters("gpt-2"))

@@ -86,8 +86,9 @@ def test_those_tokens_are_as_in_transformers(tmp_path, config, files, text):
 
 def test_an_id_that_cannot_be_had_is_a_warning(tmp_path):
     folder = folder_of(tmp_path, bytelevel(), {"added_tokens_decoder": {"300": ENTRY}})
-    with pytest.warns(UserWarning, match="'<think>' has id 300 in tokenizer_config.json.* is 257"):
+    with pytest.warns(UserWarning, match="'<think>' has id 300 in tokenizer_config.json.* is 257") as caught:
         load_tokenizer(folder)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_tokenizer(folder_of(tmp_path, bytelevel(), {"added_tokens_decoder": {"257": ENTRY}}))

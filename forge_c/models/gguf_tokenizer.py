@@ -6,14 +6,13 @@ do, so that the ids are those of the model's makers.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from forge_c.checks import short
+from forge_c.checks import short, warn
 from forge_c.models.pre_tokenizers import PRE_TOKENIZERS
 from forge_c.models.score_merges import score_merges
 from forge_c.models.tokenizer import MAX_TEMPLATE, HuggingFaceTokenizer, NoText, Tokenizer, failures
@@ -220,8 +219,8 @@ def _byte_level(vocabulary: Vocabulary) -> Any:
 
     pre = PRE_TOKENIZERS[vocabulary.pre]
     if vocabulary.pre == "default":
-        warnings.warn(f"{vocabulary.source}: it does not say how its tokenizer cuts words (tokenizer.ggml.pre), so "
-                      "that ids and answers may be worse than they should be; a newer conversion says it", stacklevel=4)
+        warn(f"{vocabulary.source}: it does not say how its tokenizer cuts words (tokenizer.ggml.pre), so "
+             "that ids and answers may be worse than they should be; a newer conversion says it")
     backend = Tokenizer(models.BPE(_ids(vocabulary.tokens), _pairs(vocabulary), ignore_merges=pre.whole_words))
     if vocabulary.pre in _COMPOSED:
         backend.normalizer = normalizers.NFC()

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from tqdm import tqdm
 
-from forge_c.checks import dtype_name, short
+from forge_c.checks import dtype_name, short, warn
 from forge_c.files import read_json
 from forge_c.formats.gguf import open_gguf
 from forge_c.formats.layout import PACKED, Activations, Precision
@@ -155,8 +154,8 @@ def _spec(folder: Path, ignored: frozenset[str]) -> ModelSpec:
 def _head(head: Head, checkpoint: Checkpoint) -> Head:
     """What the file says of the head, corrected by what it holds."""
     if head.tied and checkpoint.has_own_head:
-        warnings.warn(f"load: {checkpoint.folder} holds an lm_head.weight of its own, which is used, though "
-                      "config.json has tie_word_embeddings true", stacklevel=4)
+        warn(f"load: {checkpoint.folder} holds an lm_head.weight of its own, which is used, though "
+             "config.json has tie_word_embeddings true")
         return replace(head, tied=False)
     return replace(head, absent=True) if checkpoint.is_headless and not head.tied else head
 

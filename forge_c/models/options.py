@@ -1,12 +1,12 @@
 """The arguments of generate, checked before anything runs."""
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from forge_c.checks import warn
 from forge_c.models.generation import Ids, LogitsProcessor, Options
 from forge_c.models.sampling import Sampler, Unsaid, model_sampling
 from forge_c.models.spec import Attention, ModelSpec
@@ -110,8 +110,7 @@ def _new_tokens(spec: ModelSpec, asked: int | None, lengths: Sequence[int], cach
     if cache is not None and longest + asked > room:
         raise ValueError(f"generate: {longest} tokens and {asked} new ones exceed the cache's max_seq_len {room}")
     if longest + asked > context:
-        warnings.warn(f"generate: {longest + asked} tokens exceed the {context} that the model was made for",
-                      stacklevel=4)
+        warn(f"generate: {longest + asked} tokens exceed the {context} that the model was made for")
     return [int(asked)] * len(lengths)
 
 

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from forge_c.checks import warn
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ def model_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     off. What else would change the text is a warning."""
     left = sorted(key for key, off in _OFF.items() if settings.get(key, off) not in (off, None))
     if left:
-        warnings.warn(f"generate: generation_config.json has {', '.join(left)}, which sampling=\"model\" ignores",
-                      stacklevel=4)
+        warn(f"generate: generation_config.json has {', '.join(left)}, which sampling=\"model\" ignores")
     found: dict[str, Any] = {}
     if settings.get("repetition_penalty") is not None:
         found["repetition_penalty"] = settings["repetition_penalty"]

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from forge_c.checks import warn
 from forge_c.files import check_values, read_file, read_json
 from forge_c.models.tokenizer import MAX_TEMPLATE, ByteTokenizer, HuggingFaceTokenizer, NoText, Tokenizer, failures
 
@@ -116,8 +116,8 @@ def _add_tokens(backend: Any, folder: Path, settings: Mapping[str, Any], special
         backend.add_tokens([AddedToken(text, special=True) for text in dict.fromkeys(names) if text not in texts])
     for i, fields in listed.items():
         if (got := backend.token_to_id(fields["content"])) != i:
-            warnings.warn(f"{folder}: the token {fields['content']!r} has id {i} in tokenizer_config.json, and the "
-                          f"first free one after those of tokenizer.json is {got}", stacklevel=2)
+            warn(f"{folder}: the token {fields['content']!r} has id {i} in tokenizer_config.json, and the "
+                 f"first free one after those of tokenizer.json is {got}")
 
 
 def _listed_tokens(folder: Path, settings: Mapping[str, Any], special: list[str]) -> dict[int, dict[str, Any]]:

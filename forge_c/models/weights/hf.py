@@ -6,7 +6,6 @@ mapped, which counts as this process's memory: the offsets of one parse serve al
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -16,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from forge_c.checks import short
+from forge_c.checks import short, warn
 from forge_c.files import open_regular, parse_json, read_json, read_rows
 from forge_c.models.weights.foreign import check_tensors, weights_instead
 
@@ -77,8 +76,8 @@ class Checkpoint:
         self.is_headless = not place and "lm_head.weight" not in self._entries  # saved without what makes logits
         if others:
             parts = sorted({_part(name) for name in others})
-            warnings.warn(f"{folder}: the text model alone is read; {len(others)} tensors of {', '.join(parts)} are "
-                          "not", stacklevel=4)
+            warn(f"{folder}: the text model alone is read; {len(others)} tensors of {', '.join(parts)} are "
+                 "not")
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
