@@ -222,6 +222,7 @@ cdef extern from "forge.h" nogil:
         ptrdiff_t carried_stride
         int finish
     fc_status fc_attention(const fc_attention_args *args)
+    fc_status fc_fold_attention(float *carried, const float *parts, ptrdiff_t chunks, ptrdiff_t rows, ptrdiff_t e)
     fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a,
                                  const void *b, const float *lse_b, ptrdiff_t rows, ptrdiff_t n)
 

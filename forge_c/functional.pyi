@@ -4,6 +4,7 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from forge_c.distributed.chunks import Pages
 from forge_c.formats.layout import Activations, Precision
 from forge_c.rotary import RopeTable
 from forge_c.state.kv import KVCache
@@ -214,11 +215,12 @@ def attention(q: Array, k: Array | KVCache, v: Array | None = None, *, causal: b
               sinks: Array | None = None, kv_lens: Array | None = None, q_positions: Array | None = None,
               kv_positions: Array | None = None, precision: Precision | None = None, return_lse: Literal[True],
               out: Array | None = None) -> tuple[Array, NDArray[np.float32]]: ...
-def fold_attention(q: Array, k: Array | KVCache, v: Array | None, carried: NDArray[np.float32],
+def fold_attention(q: Array, k: Array | KVCache | Pages, v: Array | None, carried: NDArray[np.float32],
                    q_positions: NDArray[np.integer[Any]], *, causal: bool = False, scale: float | None = None,
                    window: int | None = None, softcap: float | None = None, precision: str | None = None,
                    sinks: NDArray[np.float32] | None = None, out: Array | None = None,
                    lse: NDArray[np.float32] | None = None) -> None: ...
+def fold_parts(carried: NDArray[np.float32], parts: NDArray[np.float32]) -> None: ...
 def merge_attention(out_a: Array, lse_a: NDArray[np.float32], out_b: Array,
                     lse_b: NDArray[np.float32]) -> tuple[Array, NDArray[np.float32]]: ...
 def route_tokens(x: Array, weight: Array, *,

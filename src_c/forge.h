@@ -262,6 +262,11 @@ typedef struct {
 } fc_attention_args;
 fc_status fc_attention(const fc_attention_args *args);
 
+/* carried (rows, E + 2), as fc_attention_args has it, <- folded with parts (chunks, rows, E + 2), in their order: each what
+ * fc_attention carries from an empty beginning over one chunk of FC_KV_CHUNK keys. With the chunks in the keys' order that
+ * is what it carries over all of them, to the bit. */
+fc_status fc_fold_attention(float *carried, const float *parts, ptrdiff_t chunks, ptrdiff_t rows, ptrdiff_t e);
+
 /* Exact union of two attentions over disjoint keys: rows of E values and one lse each; empty parts have lse -inf. */
 fc_status fc_merge_attention(fc_dtype type, void *out, float *lse, const void *a, const float *lse_a, const void *b,
                              const float *lse_b, ptrdiff_t rows, ptrdiff_t n);

@@ -20,9 +20,12 @@ def attending(cache: Any, model: Any, call: Any = None) -> StateTable:
 
         return attend
 
-    kinds = model._decoder.kinds
-    return StateTable([AttentionState(kv.copy()._pages, s.table, call or attend_of(kind, kv.copy()))
-                       for kind, kv, s in zip(kinds, cache.layers, cache.states.held, strict=True)])
+    def table_of(kind: Any) -> Any:
+        of = model._decoder._tables.of(kind.rope)
+        return None if of is None else of(64)
+
+    return StateTable([AttentionState(kv.copy()._pages, table_of(kind), call or attend_of(kind, kv.copy()))
+                       for kind, kv in zip(model._decoder.kinds, cache.layers, strict=True)])
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
@@ -89,7 +92,9 @@ def test_a_recurrent_state_is_asked_for_before_it_is_read_and_told_of_when_it_is
 
 
 def test_positions_that_no_state_can_attend_to_are_refused(model) -> None:
-    layers, cache, ids = model._decoder._model, model.new_cache(), np.ones((1, 3), np.int64)
+    layers, ids = model._decoder._model, np.ones((1, 3), np.int64)
+    model(ids)  # so that the tables are long enough
+    cache = model.new_cache()
     with pytest.raises(TypeError, match="positions are given"):
         layers.forward(ids, cache.states, START, positions=np.arange(3)[None])
     states = attending(cache, model)

@@ -11,7 +11,7 @@ from guard import guarded_copy
 from test_attention import CHUNK, Array, bits, normal, qkv
 
 from forge_c import attention
-from forge_c.functional import fold_attention
+from forge_c.functional import fold_attention, fold_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +42,28 @@ def in_pieces(q: Array, k: Array, v: Array, positions: Array, cuts: list[int], *
 
 def whole(q: Array, k: Array, v: Array, positions: Array, **options: Any) -> tuple[Array, Array]:
     return attention(q, k, v, q_positions=positions, return_lse=True, **options)
+
+
+def test_chunks_apart_fold_to_the_bits_of_the_whole(isa, dtype, rng, each_thread_count):
+    """Each chunk from an empty beginning, anywhere; an empty one, and none at all, change nothing."""
+    for heads, kv_heads, v_dim in ((4, 2, 20), (3, 1, 16), (2, 2, 5)):
+        q, k, v = qkv(rng, 1, 3, 3 * CHUNK + 10, heads, kv_heads, 24, v_dim, dtype)
+        places = np.array([CHUNK, 2 * CHUNK + 5, 3 * CHUNK + 9])
+        folded, parts = begun(q, v), []
+        for x in range(0, k.shape[1], CHUNK):
+            parts.append(begun(q, v))
+            fold_attention(q, k[:, x : x + CHUNK], v[:, x : x + CHUNK], parts[-1], places - x, causal=True)
+        folded[..., :-2] = 0
+        want = folded.copy()
+        fold_attention(q, k, v, want, places, causal=True)
+        rows = folded.reshape(-1, v_dim + 2)
+        for some in (parts[:1], [], parts[1:]):
+            fold_parts(rows, np.array([np.nan_to_num(p, nan=0.0, neginf=-np.inf) for p in some],
+                                      np.float32).reshape(len(some), *rows.shape))
+        assert rows.tobytes() == want.tobytes()
+    for wrong in (np.zeros((2, len(rows), 6), np.float32), np.zeros((2, 1, v_dim + 2), np.float32)):
+        with pytest.raises(ValueError, match="fold_parts: parts has shape"):
+            fold_parts(rows, wrong)
 
 
 @pytest.mark.parametrize("precision", [None, "bfloat16", "int8"])

@@ -236,12 +236,13 @@ def test_only_dispatch_names_the_tables_of_the_isas():
 def test_what_functional_offers_checks_its_arguments():
     """KVPages, LayeredModel and what else trusts the package above it are no part of the offer."""
     trusting = {"KVPages", "LayeredModel", "StateTable", "AttentionPart", "MLPPart", "CalledPart", "pack_columns",
-                "search_scales", "fold_attention"}
+                "search_scales", "fold_attention", "fold_parts"}
     assert not trusting & set(functional.__all__) and all(hasattr(functional, name) for name in trusting)
     for call in (lambda: functional.KVPages(None, 1, 4, 4, False), lambda: functional.pack_columns(None, None),
                  lambda: functional.search_scales(None, None, None, 32, 1, True, 0, 15),
                  lambda: functional.KVPages("float32", 1, 4, 4, False).with_table(None),
                  lambda: functional.fold_attention(None, None, None, None, None),
+                 lambda: functional.fold_parts(None, None),
                  lambda: functional.LayeredModel(None, [], None, None), lambda: functional._read_bytes(None),
                  lambda: functional.StateTable(None), lambda: functional.AttentionState(None),
                  lambda: functional.AttentionPart(None, None, heads=1, kv_heads=1, head_dim=1),

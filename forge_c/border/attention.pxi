@@ -369,6 +369,25 @@ def fold_attention(q, k, v, cnp.ndarray carried not None, q_positions, *, causal
         check("attention", status)
 
 
+def fold_parts(cnp.ndarray carried not None, cnp.ndarray parts not None):
+    """carried (rows, v_dim + 2) <- what fold_attention carries over more chunks, from parts (chunks, rows, v_dim + 2),
+    each carried from an empty beginning over one chunk; both float32 and C-contiguous. Not public, like fold_attention.
+    """
+    cdef fc_status status
+    cdef ptrdiff_t rows = carried.shape[0], chunks = parts.shape[0]
+    cdef ptrdiff_t e = carried.shape[1] - 2
+    same_type("fold_parts", "carried", carried, FC_F32)
+    same_type("fold_parts", "parts", parts, FC_F32)
+    if shape_of(parts) != (chunks, rows, e + 2) or not (carried.flags.c_contiguous and parts.flags.c_contiguous):
+        raise ValueError(f"fold_parts: parts has shape {shape_of(parts)}, expected (chunks, {rows}, {e + 2}), "
+                         "contiguous")
+    if rows and chunks:
+        with nogil:
+            status = fc_fold_attention(<float *>cnp.PyArray_DATA(carried), <const float *>cnp.PyArray_DATA(parts),
+                                       chunks, rows, e)
+        check("fold_parts", status)
+
+
 cdef cnp.ndarray merge_part(str arg, object x, cnp.ndarray like):
     cdef cnp.ndarray a = viewed("merge_attention", arg, x)
     same_type("merge_attention", arg, a, float_type("merge_attention", "out_a", like))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from forge_c.checks import checked_size
 from forge_c.distributed.cache import Shard, ShardedCache, ShardedKV
 from forge_c.distributed.comm import Comm
-from forge_c.distributed.owners import Owners, appended, cut, room_of
+from forge_c.distributed.owners import Owners, appended, by_tokens, cut, room_of
 from forge_c.distributed.passes import Prompt, Step
 from forge_c.distributed.relay import Relay
 from forge_c.functional import KV_CHUNK, StateTable
@@ -124,7 +124,8 @@ class ParallelDecoder(Decoder):
         owners = cache.owners
         with cache.extending(ids) as start:
             if owners is not None:
-                owners.coming = np.stack([appended(ids.shape[1], held, owners.room) for held in owners.counts])
+                owners.coming = np.stack([appended(ids.shape[1], *each)
+                                          for each in zip(owners.of, owners.counts, strict=True)])
                 owners.at_work = Step(self.comm, owners, start, self.attention_precision)
             return self._called(ids, cache.states.held, start, wanted)
 
@@ -138,7 +139,8 @@ class ParallelDecoder(Decoder):
             start = int(begin[0])
             tokens = [np.flatnonzero(owner == r) for r in range(self.comm.size)]
             at = Prompt(self.comm, cache.owners, start, [t + start for t in tokens], self.attention_precision)
-            relay = Relay(self.comm, [r for r, t in enumerate(tokens) if len(t)])
+            working = [r for r, t in enumerate(tokens) if len(t)]
+            relay = Relay(self.comm, sorted(working, key=lambda r: int(tokens[r][0])))
             if cache.owners is not None:
                 cache.owners.coming, cache.owners.at_work = owner[None], at
             mine, last = tokens[self.comm.rank], owner[-1] == self.comm.rank
@@ -157,8 +159,8 @@ class ParallelDecoder(Decoder):
         """Which rank runs each of so many tokens."""
         lengths_after("ModelCache", cache.lengths, tokens, cache.max_seq_len)
         if cache.owners is None:
-            return cut(self.layout, tokens, np.zeros(self.comm.size, np.int64), tokens)
-        return cut(self.layout, tokens, cache.owners.counts[0], cache.owners.room)
+            return by_tokens(self.layout, tokens, self.comm.size)
+        return cut(self.layout, tokens, cache.owners.of[0], cache.owners.counts[0], cache.owners.room)
 
     def _called(self, ids: Ids, states: list[Any], start: Ids, wanted: Wanted,
                 positions: Ids | None = None) -> tuple[Any, Any]:

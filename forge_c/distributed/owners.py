@@ -1,7 +1,9 @@
 """Which rank holds which token of a sharded cache: every rank knows it of all, so that none has to ask.
 
-A prompt's tokens are cut by the layout, what is generated goes to the shortest shard. Every rank has room for a little
-more than its part of the longest text; where a cut would not fit, ranks take blocks as large as what they have left.
+Chunks of KV_CHUNK positions are whole, so that what a chunk gives can be computed where it lies. A prompt's chunks are
+cut by the layout, what is generated goes on in the last chunk, and then to the shortest shard. Every rank has room for
+a little more than its part of the longest text; where a cut would not fit, ranks take blocks as large as what they
+have left.
 """
 from __future__ import annotations
 
@@ -21,36 +23,62 @@ Ranks = NDArray[np.int16]  # of each token
 
 def room_of(max_seq_len: int, size: int) -> int:
     """Tokens that a rank has room for: of size ranks, together, at least max_seq_len."""
-    return min(max_seq_len, -(-max_seq_len // size) + KV_CHUNK)
+    chunks = -(-max_seq_len // KV_CHUNK)
+    return min(chunks, -(-chunks // size) + 1) * KV_CHUNK
 
 
-def cut(layout: str, tokens: int, held: Counts, room: int) -> Ranks:
-    """The owner of each of so many new tokens: by the layout, or, where a rank that holds held (size,) has no room for
-    its part, in blocks of what they have room for. The caller has seen to it that there is enough in all."""
-    size = len(held)
+def cut(layout: str, tokens: int, of: array[int], held: Counts, room: int) -> Ranks:
+    """The owner of each of so many new tokens behind those whose owners `of` names: by the layout, or, where a rank
+    that holds held (size,) has no room for its part, in blocks of what they have room for. The caller has seen to it
+    that there is enough in all."""
     owner = np.empty(tokens, np.int16)
-    parts = [positions_of(layout, tokens, size, r) for r in range(size)]
-    if all(held[r] + len(part) <= room for r, part in enumerate(parts)):
-        for r, part in enumerate(parts):
-            owner[part] = r
-        return owner
-    return np.repeat(np.arange(size, dtype=np.int16), _blocks(tokens, room - held))
+    begun = min(-len(of) % KV_CHUNK, tokens)
+    held = held.copy()
+    if begun:
+        owner[:begun] = of[-1]
+        held[of[-1]] += begun
+    ranks = np.argsort(held, kind="stable").astype(np.int16)  # who holds least has the blocks that may be longer
+    if layout == "contiguous":  # a rank's tokens are one block, with those that it has already begun with
+        ranks = (np.arange(len(held), dtype=np.int16) + (of[-1] if begun else 0)) % len(held)
+    chunks = _by_layout(layout, -(-(tokens - begun) // KV_CHUNK), (room - held[ranks]) // KV_CHUNK)
+    owner[begun:] = np.repeat(ranks[chunks], KV_CHUNK)[: tokens - begun]
+    return owner
 
 
-def _blocks(tokens: int, free: Counts) -> Counts:
-    """Lengths (size,), as even as `free` allows, of `tokens` in all."""
+def by_tokens(layout: str, tokens: int, size: int) -> Ranks:
+    """The same where nothing is kept of tokens but states."""
+    return _by_layout(layout, tokens, np.full(size, tokens))
+
+
+def _by_layout(layout: str, count: int, free: Counts) -> Ranks:
+    """The owners of so many units; free (size,): how many more each rank has room for."""
+    size = len(free)
+    parts = [positions_of(layout, count, size, r) for r in range(size)]
+    owner = np.empty(count, np.int16)
+    if any(len(part) > free[r] for r, part in enumerate(parts)):
+        return np.repeat(np.arange(size, dtype=np.int16), _blocks(count, free))
+    for r, part in enumerate(parts):
+        owner[part] = r
+    return owner
+
+
+def _blocks(count: int, free: Counts) -> Counts:
+    """Lengths (size,), as even as `free` allows, of `count` in all."""
     lengths, size = np.zeros_like(free), len(free)
     for done, r in enumerate(np.argsort(free, kind="stable")):
-        lengths[r] = min(free[r], -(-(tokens - lengths.sum()) // (size - done)))
+        lengths[r] = min(free[r], -(-(count - lengths.sum()) // (size - done)))
     return lengths
 
 
-def appended(tokens: int, held: Counts, room: int) -> Ranks:
-    """The same of tokens that every rank computes: all to the shortest shard, as far as they fit."""
-    owner, done = np.empty(tokens, np.int16), 0
-    for r in np.argsort(held, kind="stable"):
-        n = min(tokens - done, room - int(held[r]))
+def appended(tokens: int, of: array[int], held: Counts) -> Ranks:
+    """The same as cut of tokens that every rank computes: to the chunk that is begun, then to the shortest shard."""
+    owner, held, done = np.empty(tokens, np.int16), held.copy(), 0
+    while done < tokens:
+        at = len(of) + done
+        n = min(KV_CHUNK - at % KV_CHUNK, tokens - done)
+        r = int(held.argmin()) if at % KV_CHUNK == 0 else int(owner[done - 1] if done else of[-1])
         owner[done : done + n] = r
+        held[r] += n
         done += n
     return owner
 

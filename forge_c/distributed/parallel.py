@@ -30,20 +30,19 @@ def parallel(model: Model | str | os.PathLike[str] | None, comm: Comm, *, layout
     of what it gives with the same arguments; each has the same result.
 
     Each rank runs its part of a prompt, and keeps the keys and values of these tokens: a context may be as long as the
-    memories of all ranks together allow. Prompts give the bits of one process, whatever the layout and the number of
-    ranks. Tokens that are generated attend to each rank's keys and merge what they find, within 2e-6 of one process,
-    and the same on every rank. On one machine ranks bring no speed.
+    memories of all ranks together allow. A token that is generated is run by all; its keys and values go to one of
+    them, and each attends to the keys that it holds. All of that gives the bits of one process, whatever the layout and
+    the number of ranks, and so the same text. On one machine ranks bring no speed.
 
     With tensor=t each t neighbouring ranks share the weights, for a model that is larger than one machine: a rank has
     some heads and inner channels of every layer and some tokens of the vocabulary, and its cache holds its own heads.
-    Tokens are shared by the comm.size / t groups; with one group nothing but weights is, and all bits are those of one
-    process, also of what is generated.
+    Tokens are shared by the comm.size / t groups; with one group nothing but weights is.
 
     Args:
         model: the same on every rank, with the same instruction set (forge_c.use_isa); or a path as of load, from
             which no more is read, with tensor, than a rank's share. A model is loaded again for its share.
-        layout: how a prompt's tokens are cut, "zigzag", "striped" or "contiguous". Where layers have a recurrent state
-            prompts are cut contiguous, and "striped" is a ValueError.
+        layout: how a prompt's chunks of 256 tokens are cut, "zigzag", "striped" or "contiguous". Where layers have a
+            recurrent state prompts are cut contiguous, and "striped" is a ValueError.
         tensor: how many ranks share each layer's weights; a divisor of the number of ranks. There must be a head of
             queries and a row of each matrix for every one; shares may differ. State spaces of Mamba-2 are on each.
         timeout: seconds after which waiting for another rank is a TimeoutError; comm's from now on.

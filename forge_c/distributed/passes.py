@@ -2,11 +2,12 @@
 
 Prompt    each rank has some of the tokens: their keys and values stay with it, and those of all ranks, rounded as the
           cache rounds them, pass by the queries in the order of the keys: the bits of one process.
-Step      each rank has all of the tokens: keys and values go to one shard, and what the queries find in each is
-          merged. Two sums in an order of their own: within 2e-6 of one process, and the same bits on every rank.
+Step      each rank has all of the tokens: keys and values go to the shard of their chunk, and what the queries find in
+          each chunk is folded in the order of the keys: the bits of one process, too.
 """
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_c.distributed.cache import ShardedKV
+from forge_c.distributed.chunks import Chunks, attend_chunks
 from forge_c.distributed.comm import Comm
-from forge_c.distributed.decode import sharded_decode
 from forge_c.distributed.owners import Owners
 from forge_c.distributed.plan import Runs
 from forge_c.distributed.ring import Ring
@@ -91,7 +92,7 @@ class Step:
         self.order: NDArray[np.intp] | None = None  # each row's own to its front
         if not self.mine[:, : self.most].all():
             self.order = np.argsort(~self.mine, axis=1, kind="stable")[:, : self.most, None, None]
-        self._places: dict[int, dict[str, Any]] = {}
+        self._seen: dict[int, list[tuple[int, NDArray[np.int16], NDArray[np.int64]]]] = {}
 
     def attend(self, layer: ShardedKV, q: Floats, k: Floats, v: Floats, out: Floats) -> None:
         """Queries over the keys of all ranks, and those keys into the cache that are this rank's."""
@@ -100,23 +101,32 @@ class Step:
             if self.order is not None:
                 k, v = np.take_along_axis(k, self.order, 1), np.take_along_axis(v, self.order, 1)
             layer.kv.append(k[:, : self.most], v[:, : self.most], lens=self.lens)
-        out[...] = sharded_decode(q, layer.kv, comm=self.comm, scale=kind.scale, softcap=kind.softcap,
-                                  precision=self.precision, **self._placed(layer))
+        options = {"causal": True, "window": kind.window, "scale": kind.scale, "softcap": kind.softcap,
+                   "precision": self.precision}
+        for b, (first, owner, lengths) in enumerate(self._chunks(kind.window)):
+            held = self._pages_before(b, first) - int(layer.dropped[b]) // KV_CHUNK
+            table = layer.kv._pages.table[b, held : held + int((owner == self.comm.rank).sum()), None]
+            chunks = Chunks(first, owner, lengths, layer.kv._pages.with_table(np.ascontiguousarray(table)))
+            at = self.start[b] + np.arange(q.shape[1])
+            attend_chunks(q[b : b + 1], at, chunks, self.comm, out[b : b + 1], options)
 
-    def _placed(self, layer: ShardedKV) -> dict[str, Any]:
-        """Who sees whom; without a window a single new token sees all."""
-        batch, tokens = self.mine.shape
-        window = layer.kind.window
-        if tokens == 1 and window is None:
-            return {}
-        if (window or 0) not in self._places:  # layers with the same window hold the same tokens
-            at = self.start[:, None] + np.arange(tokens)
-            keys = np.zeros((batch, layer.kv.seq_len), np.int64)
-            for b in range(batch):
-                held = np.concatenate([layer.positions(b), at[b][self.mine[b]]])
-                keys[b, : len(held)] = held
-            self._places[window or 0] = {"causal": True, "window": window, "q_positions": at, "kv_positions": keys}
-        return self._places[window or 0]
+    def _chunks(self, window: int | None) -> list[tuple[int, NDArray[np.int16], NDArray[np.int64]]]:
+        """Of each row: the first chunk that some query sees, and from there on the rank and the tokens of each."""
+        if (window or 0) not in self._seen:  # layers with the same window see the same
+            self._seen[window or 0] = [self._row_chunks(b, window) for b in range(len(self.mine))]
+        return self._seen[window or 0]
+
+    def _row_chunks(self, b: int, window: int | None) -> tuple[int, NDArray[np.int16], NDArray[np.int64]]:
+        start, stop = int(self.start[b]), int(self.start[b]) + self.mine.shape[1]
+        first = 0 if window is None else max(start - window + 1, 0) // KV_CHUNK
+        begins = np.arange(first * KV_CHUNK, stop, KV_CHUNK)
+        known = np.array(self.owners.of[b][first * KV_CHUNK : start : KV_CHUNK], np.int16)
+        new = begins[len(known) :] - start
+        return first, np.concatenate([known, self.owners.coming[b, new]]), np.minimum(stop - begins, KV_CHUNK)
+
+    def _pages_before(self, b: int, chunk: int) -> int:
+        """How many chunks before this one are this rank's."""
+        return -(-bisect_left(self.owners.mine[b], chunk * KV_CHUNK) // KV_CHUNK)
 
 
 def held_by(kv: KVCache, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
