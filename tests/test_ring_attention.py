@@ -249,6 +249,9 @@ class SeenLate(Pending):
         self.looks += 1
         return self.looks % 2 == 0 and self.inner.done()
 
+    def wait(self, timeout: float | None = None) -> None:
+        self.inner.wait(timeout)
+
 
 def test_a_message_may_be_finished_between_two_looks(rng):
     """Its buffer is given back all the same: a rank without buffers would send no more."""

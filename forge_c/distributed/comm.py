@@ -7,6 +7,7 @@ sent when, and where tokens lie (layout.py).
 from __future__ import annotations
 
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -35,20 +36,20 @@ class Disagreement(ValueError):
     """Ranks called the same function with other values; every rank raises it, and the communicator can go on."""
 
 
-class Pending:
+class Pending(ABC):
     """A send or a receive under way; its array is the communicator's until wait() returns."""
 
+    @abstractmethod
     def done(self) -> bool:
         """Whether it is finished: at once, without waiting."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self, timeout: float | None = None) -> None:
         """Return when it is finished; RankError if a rank failed, TimeoutError after timeout (the communicator's)
         seconds. Either ends the communicator."""
-        raise NotImplementedError
 
 
-class Comm:
+class Comm(ABC):
     """A rank among size ranks: SelfComm, ThreadComm, MPIComm or a split of one. For one thread at a time.
 
     send() and receive() return at once what is under way: .wait() ends it, .done() says whether it has ended. The other
@@ -69,19 +70,21 @@ class Comm:
 
     # What a transport has of its own
 
+    @abstractmethod
     def _start_send(self, data: Bytes, to: int, tag: int) -> Pending:
-        raise NotImplementedError
+        """As send, which has checked the arguments."""
 
+    @abstractmethod
     def _start_receive(self, into: Bytes, source: int, tag: int) -> Pending:
-        raise NotImplementedError
+        """As receive, which has checked the arguments."""
 
+    @abstractmethod
     def _failure(self) -> str | None:
         """Why this communicator is broken, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tell(self, error: str | None) -> None:
         """Let the other ranks know that this one failed, or has ended (None)."""
-        raise NotImplementedError
 
     # Messages
 
@@ -96,7 +99,7 @@ class Comm:
         self._check_peer("receive", "source", source, tag)
         return self._start_receive(as_bytes("receive", "into", into, writable=True), source, tag)
 
-    def progress(self) -> None:
+    def progress(self) -> None:  # noqa: B027 (most transports need none)
         """Move what is under way: for transports without a thread of their own, between two pieces of work."""
 
     def _check_peer(self, function: str, argument: str, peer: int, tag: int) -> None:
@@ -112,9 +115,9 @@ class Comm:
         if failure is not None:
             raise RankError(failure)
 
+    @abstractmethod
     def wait_any(self, pending: Sequence[Pending], timeout: float | None = None) -> None:
         """Return when one of them is finished; errors as those of Pending.wait."""
-        raise NotImplementedError
 
     # Failures
 
@@ -317,11 +320,20 @@ class SelfComm(Comm):
     def __init__(self, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         super().__init__(0, 1, timeout)
 
+    def _start_send(self, data: Bytes, to: int, tag: int) -> Pending:
+        raise ValueError(f"SelfComm: there is no rank {to} to send to")
+
+    def _start_receive(self, into: Bytes, source: int, tag: int) -> Pending:
+        raise ValueError(f"SelfComm: there is no rank {source} to receive from")
+
+    def wait_any(self, pending: Sequence[Pending], timeout: float | None = None) -> None:
+        """At once: nothing is ever under way."""
+
     def _failure(self) -> str | None:
         return None
 
     def _tell(self, error: str | None) -> None:
-        pass
+        """There is nobody to tell."""
 
 
 def as_bytes(function: str, argument: str, array: Array, *, writable: bool = False) -> Bytes:

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -251,8 +252,9 @@ class _MPIPending(Pending):
         self.waits_for_head = False
         self.error: str | None = None
 
+    @abstractmethod
     def what(self) -> str:
-        raise NotImplementedError
+        """What this rank does of the message, for errors."""
 
     def finish_one(self) -> None:
         """One of its requests is finished."""
@@ -309,6 +311,9 @@ class _Receive(_MPIPending):
 
 class _News(_MPIPending):
     """That a rank has failed, or ended."""
+
+    def what(self) -> str:
+        return "awaits its news"
 
     def finish_one(self) -> None:
         self.comm._take_news(self)
