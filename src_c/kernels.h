@@ -72,6 +72,21 @@ struct fc_attention_row {
     uint16_t *bf16; /* (n): weights as bfloat16, instead of s; may begin where s does, or before; else NULL */
 };
 
+enum { FC_STRIP_ROWS = 32 };
+
+/* Rows of queries against a chunk's first keys, of which each row sees as many as it says. */
+struct fc_attention_strips {
+    const uint16_t *q; /* (rows), ldq bytes from row to row, and with room for whole strips, as all that follows */
+    const char *k, *v; /* panels of a page, k_panel and v_panel bytes apart */
+    float *scores;     /* room: two strips of 272 */
+    float *part;       /* (rows, panels), ldp bytes from row to row */
+    float *max, *sum;  /* (rows) */
+    const ptrdiff_t *sees; /* (rows) keys; those up to the next multiple of 32 lie in the page */
+    ptrdiff_t ldq, k_panel, v_panel, ldp;
+    ptrdiff_t rows, k_lines, panels; /* lines of K in whole tiles, and an even number of panels of V */
+    float scale;
+};
+
 /* C[m][FC_PANEL * panels] = sum over blocks of scale (start + X W), X unsigned and W signed bytes; strides in bytes. */
 struct fc_byte_product {
     float *c;
@@ -351,6 +366,7 @@ struct fc_kernels {
     FC_KERNELS(FC_MEMBER)
     void (*expand[FC_LAYOUTS])(char *out, const char *block, ptrdiff_t blocks); /* NULL: as it is */
     void (*few[FC_LAYOUTS])(const struct fc_gemm *g);
+    void (*attention_strips)(const struct fc_attention_strips *t); /* NULL: the ISA has no tiles */
 #undef FC_TYPED_MEMBER
 #undef FC_MEMBER
 };

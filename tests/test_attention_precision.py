@@ -310,6 +310,26 @@ def test_large_scores_in_bytes(isa, rng):
     np.testing.assert_allclose(out[0, 0, 0], v[0, :, 0].mean(axis=0), atol=0.02)
 
 
+# ---- many rows at a time ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "v_dim", "special"), [(64, 64, 1.0), (32, 96, INF), (128, 32, NAN)])
+def test_a_bfloat16_prompt_has_the_bits_of_its_tokens(isa, rng, dim, v_dim, special):
+    """Rows are multiplied 32 at a time beside the softmax of others, also those that end inside a group of 32 keys,
+    after which values are infinite or no numbers; a token alone is not. 342 tokens end inside a group, too."""
+    q, k, v = qkv(rng, 1, 342, 342, 3, 1, dim, v_dim, BFLOAT16)
+    v[:, 300:] *= special
+    whole, lse = attention(q, k, v, causal=True, return_lse=True)
+    for i in (0, 1, 9, 10, 31, 32, 84, 85, 86, 255, 256, 257, 298, 299, 300, 341):
+        alone, alone_lse = attention(q[:, i:i + 1], k[:, :i + 1], v[:, :i + 1], return_lse=True)
+        assert alone.tobytes() == whole[:, i:i + 1].tobytes(), i
+        assert alone_lse.tobytes() == lse[:, i:i + 1].tobytes()
+        assert (i >= 300 and special != 1.0) or np.isfinite(np.float32(alone)).all()
+    for begin, end in ((0, 40), (40, 171), (171, 342)):
+        piece = attention(q[:, begin:end], k[:, :end], v[:, :end], causal=True)
+        assert piece.tobytes() == whole[:, begin:end].tobytes(), begin
+
+
 # ---- nothing outside the arrays; what is refused ----------------------------------------------------
 
 

@@ -22,6 +22,9 @@
 #include "../kernels/blocks.h"
 #include "../kernels/attention.h"
 #include "../kernels/attention_bytes.h"
+#ifdef FC_HAS_TILES
+#include "../kernels/attention_tiles.h"
+#endif
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
 #include "../kernels/panels.h"

@@ -66,8 +66,8 @@ FC_INLINE vf weights_of(float *s, ptrdiff_t n, vf shift) {
 
 /* e^(scale s - shift), and 0 for lanes from n on */
 FC_INLINE vf scaled_weights(const float *s, ptrdiff_t n, vf scale, vf shift) {
-    if (n >= FC_N) return vf_exp2_negative(vf_fma(vf_load(s), scale, shift));
-    return vf_fill_from(vf_exp2_negative(vf_fma(vf_load_n(s, n), scale, shift)), n, 0.0f);
+    if (n >= FC_N) return vf_exp2(vf_fma(vf_load(s), scale, shift));
+    return vf_fill_from(vf_exp2(vf_fma(vf_load_n(s, n), scale, shift)), n, 0.0f);
 }
 
 /* bf16[n] <- e^(scale (s - max)), scale > 0; the sum before rounding. Both vectors of a pair are read before it is

@@ -18,6 +18,8 @@
 
 enum {
     BLOCK_ROWS = 96,
+    STRIPS_ROWS = 256, /* of strips: keys and values beyond L2 are read once for all of them */
+    LONG_PROMPT = 4,   /* such blocks at least, so that threads have their share */
     PACKED_BYTES = 64 << 20, /* of plain keys and values brought into pages at once, if one head has less */
     PARTS_BYTES = 1 << 20,   /* of partials at once: they stay in L2 and L3 */
     RUN = 4                  /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
@@ -32,15 +34,15 @@ static struct where where_of(const struct attention *ctx, ptrdiff_t pair, ptrdif
     return (struct where){b, pair % args->kv_heads, q0, queries, fc_keys_of(args, b), NULL};
 }
 
-/* ---- an item is a block of queries; later blocks see more keys, so they go first ---- */
+/* ---- an item is a block of queries; later blocks see more keys, so they go first; blocks of a head follow each other,
+ * as its keys and values are in L2 then ---- */
 
 static void attend_query_blocks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *ctx = context;
     const struct scratch r = fc_attention_scratch_of(ctx, rank);
-    const ptrdiff_t pairs = ctx->in_place ? ctx->args->batch * ctx->args->kv_heads : ctx->pairs;
-    struct fc_range see[BLOCK_ROWS];
+    struct fc_range see[STRIPS_ROWS];
     for (ptrdiff_t i = begin; i < end; i++) {
-        struct where w = where_of(ctx, ctx->first_pair + i % pairs, ctx->blocks - 1 - i / pairs);
+        struct where w = where_of(ctx, ctx->first_pair + i / ctx->blocks, ctx->blocks - 1 - i % ctx->blocks);
         const ptrdiff_t rows = w.queries * ctx->group;
         const struct fc_range all = fc_visible_to(ctx->args, w.b, w.q0, w.q0 + w.queries - 1);
         const ptrdiff_t lo = all.lo, hi = all.hi;
@@ -209,6 +211,18 @@ static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end
 
 /* ---- which ---- */
 
+static ptrdiff_t block_rows(const struct attention *ctx) {
+    const int strips = ctx->k->attention_strips && ctx->a_type == BF16;
+    return strips && ctx->args->q_len >= LONG_PROMPT * STRIPS_ROWS / ctx->group ? STRIPS_ROWS : BLOCK_ROWS;
+}
+
+static void choose_blocks(struct attention *ctx) {
+    ctx->block = block_rows(ctx) / ctx->group > 0 ? block_rows(ctx) / ctx->group : 1;
+    if (ctx->block > ctx->args->q_len) ctx->block = ctx->args->q_len;
+    ctx->blocks = (ctx->args->q_len + ctx->block - 1) / ctx->block;
+    ctx->rows = ctx->block * ctx->group;
+}
+
 /* The pages of a precision. Without one: those of a cache as they are; plain float16 becomes float32. */
 static fc_kv_type page_type(const fc_attention_args *args) {
     switch (args->precision) {
@@ -248,10 +262,6 @@ fc_status fc_attention(const fc_attention_args *args) {
     if (!FC_IS_OURS(args) || (args->cache && !FC_IS_OURS(args->cache))) return FC_BAD_SIZE;
     struct attention ctx = {
         .k = fc_k, .args = args, .threads = fc_get_num_threads(), .group = args->heads / args->kv_heads};
-    ctx.block = BLOCK_ROWS / ctx.group > 0 ? BLOCK_ROWS / ctx.group : 1;
-    if (ctx.block > args->q_len) ctx.block = args->q_len;
-    ctx.blocks = (args->q_len + ctx.block - 1) / ctx.block;
-    ctx.rows = ctx.block * ctx.group;
     ptrdiff_t begin = PTRDIFF_MAX, end = 0;
     for (ptrdiff_t b = 0; b < args->batch; b++) {
         const struct fc_range see = fc_visible_to(args, b, 0, args->q_len - 1);
@@ -261,6 +271,7 @@ fc_status fc_attention(const fc_attention_args *args) {
     }
     if (begin >= end && args->carried && !args->finish) return FC_OK;
     choose_pages(&ctx, begin, end);
+    choose_blocks(&ctx);
     ctx.d_padded = fc_round_up(args->head_dim, ctx.k_step);
     ctx.e_padded = fc_round_up(args->v_dim, 16);
     ctx.qmax = (float)fc_smaller(INT16_MAX, INT32_MAX / 128 / (ctx.d_padded > 0 ? ctx.d_padded : 1));

@@ -53,6 +53,7 @@ struct scratch {
     float *scores; /* (rows, LD_SCORES) */
     float *part, *part_max, *part_sum; /* (rows, e_padded), (rows), (rows) */
     float *o, *max, *sum;              /* the same, folded so far */
+    ptrdiff_t *sees; /* (rows), of strips */
     float *bias;   /* (256) */
     float *bytes;  /* of bytes.c */
     void *store;   /* of fc_kv_store, and tokens of a cache as float32 */

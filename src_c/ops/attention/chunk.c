@@ -17,9 +17,11 @@ enum {
 static ptrdiff_t byte_floats(const struct attention *ctx) {
     return ctx->bytes ? fc_round_up(fc_byte_scratch_floats(ctx), 16) : 0;
 }
+/* Strips read, and write, whole ones. */
+static ptrdiff_t rows_in_strips(const struct attention *ctx) { return fc_round_up(ctx->rows, FC_STRIP_ROWS); }
 static ptrdiff_t scratch_floats(const struct attention *ctx) {
-    const ptrdiff_t row = fc_plus(fc_plus(ctx->d_padded, LD_SCORES + 6), fc_times(2, ctx->e_padded));
-    return fc_plus(fc_plus(fc_times(ctx->rows, row), FC_KV_CHUNK + 128), byte_floats(ctx));
+    const ptrdiff_t row = fc_plus(fc_plus(ctx->d_padded, LD_SCORES + 8), fc_times(2, ctx->e_padded));
+    return fc_plus(fc_plus(fc_times(rows_in_strips(ctx), row), FC_KV_CHUNK + 128), byte_floats(ctx));
 }
 static ptrdiff_t store_bytes(const struct attention *ctx) {
     return ctx->in_place ? 0 : fc_round_up((ptrdiff_t)fc_attention_store_bytes(ctx), 64);
@@ -34,18 +36,20 @@ struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank) {
     char *base = fc_scratch_of(&ctx->scratch, rank);
     r.store = base;
     r.page = base + store_bytes(ctx);
+    const ptrdiff_t rows = rows_in_strips(ctx);
     float *p = (float *)(void *)((char *)r.page + (ctx->own_page ? fc_attention_page_bytes(ctx) : 0));
-    r.scores = p, p += ctx->rows * LD_SCORES;
-    r.part = p, p += ctx->rows * ctx->e_padded;
-    r.o = p, p += ctx->rows * ctx->e_padded;
-    r.q = (char *)p, p += ctx->rows * ctx->d_padded;
+    r.scores = p, p += rows * LD_SCORES;
+    r.part = p, p += rows * ctx->e_padded;
+    r.o = p, p += rows * ctx->e_padded;
+    r.q = (char *)p, p += rows * ctx->d_padded;
     r.bias = p, p += FC_KV_CHUNK;
-    r.part_max = p, p += ctx->rows;
-    r.part_sum = p, p += ctx->rows;
-    r.q_scale = p, p += ctx->rows;
-    r.w_scale = p, p += ctx->rows;
-    r.max = p, p += ctx->rows;
-    r.sum = p, p += ctx->rows;
+    r.part_max = p, p += rows;
+    r.part_sum = p, p += rows;
+    r.q_scale = p, p += rows;
+    r.w_scale = p, p += rows;
+    r.sees = (ptrdiff_t *)(void *)p, p += rows * 2;
+    r.max = p, p += rows;
+    r.sum = p, p += rows;
     r.bytes = r.scores + fc_round_up(p - r.scores, 16);
     return r;
 }
@@ -234,13 +238,60 @@ static void weigh_runs(const struct attention *ctx, const struct scratch *r, con
     }
 }
 
+/* Whether rows that see these keys of a chunk may be strips: nothing stands between q k and weights, and the last group
+ * of keys is whole. */
+static int in_strips(const struct attention *ctx, ptrdiff_t rows, struct shared see, struct chunk c) {
+    const fc_attention_args *args = ctx->args;
+    if (!ctx->k->attention_strips || ctx->a_type != BF16 || rows < FC_STRIP_ROWS) return 0;
+    if (ctx->parts && rows % FC_STRIP_ROWS) return 0; /* those have no room for what a strip is filled with */
+    if (args->mask || args->softcap > 0.0f || !(args->scale > 0.0f)) return 0;
+    if (ctx->d_padded % ctx->grid || ctx->e_padded % (2 * FC_PANEL)) return 0;
+    return see.from == 0 && fc_round_up(see.hi, ctx->grid) <= c.n;
+}
+
+static void attend_strips(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                          const fc_kv_head *h, struct chunk c) {
+    const ptrdiff_t rows = w->queries * ctx->group;
+    for (ptrdiff_t i = 0; i < fc_round_up(rows, FC_STRIP_ROWS); i++)
+        r->sees[i] = i < rows ? see_in(ctx, w, i, c).hi : 0;
+    ctx->k->attention_strips(&(struct fc_attention_strips){
+        .q = (const uint16_t *)(const void *)r->q, .k = h->k, .v = h->v, .scores = r->scores, .part = r->part,
+        .max = r->part_max, .sum = r->part_sum, .sees = r->sees, .ldq = ctx->d_padded * 2, .k_panel = h->k_panel,
+        .v_panel = h->v_panel, .ldp = ctx->e_padded * 4, .rows = rows, .k_lines = h->k_lines,
+        .panels = ctx->e_padded / FC_PANEL, .scale = ctx->args->scale});
+}
+
+/* Rows at a time that end at the same keys, or few enough that what only some see is little */
+static void attend_rows(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                        const fc_kv_head *h, struct chunk c, int same) {
+    const ptrdiff_t rows = w->queries * ctx->group;
+    for (ptrdiff_t row = 0, count = same ? rows : SCORE_TILES * ctx->tile_rows; row < rows; row += count) {
+        const ptrdiff_t these = fc_smaller(count, rows - row);
+        const struct shared see = seen_by(ctx, w, row, these, c);
+        score(ctx, r, h, row, these, see.lo, see.hi);
+    }
+    weights_of_block(ctx, w, r, h, c);
+    for (ptrdiff_t row = 0, count = same ? rows : ctx->tile_rows; row < rows; row += count)
+        (ctx->sums == ON_GRID ? weigh_on_grid : weigh_rows)(ctx, w, r, h, row, fc_smaller(count, rows - row), c);
+}
+
+/* One row alone: the weights of a strip are gone when the next one is at work. */
+static void attend_row(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                       const fc_kv_head *h, ptrdiff_t row, struct chunk c) {
+    const struct fc_range see = see_in(ctx, w, row, c);
+    score(ctx, r, h, row, 1, see.lo, see.hi);
+    weights(ctx, r, h, row, see.lo, see.hi, NULL);
+    weigh_on_grid(ctx, w, r, h, row, 1, c);
+}
+
 /* A hidden key weighs 0, and 0 times an infinity or a NaN in its value is NaN: a row where that may be is made again
  * without it, and nothing else changes. */
 static void weigh_unhidden(const struct attention *ctx, const struct where *w, const struct scratch *r,
-                           const fc_kv_head *h, ptrdiff_t row, struct chunk c) {
+                           const fc_kv_head *h, ptrdiff_t row, struct chunk c, int strips) {
     int finite;
     ctx->k->all_finite(&finite, r->part + row * ctx->e_padded, ctx->e_padded);
     if (finite || r->part_sum[row] == 0.0f) return;
+    if (strips) attend_row(ctx, w, r, h, row, c);
     const float *bias = ctx->args->mask ? fc_attention_load_bias(ctx, w, row, c, r->bias) : NULL;
     (ctx->sums == ON_GRID ? weigh_copies : weigh_runs)(ctx, r, h, row, see_in(ctx, w, row, c), bias);
 }
@@ -259,15 +310,12 @@ int fc_attention_chunk(const struct attention *ctx, const struct where *w, const
     }
     const fc_kv_head h = head_of(ctx, w, r, chunk);
     const int same = all.lo == all.from && all.to == all.hi;
-    for (ptrdiff_t row = 0, count = same ? rows : SCORE_TILES * ctx->tile_rows; row < rows; row += count) {
-        const ptrdiff_t these = fc_smaller(count, rows - row);
-        const struct shared see = seen_by(ctx, w, row, these, c);
-        score(ctx, r, &h, row, these, see.lo, see.hi);
-    }
-    weights_of_block(ctx, w, r, &h, c);
-    for (ptrdiff_t row = 0, count = same ? rows : ctx->tile_rows; row < rows; row += count)
-        (ctx->sums == ON_GRID ? weigh_on_grid : weigh_rows)(ctx, w, r, &h, row, fc_smaller(count, rows - row), c);
-    const int zeros = args->mask || (ctx->sums == ON_GRID && (!same || all.lo % ctx->grid || all.hi % ctx->k_step));
-    for (ptrdiff_t row = 0; zeros && ctx->a_type != INT16 && row < rows; row++) weigh_unhidden(ctx, w, r, &h, row, c);
+    const int strips = in_strips(ctx, rows, all, c);
+    if (strips) attend_strips(ctx, w, r, &h, c);
+    else attend_rows(ctx, w, r, &h, c, same);
+    const ptrdiff_t group = strips ? ctx->grid : ctx->k_step; /* of keys of which some may be hidden */
+    const int zeros = args->mask || (ctx->sums == ON_GRID && (!same || all.lo % ctx->grid || all.hi % group));
+    for (ptrdiff_t row = 0; zeros && ctx->a_type != INT16 && row < rows; row++)
+        weigh_unhidden(ctx, w, r, &h, row, c, strips);
     return 1;
 }
