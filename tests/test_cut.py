@@ -96,8 +96,8 @@ def test_what_one_size_of_tile_left_idle(cut):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_low_last_block_leaves_tiles_and_blocks_large(cut, threads):
-    """Of 333 rows in blocks of 192 the last has 141, of 313 panels the last tile one: no thread works for either as for a
-    whole one."""
+    """Of 333 rows in blocks of 192 the last has 141, of 313 panels the last tile one: no thread works for either as
+    long as for a whole one."""
     for m, panels in ((333, 313), (352, 320), (333, 320)):
         c, fullness = cut(m, panels, threads, tile=32, rows=256)
         assert c[:1] + c[2:] == (16, 192, 2, 1) and fullness > 0.94, (m, panels, c)
