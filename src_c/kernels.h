@@ -332,7 +332,8 @@ struct fc_seams {
 struct fc_blocks {
     ptrdiff_t tile_rows;               /* rows that a line of W serves in registers */
     ptrdiff_t panel_bytes;             /* of each panel of W that more rows of x pass over at a time */
-    ptrdiff_t rows;                    /* of x at a time, or fewer, as L2 is */
+    ptrdiff_t rows;                    /* of x at a time, or fewer, */
+    ptrdiff_t l2_quarters;             /* so that they and their sums fill so much of L2 */
     ptrdiff_t rows_in_place;           /* up to here float32 x is multiplied where it lies */
     ptrdiff_t many_rows;               /* beyond these a tile has many panels: what is read of x serves them all */
     ptrdiff_t few_panels, many_panels; /* of a tile */

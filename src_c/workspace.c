@@ -3,9 +3,15 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+/* Scratch of many pages lies in huge ones: rows that a product reads at once are pages apart. */
+enum { HUGE_PAGE = 2 << 20, HUGE_FROM = HUGE_PAGE / 2 };
 
 struct fc_workspace {
-    char *block;
+    char *block, *base;
     size_t capacity, used;
     size_t wanted; /* the most that was in use at once, malloc's share included */
 };
@@ -19,14 +25,29 @@ void fc_workspace_free(fc_workspace *w) {
 
 size_t fc_workspace_bytes(const fc_workspace *w) { return w->capacity; }
 
+/* At least `bytes` on whole cache lines from *base on; what is returned is free's. NULL: no memory. */
+static void *block_of(size_t bytes, char **base) {
+    size_t line = 64;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (bytes >= HUGE_FROM) line = HUGE_PAGE;
+#endif
+    const size_t whole = (bytes + line - 1) / line * line;
+    char *block = malloc(whole + line);
+    *base = (char *)(((uintptr_t)block + line - 1) / line * line);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (block && line == HUGE_PAGE) madvise(*base, whole, MADV_HUGEPAGE); /* refused: small pages do */
+#endif
+    return block;
+}
+
 /* Of an empty stack. Without memory it stays as it was. */
 static void grow(fc_workspace *w) {
     size_t capacity = 4096;
     while (capacity < w->wanted && capacity <= SIZE_MAX / 4) capacity *= 2;
-    char *block = malloc(capacity + 64);
+    char *base, *block = block_of(capacity, &base);
     if (!block) return;
     free(w->block);
-    w->block = block, w->capacity = capacity;
+    w->block = block, w->base = base, w->capacity = capacity;
 }
 
 /* A spare line between slices, and never a multiple of 4096: equal low bits would collide in L1. */
@@ -36,8 +57,6 @@ static int total_bytes(size_t *stride, size_t *total, int threads, size_t bytes)
     if (*stride % 4096 == 0) *stride += 64;
     return __builtin_mul_overflow((size_t)threads, *stride, total) || *total > SIZE_MAX / 2;
 }
-
-static char *aligned(void *p) { return (char *)(((uintptr_t)p + 63) / 64 * 64); }
 
 int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes) {
     size_t total;
@@ -50,16 +69,15 @@ int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t byte
         if (from->used > from->wanted) from->wanted = from->used;
         s->from = from, s->taken = total;
         if (from->used <= from->capacity) {
-            s->base = aligned(from->block) + at;
+            s->base = from->base + at;
             return 0;
         }
     }
-    s->block = malloc(total + 64);
+    s->block = block_of(total, &s->base);
     if (!s->block) {
         fc_scratch_free(s);
         return -1;
     }
-    s->base = aligned(s->block);
     return 0;
 }
 

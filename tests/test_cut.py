@@ -75,7 +75,7 @@ def test_the_items_are_the_whole_product_and_no_more(cut):
         assert (c.blocks - 1) * c.block_rows < m <= c.blocks * c.block_rows, case
         assert c.item_blocks == (c.blocks if in_order else 1), case
         assert 0 < fullness <= 1, case
-        assert longest(c, m, panels, threads) * threads * fullness <= m * panels * (1 + 1e-9), case
+        assert longest(c, m, panels, threads) * threads * fullness == pytest.approx(m * panels), case
 
 
 def test_large_products_keep_every_thread_busy(cut):
@@ -92,6 +92,15 @@ def test_what_one_size_of_tile_left_idle(cut):
     c, fullness = cut(192, 688, 16)
     assert fullness > 0.94 and c.tile_panels < 16
     assert cut(192, 688, 1)[0].tile_panels == 16
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_low_last_block_leaves_tiles_and_blocks_large(cut, threads):
+    """Of 333 rows in blocks of 192 the last has 141, of 313 panels the last tile one: no thread works for either as
+    long as for a whole one."""
+    for m, panels in ((333, 313), (352, 320), (333, 320)):
+        c, fullness = cut(m, panels, threads, tile=32, rows=256)
+        assert c[:1] + c[2:] == (16, 192, 2, 1) and fullness > 0.94, (m, panels, c)
 
 
 def test_one_thread_has_the_largest_tiles_and_blocks_of_even_height(cut):

@@ -37,15 +37,15 @@ enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplie
 #define FC_PANEL_BYTES (FC_BYTES == 64 ? 32768 : 16384)
 
 #define FC_COMMON_BLOCKS                                                                                               \
-    {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .rows_in_place = 24, .many_rows = 48,             \
-     .few_panels = 4, .many_panels = 16}
+    {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .l2_quarters = 2, .rows_in_place = 24,            \
+     .many_rows = 48, .few_panels = 4, .many_panels = 16}
 #ifdef FC_HAS_TILES
 #define FC_BLOCKS                                                                                                      \
     {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS,                                                                        \
-     [FC_A_BF16] = {.tile_rows = 32, .panel_bytes = 16384, .rows = 256, .rows_in_place = 2, .many_rows = 48,           \
-                    .few_panels = 4, .many_panels = 32},                                                               \
-     [FC_A_I8] = {.tile_rows = FC_MR, .panel_bytes = 8192, .rows = 256, .rows_in_place = 2, .many_rows = 48,           \
-                  .few_panels = 4, .many_panels = 32}}
+     [FC_A_BF16] = {.tile_rows = 32, .panel_bytes = 16384, .rows = 512, .l2_quarters = 3, .rows_in_place = 2,          \
+                    .many_rows = 48, .few_panels = 4, .many_panels = 32},                                              \
+     [FC_A_I8] = {.tile_rows = FC_MR, .panel_bytes = 8192, .rows = 256, .l2_quarters = 2, .rows_in_place = 2,          \
+                  .many_rows = 48, .few_panels = 4, .many_panels = 32}}
 #else
 #define FC_BLOCKS {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS}
 #endif

@@ -11,11 +11,23 @@ struct fc_cut {
     ptrdiff_t item_blocks;        /* an item: so many blocks of a tile */
 };
 
+/* Rows times panels of the items before item i; of a tile's blocks the last may be lower, the last tile narrower. */
+static inline ptrdiff_t fc_cut_before(const struct fc_cut *c, ptrdiff_t m, ptrdiff_t panels, ptrdiff_t i) {
+    const ptrdiff_t tile = i * c->item_blocks / c->blocks, row = i * c->item_blocks % c->blocks * c->block_rows;
+    const ptrdiff_t panel = tile * c->tile_panels, rest = panels - panel;
+    return rest <= 0 ? m * panels : panel * m + (rest < c->tile_panels ? rest : c->tile_panels) * row;
+}
+
 /* Of the threads' time, the part in which all of them work. */
 static inline double fc_cut_fullness(const struct fc_cut *c, ptrdiff_t m, ptrdiff_t panels, int threads) {
-    const ptrdiff_t items = c->tiles * c->blocks / c->item_blocks, longest = (items + threads - 1) / threads;
-    const ptrdiff_t rows = c->block_rows * c->item_blocks < m ? c->block_rows * c->item_blocks : m;
-    return (double)(m * panels) / (double)(longest * threads) / (double)(c->tile_panels * rows);
+    const ptrdiff_t items = c->tiles * c->blocks / c->item_blocks;
+    ptrdiff_t longest = 1, before = 0;
+    for (int t = 1; t <= threads; t++) {
+        const ptrdiff_t end = fc_cut_before(c, m, panels, items * t / threads);
+        if (end - before > longest) longest = end - before;
+        before = end;
+    }
+    return (double)(m * panels) / (double)longest / (double)threads;
 }
 
 /* The largest tiles, then the highest blocks of at most `rows` rows, that keep the threads busy for FULL of the time;
@@ -36,7 +48,7 @@ static inline struct fc_cut fc_cut_product(const struct fc_blocks *sizes, ptrdif
                                .block_rows = block_rows, .blocks = (m + block_rows - 1) / block_rows};
             c.item_blocks = in_order ? c.blocks : 1;
             const double fullness = fc_cut_fullness(&c, m, panels, threads);
-            if (fullness >= best_fullness) best = c, best_fullness = fullness;
+            if (fullness > best_fullness) best = c, best_fullness = fullness;
             if (fullness >= FULL) return c;
         }
     }

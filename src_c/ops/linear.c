@@ -296,11 +296,12 @@ static double item_ns(const struct linear *ctx) {
     return compute > memory ? compute : memory;
 }
 
-/* Rows of x whose values and accumulators fill half of L2: panels of W pass over them. */
+/* Rows of x whose values and accumulators fill their part of L2: panels of W pass over them. */
 static ptrdiff_t rows_in_l2(const struct linear *ctx) {
     const ptrdiff_t x = fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes,
                     sums = ctx->sizes->many_panels * FC_PANEL * 4;
-    const ptrdiff_t fit = fc_cache_bytes(FC_CACHE_L2) / 2 / (x + sums), tile = ctx->sizes->tile_rows;
+    const ptrdiff_t bytes = fc_cache_bytes(FC_CACHE_L2) / 4 * ctx->sizes->l2_quarters;
+    const ptrdiff_t fit = bytes / (x + sums), tile = ctx->sizes->tile_rows;
     return fit >= ctx->sizes->rows ? ctx->sizes->rows : fit > tile ? fit / tile * tile : tile;
 }
 
