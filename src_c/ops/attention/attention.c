@@ -21,7 +21,7 @@ enum {
     PACKED_BYTES = 64 << 20, /* of plain keys and values brought into pages at once, if one head has less */
     PARTS_BYTES = 1 << 20,   /* of partials at once: they stay in L2 and L3 */
     RUN = 4,                 /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
-    FEW_ROWS = 32            /* up to here memory is what a cache's page waits for, or close */
+    FEW_ROWS = 32            /* up to here memory is what products with a cache's page wait for, or close */
 };
 
 static ptrdiff_t chunks_of(ptrdiff_t keys) { return (keys + FC_KV_CHUNK - 1) / FC_KV_CHUNK; }
@@ -252,6 +252,12 @@ static fc_kv_type page_type(const fc_attention_args *args) {
     return args->cache ? args->cache->type : args->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32;
 }
 
+/* Whether keys and values come from memory under few rows. Of float32 under one or two, products are no work: gemm's
+ * shorter way ahead is better for mere reading. */
+static int is_read_in_order(const struct attention *ctx) {
+    return ctx->in_place && ctx->rows <= FEW_ROWS && (ctx->kv.type != FC_KV_F32 || ctx->rows > 2);
+}
+
 /* How keys and values lie, of chunks [begin, end), and what multiplies them. */
 static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) {
     const fc_attention_args *args = ctx->args;
@@ -266,7 +272,7 @@ static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) 
     void (*const products[][2])(const struct fc_gemm *) = {[FC_KV_F32] = {ctx->k->gemm_f32, ctx->k->paged_f32},
                                                            [FC_KV_BF16] = {ctx->k->gemm_bf16, ctx->k->paged_bf16},
                                                            [FC_KV_I8] = {ctx->k->gemm_s8, ctx->k->paged_s8}};
-    ctx->gemm = products[type][ctx->in_place && ctx->rows <= FEW_ROWS];
+    ctx->gemm = products[type][is_read_in_order(ctx)];
     ctx->a_type = ctx->bytes                                              ? FLOATS
                   : type == FC_KV_I8                                      ? INT16
                   : type == FC_KV_BF16 && ctx->k->bf16_x == FC_BF16 ? BF16
