@@ -252,10 +252,10 @@ static fc_kv_type page_type(const fc_attention_args *args) {
     return args->cache ? args->cache->type : args->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32;
 }
 
-/* Whether keys and values come from memory under few rows. Of float32 under one or two, products are no work: gemm's
- * shorter way ahead is better for mere reading. */
+/* Whether keys and values come from memory under few rows. Chains of one or two rows are no work: gemm's shorter way
+ * ahead is better for mere reading. (Tiles, and bytes, it takes several panels at a time.) */
 static int is_read_in_order(const struct attention *ctx) {
-    return ctx->in_place && ctx->rows <= FEW_ROWS && (ctx->kv.type != FC_KV_F32 || ctx->rows > 2);
+    return ctx->in_place && ctx->rows <= FEW_ROWS && (ctx->sums == ON_GRID || ctx->rows > 2);
 }
 
 /* How keys and values lie, of chunks [begin, end), and what multiplies them. */
@@ -269,10 +269,6 @@ static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) 
     if (ctx->in_place) ctx->kv = *args->cache;
     else ctx->kv = (fc_kv_cache){.type = type, .kv_heads = 1, .head_dim = args->head_dim, .v_dim = args->v_dim,
                                  .pages_a_row = begin < end ? end - begin : 0};
-    void (*const products[][2])(const struct fc_gemm *) = {[FC_KV_F32] = {ctx->k->gemm_f32, ctx->k->paged_f32},
-                                                           [FC_KV_BF16] = {ctx->k->gemm_bf16, ctx->k->paged_bf16},
-                                                           [FC_KV_I8] = {ctx->k->gemm_s8, ctx->k->paged_s8}};
-    ctx->gemm = products[type][is_read_in_order(ctx)];
     ctx->a_type = ctx->bytes                                              ? FLOATS
                   : type == FC_KV_I8                                      ? INT16
                   : type == FC_KV_BF16 && ctx->k->bf16_x == FC_BF16 ? BF16
@@ -283,6 +279,10 @@ static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) 
     ctx->k_step = ctx->bytes ? 4 : type == FC_KV_F32 ? 1 : 2;
     ctx->grid = ctx->a_type == BF16 ? ctx->k->bf16_k : ctx->k_step;
     ctx->sums = ctx->a_type == INT16 || ctx->grid > ctx->k_step ? ON_GRID : IN_ORDER;
+    void (*const products[][2])(const struct fc_gemm *) = {[FC_KV_F32] = {ctx->k->gemm_f32, ctx->k->paged_f32},
+                                                           [FC_KV_BF16] = {ctx->k->gemm_bf16, ctx->k->paged_bf16},
+                                                           [FC_KV_I8] = {ctx->k->gemm_s8, ctx->k->paged_s8}};
+    ctx->gemm = products[type][is_read_in_order(ctx)];
 }
 
 fc_status fc_attention(const fc_attention_args *args) {
