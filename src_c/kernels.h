@@ -273,6 +273,9 @@ struct fc_seams {
     X(gemm_f32, (const struct fc_gemm *g))                                                                             \
     X(gemm_bf16, (const struct fc_gemm *g))                                                                            \
     X(gemm_s8, (const struct fc_gemm *g))                                                                              \
+    X(paged_f32, (const struct fc_gemm *g))                                                                            \
+    X(paged_bf16, (const struct fc_gemm *g))                                                                           \
+    X(paged_s8, (const struct fc_gemm *g))                                                                             \
     X(gemm_u8, (const struct fc_gemm *g))                                                                              \
     X(gemm_u4, (const struct fc_gemm *g))                                                                              \
     X(gemm_u6, (const struct fc_gemm *g))                                                                              \

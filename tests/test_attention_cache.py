@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import DTYPES, check_close, multiplies_pairs
-from suite import once
+from suite import case, once
 from test_attention import BFLOAT16, INF, Array, bits, expected, normal, qkv
 
 import forge_c as fc
@@ -39,6 +39,21 @@ def test_a_cache_is_the_arrays_in_it(isa, dtype, rng, stored, kv_len):
             want = bits(attention(q, held_k, held_v, return_lse=True, **options))
             assert bits(attention(q, kept, return_lse=True, **options)) == want
             assert bits(attention(q, *kept, return_lse=True, **options)) == want
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dim", [64, 72, 128])
+def test_few_queries_have_the_bits_of_many(isa, rng, stored, dim):
+    """Few rows take the panels of a page one after the other, many take several at once."""
+    k, v = normal(rng, 1, 530, 1, dim), normal(rng, 1, 530, 1, dim)
+    for ratio in range(1, 10):
+        q = normal(rng, 1, 40, ratio, dim)
+        kept = filled(k, v, 200, dtype=stored)
+        whole = attention(q, kept)
+        for begin, count in ((0, 1), (7, 1), (11, 2), (20, 3)):
+            with case(f"{ratio} heads", f"{count} queries"):
+                few = q[:, begin:begin + count]
+                assert attention(few, kept).tobytes() == whole[:, begin:begin + count].tobytes()
 
 
 @once

@@ -21,6 +21,7 @@
 #include "../kernels/expand.h"
 #include "../kernels/blocks.h"
 #include "../kernels/attention.h"
+#include "../kernels/paged.h"
 #include "../kernels/attention_bytes.h"
 #ifdef FC_HAS_TILES
 #include "../kernels/attention_tiles.h"

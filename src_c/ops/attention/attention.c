@@ -22,7 +22,8 @@ enum {
     LONG_PROMPT = 4,   /* such blocks at least, so that threads have their share */
     PACKED_BYTES = 64 << 20, /* of plain keys and values brought into pages at once, if one head has less */
     PARTS_BYTES = 1 << 20,   /* of partials at once: they stay in L2 and L3 */
-    RUN = 4                  /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
+    RUN = 4,                 /* chunks of neighbouring heads that a thread takes: what it fetches ahead is the next */
+    FEW_ROWS = 32            /* up to here memory is what products with a cache's page wait for, or close */
 };
 
 static ptrdiff_t chunks_of(ptrdiff_t keys) { return (keys + FC_KV_CHUNK - 1) / FC_KV_CHUNK; }
@@ -106,6 +107,28 @@ static fc_status by_blocks(struct attention *ctx) {
 
 static ptrdiff_t part_floats(const struct attention *ctx) { return fc_times(ctx->rows, fc_plus(ctx->e_padded, 2)); }
 
+/* Queries as they are multiplied, made once for all chunks. Not bytes, which keep more than that of a block. */
+static ptrdiff_t query_floats(const struct attention *ctx) {
+    return ctx->bytes ? 0 : fc_round_up(fc_times(ctx->rows, fc_plus(ctx->d_padded, 1)), 16);
+}
+
+static void point_at_queries(const struct attention *ctx, ptrdiff_t pair, struct scratch *r) {
+    r->q = (char *)(ctx->queries + pair * query_floats(ctx));
+    r->q_scale = ctx->queries + pair * query_floats(ctx) + ctx->rows * ctx->d_padded;
+}
+
+/* An item is a pair. */
+static void load_all_queries(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
+    const struct attention *ctx = context;
+    (void)rank;
+    for (ptrdiff_t pair = begin; pair < end; pair++) {
+        const struct where w = where_of(ctx, pair, 0);
+        struct scratch r = {0};
+        point_at_queries(ctx, pair, &r);
+        fc_attention_load_queries(ctx, &w, &r);
+    }
+}
+
 static void attend_key_chunks(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
     const struct attention *ctx = context;
     struct scratch r = fc_attention_scratch_of(ctx, rank);
@@ -118,7 +141,8 @@ static void attend_key_chunks(void *context, ptrdiff_t begin, ptrdiff_t end, int
         r.part = ctx->parts + (pair * ctx->chunks + chunk) * part_floats(ctx);
         r.part_max = r.part + ctx->rows * ctx->e_padded;
         r.part_sum = r.part_max + ctx->rows;
-        fc_attention_load_queries(ctx, &w, &r);
+        if (ctx->queries) point_at_queries(ctx, pair, &r);
+        else fc_attention_load_queries(ctx, &w, &r);
         if (!fc_attention_chunk(ctx, &w, &r, ctx->first_chunk + chunk))
             for (ptrdiff_t row = 0; row < ctx->rows; row++) r.part_max[row] = -INFINITY, r.part_sum[row] = 0.0f;
     }
@@ -182,27 +206,35 @@ static void end_rows(const struct attention *ctx) {
     }
 }
 
+static fc_status load_queries(struct attention *ctx, ptrdiff_t pairs) {
+    const double ns = (double)query_floats(ctx) * fc_ns.convert;
+    return fc_static(fc_threads_within(ctx->threads, pairs, ns), pairs, ns, load_all_queries, ctx);
+}
+
 static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) {
     const ptrdiff_t pairs = ctx->args->batch * ctx->args->kv_heads,
                     bytes = fc_times(fc_times(pairs, part_floats(ctx)), 4);
     const ptrdiff_t segment = fc_smaller(end - begin, PARTS_BYTES / bytes > 8 ? PARTS_BYTES / bytes : 8);
     const ptrdiff_t queries = ctx->args->batch * ctx->args->q_len,
                     see_bytes = fc_times(queries, sizeof(struct fc_range));
+    const ptrdiff_t query_bytes = fc_times(fc_times(pairs, query_floats(ctx)), 4);
     fc_scratch parts;
     ctx->own_page = !ctx->in_place;
-    const size_t parts_bytes = (size_t)fc_plus(see_bytes, fc_times(bytes, segment + 1));
+    const size_t parts_bytes = (size_t)fc_plus(fc_plus(see_bytes, query_bytes), fc_times(bytes, segment + 1));
     if (fc_scratch_alloc(ctx->args->workspace, &parts, 1, parts_bytes)) return FC_NO_MEMORY;
     if (fc_scratch_alloc(ctx->args->workspace, &ctx->scratch, ctx->threads, fc_attention_scratch_bytes(ctx))) {
         fc_scratch_free(&parts);
         return FC_NO_MEMORY;
     }
-    ctx->see = (struct fc_range *)(void *)parts.base;
+    ctx->queries = ctx->bytes ? NULL : (float *)(void *)parts.base;
+    ctx->see = (struct fc_range *)(void *)((char *)parts.base + query_bytes);
     for (ptrdiff_t i = 0; i < queries; i++)
         ctx->see[i] = fc_visible(ctx->args, i / ctx->args->q_len, i % ctx->args->q_len);
     ctx->folded = (float *)(void *)(ctx->see + queries);
     ctx->parts = ctx->folded + pairs * part_floats(ctx);
     begin_rows(ctx);
-    fc_status status = attend_chunks(ctx, begin, end, segment);
+    fc_status status = ctx->bytes ? FC_OK : load_queries(ctx, pairs);
+    if (status == FC_OK) status = attend_chunks(ctx, begin, end, segment);
     if (status == FC_OK) end_rows(ctx);
     fc_scratch_free(&ctx->scratch);
     fc_scratch_free(&parts);
@@ -234,6 +266,12 @@ static fc_kv_type page_type(const fc_attention_args *args) {
     return args->cache ? args->cache->type : args->kv_type == FC_BF16 ? FC_KV_BF16 : FC_KV_F32;
 }
 
+/* Whether keys and values come from memory under few rows. Chains of one or two rows are no work: gemm's shorter way
+ * ahead is better for mere reading. (Tiles, and bytes, it takes several panels at a time.) */
+static int is_read_in_order(const struct attention *ctx) {
+    return ctx->in_place && ctx->rows <= FEW_ROWS && (ctx->sums == ON_GRID || ctx->rows > 2);
+}
+
 /* How keys and values lie, of chunks [begin, end), and what multiplies them. */
 static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) {
     const fc_attention_args *args = ctx->args;
@@ -245,7 +283,6 @@ static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) 
     if (ctx->in_place) ctx->kv = *args->cache;
     else ctx->kv = (fc_kv_cache){.type = type, .kv_heads = 1, .head_dim = args->head_dim, .v_dim = args->v_dim,
                                  .pages_a_row = begin < end ? end - begin : 0};
-    ctx->gemm = type == FC_KV_F32 ? ctx->k->gemm_f32 : type == FC_KV_BF16 ? ctx->k->gemm_bf16 : ctx->k->gemm_s8;
     ctx->a_type = ctx->bytes                                              ? FLOATS
                   : type == FC_KV_I8                                      ? INT16
                   : type == FC_KV_BF16 && ctx->k->bf16_x == FC_BF16 ? BF16
@@ -256,6 +293,10 @@ static void choose_pages(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end) 
     ctx->k_step = ctx->bytes ? 4 : type == FC_KV_F32 ? 1 : 2;
     ctx->grid = ctx->a_type == BF16 ? ctx->k->bf16_k : ctx->k_step;
     ctx->sums = ctx->a_type == INT16 || ctx->grid > ctx->k_step ? ON_GRID : IN_ORDER;
+    void (*const products[][2])(const struct fc_gemm *) = {[FC_KV_F32] = {ctx->k->gemm_f32, ctx->k->paged_f32},
+                                                           [FC_KV_BF16] = {ctx->k->gemm_bf16, ctx->k->paged_bf16},
+                                                           [FC_KV_I8] = {ctx->k->gemm_s8, ctx->k->paged_s8}};
+    ctx->gemm = products[type][is_read_in_order(ctx)];
 }
 
 fc_status fc_attention(const fc_attention_args *args) {

@@ -44,6 +44,7 @@ struct attention {
     float *parts;                  /* (B, G, chunks) partials: o (rows, e_padded), max (rows), sum (rows) */
     float *folded;                 /* (B, G) likewise */
     struct fc_range *see;          /* (B, S) */
+    float *queries;                /* (B, G) times q (rows, d_padded) and q_scale (rows), or NULL: each chunk loads them */
 };
 
 /* A thread's scratch. */
