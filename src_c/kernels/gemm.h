@@ -107,18 +107,41 @@ FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f->a_type == FC_A_I16 ? 8
 typedef struct {
     const char *at;
     ptrdiff_t step;
+    int one; /* panel */
 } gemm_prefetch;
 
 FC_INLINE gemm_prefetch prefetch_from(gemm_format f, const char *w, ptrdiff_t bytes, int tile, int tiles) {
-    return (gemm_prefetch){w + (tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile), fc_line_bytes(f) / tiles};
+    const ptrdiff_t ahead = tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile;
+    return (gemm_prefetch){w + ahead, fc_line_bytes(f) / tiles, 0};
 }
 
 FC_INLINE void prefetch_line(gemm_prefetch *a, const int nv, ptrdiff_t panel_stride) {
     if (!a) return;
+    if (a->one) {
+        __builtin_prefetch(a->at, 0, 2);
+    } else {
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j += FC_PER_PANEL)
-        __builtin_prefetch(line_of(&fc_formats[FC_PACKED_F32], a->at, panel_stride, j), 0, 2);
+        for (int j = 0; j < nv; j += FC_PER_PANEL)
+            __builtin_prefetch(line_of(&fc_formats[FC_PACKED_F32], a->at, panel_stride, j), 0, 2);
+    }
     a->at += a->step;
+}
+
+/* Lines that a tile among many takes in one turn of its loop: counting takes ports that multiply-adds need, and asking
+ * again for what was asked for takes those of loads, a cycle a line each. */
+enum { LINES_AT_ONCE = 4 };
+
+/* The same for so many lines. Where there are tiles enough, each has a part of one panel, and asks for hardly a line
+ * twice. */
+FC_INLINE gemm_prefetch prefetch_lines_from(gemm_format f, const int nv, const char *w, ptrdiff_t panel_stride,
+                                            ptrdiff_t bytes, int tile, int tiles) {
+    const int panels = (nv + FC_PER_PANEL - 1) / FC_PER_PANEL, one = tiles >= LINES_AT_ONCE * panels;
+    const int parts = one ? tiles / panels : tiles, part = one ? tile / panels : tile;
+    const char *panel = one ? w + tile % panels * panel_stride : w;
+    gemm_prefetch prefetch = prefetch_from(f, panel, bytes, part, parts);
+    prefetch.step = LINES_AT_ONCE * fc_line_bytes(f) / parts;
+    prefetch.one = one;
+    return prefetch;
 }
 
 FC_INLINE const char *first_line(gemm_format f, const struct fc_gemm *g, ptrdiff_t vector) {
@@ -145,32 +168,52 @@ FC_INLINE vf float_step(gemm_format f, vf acc, vf w, const char *x) {
     return vf_add_product(acc, vf_load1(x), w);
 }
 
+/* acc += one line of every row */
+FC_INLINE void float_line(gemm_format f, const int mr, const int nv, vf acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
+                          const char *w, ptrdiff_t panel_stride) {
+    const int parts = parts_of(f);
+#pragma GCC unroll 2
+    for (int part = 0; part < parts; part++) {
+        const char *line = parts > 1 ? opaque(w) : w;
+        vf wv[FC_NV_FEW];
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) wv[j] = float_part(f, part, line_of(f, line, panel_stride, j));
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = float_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part);
+    }
+}
+
 FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struct fc_gemm *g, ptrdiff_t row,
                           ptrdiff_t vector, int tile, int tiles) {
     const int parts = parts_of(f);
     const ptrdiff_t ldx = g->ldx, ldc = g->ldc, panel_stride = g->panel_stride;
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    gemm_prefetch prefetch = prefetch_from(f, w, g->lines * fc_line_bytes(f), tile, tiles);
+    const ptrdiff_t line_bytes = fc_line_bytes(f), bytes = g->lines * line_bytes;
     vf acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) acc[i][j] = g->accumulate ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
-    for (ptrdiff_t lines = g->lines; lines > 0; lines--, x += 4 * parts, w += fc_line_bytes(f)) {
-        prefetch_line(&prefetch, nv, panel_stride);
-#pragma GCC unroll 2
-        for (int part = 0; part < parts; part++) {
-            const char *line = parts > 1 ? opaque(w) : w;
-            vf wv[FC_NV_FEW];
-#pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) wv[j] = float_part(f, part, line_of(f, line, panel_stride, j));
-#pragma GCC unroll 8
-            for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-                for (int j = 0; j < nv; j++)
-                    acc[i][j] = float_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part);
+    ptrdiff_t lines = g->lines;
+    if (tiles >= LINES_AT_ONCE) {
+        gemm_prefetch prefetch = prefetch_lines_from(f, nv, w, panel_stride, bytes, tile, tiles);
+        for (; lines >= LINES_AT_ONCE; lines -= LINES_AT_ONCE) {
+            prefetch_line(&prefetch, nv, panel_stride);
+#pragma GCC unroll 4
+            for (int line = 0; line < LINES_AT_ONCE; line++)
+                float_line(f, mr, nv, acc, x + 4 * parts * line, ldx, w + line_bytes * line, panel_stride);
+            x += 4 * parts * LINES_AT_ONCE;
+            w += line_bytes * LINES_AT_ONCE;
         }
+    }
+    gemm_prefetch prefetch = prefetch_from(f, w, bytes, tile, tiles);
+    for (; lines > 0; lines--, x += 4 * parts, w += line_bytes) {
+        prefetch_line(&prefetch, nv, panel_stride);
+        float_line(f, mr, nv, acc, x, ldx, w, panel_stride);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
