@@ -388,6 +388,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
             int_scales(f, nv, scale, which, line, panel_stride, in_line);
             if (in_memory) __asm__ volatile("" : "+r"(y));
             add_chunk(mr, nv, y, acc, scale, end, ldx);
+            if (chunk == chunks - 1) prefetch_line(&prefetch, nv, panel_stride); /* scales are a line as well */
         }
     move_tile(mr, nv, y, c, g->ldc, 1);
 }
