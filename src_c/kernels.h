@@ -334,6 +334,7 @@ struct fc_seams {
  * of a result depends on it. */
 struct fc_blocks {
     ptrdiff_t tile_rows;               /* rows that a line of W serves in registers */
+    ptrdiff_t pass_rows;               /* rows that pass over W at once, in one tile or a narrower one */
     ptrdiff_t panel_bytes;             /* of each panel of W that more rows of x pass over at a time */
     ptrdiff_t rows;                    /* of x at a time, or fewer, */
     ptrdiff_t l2_quarters;             /* so that they and their sums fill so much of L2 */

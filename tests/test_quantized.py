@@ -430,6 +430,8 @@ def test_a_row_alone_beyond_the_blocks(isa, rng, name, k):
         for row in (0, 5, 13):
             assert call(x[row:row + 1]).tobytes() == every[row:row + 1].tobytes(), row
             assert call(x[max(row - 4, 0):row + 1])[-1].tobytes() == every[row].tobytes(), row
+        for m in (7, 8):
+            assert call(x[:m]).tobytes() == every[:m].tobytes(), m
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1500, 1500), (4, 300, 3000), (25, 1000, 300), (390, 300, 200)])

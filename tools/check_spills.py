@@ -19,8 +19,8 @@ from typing import NamedTuple
 _GEMM = r"gemm_(f32|bf16|s8|(u8|u6|u4|i4_symmetric|i4_affine)_(int|planes))"
 # One entry a kind of product kernel; each must be in the library, so that a renamed one is not passed over.
 KERNELS = [re.compile(kernel) for kernel in (
-    rf"{_GEMM}_tile_\d", rf"{_GEMM}_pair_\d", rf"{_GEMM}_single_\d", rf"{_GEMM}_few", r"few_\w+_1", r"gemv_rows_\w+",
-    r"paged_(f32|bf16|s8)_tile_\d", r"paged_s8_single_\d",
+    rf"{_GEMM}_tile_\d", rf"{_GEMM}_tall_\d", rf"{_GEMM}_pair_\d", rf"{_GEMM}_single_\d", rf"{_GEMM}_few",
+    r"few_\w+_1", r"gemv_rows_\w+", r"paged_(f32|bf16|s8)_tile_\d", r"paged_s8_single_\d",
     r"byte_(scores|values)_tile_\d", "attention_row", "pv_partial_lines")]
 PRODUCTS = re.compile(r"vfn?madd|vdpbf16ps|vpdp(busd|wssd)|vpmaddwd|vpmaddubsw|pmaddwd|mulps")
 STACK = re.compile(r"-?(0x)?[0-9a-f]*\(%r[sb]p")

@@ -32,22 +32,24 @@ enum { FC_MR = 6, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers: 12 accumulators, 
 #else
 enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplies need a copy */
 #endif
+enum { FC_PASS_ROWS = FC_BYTES > 16 ? 8 : FC_MR }; /* of integers that pass over W at once, in tiles of fewer columns */
 /* Of each panel of W under all rows at once. 16 registers hold one panel's columns, which then stay in L1; with 32 the
  * four panels of a tile stay in L2, and x in L1. */
 #define FC_PANEL_BYTES (FC_BYTES == 64 ? 32768 : 16384)
 
-#define FC_COMMON_BLOCKS                                                                                               \
-    {.tile_rows = FC_MR, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .l2_quarters = 2, .rows_in_place = 24,            \
-     .many_rows = 48, .few_panels = 4, .many_panels = 16}
+#define FC_COMMON_BLOCKS(passing)                                                                                      \
+    {.tile_rows = FC_MR, .pass_rows = passing, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .l2_quarters = 2,           \
+     .rows_in_place = 24, .many_rows = 48, .few_panels = 4, .many_panels = 16}
 #ifdef FC_HAS_TILES
 #define FC_BLOCKS                                                                                                      \
-    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS,                                                                        \
-     [FC_A_BF16] = {.tile_rows = 32, .panel_bytes = 16384, .rows = 512, .l2_quarters = 3, .rows_in_place = 2,          \
-                    .many_rows = 48, .few_panels = 4, .many_panels = 32},                                              \
-     [FC_A_I8] = {.tile_rows = FC_MR, .panel_bytes = 8192, .rows = 256, .l2_quarters = 2, .rows_in_place = 2,          \
-                  .many_rows = 48, .few_panels = 4, .many_panels = 32}}
+    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS(FC_MR),                                                                 \
+     [FC_A_BF16] = {.tile_rows = 32, .pass_rows = 32, .panel_bytes = 16384, .rows = 512, .l2_quarters = 3,             \
+                    .rows_in_place = 2, .many_rows = 48, .few_panels = 4, .many_panels = 32},                          \
+     [FC_A_I8] = {.tile_rows = FC_MR, .pass_rows = FC_PASS_ROWS, .panel_bytes = 8192, .rows = 256, .l2_quarters = 2,   \
+                  .rows_in_place = 2, .many_rows = 48, .few_panels = 4, .many_panels = 32}}
 #else
-#define FC_BLOCKS {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS}
+#define FC_BLOCKS                                                                                                      \
+    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS(FC_MR), [FC_A_I8] = FC_COMMON_BLOCKS(FC_PASS_ROWS)}
 #endif
 /* W that is not packed is 512 KiB at a time, streamed 256 KiB. */
 #define FC_UNPACKED                                                                                                    \
@@ -332,12 +334,12 @@ FC_INLINE const struct fc_chunk *chunk_of_row(const char *end, ptrdiff_t ldx, in
 /* acc = start + sum of u q over a chunk of k; with two planes  q = 128 h + l. One row takes both in one pass over W.
  * The second pass is for the other plane, or for the other half of the lines. */
 FC_INLINE void int_chunk(gemm_format f, const int two, const int mr, const int nv, vi acc[][FC_NV_FEW],
-                         const vi start[FC_MR], const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t panel_stride,
-                         ptrdiff_t lines, gemm_prefetch *prefetch) {
+                         const vi start[FC_PASS_ROWS], const char *x, ptrdiff_t ldx, const char *w,
+                         ptrdiff_t panel_stride, ptrdiff_t lines, gemm_prefetch *prefetch) {
     const int shorts = short_sums(f), both = two && mr == 1, second = shorts == 2 || (two && !both);
     const ptrdiff_t plane = lines * f->k_step, pass = shorts == 2 ? lines / 2 : lines;
     const vi none = {0}, ones = none + 0x00010001;
-    vi high[FC_MR][FC_NV_FEW];
+    vi high[FC_PASS_ROWS][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr + both; i++)
 #pragma GCC unroll 8
@@ -412,13 +414,13 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     gemm_prefetch prefetch = prefetch_from(f, w, g->blocks * block, tile, tiles);
     const int in_memory = mr > 1 || (two && FC_BYTES < 64); /* the registers are for acc */
-    vf local[FC_MR][FC_NV_FEW], (*y)[FC_NV_FEW] = local;
+    vf local[FC_PASS_ROWS][FC_NV_FEW], (*y)[FC_NV_FEW] = local;
     move_tile(mr, nv, y, g->accumulate ? c : NULL, g->ldc, 0);
     for (ptrdiff_t blocks = g->blocks; blocks > 0; blocks--, w += block)
         for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += x_step) {
             const int which = f->block_groups > 1 ? (int)(chunk / group_chunks) : 0;
             const char *end = x + integers, *line = w - in_line + chunks * lines * FC_LINE;
-            vi acc[FC_MR + 1][FC_NV_FEW], start[FC_MR];
+            vi acc[FC_PASS_ROWS + 1][FC_NV_FEW], start[FC_PASS_ROWS];
             vf scale[FC_NV_FEW];
             if (in_memory) __asm__ volatile("" : "+r"(y));
             if (minima && chunk == 0) {
@@ -431,6 +433,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
             int_scales(f, nv, scale, which, line, panel_stride, in_line);
             if (in_memory) __asm__ volatile("" : "+r"(y));
             add_chunk(mr, nv, y, acc, scale, end, ldx);
+            if (chunk == chunks - 1) prefetch_line(&prefetch, nv, panel_stride); /* scales are a line as well */
         }
     move_tile(mr, nv, y, c, g->ldc, 1);
 }
@@ -531,14 +534,51 @@ FC_GEMM(gemm_bf16, float, &fc_formats[FC_PACKED_BF16])
 #endif
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
 
+/* Rows of integers that are a few too many for a tile are one all the same, of fewer columns: else each line of W would
+ * be taken apart twice, and memory would rest under the second tile. With two halves of a panel, each asks for half of the
+ * next one; a panel that is left over is for two tiles. */
+#if FC_BYTES > 16
+enum { FC_NV_TALL = FC_BYTES == 64 ? 2 : 1 };
+FC_INLINE void gemm_tall(gemm_tile *tall, void (*low)(const struct fc_gemm *), const struct fc_gemm *g) {
+    const int parts = FC_NV_TALL < FC_PER_PANEL ? FC_PER_PANEL / FC_NV_TALL : 1;
+    ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
+    for (; v + FC_NV_TALL <= vectors; v += FC_NV_TALL) tall(g, 0, v, (int)(v / FC_NV_TALL % parts), parts);
+    if (v == vectors) return;
+    struct fc_gemm rest = *g;
+    rest.panels = 1;
+    rest.c += (g->panels - 1) * FC_PANEL;
+    rest.w = (const char *)g->w + (g->panels - 1) * g->panel_stride;
+    low(&rest);
+}
+#define FC_TALL_TILE(name, kind, format, mr)                                                                           \
+    static __attribute__((noinline)) void name##_##mr(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector,        \
+                                                      int tile, int tiles) {                                           \
+        kind##_tile(format, mr, FC_NV_TALL, g, row, vector, tile, tiles);                                              \
+    }
+#define FC_TALL(name, kind, format)                                                                                    \
+    FC_TALL_TILE(name##_tall, kind, format, 7)                                                                         \
+    FC_TALL_TILE(name##_tall, kind, format, 8)                                                                         \
+    static void name##_rows(const struct fc_gemm *g) {                                                                 \
+        if (g->m == 8) gemm_tall(name##_tall_8, name, g);                                                              \
+        else if (g->m == 7) gemm_tall(name##_tall_7, name, g);                                                         \
+        else name(g);                                                                                                  \
+    }
+#else
+#define FC_TALL(name, kind, format)                                                                                    \
+    static void name##_rows(const struct fc_gemm *g) { name(g); }
+#endif
+
 /* Integer formats: one plane of x, or two. */
+#define FC_PLANES_GEMM(name, kind, format)                                                                             \
+    FC_GEMM(name##_##kind, kind, format)                                                                               \
+    FC_TALL(name##_##kind, kind, format)
 #define FC_INT_GEMM(name, format)                                                                                      \
-    FC_GEMM(name##_int, int, format)                                                                                   \
-    FC_GEMM(name##_planes, planes, format)                                                                             \
-    static void name(const struct fc_gemm *g) { (g->planes == 2 ? name##_planes : name##_int)(g); }
+    FC_PLANES_GEMM(name, int, format)                                                                                  \
+    FC_PLANES_GEMM(name, planes, format)                                                                               \
+    static void name(const struct fc_gemm *g) { (g->planes == 2 ? name##_planes_rows : name##_int_rows)(g); }
 #define FC_ONE_GEMM(name, format)                                                                                      \
-    FC_GEMM(name##_int, int, format)                                                                                   \
-    static void name(const struct fc_gemm *g) { name##_int(g); }
+    FC_PLANES_GEMM(name, int, format)                                                                                  \
+    static void name(const struct fc_gemm *g) { name##_int_rows(g); }
 #ifdef FC_HAS_I8_DOT
 FC_INT_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
 #else

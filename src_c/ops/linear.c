@@ -163,7 +163,7 @@ static ptrdiff_t k_at_once(const struct linear *ctx) {
     const ptrdiff_t block = ctx->product.block_bytes;
     if (!ctx->product.format->packed) return ctx->unpacked->k;
     if (ctx->product.expand) return fc_round_up(ctx->unpacked->expanded_k, ctx->product.block_k);
-    if (ctx->args->m <= ctx->sizes->tile_rows) return ctx->k ? ctx->k : 1;
+    if (ctx->args->m <= ctx->sizes->pass_rows) return ctx->k ? ctx->k : 1;
     return (ctx->sizes->panel_bytes + block - 1) / block * ctx->product.block_k;
 }
 
