@@ -173,15 +173,15 @@ struct fc_rg_lru {
     ptrdiff_t next_stride[3], size;
 };
 
-/* A result on its way past the caches: the last `waiting` bytes before `end`, less than a vector, are still here; see
- * kernels/stream.h. */
+/* A result on its way past the caches: the last `waiting` bytes before `end`, fewer than bytes[] has, are still
+ * here; see kernels/stream.h. */
 struct fc_stream {
     char *end;
     ptrdiff_t waiting;
-    char bytes[64];
+    char bytes[32];
 };
 
-/* A row of a softmax that waits: e[n], and what each is multiplied by for out (n). */
+/* A row of a softmax that waits: e[n], and what each is multiplied by for out (n); of 16 bits, out's values at e. */
 struct fc_softmax_row {
     char *out;
     const float *e;
@@ -372,6 +372,7 @@ struct fc_kernels {
     void (*expand[FC_LAYOUTS])(char *out, const char *block, ptrdiff_t blocks); /* NULL: as it is */
     void (*few[FC_LAYOUTS])(const struct fc_gemm *g);
     void (*attention_strips)(const struct fc_attention_strips *t); /* NULL: the ISA has no tiles */
+    ptrdiff_t staged_heads; /* of a large result of rope that are made before the first of them goes past the caches */
 #undef FC_TYPED_MEMBER
 #undef FC_MEMBER
 };

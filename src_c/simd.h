@@ -57,6 +57,7 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *   vf_transpose(r)         r[FC_N] as a square matrix, in place
  *   vf_load_transposed(r, p, ld)   r[j][i] = float j of row i, rows ld bytes apart
  *   vf_stream(p, a), vf_stream_end()   store past the caches, p a multiple of FC_BYTES; after the last one, the fence
+ *   vf_stream_part(p, from) likewise the least that can be: a vector, or 16 bytes of 64
  *   vf_swap(a)              a[1] a[0] a[3] a[2] ...
  *   vf_add_product(acc, a, b)      acc + a*b as vf_fma; see below
  *   vi_madd16(a, b)                int16 lanes: a[2i] b[2i] + a[2i+1] b[2i+1], exact in int32
@@ -73,6 +74,8 @@ FC_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
  *                    vi_dot_i16(acc, a, b)        acc + vi_madd16(a, b)
  *   FC_HAS_SCALE     vf_off_integer(a)            a less the nearest integer, 0 for infinity
  *                    vf_scale_from(a, n, x, y)    x < y ? 0 : a * 2^n, n any integral float or infinity
+ *   FC_HAS_LOOK_UP_32   vf_look_up_32(table, i)   table[i % 32] of 32 floats, a multiple of FC_BYTES
+ *                    vf_product_from(a, b, x, y)  x < y ? 0 : a b
  *   FC_HAS_RECIPROCAL_SHORT   vf_reciprocal_short(a)   1 / a to 2^-14; what processors make of the rest differs
  *   FC_HAS_MADDUBS   vi_maddubs(u8, s8)           int16 lanes: the sum of two products of bytes, which must fit
  *                    vi_add_maddubs(acc, u8, s8)  acc + that
@@ -460,6 +463,55 @@ FC_INLINE vf vf_exp2_short(int degree, vf bits, vf *power) {
     return vf_fma(m, p, vf_set1(degree == 3 ? 0.452134371f : 0.509964228f));
 }
 
+#ifdef FC_HAS_LOOK_UP_32
+/* the bits of 2^(i/32) less i 2^18, which adding (i + 32 n) 2^18 brings back beside n 2^23 */
+static const uint32_t fc_exp2_steps[32] __attribute__((aligned(64))) = {
+    0x3f800000u, 0x3f7ecd87u, 0x3f7daac3u, 0x3f7c980fu, 0x3f7b95c2u, 0x3f7aa43au, 0x3f79c3d3u, 0x3f78f4f0u,
+    0x3f7837f0u, 0x3f778d3au, 0x3f76f532u, 0x3f767043u, 0x3f75fed7u, 0x3f75a15bu, 0x3f75583fu, 0x3f7523f6u,
+    0x3f7504f3u, 0x3f74fbafu, 0x3f7508a4u, 0x3f752c4du, 0x3f75672au, 0x3f75b9beu, 0x3f76248cu, 0x3f76a81eu,
+    0x3f7744fdu, 0x3f77fbb8u, 0x3f78ccdfu, 0x3f79b907u, 0x3f7ac0c7u, 0x3f7be4bau, 0x3f7d257du, 0x3f7e83b3u,
+};
+/* 8 + log2 Phi(-a) = c0 + a (c1 + a c2) to 2^-15 in intervals of a: 8 of 1/8 from 0 on, 8 of 1/4, 8 of 1/2, 8 of 1.
+ * Their numbers are the bits of 1 + a from 2^20 on, modulo 32. */
+static const float fc_log2_cdf[3][32] __attribute__((aligned(64))) = {
+    {
+        6.9555435f, 6.927811f, 6.8941236f, 6.8554087f, 6.812624f, 6.766671f, 6.718355f, 6.668369f,
+        6.5925965f, 6.4887085f, 6.385577f, 6.284723f, 6.187009f, 6.092878f, 6.002503f, 5.915894f,
+        5.794481f, 5.642044f, 5.5019875f, 5.372833f, 5.2532434f, 5.1420527f, 5.038261f, 4.9410152f,
+        6.9999967f, 6.9997067f, 6.998638f, 6.9964113f, 6.9927497f, 6.9874697f, 6.980464f, 6.9716897f,
+    },
+    {
+        -1.0238029f, -0.9793655f, -0.9343884f, -0.8900894f, -0.8472582f, -0.8063718f, -0.7676856f, -0.7313034f,
+        -0.6814848f, -0.6219822f, -0.57031703f, -0.5254197f, -0.48628005f, -0.45200977f, -0.42185372f, -0.39518064f,
+        -0.36088875f, -0.32268316f, -0.29149577f, -0.26562136f, -0.24384713f, -0.22529314f, -0.20930876f, -0.19540413f,
+        -1.1506543f, -1.1460844f, -1.1375595f, -1.1256896f, -1.1110442f, -1.0941435f, -1.0754548f, -1.055391f,
+    },
+    {
+        -0.5877861f, -0.6056022f, -0.6206234f, -0.63330096f, -0.6440238f, -0.6531208f, -0.6608664f, -0.6674876f,
+        -0.675678f, -0.6842017f, -0.6906745f, -0.69567245f, -0.69959265f, -0.70271236f, -0.7052283f, -0.70728225f,
+        -0.709704f, -0.71209866f, -0.71383524f, -0.7151314f, -0.71612275f, -0.71689683f, -0.71751237f, -0.7180094f,
+        -0.4688711f, -0.4872376f, -0.50433f, -0.52018404f, -0.53484917f, -0.54838455f, -0.56085527f, -0.5723297f,
+    },
+};
+
+/* 2^x, x the multiple of 1/32, from -127 on, that the lowest bits of t = x + 1.5 2^18 count; 0 for -127 */
+FC_INLINE vf vf_power_of_32nds(vf t) {
+    return (vf)((vu)vf_look_up_32(fc_exp2_steps, (vu)t) + ((vu)t << 18));
+}
+#endif
+
+/* e^x for x <= 0 as vf_exp_negative, good to 2^-23 (1 + |x|) of itself; 0 from -88.03 on */
+FC_INLINE vf vf_exp_negative_short(vf x) {
+#ifdef FC_HAS_LOOK_UP_32
+    const vf log2e = vf_set1(1.44269504f), magic = vf_set1(393216.0f);
+    x = vf_max(vf_set1(-88.0296936f), x);
+    const vf t = vf_fma(x, log2e, magic), r = vf_fma(x, log2e, magic - t), power = vf_power_of_32nds(t);
+    return vf_fma(power, r * vf_fma(r, vf_set1(0.240226f), vf_set1(0.693157343f)), power);
+#else
+    return vf_exp_negative(x);
+#endif
+}
+
 #ifndef FC_HAS_RECIPROCAL_SHORT
 FC_INLINE vf vf_reciprocal_short(vf a) { return vf_set1(1.0f) / a; }
 #endif
@@ -470,6 +522,19 @@ FC_INLINE vf vf_times_sigmoid_short(int degree, vf x, vf bits) {
     vf power, p = vf_exp2_short(degree, bits, &power);
     return x * (s * vf_reciprocal_short(vf_fma(power, p, s)));
 }
+
+/* x Phi(x) = max(x, 0) - a 2^-8 2^g(a) to 2^-14, g = 8 + log2 Phi(-a) by the table; what is subtracted is 0 for g under
+ * -122, where it would be under 2^-126, and NaN at -infinity */
+#ifdef FC_HAS_LOOK_UP_32
+FC_INLINE vf vf_times_normal_cdf_bf16(vf x) {
+    const vf one = vf_set1(1.0f), magic = vf_set1(393216.0f), a = vf_abs(vf_min(vf_set1(14.0f), x));
+    const vu i = (vu)(a + one) >> 20;
+    vf g = vf_fma(a, vf_look_up_32(fc_log2_cdf[2], i), vf_look_up_32(fc_log2_cdf[1], i));
+    g = vf_fma(a, g, vf_look_up_32(fc_log2_cdf[0], i));
+    const vf t = g + magic, r = g - (t - magic), p = vf_fma(r, vf_set1(0.693147182f * 0x1p-8f), vf_set1(0x1p-8f));
+    return vf_fma(-a, vf_product_from(p, vf_power_of_32nds(t), g, vf_set1(-122.0f)), vf_max(vf_zero(), x));
+}
+#endif
 
 /* x Phi(x) as above, P of degree 4 and good to 2^-14.8; -a Phi(-a) is 0 under 2^-126 */
 FC_INLINE vf vf_times_normal_cdf_short(int degree, vf x) {

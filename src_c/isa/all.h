@@ -76,5 +76,6 @@ const struct fc_kernels FC_TABLE = {
     .unpacked = FC_UNPACKED,
     .expand = {FC_EXPANSIONS(FC_EXPANSION_ENTRY)},
     .few = {FC_EXPANSIONS(FC_FEW_ENTRY)},
+    .staged_heads = FC_STAGED_HEADS,
     FC_TYPED_KERNELS(FC_TYPED_ENTRY) FC_KERNELS(FC_ENTRY) FC_REPLACED};
 #pragma GCC diagnostic pop

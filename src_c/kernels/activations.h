@@ -16,6 +16,9 @@ FC_INLINE vf vf_activate_short(fc_activation f, fc_dtype t, vf x) {
     const vf bias = vf_set1(0x1.9cp29f), log2e = vf_set1(-12102203.2f); /* 2^23 (127 - 24), -2^23 log2(e) */
     if (f == FC_RELU) return vf_max(vf_zero(), x);
     if (f == FC_SILU) return vf_times_sigmoid_short(degree, x, vf_fma(x, log2e, bias));
+#ifdef FC_HAS_LOOK_UP_32
+    if (f == FC_GELU && t == FC_BF16) return vf_times_normal_cdf_bf16(x);
+#endif
     if (f == FC_GELU) return vf_times_normal_cdf_short(degree, x);
     const vf slope = vf_fma(x * x, vf_set1(-863550.486f), vf_set1(-19312322.1f));
     return vf_times_sigmoid_short(degree, x, vf_fma(x, slope, bias));
@@ -60,7 +63,14 @@ FC_INLINE void stream_few(fc_activation f, fc_dtype t, struct fc_stream *stream,
     stream_row(stream, out, some, n * fc_size_of(t), NULL); /* no copy here: gcc 13 warns of its loops over whole vectors */
 }
 
-enum { ACTIVATION_PREFETCH = 4096 }; /* bytes ahead in the inputs of large results */
+/* Bytes ahead in the inputs of large results: into the second cache, and from there into the first, or else each load
+ * waits among the stores that go past them, for as long as the operations after it fill the processor's queue. */
+enum { ACTIVATION_PREFETCH = 4096, ACTIVATION_PREFETCH_L1 = 1024 };
+
+FC_INLINE void activation_prefetch(const char *x) {
+    __builtin_prefetch(x + ACTIVATION_PREFETCH, 0, 2);
+    __builtin_prefetch(x + ACTIVATION_PREFETCH_L1, 0, 3);
+}
 
 /* out[n] = f(x) or f(x) up, past the caches: whole vectors go there from registers */
 FC_INLINE void activate_streamed(fc_activation f, fc_dtype t, struct fc_stream *stream, char *out, const char *x,
@@ -72,8 +82,8 @@ FC_INLINE void activate_streamed(fc_activation f, fc_dtype t, struct fc_stream *
     for (; i + 2 * step <= n; i += 2 * step) {
 #pragma GCC unroll 2
         for (ptrdiff_t j = 0; j < 2 * FC_BYTES; j += FC_BYTES < 64 ? 2 * FC_BYTES : FC_BYTES) {
-            __builtin_prefetch(x + i * size + j + ACTIVATION_PREFETCH, 0, 2);
-            if (up) __builtin_prefetch(up + i * size + j + ACTIVATION_PREFETCH, 0, 2);
+            activation_prefetch(x + i * size + j);
+            if (up) activation_prefetch(up + i * size + j);
         }
 #pragma GCC unroll 2
         for (ptrdiff_t j = i; j < i + 2 * step; j += step)

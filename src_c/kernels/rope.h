@@ -3,6 +3,10 @@
  * split-half pairs are (i, i + pairs), interleaved ones (2i, 2i + 1); channels from 2 pairs on are copied.
  * out may be x: each pair is read whole before it is written. */
 
+/* Two at a time go on when there are so many: of vectors of 64 bytes, whose stores past the caches wait longest, they
+ * have by then reached the first cache, behind what was stored before them. */
+enum { FC_STAGED_HEADS = FC_BYTES == 64 ? 16 : 1 };
+
 FC_INLINE void rope_copy_tail(fc_dtype t, void *out, const void *x, ptrdiff_t from, ptrdiff_t dim) {
     if (out != x)
         for (ptrdiff_t i = from; i < dim; i += FC_N) vf_put_upto(t, out, i, vf_get_upto(t, x, i, dim), dim);

@@ -1,6 +1,8 @@
 /* Softmax over rows. */
 #include "rows.h"
 
+enum { EXPS = 32 }; /* a multiple of two vectors' floats on every ISA */
+
 struct softmax {
     const struct fc_kernels *k;
     fc_dtype type;
@@ -8,7 +10,8 @@ struct softmax {
     const char *x;
     const fc_rows *rows;
     ptrdiff_t n;
-    fc_scratch exps; /* a thread: (n), where out cannot hold them, or two rows of them */
+    fc_scratch exps; /* a thread: (row), where out cannot hold them, or two rows of them */
+    ptrdiff_t row;   /* n, and what makes it a multiple of two vectors */
 };
 
 static void softmax_rows(void *context, ptrdiff_t begin, ptrdiff_t end, int rank) {
@@ -32,9 +35,9 @@ static void softmax_rows_streamed(void *context, ptrdiff_t begin, ptrdiff_t end,
     fc_cursor c;
     fc_cursor_at(&c, ctx->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
-        const char *x = ctx->x + c.at[1];
-        ctx->k->softmax_streamed[ctx->type](&stream, &row, ctx->out + c.at[0], x, e + (i - begin) % 2 * ctx->n, ctx->n,
-                                            i + 1 < end ? x + bytes : NULL);
+        const char *x = ctx->x + c.at[1], *next = i + 1 < end ? x + bytes : NULL;
+        float *turn = e + (i - begin) % 2 * ctx->row;
+        ctx->k->softmax_streamed[ctx->type](&stream, &row, ctx->out + c.at[0], x, turn, ctx->n, next);
     }
     ctx->k->softmax_streamed[ctx->type](&stream, &row, NULL, NULL, NULL, ctx->n, NULL);
     ctx->k->stream_end(&stream);
@@ -49,13 +52,14 @@ static int are_aligned(const void *out, const fc_rows *rows, ptrdiff_t size) {
 
 fc_status fc_softmax(fc_dtype type, void *out, const void *x, const fc_rows *rows, ptrdiff_t n) {
     if (!FC_IS_OURS(rows)) return FC_BAD_SIZE;
-    struct softmax ctx = {.k = fc_k, .type = type, .out = out, .x = x, .rows = rows, .n = n};
+    struct softmax ctx = {.k = fc_k, .type = type, .out = out, .x = x, .rows = rows, .n = n,
+                          .row = fc_round_up(n, EXPS)};
     const ptrdiff_t count = fc_rows_count(rows), size = fc_size_of(type);
     const double ns = (double)n * fc_ns.softmax + fc_ns.row, bytes = (double)count * (double)(n * size);
     const int threads = fc_threads_for(count, ns), streamed = fc_should_stream(bytes, out == x) &&
                                                               are_aligned(out, rows, size);
     if ((type != FC_F32 || streamed) &&
-        fc_scratch_alloc(NULL, &ctx.exps, threads, (size_t)fc_times(n, streamed ? 8 : 4)))
+        fc_scratch_alloc(NULL, &ctx.exps, threads, (size_t)fc_times(ctx.row, streamed ? 8 : 4)))
         return FC_NO_MEMORY;
     fc_status status = fc_static(threads, count, ns, streamed ? softmax_rows_streamed : softmax_rows, &ctx);
     fc_scratch_free(&ctx.exps);

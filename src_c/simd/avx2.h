@@ -15,6 +15,7 @@ FC_INLINE vf vf_load_n(const float *p, ptrdiff_t n) { return (vf)_mm256_maskload
 FC_INLINE void vf_store_n(float *p, vf a, ptrdiff_t n) { _mm256_maskstore_ps(p, vf_lanes(n), (__m256)a); }
 
 FC_INLINE void vf_stream(float *p, vf a) { _mm256_stream_ps(p, (__m256)a); }
+FC_INLINE void vf_stream_part(void *p, const void *from) { vf_stream(p, vf_load(from)); }
 FC_INLINE void vf_stream_end(void) { _mm_sfence(); }
 
 FC_INLINE vf vf_from_f16(const uint16_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }

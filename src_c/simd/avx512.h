@@ -14,6 +14,7 @@ FC_INLINE vf vf_load_n(const float *p, ptrdiff_t n) { return (vf)_mm512_maskz_lo
 FC_INLINE void vf_store_n(float *p, vf a, ptrdiff_t n) { _mm512_mask_storeu_ps(p, FC_MASK(n), (__m512)a); }
 
 FC_INLINE void vf_stream(float *p, vf a) { _mm512_stream_ps(p, (__m512)a); }
+FC_INLINE void vf_stream_part(void *p, const void *from) { _mm_stream_ps(p, _mm_loadu_ps(from)); }
 FC_INLINE void vf_stream_end(void) { _mm_sfence(); }
 
 FC_INLINE vf vf_from_f16(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
@@ -34,10 +35,11 @@ FC_INLINE vu vu_look_up(const uint8_t *table, vu i) {
 /* bfloat16 in the upper half of each lane. Round to nearest even in integers: vcvtneps2bf16 would flush denormals, and
  * other ISAs would not. */
 FC_INLINE __m512i vf_bf16_bits(vf a) {
-    __m512i u = (__m512i)a, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+    const __m512i u = (__m512i)a, quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_ORD_Q);
+    const __mmask16 odd = _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000));
+    const __m512i r = _mm512_mask_add_epi32(quiet, number, u, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(r, odd, u, _mm512_set1_epi32(0x8000));
 }
 FC_INLINE void vf_to_bf16(uint16_t *p, vf a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(vf_bf16_bits(a), 16)));
@@ -70,6 +72,15 @@ FC_INLINE vf vf_scale_from(vf a, vf n, vf x, vf least) {
 }
 #define FC_HAS_RECIPROCAL_SHORT 1
 FC_INLINE vf vf_reciprocal_short(vf a) { return (vf)_mm512_rcp14_ps((__m512)a); }
+#define FC_HAS_LOOK_UP_32 1
+FC_INLINE vf vf_look_up_32(const void *table, vu i) {
+    const __m512 *t = table;
+    return (vf)_mm512_permutex2var_ps(t[0], (__m512i)i, t[1]);
+}
+FC_INLINE vf vf_product_from(vf a, vf b, vf x, vf least) {
+    const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_mul_ps(kept, (__m512)a, (__m512)b);
+}
 FC_INLINE vf vf_scale2(vf a, vf n) { return (vf)_mm512_scalef_ps((__m512)a, (__m512)n); }
 
 FC_INLINE vf vf_swap(vf a) { return (vf)_mm512_permute_ps((__m512)a, 0xB1); }

@@ -4,6 +4,7 @@
 #include "narrow.h"
 
 FC_INLINE void vf_stream(float *p, vf a) { vf_store(p, a); } /* C has no word for stnp */
+FC_INLINE void vf_stream_part(void *p, const void *from) { vf_stream(p, vf_load(from)); }
 FC_INLINE void vf_stream_end(void) {}
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 FC_INLINE vf vf_sqrt(vf a) { return (vf)vsqrtq_f32((float32x4_t)a); }

@@ -4,6 +4,7 @@
 #include "narrow.h"
 
 FC_INLINE void vf_stream(float *p, vf a) { _mm_stream_ps(p, (__m128)a); }
+FC_INLINE void vf_stream_part(void *p, const void *from) { vf_stream(p, vf_load(from)); }
 FC_INLINE void vf_stream_end(void) { _mm_sfence(); }
 FC_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 FC_INLINE vf vf_sqrt(vf a) { return (vf)_mm_sqrt_ps((__m128)a); }

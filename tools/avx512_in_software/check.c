@@ -184,6 +184,10 @@ static void check_moves(void) {
     HALVES("broadcast_i32x4", _mm512_broadcast_i32x4((__m128i)four), (__m256)_mm256_set_m128(four, four));
     HALVES("mask_or_epi32", _mm512_mask_or_epi32(AI512, k, BI512, CI512),
            IF_MASK(h, (__m256)_mm256_or_si256(SI(b, h), SI(c, h)), PS(a, h)));
+    HALVES("mask_add_epi32", _mm512_mask_add_epi32(AI512, k, BI512, CI512),
+           IF_MASK(h, (__m256)_mm256_add_epi32(SI(b, h), SI(c, h)), PS(a, h)));
+    HALVES_AS("maskz_mul_ps", 1, _mm512_maskz_mul_ps(k, A512, B512),
+           IF_MASK(h, _mm256_mul_ps(PS(a, h), PS(b, h)), _mm256_setzero_ps()));
     HALVES("maskz_loadu_ps", _mm512_maskz_loadu_ps(k, &a), _mm256_maskload_ps(a.f + 8 * h, mask_lanes(h)));
     HALVES("setr_epi32", _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
            _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(8 * h)));
@@ -272,6 +276,10 @@ static void check_floats(void) {
     CMP(16) CMP(17) CMP(18) CMP(19) CMP(20) CMP(21) CMP(22) CMP(23) CMP(24) CMP(25) CMP(26) CMP(27) CMP(28) CMP(29)
     CMP(30) CMP(31)
 
+    want.u[0] = 0;
+    for (int i = 0; i < 16; i++) want.u[0] |= (k >> i & 1 && a.u[i] & b.u[i]) << i;
+    got.u[0] = _mm512_mask_test_epi32_mask(k, AI512, BI512);
+    compare("mask_test_epi32_mask", 4, 0);
     for (int i = 0; i < 16; i++) want.u[i] = scaled(a.f[i], b.f[i]);
     _mm512_storeu_ps(&got, _mm512_scalef_ps(A512, B512));
     compare("scalef_ps", 64, 0);

@@ -100,6 +100,7 @@ SOFT(__m512, soft_f32, mask_blend_ps, (__mmask16 k, __m512 a, __m512 b), SOFT_BI
 /* ---- float32 ---- */
 
 SOFT(__m512, soft_f32, fmadd_ps, (__m512 a, __m512 b, __m512 c), __builtin_fmaf(a[i], b[i], c[i]))
+SOFT(__m512, soft_f32, maskz_mul_ps, (__mmask16 k, __m512 a, __m512 b), SOFT_BIT(k) ? a[i] * b[i] : 0.0f)
 SOFT(__m512, soft_f32, max_ps, (__m512 a, __m512 b), a[i] > b[i] ? a[i] : b[i])
 SOFT(__m512, soft_f32, min_ps, (__m512 a, __m512 b), a[i] < b[i] ? a[i] : b[i])
 SOFT(__m512, soft_f32, sqrt_ps, (__m512 a), __builtin_sqrtf(a[i]))
@@ -190,6 +191,13 @@ SOFT(__m512i, soft_u64, or_si512, (__m512i a, __m512i b), U64(a)[i] | U64(b)[i])
 SOFT(__m512i, soft_u64, xor_si512, (__m512i a, __m512i b), U64(a)[i] ^ U64(b)[i])
 SOFT(__m512i, soft_u32, mask_or_epi32, (__m512i from, __mmask16 k, __m512i a, __m512i b),
      SOFT_BIT(k) ? U32(a)[i] | U32(b)[i] : U32(from)[i])
+SOFT(__m512i, soft_u32, mask_add_epi32, (__m512i from, __mmask16 k, __m512i a, __m512i b),
+     SOFT_BIT(k) ? U32(a)[i] + U32(b)[i] : U32(from)[i])
+SOFT_INLINE __mmask16 soft_mask_test_epi32_mask(__mmask16 k, __m512i a, __m512i b) {
+    unsigned found = 0;
+    for (int i = 0; i < 16; i++) found |= (unsigned)((U32(a)[i] & U32(b)[i]) != 0) << i;
+    return (__mmask16)(found & k);
+}
 SOFT(__m512i, soft_u32, srli_epi32, (__m512i a, unsigned n), n > 31 ? 0 : U32(a)[i] >> n)
 SOFT(__m512i, soft_u32, slli_epi32, (__m512i a, unsigned n), n > 31 ? 0 : U32(a)[i] << n)
 SOFT(__m512i, soft_i32, srai_epi32, (__m512i a, unsigned n), I32(a)[i] >> (n > 31 ? 31 : n))
@@ -406,6 +414,7 @@ SOFT_INLINE void soft_tile_dot_s8u8(int c, int a, int b) { soft_tile_dot_bytes(c
 #define _mm512_broadcast_i32x4 soft_broadcast_i32x4
 #define _mm512_mask_blend_ps soft_mask_blend_ps
 #define _mm512_fmadd_ps soft_fmadd_ps
+#define _mm512_maskz_mul_ps soft_maskz_mul_ps
 #define _mm512_max_ps soft_max_ps
 #define _mm512_min_ps soft_min_ps
 #define _mm512_sqrt_ps soft_sqrt_ps
@@ -429,6 +438,8 @@ SOFT_INLINE void soft_tile_dot_s8u8(int c, int a, int b) { soft_tile_dot_bytes(c
 #define _mm512_or_si512 soft_or_si512
 #define _mm512_xor_si512 soft_xor_si512
 #define _mm512_mask_or_epi32 soft_mask_or_epi32
+#define _mm512_mask_add_epi32 soft_mask_add_epi32
+#define _mm512_mask_test_epi32_mask soft_mask_test_epi32_mask
 #define _mm512_srli_epi32 soft_srli_epi32
 #define _mm512_slli_epi32 soft_slli_epi32
 #define _mm512_srai_epi32 soft_srai_epi32
