@@ -92,7 +92,7 @@ def test_sizes_beyond_the_blocks(isa, rng, name, m, k, n):
 
 @pytest.mark.parametrize("name", SMALL_PRODUCTS)
 def test_bias_residual_and_out(isa, dtype, rng, name):
-    for m, (k, n) in pairs((1, 4, 9), ((33, 70), (64, 16), (7, 1), (300, 33))):
+    for m, k, n in ((1, 33, 70), (4, 64, 16), (9, 7, 1), (1, 300, 33), (9, 33, 70), (4, 300, 33)):
         x, packed = normal(rng, m, k, dtype=dtype), packed_as(name, gauss(rng, k, n))
         for bias_dtype, with_residual in pairs((None, *DTYPES.values()), (False, True)):
             bias = None if bias_dtype is None else gauss(rng, n).astype(bias_dtype)
