@@ -67,7 +67,7 @@ def run(conversation: Conversation, watch: Any) -> int:
             break
         elif text.strip():
             try:
-                _answer(conversation, text, watch)
+                _answer(conversation, text, watch, by_hand)
             except ValueError as error:
                 if not by_hand:
                     raise
@@ -75,17 +75,23 @@ def run(conversation: Conversation, watch: Any) -> int:
     return 0
 
 
-def _answer(conversation: Conversation, text: str, watch: Any) -> None:
-    """Write the answer as it comes. Ctrl-C ends it, and what was said of it stays said."""
-    stream, shown = conversation.ask(text), 0
-    with suppress(KeyboardInterrupt), watch(stream):
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            shown += len(piece)
+def _answer(conversation: Conversation, text: str, watch: Any, by_hand: bool) -> None:
+    """Write the answer as it comes. Ctrl-C ends it, and what was said of it stays said; in a pipe, where nobody asks
+    on, it ends the program too, after the line."""
+    stream, shown, stopped = conversation.ask(text), 0, None
+    try:
+        with watch(stream):
+            for piece in stream:
+                shown += len(piece)  # before: Ctrl-C is raised by the writing, when that is done
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        stopped = interrupt
     answer = stream.completions[0].text or ""
     sys.stdout.write(answer[shown:] + ("" if answer.endswith("\n") else "\n"))
     sys.stdout.flush()
+    if stopped and not by_hand:
+        raise stopped
     conversation.heard(text, answer)
 
 

@@ -89,6 +89,12 @@ def _add_chat(chat: _Parser) -> None:
     _add_sampling(chat, "model", "model")
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 0 on; without it, runs differ")
+    return int(text)
+
+
 def _add_sampling(command: _Parser, default: str | None, shown: str) -> None:
     command.add_argument("--sampling", choices=("model", "greedy"), default=default,
                          help="what holds of the options below that are not given: the settings of the model's makers, "
@@ -98,7 +104,7 @@ def _add_sampling(command: _Parser, default: str | None, shown: str) -> None:
     command.add_argument("--top-p", type=float, metavar="P")
     command.add_argument("--min-p", type=float, metavar="P")
     command.add_argument("--repetition-penalty", type=float, metavar="R")
-    command.add_argument("--seed", type=int)
+    command.add_argument("--seed", type=_seed, metavar="N", help="the same texts each time (default: others)")
     command.add_argument("--cache-dtype", default="float32", help="float32, bfloat16 or int8 (default: %(default)s)")
 
 

@@ -127,6 +127,7 @@ def _run(command: list[str], timeout: float, signal_after: str | None, settings:
             before += line
             if line.strip() == signal_after or not line:
                 process.send_signal(signal.SIGINT)
+                begin = time.monotonic()  # what matters is how long that takes
                 break
         out, err = process.communicate(timeout=timeout)
         return Done(process.returncode, before + out, err, time.monotonic() - begin)

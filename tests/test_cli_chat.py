@@ -175,6 +175,21 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(tmp_path):
         assert terminal.ended() == 0
 
 
+@pytest.mark.alone
+def test_an_interrupt_in_a_pipe_ends_the_program_after_the_line(tmp_path):
+    folder = speaking(tmp_path, {2: 5, 5: 6, 6: 5})
+    process = subprocess.Popen([*COMMAND, folder, "--context", "4000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, bufsize=0)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"hi\nhi\nhi\n")
+    process.stdin.close()
+    begun = process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    rest, notes = process.stdout.read(), process.stderr.read()
+    assert (process.wait(timeout=60), notes) == (130, b"")
+    assert re.fullmatch(rb"hello( there| hello)*( |)\n", begun + rest)
+
+
 def test_a_mistake_at_a_terminal_is_told_and_the_chat_goes_on(speaker):
     with Terminal(speaker, "--context", 12) as terminal:
         terminal.until("> ")

@@ -179,44 +179,66 @@ import forge_c as fc
 
 fc.set_num_threads(THREADS)
 rng = np.random.default_rng(0)
-row = rng.standard_normal((1, 2048), np.float32)
 qkv = rng.standard_normal((1, 16384, 1, 64), np.float32)
 heads = np.broadcast_to(qkv, (1, 16384, 16, 64))
-wide = np.broadcast_to(rng.standard_normal((1, 32768), np.float32), (8192, 32768))
+wide = np.broadcast_to(rng.standard_normal((1, 8192), np.float32), (4096, 8192))
+weight = np.broadcast_to(rng.standard_normal((1, 16384), np.float32), (8192, 16384))
 calls = {
     "attention": lambda: fc.attention(heads, qkv, qkv),
     "causal": lambda: fc.attention(heads, qkv, qkv, causal=True, softcap=30.0),
-    "linear": lambda: fc.linear(wide, np.broadcast_to(row, (32768, 2048))),
+    "linear": lambda: fc.linear(wide, weight),
 }
 def small():
     return (fc.attention(heads[:, :300], qkv[:, :300], qkv[:, :300]).tobytes()
-            + fc.linear(wide[:64, :512], np.broadcast_to(row, (512, 2048))).tobytes())
+            + fc.linear(wide[:64, :512], weight[:512, :2048]).tobytes())
+
+sent = []
+
+def clocks():
+    return time.monotonic(), time.process_time()
+
+def interrupt(number):
+    time.sleep(0.3)
+    sent[:] = clocks()
+    os.kill(os.getpid(), number)
+
+def interrupted(call, number, error):
+    # Seconds from the signal to the error, of the clock and of this process, with all its threads.
+    thread = threading.Thread(target=interrupt, args=(number,))
+    thread.start()
+    try:
+        call()
+    except error:
+        now = clocks()
+        thread.join()
+        return now[0] - sent[0], now[1] - sent[1]
+    raise SystemExit("the call was over before the signal, or never looked for it")
+
+def notices(call, number, error):
+    # What the process itself still does is bounded each time. The clock also runs while others have the CPUs, on a
+    # busy machine for seconds, but not each time.
+    for _ in range(4):
+        late, busy = interrupted(call, number, error)
+        assert busy < 0.6 * THREADS, busy
+        if late < 0.6:
+            return
+    raise AssertionError(f"{late} s after the signal")
 """
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["attention", "causal", "linear"])
-def test_ctrl_c_stops_a_long_call_and_the_library_works_on(name, threads):
-    late = float(run_script(LONG.replace("THREADS", str(threads)) + f"""
+def test_ctrl_c_stops_a_long_call_and_the_library_works_on(threads):
+    run_script(LONG.replace("THREADS", str(threads)) + """
 before = small()
-sent = []
-
-def interrupt():
-    time.sleep(0.3)
-    sent.append(time.monotonic())
-    os.kill(os.getpid(), signal.SIGINT)
-
-threading.Thread(target=interrupt).start()
-try:
-    calls[{name!r}]()
-except KeyboardInterrupt:
-    print(time.monotonic() - sent[0])
-else:
-    raise SystemExit("the call was over before the signal, or never looked for it")
-assert small() == before
-"""))
-    assert late < 1.5
+for name, call in calls.items():
+    try:
+        notices(call, signal.SIGINT, KeyboardInterrupt)
+        assert small() == before
+    except AssertionError as error:
+        error.add_note(name)
+        raise
+""")
 
 
 @pytest.mark.alone
@@ -228,14 +250,15 @@ class TooLate(Exception):
 def handler(number, frame):
     raise TooLate("0.2 s are over")
 
+signal.signal(signal.SIGUSR1, handler)
+notices(calls["attention"], signal.SIGUSR1, TooLate)
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.2)
-start = time.monotonic()
 try:
     calls["attention"]()
 except TooLate as error:
-    print(error, time.monotonic() - start < 1.7)
-""") == "0.2 s are over True\n"
+    print(error)
+""") == "0.2 s are over\n"
 
 
 def test_a_signal_handler_that_returns_changes_nothing():

@@ -289,7 +289,10 @@ def _divisors(keys: Keys, name: str, n: int) -> list[float] | None:
         return None
     if tensor.type.name != "F32" or tensor.shape != (n,):
         keys.fail(f"tensor {name} has type {tensor.type.name} and shape {tensor.shape}, expected F32 and {(n,)}")
-    return tensor.read().view(np.float32).tolist()
+    values = tensor.read().view(np.float32)
+    for i in np.flatnonzero(~((values > 0) & np.isfinite(values)))[:1]:
+        keys.fail(f"tensor {name} holds {values[i]} at {i}, expected finite numbers above 0")
+    return values.tolist()
 
 
 # ---- what each has of its own ---------------------------------------------------------------------------------------
