@@ -14,6 +14,7 @@
 #include "../kernels/conv1d.h"
 #include "../kernels/convert.h"
 #include "../kernels/gemm.h"
+#include "../kernels/gemm_integers.h"
 #ifdef FC_HAS_TILES
 #include "../kernels/tiles.h"
 #endif

@@ -29,7 +29,8 @@ FC_INLINE void stream_parts(struct fc_stream *p, char *to, const char *from, ptr
     } else if (i) {
         memcpy(to, from, (size_t)i);
     }
-    for (; i + STREAM_PART <= bytes; i += STREAM_PART) vf_stream_part(to + i, from + i);
+    if (STREAM_PART < FC_BYTES)
+        for (; i + STREAM_PART <= bytes; i += STREAM_PART) vf_stream_part(to + i, from + i);
     if (i < bytes) {
         memcpy(p->bytes, from + i, (size_t)(bytes - i));
         p->waiting = bytes - i;
