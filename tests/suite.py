@@ -6,6 +6,7 @@ float64 result or a packed weight, serves all of them; it is forgotten when the 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import os
@@ -25,6 +26,9 @@ import forge_c
 
 ISA = "isa"  # the fixture of this name
 THREADS = 1  # what a test begins with: the others' cores are theirs
+# torch, once imported, may leave OpenMP one thread for each core of two CPUs, which forge_c takes for a limit.
+LIBRARY = ctypes.CDLL(str(Path(forge_c.get_library_dir(), "libforge_c.so")))
+OPENMP_THREADS = LIBRARY.omp_get_max_threads() if hasattr(LIBRARY, "omp_get_max_threads") else None
 
 # ---- one case after the other -----------------------------------------------------------------------
 
@@ -247,6 +251,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
         current_case[:] = [case]
         remembered.clear()
     locks = getattr(item.config, "locks", None)
+    if OPENMP_THREADS is not None:
+        LIBRARY.omp_set_num_threads(OPENMP_THREADS)
     try:
         with locks.held(is_alone(item)) if locks else nullcontext():
             return (yield)
