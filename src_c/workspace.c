@@ -7,8 +7,7 @@
 #include <sys/mman.h>
 #endif
 
-/* Scratch of many pages lies in huge ones: rows that a product reads at once are pages apart. */
-enum { HUGE_PAGE = 2 << 20, HUGE_FROM = HUGE_PAGE / 2 };
+enum { HUGE_PAGE = 2 << 20 };
 
 struct fc_workspace {
     char *block, *base;
@@ -25,11 +24,12 @@ void fc_workspace_free(fc_workspace *w) {
 
 size_t fc_workspace_bytes(const fc_workspace *w) { return w->capacity; }
 
-/* At least `bytes` on whole cache lines from *base on; what is returned is free's. NULL: no memory. */
-static void *block_of(size_t bytes, char **base) {
+/* At least `bytes` on whole cache lines from *base on, in huge pages if asked and if it fills some; what is returned is
+ * free's. NULL: no memory. */
+static void *block_of(size_t bytes, int huge, char **base) {
     size_t line = 64;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (bytes >= HUGE_FROM) line = HUGE_PAGE;
+    if (huge && bytes >= HUGE_PAGE) line = HUGE_PAGE;
 #endif
     const size_t whole = (bytes + line - 1) / line * line;
     char *block = malloc(whole + line);
@@ -44,7 +44,7 @@ static void *block_of(size_t bytes, char **base) {
 static void grow(fc_workspace *w) {
     size_t capacity = 4096;
     while (capacity < w->wanted && capacity <= SIZE_MAX / 4) capacity *= 2;
-    char *base, *block = block_of(capacity, &base);
+    char *base, *block = block_of(capacity, 1, &base);
     if (!block) return;
     free(w->block);
     w->block = block, w->base = base, w->capacity = capacity;
@@ -58,7 +58,7 @@ static int total_bytes(size_t *stride, size_t *total, int threads, size_t bytes)
     return __builtin_mul_overflow((size_t)threads, *stride, total) || *total > SIZE_MAX / 2;
 }
 
-int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes) {
+static int alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes, int huge) {
     size_t total;
     *s = (fc_scratch){0};
     if (total_bytes(&s->stride, &total, threads, bytes)) return -1;
@@ -73,12 +73,20 @@ int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t byte
             return 0;
         }
     }
-    s->block = block_of(total, &s->base);
+    s->block = block_of(total, huge, &s->base);
     if (!s->block) {
         fc_scratch_free(s);
         return -1;
     }
     return 0;
+}
+
+int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes) {
+    return alloc(from, s, threads, bytes, 0);
+}
+
+int fc_scratch_alloc_huge(fc_workspace *from, fc_scratch *s, int threads, size_t bytes) {
+    return alloc(from, s, threads, bytes, bytes >= HUGE_PAGE / 2);
 }
 
 void fc_scratch_free(fc_scratch *s) {

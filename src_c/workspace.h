@@ -18,6 +18,9 @@ typedef struct {
     void *block;
 } fc_scratch;
 int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes);
+/* The same in huge pages, as a workspace is, if each slice is half of one: for what a product reads at once and lies
+ * pages apart. All of such a page is held once a byte of it is written. */
+int fc_scratch_alloc_huge(fc_workspace *from, fc_scratch *s, int threads, size_t bytes);
 void fc_scratch_free(fc_scratch *s);
 static inline void *fc_scratch_of(const fc_scratch *s, int rank) { return s->base + (size_t)rank * s->stride; }
 

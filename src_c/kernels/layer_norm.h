@@ -94,7 +94,7 @@ struct layer_norm_scale {
 
 /* (x first - mean) scale weight + bias at i, as far as n reaches */
 FC_INLINE vf layer_norm_scaled(fc_dtype t, const struct layer_norm_scale *s, const void *x, ptrdiff_t i, ptrdiff_t n) {
-    const vf h = vf_get_upto(t, x, i, n), y = ((s->wide ? h * s->first : h) - s->mean) * s->scale;
+    const vf h = vf_get_upto(t, x, i, n), y = ((s->wide || FC_BYTES < 64 ? h * s->first : h) - s->mean) * s->scale;
     const vf weight = s->weight ? vf_get_upto(FC_F32, s->weight, i, n) : vf_set1(1.0f);
     if (s->bias) return vf_fma(y, weight, vf_get_upto(FC_F32, s->bias, i, n));
     return s->weight ? y * weight : y;

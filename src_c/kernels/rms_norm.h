@@ -62,7 +62,7 @@ struct rms_scale {
 /* x first scale (plus + weight) at i, as far as n reaches */
 FC_INLINE vf rms_scaled(fc_dtype t, const struct rms_scale *s, const void *x, const float *weight, ptrdiff_t i,
                         ptrdiff_t n) {
-    const vf h = vf_get_upto(t, x, i, n), y = (s->wide ? h * s->first : h) * s->scale;
+    const vf h = vf_get_upto(t, x, i, n), y = (s->wide || FC_BYTES < 64 ? h * s->first : h) * s->scale;
     return weight ? y * (s->plus + vf_get_upto(FC_F32, weight, i, n)) : y;
 }
 

@@ -331,7 +331,7 @@ static fc_status by_tiles(struct linear *ctx) {
     if (threads > items) threads = (int)items;
     ctx->ldc = odd_lines(ctx->tile_panels * FC_PANEL * 4);
     const size_t sums = (size_t)(ctx->block_rows * ctx->ldc);
-    if (fc_scratch_alloc(args->workspace, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
+    if (fc_scratch_alloc_huge(args->workspace, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(ctx), multiply_tiles, ctx);
     fc_scratch_free(&ctx->scratch);
     return status;

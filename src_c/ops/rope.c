@@ -51,9 +51,11 @@ static void rotate_tokens(void *context, ptrdiff_t begin, ptrdiff_t end, int ran
         const char *x = (const char *)args->x + b * args->x_stride[0] + s * args->x_stride[1];
         char *out = (char *)args->out + b * args->out_stride[0] + s * args->out_stride[1];
         for (ptrdiff_t h = 0; h < args->heads; h++, x += args->x_stride[2], out += args->out_stride[2]) {
-            rotate(staged.heads ? stage_head(&staged, out) : out, x, args->cos + p * args->rotary_pairs,
-                   args->sin + p * args->rotary_pairs, args->rotary_pairs, args->head_dim);
-            if (staged.heads && staged.end - staged.begin == full) stream_heads(&staged, rest, x + PREFETCH_BYTES);
+            char *to = full > 1 ? stage_head(&staged, out) : full ? staged.heads : out;
+            rotate(to, x, args->cos + p * args->rotary_pairs, args->sin + p * args->rotary_pairs, args->rotary_pairs,
+                   args->head_dim);
+            if (full == 1) ctx->k->stream_row(&staged.stream, out, to, ctx->head_bytes, x + PREFETCH_BYTES);
+            else if (full && staged.end - staged.begin == full) stream_heads(&staged, rest, x + PREFETCH_BYTES);
         }
     }
     stream_heads(&staged, 0, NULL);
