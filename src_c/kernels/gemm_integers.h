@@ -243,8 +243,8 @@ FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
 
 /* Rows of integers that are a few too many for a tile are one all the same, of fewer columns: else each line of W would
- * be taken apart twice, and memory would rest under the second tile. With two halves of a panel, each asks for half of the
- * next one; a panel that is left over is for two tiles. */
+ * be taken apart twice, and memory would rest under the second tile. With two halves of a panel, each asks for half of
+ * the next one; a panel that is left over is for two tiles. */
 #if FC_BYTES > 16
 enum { FC_NV_TALL = FC_BYTES == 64 ? 2 : 1 };
 FC_INLINE void gemm_tall(gemm_tile *tall, void (*low)(const struct fc_gemm *), const struct fc_gemm *g) {
