@@ -24,19 +24,23 @@ void fc_workspace_free(fc_workspace *w) {
 
 size_t fc_workspace_bytes(const fc_workspace *w) { return w->capacity; }
 
+void fc_use_huge_pages(void *block, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t from = ((uintptr_t)block + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t to = ((uintptr_t)block + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (from < to) (void)madvise((void *)from, to - from, MADV_HUGEPAGE); /* refused: small pages do */
+#else
+    (void)block, (void)bytes;
+#endif
+}
+
 /* At least `bytes` on whole cache lines from *base on, in huge pages if asked and if it fills some; what is returned is
  * free's. NULL: no memory. */
 static void *block_of(size_t bytes, int huge, char **base) {
-    size_t line = 64;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (huge && bytes >= HUGE_PAGE) line = HUGE_PAGE;
-#endif
-    const size_t whole = (bytes + line - 1) / line * line;
+    const size_t line = huge && bytes >= HUGE_PAGE ? HUGE_PAGE : 64, whole = (bytes + line - 1) / line * line;
     char *block = malloc(whole + line);
     *base = (char *)(((uintptr_t)block + line - 1) / line * line);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (block && line == HUGE_PAGE) madvise(*base, whole, MADV_HUGEPAGE); /* refused: small pages do */
-#endif
+    if (block && line == HUGE_PAGE) fc_use_huge_pages(*base, whole);
     return block;
 }
 

@@ -18,10 +18,13 @@ typedef struct {
     void *block;
 } fc_scratch;
 int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes);
-/* The same in huge pages, as a workspace is, if each slice is half of one: for what a product reads at once and lies
- * pages apart. All of such a page is held once a byte of it is written. */
+/* The same in huge pages, as a workspace is, if each slice is half of one. */
 int fc_scratch_alloc_huge(fc_workspace *from, fc_scratch *s, int threads, size_t bytes);
 void fc_scratch_free(fc_scratch *s);
 static inline void *fc_scratch_of(const fc_scratch *s, int rank) { return s->base + (size_t)rank * s->stride; }
+
+/* Let whole huge pages of a block be such, where the system has some: for what is read again and again and lies further
+ * apart than what the processor remembers of small ones. All of such a page is held once a byte of it is written. */
+void fc_use_huge_pages(void *block, size_t bytes);
 
 #endif

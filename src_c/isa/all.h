@@ -27,10 +27,10 @@
 #ifdef FC_HAS_TILES
 #include "../kernels/attention_tiles.h"
 #endif
+#include "../kernels/residual.h"
 #include "../kernels/layer_norm.h"
 #include "../kernels/linear.h"
 #include "../kernels/panels.h"
-#include "../kernels/residual.h"
 #include "../kernels/rms_norm.h"
 #include "../kernels/roofline.h"
 #include "../kernels/rope.h"

@@ -44,47 +44,20 @@ FC_INLINE void strip_max_row(struct strip *s) {
     s->max[row] = vf_hmax(max_of(s->s + row * STRIP_SCORES, s->sees[row]));
 }
 
-/* One step of 32 rows by two panels: tiles 0 .. 3 += x w */
-FC_INLINE void strip_step(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t stride) {
-    tile_load(4, x, ldx);
-    tile_load_once(6, w, FC_LINE);
-    tile_dot_bf16(0, 4, 6);
-    tile_load_once(7, w + stride, FC_LINE);
-    tile_dot_bf16(1, 4, 7);
-    tile_load(5, x + TILE_ROWS * ldx, ldx);
-    tile_dot_bf16(2, 5, 6);
-    tile_dot_bf16(3, 5, 7);
-}
-
-FC_INLINE void strip_clear(void) {
-    tile_zero(0);
-    tile_zero(1);
-    tile_zero(2);
-    tile_zero(3);
-}
-
-FC_INLINE void strip_store(float *c, ptrdiff_t ldc) {
-    char *upper = (char *)c, *lower = upper + TILE_ROWS * ldc;
-    tile_store(0, upper, ldc);
-    tile_store(1, upper + FC_LINE, ldc);
-    tile_store(2, lower, ldc);
-    tile_store(3, lower + FC_LINE, ldc);
-}
-
 /* Scores of `next`, meanwhile weights of `now`; either may be NULL. */
 FC_INLINE void strip_scores(const struct fc_attention_strips *t, const struct strip *next, struct strip *now) {
     const ptrdiff_t steps = next->keys / STRIP_KEYS * t->k_lines / TILE_LINES;
     ptrdiff_t owed = 0;
     for (ptrdiff_t key = 0; key < next->keys; key += STRIP_KEYS) {
         const char *x = next->q, *w = t->k + key / FC_PANEL * t->k_panel;
-        strip_clear();
+        tile_clear_pairs();
         for (ptrdiff_t line = 0; line < t->k_lines; line += TILE_LINES, x += FC_LINE, w += TILE_BYTES) {
-            strip_step(x, t->ldq, w, t->k_panel);
+            tile_pair_step(0, x, t->ldq, w, t->k_panel);
             if (!now) continue;
             for (owed += FC_STRIP_ROWS; owed >= steps && now->row < FC_STRIP_ROWS; owed -= steps)
                 strip_weigh_row(now, t->scale);
         }
-        strip_store(next->s + key, STRIP_SCORES * 4);
+        tile_store_pairs((char *)(next->s + key), STRIP_SCORES * 4);
     }
 }
 
@@ -94,13 +67,13 @@ FC_INLINE void strip_values(const struct fc_attention_strips *t, const struct st
     ptrdiff_t owed = 0;
     for (ptrdiff_t panel = 0; panel < t->panels; panel += 2) {
         const char *x = (const char *)now->s, *w = t->v + panel * t->v_panel;
-        strip_clear();
+        tile_clear_pairs();
         for (ptrdiff_t key = 0; key < now->keys; key += STRIP_KEYS, x += FC_LINE, w += TILE_BYTES) {
-            strip_step(x, STRIP_SCORES * 4, w, t->v_panel);
+            tile_pair_step(0, x, STRIP_SCORES * 4, w, t->v_panel);
             if (!next) continue;
             for (owed += FC_STRIP_ROWS; owed >= steps && next->row < FC_STRIP_ROWS; owed -= steps) strip_max_row(next);
         }
-        strip_store(now->part + panel * FC_PANEL, t->ldp);
+        tile_store_pairs((char *)(now->part + panel * FC_PANEL), t->ldp);
     }
 }
 

@@ -1,12 +1,6 @@
 /* h = x + residual;  out = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias     arXiv 1607.06450
  * Two passes over a row that is in cache: the variance is of (h - mean), never E[h^2] - mean^2. */
 
-/* h = x + residual */
-FC_INLINE void norm_residual(fc_dtype t, void *h, const void *x, const void *residual, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i += FC_N)
-        vf_put_upto(t, h, i, vf_get_upto(t, x, i, n) + vf_get_upto(t, residual, i, n), n);
-}
-
 FC_INLINE float layer_norm_sum(fc_dtype t, void *h, const void *x, const void *residual, ptrdiff_t n) {
     vf acc[4] = {0}, a, b;
     ptrdiff_t i = 0;

@@ -75,13 +75,18 @@ FC_INLINE void prefetch_lines(const char *p, ptrdiff_t ld, const int count, cons
     if (accumulate) tile_load(t, (next) + (offset), ld);                                                               \
     else tile_zero(t);
 
-FC_INLINE void tile_pair_step(const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t stride) {
-    tile_load_once(4, x, ldx);
-    tile_load(6, w, FC_LINE);
+#define FC_TILE_LOAD(once, t, p, ld)                                                                                   \
+    if (once) tile_load_once(t, p, ld);                                                                                \
+    else tile_load(t, p, ld);
+
+/* One step of 32 rows by two panels: tiles 0 .. 3 += x w. Of x (x_once) or of w nothing is needed again soon. */
+FC_INLINE void tile_pair_step(const int x_once, const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t stride) {
+    FC_TILE_LOAD(x_once, 4, x, ldx)
+    FC_TILE_LOAD(!x_once, 6, w, FC_LINE)
     tile_dot_bf16(0, 4, 6);
-    tile_load(7, w + stride, FC_LINE);
+    FC_TILE_LOAD(!x_once, 7, w + stride, FC_LINE)
     tile_dot_bf16(1, 4, 7);
-    tile_load_once(5, x + TILE_ROWS * ldx, ldx);
+    FC_TILE_LOAD(x_once, 5, x + TILE_ROWS * ldx, ldx)
     tile_dot_bf16(2, 5, 6);
     tile_dot_bf16(3, 5, 7);
 }
@@ -103,8 +108,14 @@ FC_INLINE void tile_first_step(const char *x, ptrdiff_t ldx, const char *w, ptrd
     tile_dot_bf16(3, 5, 7);
 }
 
+FC_INLINE void tile_clear_pairs(void) {
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+}
+
 FC_INLINE void tile_store_pairs(char *c, ptrdiff_t ldc) {
-    if (!c) return;
     tile_store(0, c, ldc);
     tile_store(1, c + FC_LINE, ldc);
     tile_store(2, c + TILE_ROWS * ldc, ldc);
@@ -133,7 +144,7 @@ FC_INLINE void tile_pairs(const struct fc_gemm *g, const struct tile_pass *p, co
     tile_first_step(x, ldx, w, stride, before, b->c, ldc, g->accumulate);
     for (ptrdiff_t tile = 1; tile < p->tiles; tile++) {
         x += FC_LINE, w += TILE_BYTES;
-        tile_pair_step(x, ldx, w, stride);
+        tile_pair_step(1, x, ldx, w, stride);
         if (next_w < next_w_end) {
             prefetch_lines(next_w, stride, 2, 2);
             next_w += FC_LINE;
@@ -144,7 +155,7 @@ FC_INLINE void tile_pairs(const struct fc_gemm *g, const struct tile_pass *p, co
             next_c += 2 * ldc;
         }
     }
-    if (p->lines_left) tile_pair_step(b->x_rest, FC_LINE, p->rest->w[0], TILE_BYTES);
+    if (p->lines_left) tile_pair_step(1, b->x_rest, FC_LINE, p->rest->w[0], TILE_BYTES);
 }
 
 FC_INLINE void tile_row_step(const int panels, const char *x, ptrdiff_t ldx, const char *w, ptrdiff_t stride) {
@@ -171,10 +182,7 @@ FC_INLINE void tile_row(const int panels, const struct fc_gemm *g, const struct 
     const char *x = (const char *)g->x + p->row * ldx, *w = (const char *)g->w + panel * stride;
     char *c = (char *)g->c + p->row * ldc + panel * FC_LINE;
     tile_rest_of_w(p, w, stride, panels);
-    tile_zero(0);
-    tile_zero(1);
-    tile_zero(2);
-    tile_zero(3);
+    tile_clear_pairs();
     if (g->accumulate) {
         tile_load(0, c, ldc);
         if (panels > 1) tile_load(1, c + FC_LINE, ldc);
@@ -234,7 +242,7 @@ FC_INLINE void tile_paired(const struct fc_gemm *g, const struct tile_pass *p, p
             before = b.c;
         }
     }
-    tile_store_pairs(before, g->ldc);
+    if (before) tile_store_pairs(before, g->ldc);
 }
 
 /* Whole blocks of 32 rows, and one of more than 16, by pairs of panels; then what is left of either */

@@ -2,9 +2,6 @@
  * a cache's own are read where they lie. */
 #include <stdint.h>
 #include <stdlib.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "../rows.h"
 #include "attention.h"
@@ -24,18 +21,6 @@ size_t fc_attention_store_bytes(const struct attention *ctx) {
     return (size_t)fc_plus(decoded_bytes(ctx), (ptrdiff_t)bytes);
 }
 
-/* In pages of 2 MiB, where the system has some: a prompt goes through all its keys again and again, further apart than
- * what the processor remembers of pages of 4 KiB, and fresh memory costs a fault for each. */
-static void use_huge_pages(char *block, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t size = 2 << 20, from = ((uintptr_t)block + size - 1) / size * size;
-    const uintptr_t to = ((uintptr_t)block + bytes) / size * size;
-    if (from < to) (void)madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)block, (void)bytes;
-#endif
-}
-
 /* Pages for `pairs` heads' keys and values; NULL without memory. */
 void **fc_attention_new_pages(struct attention *ctx, ptrdiff_t pairs) {
     const size_t count = (size_t)fc_times(pairs, ctx->kv.pages_a_row), bytes = (size_t)fc_attention_page_bytes(ctx);
@@ -43,7 +28,7 @@ void **fc_attention_new_pages(struct attention *ctx, ptrdiff_t pairs) {
     const size_t total = count * (bytes + sizeof(void *)) + 64;
     char *block = malloc(total);
     if (!block) return NULL;
-    use_huge_pages(block, total);
+    fc_use_huge_pages(block, total);
     void **table = (void **)(void *)block;
     char *first = (char *)(((uintptr_t)(table + count) + 63) / 64 * 64);
     for (size_t i = 0; i < count; i++) table[i] = first + i * bytes;
