@@ -100,7 +100,8 @@ class MPIComm(Comm):
                         last = time.monotonic()
                         continue
                     for each in messages:
-                        self._check_others(each)
+                        if not each._finished():  # by the helper, meanwhile
+                            self._check_others(each)
                     now = time.monotonic()
                     if now - begin > timeout:
                         first = messages[0]
