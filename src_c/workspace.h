@@ -16,9 +16,11 @@ typedef struct {
     fc_workspace *from; /* NULL: block is malloc's */
     size_t taken;
     void *block;
+    size_t kept_bytes; /* not 0: the next call may have so many of block */
 } fc_scratch;
 int fc_scratch_alloc(fc_workspace *from, fc_scratch *s, int threads, size_t bytes);
-/* The same in huge pages, as a workspace is, if each slice is half of one. */
+/* The same of what may be large: from 1 MiB on in huge pages, as a workspace is. Without a workspace the last blocks,
+ * 64 MiB of them at most, are kept for the next calls: the second of a shape is given no page by the system. */
 int fc_scratch_alloc_huge(fc_workspace *from, fc_scratch *s, int threads, size_t bytes);
 void fc_scratch_free(fc_scratch *s);
 static inline void *fc_scratch_of(const fc_scratch *s, int rank) { return s->base + (size_t)rank * s->stride; }

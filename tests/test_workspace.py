@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from child import compile_c, run_c
+from child import compile_c, run_c, run_script
 from suite import case
 
 SHIM = r"""
@@ -75,6 +75,55 @@ def test_a_step_allocates_nothing_once_its_shape_was_seen(shim):
         with case(line):
             first, later = map(int, line.split()[2:])
             assert first > 0 and later == 0
+
+
+KEPT = """
+import resource, sys, threading, numpy as np, forge_c as fc
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+others = [np.ones(1 << 20, np.float32) for _ in range(4)]
+for dtype in ("float32", "bfloat16", "int8"):
+    for m, k, n in ((2048, 4096, 64), (300, 3000, 1000), (64, 1024, 1024)):
+        x, w = np.ones((m, k), np.float32), fc.pack(np.ones((k, n), np.float32), dtype)
+        out = np.zeros((m, n), np.float32)
+        for threads in (1, 2):
+            fc.set_num_threads(threads)
+            taken = []
+            for _ in range(4):
+                before = faults()
+                fc.linear(x, w, out=out)
+                taken.append(faults() - before)
+            assert np.abs(out - k).max() < 0.01 * k
+            print("calls", dtype, m, k, n, threads, *taken)
+
+x, w = np.ones((1, 4096), np.float32), fc.pack(np.ones((4096, 64), np.float32))
+for rows in (1 << 10, 5 << 10):
+    many, out = np.broadcast_to(x, (rows, 4096)), np.zeros((rows, 64), np.float32)
+    before = anonymous()
+    calls = [threading.Thread(target=fc.linear, args=(many, w), kwargs={"out": out}) for _ in range(4)]
+    [call.start() for call in calls], [call.join() for call in calls]
+    assert (out == 4096).all()
+    print("kept", rows, anonymous() - before)
+"""
+
+
+def test_the_second_call_of_a_shape_is_given_no_page_and_what_is_kept_has_a_bound():
+    """Without a workspace, beside other arrays; calls at once, of more than may be kept, leave 64 MiB at most."""
+    lines = [line.split() for line in run_script(KEPT).splitlines()]
+    calls, kept = ([line[1:] for line in lines if line[0] == what] for what in ("calls", "kept"))
+    assert len(calls) == 18 and len(kept) == 2
+    for line in calls:
+        with case(*line):
+            assert min(map(int, line[-3:])) < 20
+    for rows, grown in kept:
+        with case(rows):
+            assert int(grown) < (64 << 20) + (8 << 20)
 
 
 TOO_LARGE = r"""

@@ -170,6 +170,13 @@ static ptrdiff_t k_at_once(const struct linear *ctx) {
 /* Rows an odd number of lines apart: those of one tile, and of one block, then lie in different sets of the caches. */
 static ptrdiff_t odd_lines(ptrdiff_t bytes) { return fc_round_up(bytes - FC_LINE, 2 * FC_LINE) + FC_LINE; }
 
+/* Plain W may be one of many that are multiplied once, as while a model is packed: nothing is kept for it. */
+static int alloc_scratch(const struct linear *ctx, fc_scratch *s, int threads, size_t bytes) {
+    fc_workspace *workspace = ctx->args->workspace;
+    return ctx->product.format->packed ? fc_scratch_alloc_huge(workspace, s, threads, bytes)
+                                       : fc_scratch_alloc(workspace, s, threads, bytes);
+}
+
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right type; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
@@ -185,7 +192,7 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
     ctx->ldx = odd_lines(fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes);
     ctx->x_block = fc_times(args->m, ctx->ldx);
     const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc);
-    if (fc_scratch_alloc(args->workspace, copy, 1, (size_t)values)) return FC_NO_MEMORY;
+    if (alloc_scratch(ctx, copy, 1, (size_t)values)) return FC_NO_MEMORY;
     ctx->x = copy->base;
     const double ns = (double)args->k * (args->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(args->m, ns);
@@ -331,7 +338,7 @@ static fc_status by_tiles(struct linear *ctx) {
     if (threads > items) threads = (int)items;
     ctx->ldc = odd_lines(ctx->tile_panels * FC_PANEL * 4);
     const size_t sums = (size_t)(ctx->block_rows * ctx->ldc);
-    if (fc_scratch_alloc_huge(args->workspace, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
+    if (alloc_scratch(ctx, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(ctx), multiply_tiles, ctx);
     fc_scratch_free(&ctx->scratch);
     return status;
