@@ -52,6 +52,7 @@ struct fc_gemm {
     ptrdiff_t ldx;
     const void *w; /* panel p at p * panel_stride */
     ptrdiff_t panel_stride;
+    const void *next_w; /* panels that will be multiplied after these, or NULL */
     ptrdiff_t m, panels;
     ptrdiff_t lines;        /* float formats: all of them; integer formats: those of a chunk */
     ptrdiff_t group_chunks; /* integer formats: chunks of a group of W, */

@@ -21,7 +21,7 @@
  * s8:  c = sum over all lines, which must fit. One row runs the arithmetic of many, hence the same bits.
  * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
  *
- * While the rows of X pass over a block of W, the bytes after it are prefetched, so that memory and arithmetic overlap.
+ * While the rows of X pass over a block of W, what comes after it is prefetched, so that memory and arithmetic overlap.
  */
 
 #define FC_PER_PANEL (FC_PANEL / FC_N)
@@ -133,21 +133,21 @@ FC_INLINE void prefetch_line(gemm_prefetch *a, const int nv, ptrdiff_t panel_str
  * again for what was asked for takes those of loads, a cycle a line each. */
 enum { LINES_AT_ONCE = 4 };
 
-/* The same for so many lines. Where there are tiles enough, each has a part of one panel, and asks for hardly a line
- * twice. */
-FC_INLINE gemm_prefetch prefetch_lines_from(gemm_format f, const int nv, const char *w, ptrdiff_t panel_stride,
-                                            ptrdiff_t bytes, int tile, int tiles) {
-    const int panels = (nv + FC_PER_PANEL - 1) / FC_PER_PANEL, one = tiles >= LINES_AT_ONCE * panels;
-    const int parts = one ? tiles / panels : tiles, part = one ? tile / panels : tile;
-    const char *panel = one ? w + tile % panels * panel_stride : w;
-    gemm_prefetch prefetch = prefetch_from(f, panel, bytes, part, parts);
-    prefetch.step = LINES_AT_ONCE * fc_line_bytes(f) / parts;
-    prefetch.one = one;
-    return prefetch;
-}
-
 FC_INLINE const char *first_line(gemm_format f, const struct fc_gemm *g, ptrdiff_t vector) {
     return (const char *)g->w + vector / FC_PER_PANEL * g->panel_stride + vector % FC_PER_PANEL * vector_bytes(f);
+}
+
+/* The same for so many lines, of what the rows pass over next: further ahead, much of it would have left L2 before its
+ * turn. Where there are tiles enough, each has a part of one panel, and asks for hardly a line twice. */
+FC_INLINE gemm_prefetch prefetch_lines_from(gemm_format f, const int nv, const struct fc_gemm *g, ptrdiff_t vector,
+                                            int tile, int tiles) {
+    const int panels = (nv + FC_PER_PANEL - 1) / FC_PER_PANEL, one = tiles >= LINES_AT_ONCE * panels;
+    const int parts = one ? tiles / panels : tiles, part = one ? tile / panels : tile;
+    const int last = vector + 2 * nv > g->panels * FC_PER_PANEL;
+    const char *next = last && g->next_w ? g->next_w : first_line(f, g, vector + nv);
+    if (one) next += tile % panels * g->panel_stride;
+    const ptrdiff_t line_bytes = fc_line_bytes(f);
+    return (gemm_prefetch){next + g->lines * line_bytes / parts * part, LINES_AT_ONCE * line_bytes / parts, one};
 }
 
 /* ---- float formats ---- */
@@ -202,7 +202,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
         for (int j = 0; j < nv; j++) acc[i][j] = g->accumulate ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
     ptrdiff_t lines = g->lines;
     if (tiles >= LINES_AT_ONCE) {
-        gemm_prefetch prefetch = prefetch_lines_from(f, nv, w, panel_stride, bytes, tile, tiles);
+        gemm_prefetch prefetch = prefetch_lines_from(f, nv, g, vector, tile, tiles);
         for (; lines >= LINES_AT_ONCE; lines -= LINES_AT_ONCE) {
             prefetch_line(&prefetch, nv, panel_stride);
 #pragma GCC unroll 4

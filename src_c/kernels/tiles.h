@@ -231,7 +231,7 @@ FC_INLINE void tile_paired(const struct fc_gemm *g, const struct tile_pass *p, p
     tiles_begin(&shapes);
     for (ptrdiff_t panel = 0; panel < paired; panel += 2) {
         b.w = (const char *)g->w + panel * stride;
-        b.next_w = panel + 2 < paired ? b.w + 2 * stride : (const char *)g->w + bytes;
+        b.next_w = panel + 2 < paired ? b.w + 2 * stride : g->next_w ? g->next_w : (const char *)g->w + bytes;
         tile_rest_of_w(p, b.w, stride, 2);
         for (ptrdiff_t row = p->row; row < end; row += 32, b.next_w += b.share) {
             b.c = (char *)g->c + row * g->ldc + panel * FC_LINE;

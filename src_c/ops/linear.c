@@ -233,6 +233,12 @@ static void expand_panels(const struct linear *ctx, char *to, const char *w, ptr
     for (ptrdiff_t p = 0; p < count; p++) f->expand(to + p * stride, w + p * panel_bytes, kc / f->block_k);
 }
 
+/* Row k of a panel of packed W */
+static const char *packed_w(const struct linear *ctx, ptrdiff_t panel, ptrdiff_t k) {
+    const struct product *f = &ctx->product;
+    return (const char *)ctx->args->weight + (panel * ctx->k + k) / f->block_k * f->block_bytes;
+}
+
 static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrdiff_t panel, ptrdiff_t panels,
                      ptrdiff_t row, ptrdiff_t rows) {
     const struct product *f = &ctx->product;
@@ -245,7 +251,7 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
     for (ptrdiff_t k0 = 0; k0 < ctx->k || k0 == 0; k0 += ctx->kc) {
         ptrdiff_t kc = fc_smaller(ctx->kc, ctx->k - k0);
         g.x = ctx->x + k0 / ctx->kc * ctx->x_block + row * ctx->ldx;
-        g.w = (const char *)ctx->args->weight + panel * panel_bytes + k0 / f->block_k * f->block_bytes;
+        g.w = packed_w(ctx, panel, k0);
         g.blocks = kc / f->block_k;
         g.lines = f->a_type == A_QUANTIZED ? f->chunk_lines : g.blocks;
         if (f->expand) {
@@ -257,6 +263,10 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
             pack_unpacked(ctx, unpacked, panel, panels, k0, kc);
             g.w = unpacked;
             g.panel_stride = kc * FC_PANEL * 4;
+        } else {
+            /* the next k, then the same panels under the next rows, then those beside them */
+            g.next_w = k0 + kc < ctx->k ? packed_w(ctx, panel, k0 + kc)
+                                        : packed_w(ctx, row + rows < ctx->args->m ? panel : panel + panels, 0);
         }
         f->gemm(&g);
         g.accumulate = 1;
