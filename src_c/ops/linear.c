@@ -264,9 +264,10 @@ static void multiply(const struct linear *ctx, float *acc, float *unpacked, ptrd
             g.w = unpacked;
             g.panel_stride = kc * FC_PANEL * 4;
         } else {
-            /* the next k, then the same panels under the next rows, then those beside them */
-            g.next_w = k0 + kc < ctx->k ? packed_w(ctx, panel, k0 + kc)
-                                        : packed_w(ctx, row + rows < ctx->args->m ? panel : panel + panels, 0);
+            /* the next k, then the same panels under the next rows, then those beside them; never what is not there,
+             * where each prefetch would search the page tables in vain */
+            const ptrdiff_t next = row + rows < ctx->args->m ? panel : (panel + panels) % ctx->panels;
+            g.next_w = k0 + kc < ctx->k ? packed_w(ctx, panel, k0 + kc) : packed_w(ctx, next, 0);
         }
         f->gemm(&g);
         g.accumulate = 1;
