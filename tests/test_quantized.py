@@ -429,13 +429,13 @@ def test_a_row_alone_is_the_row_in_any_batch(isa, dtype, rng, name):
 @pytest.mark.parametrize("k", [4097, 9000])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_row_alone_beyond_the_blocks(isa, rng, name, k):
-    x = normal(rng, 14, k)
+    x = normal(rng, 31, k)
     for call in calls(rng, name, k, 33):
         every = call(x)
-        for row in (0, 5, 13):
+        for row in (0, 5, 13, 30):
             assert call(x[row:row + 1]).tobytes() == every[row:row + 1].tobytes(), row
             assert call(x[max(row - 4, 0):row + 1])[-1].tobytes() == every[row].tobytes(), row
-        for m in (7, 8):
+        for m in (7, 8, 12, 14, 19):
             assert call(x[:m]).tobytes() == every[:m].tobytes(), m
 
 

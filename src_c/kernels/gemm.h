@@ -19,7 +19,7 @@
  *     c += (sum - zero X) (x's scale * W's scale)      and, with minima, before a group's first chunk,
  *     c += (sum over the group of x's scale X) minimum
  * s8:  c = sum over all lines, which must fit. One row runs the arithmetic of many, hence the same bits.
- * C is written in whole panels. Nothing is read beyond row m - 1 and panel panels - 1.
+ * C is written in whole panels. Nothing is read beyond panel panels - 1 and row m - 1, but see rows_of_tiles.
  *
  * While the rows of X pass over a block of W, what comes after it is prefetched, so that memory and arithmetic overlap.
  */
@@ -45,7 +45,7 @@ enum { FC_PASS_ROWS = FC_BYTES > 16 ? 8 : FC_MR }; /* of integers that pass over
     {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS(FC_MR),                                                                 \
      [FC_A_BF16] = {.tile_rows = 32, .pass_rows = 32, .panel_bytes = 16384, .rows = 512, .l2_quarters = 3,             \
                     .rows_in_place = 2, .many_rows = 48, .few_panels = 4, .many_panels = 32},                          \
-     [FC_A_I8] = {.tile_rows = FC_MR, .pass_rows = FC_PASS_ROWS, .panel_bytes = 8192, .rows = 256, .l2_quarters = 2,   \
+     [FC_A_I8] = {.tile_rows = 16, .pass_rows = FC_PASS_ROWS, .panel_bytes = 8192, .rows = 256, .l2_quarters = 2,      \
                   .rows_in_place = 2, .many_rows = 48, .few_panels = 4, .many_panels = 32}}
 #else
 #define FC_BLOCKS                                                                                                      \

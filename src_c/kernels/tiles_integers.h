@@ -10,6 +10,8 @@ enum {
     TILE_K = 512,
     IMAGE_PANELS = 8,
     FEW_TILE_ROWS = 64, /* for fewer, panels are read one after the other, in order */
+    LEAST_ROWS_ALONE = 10, /* of a tile that is not whole, where there is no other one, */
+    LEAST_ROWS_MORE = 3,   /* or after whole ones */
     IMAGE_LINES = TILE_K / 4 + TILE_K / FC_CHUNK * 2
 };
 
@@ -233,7 +235,7 @@ struct tile_parts {
     struct tile_blocks blocks;
     struct tile_image image;
     char *bytes; /* room for it */
-    ptrdiff_t lines, x_step, rows;     /* of a chunk; those in whole tiles */
+    ptrdiff_t lines, x_step, rows;     /* of a chunk; those of all tiles */
     ptrdiff_t chunks, at_once, panels; /* chunks of a panel, of a part; panels of a part */
     tile_product *product;
 };
@@ -308,13 +310,21 @@ FC_INLINE struct tile_blocks tile_blocks_of(gemm_format f, const int two, const 
     return b;
 }
 
-/* Rows in whole tiles; sums of integers are exact, so the others, by gemm.h, have the same bits. */
+/* Rows that go through tiles, of which the last may have rows that nobody wants. Where there is an image to be made,
+ * that is no faster. */
+FC_INLINE ptrdiff_t rows_in_tiles(const struct fc_gemm *g, int in_place) {
+    const ptrdiff_t whole = g->m / TILE_ROWS * TILE_ROWS, least = whole ? LEAST_ROWS_MORE : LEAST_ROWS_ALONE;
+    return in_place && g->m - whole >= least ? whole + TILE_ROWS : whole;
+}
+
+/* Sums of integers are exact, so rows that go through no tiles, by gemm_integers.h, have the same bits. */
 FC_INLINE void tile_integers(gemm_format f, const int two, const struct fc_gemm *g,
                              void (*few)(const struct fc_gemm *)) {
     const ptrdiff_t lines = f->bits == 4 ? FC_CHUNK / 4 : g->lines;
     struct tile_parts p = {.blocks = tile_blocks_of(f, two, g, lines), .lines = lines};
     p.product = tile_product_of(two, p.blocks.minima, lines);
-    if (p.product && g->blocks) p.rows = g->m / TILE_ROWS * TILE_ROWS;
+    const int in_place = two && f->bits == 8 && p.blocks.chunks == 1;
+    if (p.product && g->blocks) p.rows = rows_in_tiles(g, in_place);
     if (p.rows) {
         char bytes[IMAGE_PANELS * IMAGE_LINES * FC_LINE] __attribute__((aligned(FC_LINE)));
         char sums[4 * TILE_SUMS] __attribute__((aligned(FC_LINE)));
@@ -327,14 +337,14 @@ FC_INLINE void tile_integers(gemm_format f, const int two, const struct fc_gemm 
         p.at_once = TILE_K / (lines * 4);
         p.panels = p.rows < FEW_TILE_ROWS ? 1 : IMAGE_PANELS;
         tiles_begin(&shapes);
-        if (two && f->bits == 8 && p.blocks.chunks == 1)
+        if (in_place)
             for (ptrdiff_t at = 0; at < p.chunks; at += p.at_once) tile_part_in_place(g, &p, at);
         else
             for (ptrdiff_t panel = 0; panel < g->panels; panel += p.panels)
                 for (ptrdiff_t at = 0; at < p.chunks; at += p.at_once) tile_part(f, g, &p, panel, at);
         tiles_end();
     }
-    if (p.rows == g->m) return;
+    if (p.rows >= g->m) return;
     struct fc_gemm rest = *g;
     rest.c = (float *)(void *)((char *)g->c + p.rows * g->ldc);
     rest.x = (const char *)g->x + p.rows * g->ldx;
@@ -344,13 +354,13 @@ FC_INLINE void tile_integers(gemm_format f, const int two, const struct fc_gemm 
 
 #define FC_TILE_GEMM(name, format)                                                                                     \
     static __attribute__((noinline)) void name##_tiles_int(const struct fc_gemm *g) {                                  \
-        tile_integers(format, 0, g, name##_int);                                                                       \
+        tile_integers(format, 0, g, name##_int_rows);                                                                  \
     }                                                                                                                  \
     static __attribute__((noinline)) void name##_tiles_planes(const struct fc_gemm *g) {                               \
-        tile_integers(format, 1, g, name##_planes);                                                                    \
+        tile_integers(format, 1, g, name##_planes_rows);                                                               \
     }                                                                                                                  \
     static void name##_tiles(const struct fc_gemm *g) {                                                                \
-        if (g->m < TILE_ROWS) name(g);                                                                                 \
+        if (g->m < LEAST_ROWS_ALONE) name(g);                                                                          \
         else (g->planes == 2 ? name##_tiles_planes : name##_tiles_int)(g);                                             \
     }
 FC_TILE_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])

@@ -177,6 +177,18 @@ static int alloc_scratch(const struct linear *ctx, fc_scratch *s, int threads, s
                                        : fc_scratch_alloc(workspace, s, threads, bytes);
 }
 
+/* Rows of integers, or of their sums, that a leaf may go through for `rows` of them */
+static ptrdiff_t rows_of_tiles(const struct linear *ctx, ptrdiff_t rows) {
+    const int whole = ctx->product.a_type == A_QUANTIZED && ctx->args->m > ctx->sizes->pass_rows;
+    return whole ? fc_round_up(rows, ctx->sizes->tile_rows) : rows;
+}
+
+/* Zeros behind the rows of each block of k, of `bytes` in all */
+static void pad_x(const struct linear *ctx, char *x, ptrdiff_t bytes) {
+    const ptrdiff_t used = ctx->args->m * ctx->ldx;
+    for (char *end = x + bytes; x < end; x += ctx->x_block) memset(x + used, 0, (size_t)(ctx->x_block - used));
+}
+
 /* Few rows of float32 or bfloat16, not to be normalised, may already have the right type; else x is copied into `copy`,
  * block of k after block of k: rows far apart, and the more so by a power of two, would leave most of L2 unused. */
 static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
@@ -190,10 +202,11 @@ static fc_status prepare_x(struct linear *ctx, fc_scratch *copy) {
         return FC_OK;
     }
     ctx->ldx = odd_lines(fc_smaller(ctx->kc, ctx->k) / ctx->product.x_k * ctx->product.x_bytes);
-    ctx->x_block = fc_times(args->m, ctx->ldx);
+    ctx->x_block = fc_times(rows_of_tiles(ctx, args->m), ctx->ldx);
     const ptrdiff_t values = fc_times(ctx->x_block, (ctx->k + ctx->kc - 1) / ctx->kc);
     if (alloc_scratch(ctx, copy, 1, (size_t)values)) return FC_NO_MEMORY;
     ctx->x = copy->base;
+    pad_x(ctx, copy->base, values);
     const double ns = (double)args->k * (args->norm ? fc_ns.convert_normed : fc_ns.convert) + fc_ns.row;
     const int threads = fc_threads_for(args->m, ns);
     if (args->norm &&
@@ -348,7 +361,7 @@ static fc_status by_tiles(struct linear *ctx) {
     const ptrdiff_t items = ctx->tiles * ctx->blocks / ctx->item_blocks;
     if (threads > items) threads = (int)items;
     ctx->ldc = odd_lines(ctx->tile_panels * FC_PANEL * 4);
-    const size_t sums = (size_t)(ctx->block_rows * ctx->ldc);
+    const size_t sums = (size_t)(rows_of_tiles(ctx, ctx->block_rows) * ctx->ldc);
     if (alloc_scratch(ctx, &ctx->scratch, threads, ctx->unpacked_bytes + sums)) return FC_NO_MEMORY;
     fc_status status = fc_static(threads, items, item_ns(ctx), multiply_tiles, ctx);
     fc_scratch_free(&ctx->scratch);
