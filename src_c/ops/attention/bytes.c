@@ -184,15 +184,15 @@ void fc_byte_load_queries(const struct attention *ctx, const struct where *w, co
     const struct byte_scratch b = scratch_of(ctx, r);
     const int whole = args->head_dim % 64 == 0; /* rows of r->q are as long as `rotated` writes */
     const float scale = args->scale * (args->mask || args->softcap > 0.0f ? 1.0f : 1.44269504f); /* see fc_byte_row */
-    const ptrdiff_t bytes = ctx->group * args->head_dim * fc_size_of(args->q_type);
+    const ptrdiff_t bytes = args->head_dim * fc_size_of(args->q_type), ahead = PREFETCH * args->q_stride[1];
     const char *block = (const char *)args->q + w->b * args->q_stride[0] + w->q0 * args->q_stride[1] +
                         w->g * ctx->group * args->q_stride[2];
     for (ptrdiff_t i = 0; i < w->queries; i++) {
         const char *from = block + i * args->q_stride[1];
-        for (ptrdiff_t at = 0; i + PREFETCH < w->queries && at < bytes; at += 64)
-            __builtin_prefetch(from + PREFETCH * args->q_stride[1] + at);
         for (ptrdiff_t row = i * ctx->group; row < (i + 1) * ctx->group; row++, from += args->q_stride[2]) {
             float *q = (float *)(void *)r->q + row * ctx->d_padded, *place = whole ? q : b.query;
+            for (ptrdiff_t at = 0; i + PREFETCH < w->queries && at < bytes; at += 64)
+                __builtin_prefetch(from + ahead + at);
             rotated(ctx, place, args->q_type, from, args->head_dim, scale);
             if (!whole) memcpy(q, place, (size_t)ctx->d_padded * 4);
             query_bytes(ctx, b.q + row * ld_query(ctx), r->q_scale + row, place);
