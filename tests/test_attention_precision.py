@@ -375,6 +375,21 @@ def test_tiles_multiply_bytes_to_the_bits_of_vectors(best, rng, dim, v_dim, spec
         assert seen[0] == seen[1], more
 
 
+@pytest.mark.skipif("avx512_amx" not in forge_c.available_isas(), reason="no tiles on this CPU")
+@pytest.mark.parametrize(("dim", "v_dim", "group", "kv_len"), [(64, 64, 4, 700), (80, 48, 2, 300), (128, 128, 8, 1030),
+                                                              (40, 24, 6, 90)])
+def test_tiles_multiply_pages_of_bytes_to_the_bits_of_vectors(best, rng, dim, v_dim, group, kv_len):
+    q, k, v = qkv(rng, 1, 90, kv_len, 2 * group, 2, dim, v_dim)
+    kept = KVCache(1, kv_len, 2, dim, v_dim=v_dim, dtype="int8")
+    kept.append(k, v)
+    for rows, window in ((1, None), (4, None), (9, 77), (90, None), (90, 77)):
+        seen = []
+        for isa in ("avx512_amx", "avx512_vnni"):
+            forge_c.use_isa(isa)
+            seen.append(attention(q[:, :rows], kept, causal=True, window=window).tobytes())
+        assert seen[0] == seen[1], (rows, window)
+
+
 # ---- nothing outside the arrays; what is refused ----------------------------------------------------
 
 
