@@ -90,14 +90,14 @@ struct fc_attention_strips {
 
 /* C[m][FC_PANEL * panels] = sum over blocks of scale (start + X W), X unsigned and W signed bytes; strides in bytes. */
 struct fc_byte_product {
-    float *c;
+    float *c; /* int32 without scale */
     ptrdiff_t ldc;
     const uint8_t *x; /* (m, blocks * lines * 4) */
     ptrdiff_t ldx;
     const int8_t *w; /* (panels, blocks * lines, FC_PANEL, 4), panels panel_stride apart */
     ptrdiff_t panel_stride, m, panels, blocks, lines;
     const int32_t *start; /* (FC_PANEL * panels), or NULL: zeros */
-    const float *scale;   /* (m, blocks), rows ld_scale floats apart, or NULL: ones */
+    const float *scale;   /* (m, blocks), rows ld_scale floats apart, or NULL: C is integers of one block */
     ptrdiff_t ld_scale;
 };
 
@@ -106,7 +106,7 @@ enum { FC_BYTE_ROWS = 24 }; /* at a time: their scores stay in L1 until they are
 /* A row's scores of a chunk, of which [lo, hi) are seen, on their way to weights in bytes:
  *     cap tanh((scale s k_scale + shift) / cap) + bias     without softcap and bias scale and shift have a factor log2(e) */
 struct fc_byte_row {
-    float *s;                       /* (256) in: q k as integers */
+    float *s;                       /* (256) in: q k as integers, int32 */
     const float *k_scale, *v_scale; /* (256) */
     const float *shift;             /* (256 / FC_PANEL), of a panel of keys */
     const float *bias;              /* (256), or NULL */
@@ -114,6 +114,19 @@ struct fc_byte_row {
     ptrdiff_t lo, hi;
     uint8_t *w;     /* (256) out: w_scale w ~ weights v_scale, w_scale of 64 keys at a time */
     float *w_scale; /* (4) */
+};
+
+/* Rows of queries in bytes against a chunk, FC_STRIP_ROWS at a time: weights, maxima and sums as byte_weights makes them,
+ * and part, weights V. */
+struct fc_byte_strips {
+    const struct fc_byte_row *rows; /* (count), no bias, w_scale (count, 4); s and w 2 * FC_STRIP_ROWS apart may be one */
+    ptrdiff_t count;
+    const uint8_t *q;    /* (count), ldq bytes from row to row, and with room for whole strips, as s and w of rows */
+    const char *k, *v;   /* panels of 256 keys, k_panel and v_panel bytes apart */
+    const int32_t *start; /* (256) what sums of a key begin with */
+    float *part, *max, *sum; /* (count, panels), ldp bytes from row to row, (count), (count) */
+    ptrdiff_t ldq, ld_s, ld_w, k_panel, v_panel, ldp; /* bytes */
+    ptrdiff_t k_lines, panels; /* lines of K in whole tiles, panels of V */
 };
 
 /* A block of tokens of one head, whose state is S (n, p); see kernels/ssd.h, kernels/delta.h and kernels/s4d.h. */
@@ -373,6 +386,7 @@ struct fc_kernels {
     void (*expand[FC_LAYOUTS])(char *out, const char *block, ptrdiff_t blocks); /* NULL: as it is */
     void (*few[FC_LAYOUTS])(const struct fc_gemm *g);
     void (*attention_strips)(const struct fc_attention_strips *t); /* NULL: the ISA has no tiles */
+    void (*byte_strips)(const struct fc_byte_strips *t);           /* likewise */
     ptrdiff_t staged_heads; /* of a large result of rope that are made before the first of them goes past the caches */
 #undef FC_TYPED_MEMBER
 #undef FC_MEMBER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,7 @@ from test_attention import (
 )
 from test_attention_cache import filled
 
+import forge_c
 from forge_c import KVCache, attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -328,6 +330,64 @@ def test_a_bfloat16_prompt_has_the_bits_of_its_tokens(isa, rng, dim, v_dim, spec
     for begin, end in ((0, 40), (40, 171), (171, 342)):
         piece = attention(q[:, begin:end], k[:, :end], v[:, :end], causal=True)
         assert piece.tobytes() == whole[:, begin:end].tobytes(), begin
+
+
+STRIPS: list[tuple[int, int, float, dict[str, Any]]] = [
+    (64, 64, 1.0, {}), (128, 48, INF, {}), (192, 16, NAN, {}), (64, 80, 1.0, {"softcap": 15.0}),
+    (128, 128, NAN, {"window": 70})]
+
+
+@pytest.mark.parametrize(("dim", "v_dim", "special", "options"), STRIPS)
+def test_a_prompt_in_bytes_has_the_bits_of_its_tokens(isa, rng, dim, v_dim, special, options):
+    """As above, of bytes: 3 rows a token, so that strips of 32 end inside of one, and 130 tokens more than one call of
+    128 rows; keys that a strip does not see in whole panels or blocks, of which later values are no numbers."""
+    q, k, v = qkv(rng, 1, 342, 342, 3, 1, dim, v_dim)
+    k, v[:, 300:] = k + 2, v[:, 300:] * special
+    whole, lse = attention(q, k, v, causal=True, return_lse=True, precision="int8", **options)
+    for i in (0, 1, 9, 10, 31, 32, 42, 43, 84, 85, 86, 255, 256, 257, 298, 299, 300, 341):
+        alone, alone_lse = attention(q[:, i:i + 1], k[:, :i + 1], v[:, :i + 1], causal=True, return_lse=True,
+                                     precision="int8", **options)
+        assert alone.tobytes() == whole[:, i:i + 1].tobytes(), i
+        assert alone_lse.tobytes() == lse[:, i:i + 1].tobytes()
+        assert (i >= 300 and special != 1.0) or np.isfinite(alone).all()
+    for begin, end in ((0, 5), (5, 12), (12, 171), (171, 342)):
+        piece = attention(q[:, begin:end], k[:, :end], v[:, :end], causal=True, precision="int8", **options)
+        assert piece.tobytes() == whole[:, begin:end].tobytes(), begin
+
+
+@pytest.fixture
+def best() -> Iterator[str]:
+    before = forge_c.isa()
+    yield before
+    forge_c.use_isa(before)
+
+
+@pytest.mark.skipif("avx512_amx" not in forge_c.available_isas(), reason="no tiles on this CPU")
+@pytest.mark.parametrize(("dim", "v_dim", "special", "options"), STRIPS)
+def test_tiles_multiply_bytes_to_the_bits_of_vectors(best, rng, dim, v_dim, special, options):
+    q, k, v = qkv(rng, 2, 150, 600, 6, 2, dim, v_dim)
+    v[:, 500:] *= special
+    for more in ({}, {"causal": True}, {"kv_lens": np.array([600, 301])}):
+        seen = []
+        for isa in ("avx512_amx", "avx512_vnni"):
+            forge_c.use_isa(isa)
+            seen.append(bits(attention(q, k, v, return_lse=True, precision="int8", **more, **options)))
+        assert seen[0] == seen[1], more
+
+
+@pytest.mark.skipif("avx512_amx" not in forge_c.available_isas(), reason="no tiles on this CPU")
+@pytest.mark.parametrize(("dim", "v_dim", "group", "kv_len"), [(64, 64, 4, 700), (80, 48, 2, 300), (128, 128, 8, 1030),
+                                                              (40, 24, 6, 90)])
+def test_tiles_multiply_pages_of_bytes_to_the_bits_of_vectors(best, rng, dim, v_dim, group, kv_len):
+    q, k, v = qkv(rng, 1, 90, kv_len, 2 * group, 2, dim, v_dim)
+    kept = KVCache(1, kv_len, 2, dim, v_dim=v_dim, dtype="int8")
+    kept.append(k, v)
+    for rows, window in ((1, None), (4, None), (9, 77), (90, None), (90, 77)):
+        seen = []
+        for isa in ("avx512_amx", "avx512_vnni"):
+            forge_c.use_isa(isa)
+            seen.append(attention(q[:, :rows], kept, causal=True, window=window).tobytes())
+        assert seen[0] == seen[1], (rows, window)
 
 
 # ---- nothing outside the arrays; what is refused ----------------------------------------------------

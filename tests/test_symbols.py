@@ -191,7 +191,7 @@ def test_negative_control_the_isa_files_do_hold_them(source):
 
 @pytest.mark.parametrize(("instruction", "sources"), [
     ("vdpbf16ps", {"avx512_vnni_bf16.c"}), ("tdpbf16ps", {"avx512_amx.c"}), ("tdpbsud", {"avx512_amx.c"}),
-    ("tdpbssd", {"avx512_amx.c"}),
+    ("tdpbssd", {"avx512_amx.c"}), ("tdpbusd", {"avx512_amx.c"}),
     ("vpdpbusd", {"avx_vnni.c", "avx512_vnni.c", "avx512_vnni_bf16.c", "avx512_amx.c"})])
 def test_bfloat16_and_bytes_are_multiplied_by_the_instruction_for_it(instruction, sources):
     """And by one alone: two instructions would add in two orders, and a row would not have the bits of many."""

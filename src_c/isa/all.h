@@ -26,6 +26,8 @@
 #include "../kernels/attention_bytes.h"
 #ifdef FC_HAS_TILES
 #include "../kernels/attention_tiles.h"
+#include "../kernels/tiles_pages.h"
+#include "../kernels/attention_byte_tiles.h"
 #endif
 #include "../kernels/residual.h"
 #include "../kernels/layer_norm.h"

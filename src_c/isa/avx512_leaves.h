@@ -20,7 +20,8 @@ static void bias_from_bool_masked(float *bias, const uint8_t *mask, ptrdiff_t n)
 #define FC_TILE_LEAVES                                                                                                 \
     .gemm_u8 = gemm_u8_tiles, .gemm_u4 = gemm_u8_tiles, .gemm_u6 = gemm_u8_tiles,                                      \
     .gemm_i4_symmetric = gemm_i4_symmetric_tiles, .gemm_i4_affine = gemm_i4_affine_tiles,                              \
-    .attention_strips = attention_strips,
+    .attention_strips = attention_strips, .byte_strips = byte_strips, .gemm_s8 = gemm_s8_tiles,                        \
+    .paged_s8 = paged_s8_tiles,
 #else
 #define FC_TILE_LEAVES
 #endif

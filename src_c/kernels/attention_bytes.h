@@ -34,7 +34,8 @@ FC_INLINE vi byte_step(vi acc, vi x, vi w) {
 #endif
 }
 
-/* Rows [row, row + mr) and nv vectors of columns. Scores: c = start + x w. `weigh`: c = sum over blocks of scale x w */
+/* Rows [row, row + mr) and nv vectors of columns. Scores: c = start + x w, integers. `weigh`: c = sum over blocks of
+ * scale x w */
 FC_INLINE void byte_tile(const int weigh, const int mr, const int nv, const struct fc_byte_product *g, ptrdiff_t row,
                          ptrdiff_t vector) {
     const char *w = (const char *)g->w + vector / FC_PER_PANEL * g->panel_stride + vector % FC_PER_PANEL * FC_BYTES;
@@ -68,8 +69,8 @@ FC_INLINE void byte_tile(const int weigh, const int mr, const int nv, const stru
             const vf by = weigh ? vf_set1(*scale) : vf_zero();
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++) {
-                const vf y = vf_from_int(acc[i][j]);
-                vf_store(to + j * FC_BYTES, weigh ? vf_fma(y, by, block ? vf_load(to + j * FC_BYTES) : vf_zero()) : y);
+                const vf before = weigh && block ? vf_load(to + j * FC_BYTES) : vf_zero();
+                vf_store(to + j * FC_BYTES, weigh ? vf_fma(vf_from_int(acc[i][j]), by, before) : (vf)acc[i][j]);
             }
             __asm__ volatile("" : "+r"(to), "+r"(scale)); /* no addresses of all rows, for which there are no registers */
         }
@@ -265,7 +266,7 @@ FC_INLINE vf only_within(vf v, ptrdiff_t i, ptrdiff_t lo, ptrdiff_t hi) {
 
 /* What a row's scores are: `plain`, in units of log2(e), or with softcap or bias; `all` 64 keys seen, or some */
 FC_INLINE vf byte_score(const struct fc_byte_row *r, ptrdiff_t i, const int plain, const int all) {
-    vf s = vf_load(r->s + i) * vf_load(r->k_scale + i);
+    vf s = vf_from_int((vi)vf_load(r->s + i)) * vf_load(r->k_scale + i);
     s = vf_fma(s, vf_set1(r->scale), vf_set1(r->shift[(size_t)i / FC_PANEL]));
     if (!plain && r->softcap > 0.0f) s = vf_set1(r->softcap) * vf_tanh(s / vf_set1(r->softcap));
     if (!plain && r->bias) {

@@ -10,6 +10,7 @@
  *                                c + (even + odd); subnormals count as 0 and become 0, whatever MXCSR says
  *   tile_dot_s8s8(c, a, b)       c[i][j] += sum over k and q < 4 of a[i][4k + q] b[k][4j + q], signed bytes
  *   tile_dot_s8u8(c, a, b)       the same, b's unsigned
+ *   tile_dot_u8s8(c, a, b)       the same, a's unsigned
  * c, a and b are different. All are assembly: the compiler's own words for loads and shapes do not say what memory they
  * read, and need no target then. */
 
@@ -30,6 +31,7 @@ struct tile_shapes {
 #define tile_dot_bf16(c, a, b) soft_tile_dot_bf16(c, a, b)
 #define tile_dot_s8s8(c, a, b) soft_tile_dot_s8s8(c, a, b)
 #define tile_dot_s8u8(c, a, b) soft_tile_dot_s8u8(c, a, b)
+#define tile_dot_u8s8(c, a, b) soft_tile_dot_u8s8(c, a, b)
 #else
 FC_INLINE void tiles_begin(const struct tile_shapes *shapes) { __asm__ volatile("ldtilecfg %0" : : "m"(*shapes)); }
 FC_INLINE void tiles_end(void) { __asm__ volatile("tilerelease" : : : "memory"); }
@@ -43,4 +45,5 @@ FC_INLINE void tiles_end(void) { __asm__ volatile("tilerelease" : : : "memory");
 #define tile_dot_bf16(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #define tile_dot_s8s8(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #define tile_dot_s8u8(c, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+#define tile_dot_u8s8(c, a, b) __asm__ volatile("tdpbusd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #endif

@@ -99,20 +99,22 @@ static void pseudo_bf16(void) {
             memcpy(want.b + i * LD + 4 * j, &c, 4);
         }
 }
-static void pseudo_bytes(int is_signed) {
+static int byte_of(uint8_t byte, int is_signed) { return is_signed ? (int8_t)byte : byte; }
+static void pseudo_bytes(int a_signed, int b_signed) {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             uint32_t c;
             memcpy(&c, in[C].b + i * LD + 4 * j, 4);
             for (int l = 0; l < 4 * k; l++) {
                 const uint8_t w = in[B].b[l / 4 * LD + 4 * j + l % 4];
-                c += (uint32_t)((int8_t)in[A].b[i * LD + l] * (is_signed ? (int8_t)w : w));
+                c += (uint32_t)(byte_of(in[A].b[i * LD + l], a_signed) * byte_of(w, b_signed));
             }
             memcpy(want.b + i * LD + 4 * j, &c, 4);
         }
 }
-static void pseudo_s8s8(void) { pseudo_bytes(1); }
-static void pseudo_s8u8(void) { pseudo_bytes(0); }
+static void pseudo_s8s8(void) { pseudo_bytes(1, 1); }
+static void pseudo_s8u8(void) { pseudo_bytes(1, 0); }
+static void pseudo_u8s8(void) { pseudo_bytes(0, 1); }
 static void pseudo_zero(void) {
     for (int i = 0; i < m; i++) memset(want.b + i * LD, 0, (size_t)n * 4);
 }
@@ -153,10 +155,12 @@ static void check(const char *name, void (*pseudo)(void), int floats, void (*sof
 static void soft_bf16(void) { SOFTWARE(soft_tile_dot_bf16(0, 1, 2)) }
 static void soft_s8s8(void) { SOFTWARE(soft_tile_dot_s8s8(0, 1, 2)) }
 static void soft_s8u8(void) { SOFTWARE(soft_tile_dot_s8u8(0, 1, 2)) }
+static void soft_u8s8(void) { SOFTWARE(soft_tile_dot_u8s8(0, 1, 2)) }
 static void soft_zero(void) { SOFTWARE(soft_tile_zero(0)) }
 static void hard_bf16(void) { HARDWARE(tile_dot_bf16(0, 1, 2)) }
 static void hard_s8s8(void) { HARDWARE(tile_dot_s8s8(0, 1, 2)) }
 static void hard_s8u8(void) { HARDWARE(tile_dot_s8u8(0, 1, 2)) }
+static void hard_u8s8(void) { HARDWARE(tile_dot_u8s8(0, 1, 2)) }
 static void hard_zero(void) { HARDWARE(tile_zero(0)) }
 
 static int has_amx(void) {
@@ -172,6 +176,7 @@ int main(int argc, char **argv) {
         check("dot_bf16", pseudo_bf16, 1, soft_bf16, hard ? hard_bf16 : NULL);
         check("dot_s8s8", pseudo_s8s8, 0, soft_s8s8, hard ? hard_s8s8 : NULL);
         check("dot_s8u8", pseudo_s8u8, 0, soft_s8u8, hard ? hard_s8u8 : NULL);
+        check("dot_u8s8", pseudo_u8s8, 0, soft_u8s8, hard ? hard_u8s8 : NULL);
         check("zero", pseudo_zero, 0, soft_zero, hard ? hard_zero : NULL);
     }
     const char *beside = hard ? " and the instructions" : ", no AMX here";

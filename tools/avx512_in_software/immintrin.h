@@ -353,23 +353,24 @@ SOFT_INLINE void soft_tile_dot_bf16(int c, int a, int b) {
     }
 }
 
-/* tdpbssd and tdpbsud: signed bytes of a times bytes of b, less 256 where their bit `sign` is set, summed in int32, which
- * may wrap */
-SOFT_INLINE void soft_tile_dot_bytes(int c, int a, int b, int sign) {
+/* tdpbssd, tdpbsud and tdpbusd: bytes of a times bytes of b, each less 256 where its bit `sign` is set, summed in int32,
+ * which may wrap */
+SOFT_INLINE int soft_byte(uint8_t byte, int sign) { return byte - 2 * (byte & sign); }
+SOFT_INLINE void soft_tile_dot_bytes(int c, int a, int b, int sign_a, int sign_b) {
     soft_tile_check(c, a, b);
     for (int i = 0; i < soft_tile_rows[c]; i++) {
         uint32_t sum[16];
         memcpy(sum, soft_tiles[c].b[i], 64);
         for (int j = 0; j < soft_tile_bytes[c] / 4; j++)
-            for (int k = 0; k < soft_tile_rows[b] * 4; k++) {
-                const int w = soft_tiles[b].b[k / 4][j * 4 + k % 4];
-                sum[j] += (uint32_t)((int8_t)soft_tiles[a].b[i][k] * (w - 2 * (w & sign)));
-            }
+            for (int k = 0; k < soft_tile_rows[b] * 4; k++)
+                sum[j] += (uint32_t)(soft_byte(soft_tiles[a].b[i][k], sign_a) *
+                                     soft_byte(soft_tiles[b].b[k / 4][j * 4 + k % 4], sign_b));
         memcpy(soft_tiles[c].b[i], sum, (size_t)soft_tile_bytes[c]);
     }
 }
-SOFT_INLINE void soft_tile_dot_s8s8(int c, int a, int b) { soft_tile_dot_bytes(c, a, b, 0x80); }
-SOFT_INLINE void soft_tile_dot_s8u8(int c, int a, int b) { soft_tile_dot_bytes(c, a, b, 0); }
+SOFT_INLINE void soft_tile_dot_s8s8(int c, int a, int b) { soft_tile_dot_bytes(c, a, b, 0x80, 0x80); }
+SOFT_INLINE void soft_tile_dot_s8u8(int c, int a, int b) { soft_tile_dot_bytes(c, a, b, 0x80, 0); }
+SOFT_INLINE void soft_tile_dot_u8s8(int c, int a, int b) { soft_tile_dot_bytes(c, a, b, 0, 0x80); }
 
 #undef F32
 #undef I32

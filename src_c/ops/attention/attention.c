@@ -244,7 +244,7 @@ static fc_status by_chunks(struct attention *ctx, ptrdiff_t begin, ptrdiff_t end
 /* ---- which ---- */
 
 static ptrdiff_t block_rows(const struct attention *ctx) {
-    const int strips = ctx->k->attention_strips && ctx->a_type == BF16;
+    const int strips = ctx->bytes ? ctx->k->byte_strips != NULL : ctx->k->attention_strips && ctx->a_type == BF16;
     return strips && ctx->args->q_len >= LONG_PROMPT * STRIPS_ROWS / ctx->group ? STRIPS_ROWS : BLOCK_ROWS;
 }
 

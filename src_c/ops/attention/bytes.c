@@ -21,8 +21,10 @@ enum {
     BLOCKS = FC_KV_CHUNK / BLOCK_KEYS,
     PANELS = FC_KV_CHUNK / FC_PANEL,
     PREFETCH = 4, /* queries ahead: a token's heads lie together, and tokens far apart */
+    PREFETCH_TOKENS = 8, /* keys or values of one head ahead, which lie as far apart */
     LD_SCORES = FC_KV_CHUNK + 16,
-    LD_WEIGHTS = FC_KV_CHUNK + 64
+    LD_WEIGHTS = FC_KV_CHUNK + 64,
+    STRIP_ROWS = 4 * FC_STRIP_ROWS /* in a call */
 };
 
 typedef struct {
@@ -64,8 +66,14 @@ struct store {
     byte_head h;
     float *row, *rest, *mean, *sum; /* (widest) */
     char *bytes;                    /* (16, widest + 64) */
-    ptrdiff_t ld;
+    ptrdiff_t ld, n; /* n tokens */
 };
+
+/* Token `at` + PREFETCH_TOKENS of n, `bytes` of each, is on its way. */
+static void prefetch_token(const char *first, ptrdiff_t stride, ptrdiff_t at, ptrdiff_t n, ptrdiff_t bytes) {
+    const char *next = first + (at + PREFETCH_TOKENS) * stride;
+    for (ptrdiff_t i = 0; at + PREFETCH_TOKENS < n && i < bytes; i += 64) __builtin_prefetch(next + i);
+}
 
 /* row (n) <- H x */
 static void rotated(const struct attention *ctx, float *row, fc_dtype type, const void *x, ptrdiff_t n, float scale) {
@@ -80,6 +88,7 @@ static void store_keys(const struct store *s, ptrdiff_t at, ptrdiff_t rows) {
     const ptrdiff_t d = ctx->args->head_dim, panel = at / FC_PANEL;
     for (ptrdiff_t i = 0; i < rows; i++) {
         const float *row = s->row;
+        prefetch_token(s->from->k, s->from->k_stride, at + i, s->n, d * fc_size_of(s->from->type));
         rotated(ctx, s->row, s->from->type, s->from->k + (at + i) * s->from->k_stride, d, 1.0f);
         if (ctx->smooth) {
             ctx->k->add_scaled(s->sum, s->sum, s->row, 1.0f / FC_KV_CHUNK, d);
@@ -108,6 +117,7 @@ static void store_values(const struct store *s, ptrdiff_t at, ptrdiff_t rows) {
         char *bytes = s->bytes + i * s->ld;
         s->h.v_scale[at + i] = 0.0f;
         if (i < rows) {
+            prefetch_token(s->from->v, s->from->v_stride, at + i, s->n, e * fc_size_of(s->from->type));
             rotated(ctx, s->row, s->from->type, s->from->v + (at + i) * s->from->v_stride, e, 1.0f);
             ctx->k->to_bytes((int8_t *)bytes, s->h.v_scale + at + i, &sum, s->row, e, 127.0f);
         } else {
@@ -122,7 +132,7 @@ static void store_values(const struct store *s, ptrdiff_t at, ptrdiff_t rows) {
 
 void fc_byte_store(const struct attention *ctx, void *page, ptrdiff_t n, const struct tokens *from, void *scratch) {
     const ptrdiff_t wide = widest(ctx);
-    struct store s = {.ctx = ctx, .from = from, .h = head_at(ctx, page), .row = scratch, .ld = wide + 64};
+    struct store s = {.ctx = ctx, .from = from, .h = head_at(ctx, page), .row = scratch, .ld = wide + 64, .n = n};
     s.rest = s.row + wide, s.mean = s.rest + wide, s.sum = s.mean + wide;
     s.bytes = (char *)(s.sum + wide);
     memset(s.mean, 0, (size_t)(2 * wide) * 4);
@@ -137,10 +147,13 @@ void fc_byte_store(const struct attention *ctx, void *page, ptrdiff_t n, const s
 
 static ptrdiff_t ld_query(const struct attention *ctx) { return fc_round_up(ctx->d_padded, 64) + 64; }
 
+/* Strips read whole ones. */
+static ptrdiff_t rows_of(const struct attention *ctx) { return fc_round_up(ctx->rows, FC_STRIP_ROWS); }
+
 /* Of a block's rows: bytes of queries, of weights, their scales, shifts of panels; and one query */
 ptrdiff_t fc_byte_scratch_floats(const struct attention *ctx) {
     const ptrdiff_t row = fc_plus(ld_query(ctx) / 4, LD_WEIGHTS / 4 + BLOCKS + PANELS);
-    return fc_plus(fc_times(ctx->rows, row), widest(ctx) + 16);
+    return fc_plus(fc_times(rows_of(ctx), row), widest(ctx) + 16);
 }
 
 struct byte_scratch {
@@ -150,10 +163,10 @@ struct byte_scratch {
 
 static struct byte_scratch scratch_of(const struct attention *ctx, const struct scratch *r) {
     struct byte_scratch b = {.w_scale = r->bytes};
-    b.shifts = b.w_scale + ctx->rows * BLOCKS;
-    b.query = b.shifts + ctx->rows * PANELS;
+    b.shifts = b.w_scale + rows_of(ctx) * BLOCKS;
+    b.query = b.shifts + rows_of(ctx) * PANELS;
     b.q = (uint8_t *)(b.query + widest(ctx));
-    b.w = b.q + ctx->rows * ld_query(ctx);
+    b.w = b.q + rows_of(ctx) * ld_query(ctx);
     return b;
 }
 
@@ -171,15 +184,15 @@ void fc_byte_load_queries(const struct attention *ctx, const struct where *w, co
     const struct byte_scratch b = scratch_of(ctx, r);
     const int whole = args->head_dim % 64 == 0; /* rows of r->q are as long as `rotated` writes */
     const float scale = args->scale * (args->mask || args->softcap > 0.0f ? 1.0f : 1.44269504f); /* see fc_byte_row */
-    const ptrdiff_t bytes = ctx->group * args->head_dim * fc_size_of(args->q_type);
+    const ptrdiff_t bytes = args->head_dim * fc_size_of(args->q_type), ahead = PREFETCH * args->q_stride[1];
     const char *block = (const char *)args->q + w->b * args->q_stride[0] + w->q0 * args->q_stride[1] +
                         w->g * ctx->group * args->q_stride[2];
     for (ptrdiff_t i = 0; i < w->queries; i++) {
         const char *from = block + i * args->q_stride[1];
-        for (ptrdiff_t at = 0; i + PREFETCH < w->queries && at < bytes; at += 64)
-            __builtin_prefetch(from + PREFETCH * args->q_stride[1] + at);
         for (ptrdiff_t row = i * ctx->group; row < (i + 1) * ctx->group; row++, from += args->q_stride[2]) {
             float *q = (float *)(void *)r->q + row * ctx->d_padded, *place = whole ? q : b.query;
+            for (ptrdiff_t at = 0; i + PREFETCH < w->queries && at < bytes; at += 64)
+                __builtin_prefetch(from + ahead + at);
             rotated(ctx, place, args->q_type, from, args->head_dim, scale);
             if (!whole) memcpy(q, place, (size_t)ctx->d_padded * 4);
             query_bytes(ctx, b.q + row * ld_query(ctx), r->q_scale + row, place);
@@ -235,6 +248,28 @@ static void weigh(const struct attention *ctx, const struct scratch *r, const st
         .scale = b->w_scale + row * BLOCKS + first, .ld_scale = BLOCKS});
 }
 
+/* Whether rows may be strips: the ISA has them, and nothing is added to scores. Under half a strip few are filled. */
+static int in_strips(const struct attention *ctx, ptrdiff_t rows) {
+    return ctx->k->byte_strips && !ctx->args->mask && rows >= FC_STRIP_ROWS / 2 && ctx->d_padded % 64 == 0;
+}
+
+/* Rows [row, row + rows) in strips. Each strip has its scores and weights where the one before the last had them. */
+static void attend_strips(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                          const struct byte_scratch *b, const byte_head *h, ptrdiff_t row, ptrdiff_t rows,
+                          struct chunk c) {
+    struct fc_byte_row all[STRIP_ROWS];
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        all[i] = row_of(ctx, w, r, b, h, row + i, c);
+        all[i].s = r->scores + i % (2 * FC_STRIP_ROWS) * LD_SCORES;
+        all[i].w = b->w + i % (2 * FC_STRIP_ROWS) * LD_WEIGHTS;
+    }
+    ctx->k->byte_strips(&(struct fc_byte_strips){
+        .rows = all, .count = rows, .q = b->q + row * ld_query(ctx), .k = h->k, .v = h->v, .start = h->k_start,
+        .part = r->part + row * ctx->e_padded, .max = r->part_max + row, .sum = r->part_sum + row,
+        .ldq = ld_query(ctx), .ld_s = LD_SCORES * 4, .ld_w = LD_WEIGHTS, .k_panel = h->k_panel, .v_panel = h->v_panel,
+        .ldp = ctx->e_padded * 4, .k_lines = ctx->d_padded / 4, .panels = ctx->e_padded / FC_PANEL});
+}
+
 void fc_byte_chunk(const struct attention *ctx, const struct where *w, const struct scratch *r, void *page,
                    struct chunk c) {
     const ptrdiff_t all = w->queries * ctx->group, ldq = ctx->d_padded * 4;
@@ -244,7 +279,12 @@ void fc_byte_chunk(const struct attention *ctx, const struct where *w, const str
         ctx->k->gemm_f32(&(struct fc_gemm){.c = b.shifts, .ldc = PANELS * 4, .x = r->q, .ldx = ldq, .w = h.means,
                                            .panel_stride = ldq * PANELS, .m = all, .panels = 1,
                                            .lines = ctx->args->head_dim});
-    for (ptrdiff_t row = 0, rows; row < all; row += rows) {
+    const int strips = in_strips(ctx, all);
+    for (ptrdiff_t row = 0, rows; strips && row < all; row += rows) {
+        rows = fc_smaller(STRIP_ROWS, all - row);
+        attend_strips(ctx, w, r, &b, &h, row, rows, c);
+    }
+    for (ptrdiff_t row = 0, rows; !strips && row < all; row += rows) {
         rows = fc_smaller(FC_BYTE_ROWS, all - row);
         const struct shared see = seen_by(ctx, w, row, rows, c);
         if (see.hi <= see.lo) {
