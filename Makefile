@@ -10,8 +10,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find src_c forge_c -name '*.[chp]*' -not -name '*.pyc' -not -path '*/__pycache__/*' \
 	-not -name functional.c -not -path 'forge_c/include/*')
 
-# From tests/, beside the built package: the sources are not what is tested.
-PYTEST := ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. -p no:cacheprovider -n auto --dist worksteal
+# From tests/, beside the built package: the sources are not what is tested. Others' plugins take as long as pytest
+# itself for a test; none is used.
+PLUGINS := $(foreach name,cacheprovider logging hypothesispytest benchmark anyio,-p no:$(name))
+PYTEST := ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. $(PLUGINS) -n auto --dist worksteal
 
 # What pyproject.toml asks for: to build, to run, and for the extras named.
 define NEEDS

@@ -523,16 +523,16 @@ FC_INLINE vf vf_times_sigmoid_short(int degree, vf x, vf bits) {
     return x * (s * vf_reciprocal_short(vf_fma(power, p, s)));
 }
 
-/* x Phi(x) = max(x, 0) - a 2^-8 2^g(a) to 2^-14, g = 8 + log2 Phi(-a) by the table; what is subtracted is 0 for g under
- * -122, where it would be under 2^-126, and NaN at -infinity */
+/* x Phi(x) = max(x, 0) - a 2^-8 2^g(a) to 2^-14, g = 8 + log2 Phi(-a) by the table; what is subtracted is 0 for x under
+ * -13.15, where it would be under 2^-126 and the table soon ends, and NaN at -infinity */
 #ifdef FC_HAS_LOOK_UP_32
 FC_INLINE vf vf_times_normal_cdf_bf16(vf x) {
-    const vf one = vf_set1(1.0f), magic = vf_set1(393216.0f), a = vf_abs(vf_min(vf_set1(14.0f), x));
+    const vf one = vf_set1(1.0f), magic = vf_set1(393216.0f), a = vf_abs(vf_min(vf_set1(13.15f), x));
     const vu i = (vu)(a + one) >> 20;
     vf g = vf_fma(a, vf_look_up_32(fc_log2_cdf[2], i), vf_look_up_32(fc_log2_cdf[1], i));
     g = vf_fma(a, g, vf_look_up_32(fc_log2_cdf[0], i));
     const vf t = g + magic, r = g - (t - magic), p = vf_fma(r, vf_set1(0.693147182f * 0x1p-8f), vf_set1(0x1p-8f));
-    return vf_fma(-a, vf_product_from(p, vf_power_of_32nds(t), g, vf_set1(-122.0f)), vf_max(vf_zero(), x));
+    return vf_fma(-a, vf_product_from(p, vf_power_of_32nds(t), x, vf_set1(-13.15f)), vf_max(vf_zero(), x));
 }
 #endif
 

@@ -35,7 +35,7 @@ def run_threads(function: Callable[[Comm], Any], n: int, *, timeout: float = 20.
 
 
 def run_threads_to_the_end(function: Callable[[Comm], Any], n: int, *, timeout: float = 20.0,
-                           comms: list[Comm] | None = None,
+                           comms: list[Comm] | None = None, patience: float | None = None,
                            **link: Any) -> tuple[list[Any], list[BaseException | None]]:
     """What it returned and what it raised on each rank; an error leaves the rank as it leaves a `with comm`."""
     results: list[Any] = [None] * n
@@ -53,7 +53,7 @@ def run_threads_to_the_end(function: Callable[[Comm], Any], n: int, *, timeout: 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(6 * timeout)
+        thread.join(patience or 6 * timeout)
         assert not thread.is_alive(), "a rank hangs"
     return results, errors
 
@@ -81,7 +81,7 @@ class Done:
     seconds: float
 
 
-def run_mpi(script: str | Path, n: int, *arguments: str, timeout: float = 30, expect: int | None = 0,
+def run_mpi(script: str | Path, n: int, *arguments: str, timeout: float = 90, expect: int | None = 0,
             signal_after: str | None = None, options: tuple[str, ...] = (), **env: str) -> Done:
     """Run a script (its text, or its file) on n processes, one thread each, which import forge_c and what lies in
     tests/. Fails unless mpiexec exits with `expect` (None: with anything but 0). signal_after: a line of output at

@@ -170,7 +170,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(tmp_path):
         terminal.type("hi\r")
         terminal.until("hello there hello")
         terminal.interrupt()
-        terminal.until("> ", 20.0)
+        terminal.until("> ")
         terminal.type("/exit\r")
         assert terminal.ended() == 0
 
@@ -179,7 +179,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(tmp_path):
 def test_an_interrupt_in_a_pipe_ends_the_program_after_the_line(tmp_path):
     folder = speaking(tmp_path, {2: 5, 5: 6, 6: 5})
     process = subprocess.Popen([*COMMAND, folder, "--context", "4000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, bufsize=0)
+                               stderr=subprocess.PIPE, bufsize=0, pipesize=4096)  # it is full before the answer ends
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"hi\nhi\nhi\n")
     process.stdin.close()

@@ -1,6 +1,7 @@
 """Communicators of threads and of one process, and the layouts: what they do, and how they fail."""
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -61,7 +62,7 @@ def wait_for_all(comm: Comm) -> None:
 
 
 def check_others(n: int, bad: int, deed: Callable[[Comm], object], words: str, kind: type = RankError,
-                 timeout: float = 20.0, within: float = 5.0) -> BaseException:
+                 timeout: float = 60.0, within: float = 30.0) -> BaseException:
     """Rank bad does something else than the others, who wait for all: what they raise, and what it raised itself."""
     begin = time.monotonic()
     comms = ThreadComm(n, timeout=timeout)
@@ -93,9 +94,20 @@ def test_a_rank_that_is_gone_is_not_awaited(n: int) -> None:
 
 
 def test_a_rank_that_hangs_is_awaited_for_the_timeout() -> None:
+    over = threading.Event()
+
+    def run(comm: Comm) -> None:
+        try:
+            over.wait(30.0) if comm.rank == 1 else wait_for_all(comm)
+        finally:
+            over.set()
+
     begin = time.monotonic()
-    check_others(3, 1, lambda comm: time.sleep(1.0), "nothing from rank 1 within 0.3 s", TimeoutError, timeout=0.3)
-    assert time.monotonic() - begin >= 0.3
+    _, errors = run_threads_to_the_end(run, 3, timeout=0.3, patience=60.0)
+    assert 0.3 <= time.monotonic() - begin < 30.0
+    assert all(isinstance(errors[rank], TimeoutError | RankError) for rank in (0, 2)), errors
+    assert any(isinstance(errors[rank], TimeoutError) for rank in (0, 2)), errors
+    assert any("nothing from rank 1 within 0.3 s" in str(errors[rank]) for rank in (0, 2)), errors
 
 
 def test_the_timeout_can_be_set() -> None:
@@ -174,23 +186,30 @@ def test_ctrl_c_in_a_main_thread_that_is_no_rank() -> None:
 def test_a_link_takes_its_time() -> None:
     """0.1 s of latency and 0.2 s for the bytes of a message; the second goes after the first. Until then nothing is
     seen of them, and work meanwhile hides them."""
-    def run(comm: Comm) -> float:
+    def run(comm: Comm) -> tuple[float, ...]:
         x = np.full(20_000, comm.rank + 1, np.uint8)
         if comm.rank == 0:
+            begin = time.monotonic()
             for each in [comm.send(x, 1), comm.send(x, 1)]:
                 each.wait()
-            return 0.0
+            return (begin,)
         into = [np.zeros_like(x), np.zeros_like(x)]
-        begin = time.monotonic()
         pending = [comm.receive(each, 0) for each in into]
         pending[0].wait()
-        first = time.monotonic() - begin
-        assert (into[0] == 1).all() and not into[1].any() and not pending[1].done()
+        first = time.monotonic()
+        seen = into[1].any() or pending[1].done()
+        looked = time.monotonic()
         pending[1].wait()
-        assert first > 0.29 and time.monotonic() - begin > 0.49
-        return first
+        assert (into[0] == 1).all() and (into[1] == 1).all()
+        return first, seen, looked, time.monotonic()
 
-    run_threads(run, 2, latency=0.1, bandwidth=1e5)
+    for _ in range(8):
+        (begin,), (first, seen, looked, second) = run_threads(run, 2, latency=0.1, bandwidth=1e5)
+        assert first - begin > 0.29 and second - begin > 0.49
+        if looked - begin < 0.5:  # in time to see that the second had not come
+            assert not seen
+            return
+    raise AssertionError("this thread never ran between the two messages")
 
 
 def test_work_hides_a_link() -> None:
@@ -203,7 +222,10 @@ def test_work_hides_a_link() -> None:
             each.wait()
         return time.monotonic() - begin
 
-    assert max(run_threads(run, 2, latency=0.2)) < 0.1
+    left = [1.0]
+    while left[-1] >= 0.1 and len(left) < 8:  # a thread may get no processor meanwhile, but not each time
+        left.append(max(run_threads(run, 2, latency=0.2)))
+    assert left[-1] < 0.1, left
 
 
 def test_links_that_cannot_be() -> None:

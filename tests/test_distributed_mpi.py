@@ -52,14 +52,15 @@ def compute(seconds, until=lambda: False):
 """
 
 
-def bad_rank_1(deed: str, *, timeout: float = 30.0, within: float = 10.0, **run: object) -> Done:
+def bad_rank_1(deed: str, *, timeout: float = 60.0, **run: object) -> Done:
     """Two ranks wait for rank 1, which does a deed instead; nobody hangs or stays, and mpiexec fails."""
-    source = BEGIN.format(timeout=timeout) + f"if comm.rank == 1:\n    {deed}\nelse:\n    wait_for_rank_1()\n"
-    done = run_mpi(source, 3, expect=None, **run)
-    assert done.seconds < within, done
+    source = (BEGIN.format(timeout=60) + f"comm.timeout = {timeout}\n"
+              f"if comm.rank == 1:\n    {deed}\nelse:\n    wait_for_rank_1()\n")
+    done = run_mpi(source, 3, expect=None, timeout=90, **run)
+    assert done.seconds < 45, done
     processes = [int(number) for number in re.findall(r"^process (\d+)$", done.out, re.M)]
     assert len(processes) == 3, done
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while any(lives(each) for each in processes):
         assert time.monotonic() < end, "a rank still runs"
         time.sleep(0.05)
@@ -111,7 +112,7 @@ def test_a_rank_that_is_gone_is_not_awaited() -> None:
 
 def test_what_was_sent_before_the_end_arrives() -> None:
     """Ranks may end at different times; the last keeps nobody from it."""
-    done = run_mpi(BEGIN.format(timeout=10) + """if comm.rank == 1:
+    done = run_mpi(BEGIN.format(timeout=60) + """if comm.rank == 1:
     x[:] = 7
     for each in [comm.send(x, 0), comm.send(x, 2)]:
         each.wait()
@@ -153,19 +154,19 @@ def test_a_rank_that_ends_before_it_has_started_mpi() -> None:
         if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
             sys.exit(1)
         MPIComm(timeout=1.0)
-        """, 2, expect=None)
-    assert done.seconds < 20
+        """, 2, expect=None, timeout=90)
+    assert done.seconds < 60
 
 
 def test_messages_move_while_a_kernel_computes() -> None:
     """By the helper thread: no rank calls the communicator until both have all of it."""
-    done = run_mpi(BEGIN.format(timeout=10) + KERNEL + """
+    done = run_mpi(BEGIN.format(timeout=60) + KERNEL + """
 into, other = np.ones_like(x), 1 - comm.rank
 compute(0.05)
 comm.barrier()
 pending = [comm.receive(into, other), comm.send(x, other)]
 finished = lambda: all(each._finished() for each in pending)
-compute(8.0, finished)
+compute(30.0, finished)
 print("finished", finished(), comm.has_helper, not into.any())
 comm.barrier()
 """, 2)
@@ -174,13 +175,13 @@ comm.barrier()
 
 def test_without_threads_progress_is_called() -> None:
     """Where MPI refuses calls from several threads: nothing moves by itself, and all of it by progress()."""
-    done = run_mpi(BEGIN.format(timeout=10) + KERNEL + """
+    done = run_mpi(BEGIN.format(timeout=60) + KERNEL + """
 into, other = np.ones_like(x), 1 - comm.rank
 pending = [comm.receive(into, other), comm.send(x, other)]
 finished = lambda: all(each._finished() for each in pending)
 compute(0.2)
 before = finished()
-compute(8.0, lambda: comm.progress() or finished())
+compute(30.0, lambda: comm.progress() or finished())
 print("finished", before, finished(), comm.has_helper)
 comm.barrier()
 """, 2, MPI4PY_RC_THREAD_LEVEL="single")
@@ -189,7 +190,7 @@ comm.barrier()
 
 def test_who_waits_does_not_spin() -> None:
     """Nor does the helper, with a receive that nobody answers; a fifth of a core is far above what they take."""
-    done = run_mpi(BEGIN.format(timeout=10) + """
+    done = run_mpi(BEGIN.format(timeout=60) + """
 if comm.rank == 0:
     time.sleep(2)
     comm.send(x, 1).wait()

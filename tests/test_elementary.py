@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import platform
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference as ref
+from child import compile_c
+from conftest import DTYPES
 
 import forge_c as fc
 
-PAGE = (Path(__file__).parent.parent / "docs" / "accuracy.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "accuracy.md").read_text()
 
 
 def softmax_of_two(x):
@@ -79,3 +84,47 @@ def test_errors_are_those_of_the_page(isa, name):
     limit = np.where(size >= 2.0**-119, normal, np.where(size >= 2.0**-126, small, subnormal))
     at = np.flatnonzero(~(error <= limit))
     assert not at.size, f"{name}({x[at[0]]!r}) is {error[at[0]]:.4g} ulp off, {limit[at[0]]} in docs/accuracy.md"
+
+
+# ---- of 16 bits -------------------------------------------------------------------------------------
+
+OF_16_BITS = ("softmax", "silu", "gelu", "gelu_tanh")
+# The exponent of the smallest normal number, and the digits.
+FORMATS = {"bfloat16": (-126, 8), "float16": (-14, 11)}
+
+
+@pytest.mark.parametrize("name", OF_16_BITS)
+def test_errors_of_16_bits_are_those_of_the_page(isa, name):
+    """All finite numbers. Under 2^-126 a result may be 0 that has an exponential which float32 does not hold."""
+    for column, (dtype, (exponent, digits)) in enumerate(FORMATS.items()):
+        x = np.arange(1 << 16).astype(np.uint16).view(DTYPES[dtype])
+        x = x[np.isfinite(x.astype(np.float32))]
+        with np.errstate(over="ignore"):
+            y = CASES[name][2](x.astype(np.float64))
+        got, size = CASES[name][1](x).astype(np.float64), abs(y)
+        ulp = 2.0 ** (np.maximum(np.frexp(size)[1] - 1, exponent) - digits + 1)
+        limit = figures(f"{name} of 16 bits")[column][isa.startswith("avx512")] * ulp
+        if name in ("softmax", "gelu"):
+            limit = np.where(size < 2.0**-126, np.maximum(limit, size), limit)
+        at = np.flatnonzero(~(abs(got - y) <= limit))
+        assert not at.size, f"{name}({x[at[0]]}) is {got[at[0]]}, exactly {y[at[0]]}, {dtype}; {at.size} are off"
+
+
+BEFORE_ROUNDING = ("exp_negative_short", "gelu_bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64" or "avx2" not in fc.available_isas(), reason="this CPU has no AVX2")
+@pytest.mark.parametrize("nbytes", (32, 64))
+def test_errors_before_the_rounding_to_16_bits_are_those_of_the_page(tmp_path, nbytes):
+    """By tools/measure_ulp.c at every 997th thousand of floats; AVX-512 in software where the CPU has none."""
+    software = [] if nbytes == 32 or any(isa.startswith("avx512") for isa in fc.available_isas()) else [
+        "-DFC_SOFTWARE_AVX512", "-Wno-psabi", f"-I{ROOT / 'tools' / 'avx512_in_software'}"]
+    compile_c("-std=gnu11", "-O1", "-fno-math-errno", "-ffp-contract=off", f"-DFC_BYTES={nbytes}", *software,
+              f"-I{ROOT / 'src_c'}", ROOT / "tools" / "measure_ulp.c", "-lm", "-o", tmp_path / "measure")
+    told = subprocess.run([tmp_path / "measure", "997", *BEFORE_ROUNDING], capture_output=True, text=True, check=True)
+    for name in BEFORE_ROUNDING:
+        cells = re.search(rf"^\| {name} \| (.*) \|$", told.stdout, re.M)[1].split("|")
+        normal, _, of_x = (cell[-1 if nbytes == 64 else 0] for cell in figures(name))
+        assert float(cells[1]) <= normal, (name, cells)
+        assert name != "gelu_bf16" or float(cells[7]) <= of_x, (name, cells)

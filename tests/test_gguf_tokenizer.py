@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import gguf_vocabularies as vocabularies
 import numpy as np
 import pytest
 from gguf_vocabularies import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, metadata, pairs_of_letters, words
+from pace import check_pace
 from suite import case
 
 from forge_c.models.gguf_tokenizer import gguf_tokenizer
@@ -122,9 +122,7 @@ def test_a_vocabulary_of_the_largest_size_takes_a_moment():
     letters = [chr(i) for i in range(0x4E00, 0x4E00 + 64)]
     tokens = ["".join(token) for n in (1, 2, 3) for token in product(letters, repeat=n)][: 1 << 18]
     keys = metadata("llama", tokens, [NORMAL] * len(tokens), scores=-np.arange(len(tokens), dtype=np.float32))
-    start = time.process_time()
-    tokenizer(keys)
-    assert time.process_time() - start < 3.0
+    check_pace(lambda: tokenizer(keys), 3.0)
 
 
 # ---- what stands around a text, and ends it ---------------------------------------------------------------

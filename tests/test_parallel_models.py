@@ -487,7 +487,7 @@ def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
         """
     done = run_mpi(script, 2, "generate", "--parallel", "--model", str(folder), "--max-new-tokens", "90000", "a",
                    signal_after="now", expect=None)
-    assert done.seconds < 20
+    assert done.seconds < 60
 
 
 def test_options_of_several_processes_need_them(capsys: Any) -> None:

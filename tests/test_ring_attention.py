@@ -227,8 +227,8 @@ def test_a_rank_that_fails_in_the_middle_ends_the_others_at_once():
         raise MemoryError("no room")
 
     begin = perf_counter()
-    _, errors = run_threads_to_the_end(failing(fails), 3)
-    assert perf_counter() - begin < 5
+    _, errors = run_threads_to_the_end(failing(fails), 3, timeout=60.0)
+    assert perf_counter() - begin < 30
     assert type(errors[1]) is MemoryError
     assert all(type(errors[i]) is RankError and "rank 1 failed: MemoryError: no room" in str(errors[i]) for i in (0, 2))
 

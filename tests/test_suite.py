@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -82,7 +83,17 @@ def test_who_runs_alone_waits_and_is_waited_for(tmp_path):
     for thread in workers:
         thread.join()
     assert len(seen) == 24 and all(len(at_once) == 1 for at_once in seen if any(alone for _, alone in at_once))
-    assert any(len(at_once) > 1 for at_once in seen)
+
+
+def test_who_need_not_be_alone_runs_beside_others(tmp_path):
+    met = threading.Barrier(3)
+
+    def worker(_: int) -> None:
+        with Locks(tmp_path).held(False):
+            met.wait(60.0)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(worker, range(3))) == [None] * 3
 
 
 def test_the_isas_of_a_case_follow_each_other(request):

@@ -369,7 +369,7 @@ def test_short_lived_callers_leave_no_threads_behind(thread_count):
     time.sleep(0.05)
     before, resident = status("Threads:"), status("VmRSS:")
     callers(50)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while status("Threads:") > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert status("Threads:") <= before
