@@ -367,13 +367,16 @@ def test_short_lived_callers_leave_no_threads_behind(thread_count):
 
     callers(5)
     time.sleep(0.05)
-    before, resident = status("Threads:"), status("VmRSS:")
-    callers(50)
+    before, grown = status("Threads:"), []
+    for _ in range(4):  # a leak grows every time, the allocator's own needs do not
+        resident = status("VmRSS:")
+        callers(50)
+        grown.append(status("VmRSS:") - resident)
     deadline = time.monotonic() + 60
     while status("Threads:") > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert status("Threads:") <= before
-    assert status("VmRSS:") - resident < 2048
+    assert min(grown) < 2048, grown
 
 
 @pytest.mark.slow
