@@ -370,8 +370,13 @@ def test_a_function_as_a_tool(tmp_path):
 def test_schemas_are_those_of_transformers():
     pytest.importorskip("transformers")
     from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import DocstringParsingException
 
-    assert json.dumps(get_json_schema(paint)) == json.dumps(PAINT)
+    try:
+        theirs = get_json_schema(paint)
+    except DocstringParsingException:
+        pytest.skip("this version of transformers knows no types in docstrings, as 5.17")
+    assert json.dumps(theirs) == json.dumps(PAINT)
 
 
 def no_docstring(x: int) -> None: ...
