@@ -11,7 +11,6 @@
  * A key that `mask` hides (False, or -inf) counts for nothing either, whatever it and its value hold. No (S, T) matrix
  * exists: scores are (block, 256). */
 #include <math.h>
-#include <stdlib.h>
 
 #include "../rows.h"
 #include "attention.h"
@@ -83,19 +82,19 @@ static fc_status pack_and_attend(struct attention *ctx) {
                     each = fc_times(ctx->kv.pages_a_row, fc_attention_page_bytes(ctx));
     const ptrdiff_t some =
         each > 0 && PACKED_BYTES / each < all ? (PACKED_BYTES / each > 0 ? PACKED_BYTES / each : 1) : all;
-    void **pages = fc_attention_new_pages(ctx, some);
-    fc_status status = pages ? FC_OK : FC_NO_MEMORY;
+    fc_scratch pages = {0};
+    fc_status status = fc_attention_new_pages(ctx, &pages, some) ? FC_NO_MEMORY : FC_OK;
     for (ctx->first_pair = 0; status == FC_OK && ctx->first_pair < all; ctx->first_pair += some) {
         ctx->pairs = fc_smaller(some, all - ctx->first_pair);
         status = fc_attention_pack_pages(ctx);
         if (status == FC_OK) status = attend_blocks(ctx, ctx->pairs);
     }
-    free(pages);
+    fc_scratch_free(&pages);
     return status;
 }
 
 static fc_status by_blocks(struct attention *ctx) {
-    if (fc_scratch_alloc(ctx->args->workspace, &ctx->scratch, ctx->threads, fc_attention_scratch_bytes(ctx)))
+    if (fc_scratch_alloc_huge(ctx->args->workspace, &ctx->scratch, ctx->threads, fc_attention_scratch_bytes(ctx)))
         return FC_NO_MEMORY;
     fc_status status =
         ctx->in_place ? attend_blocks(ctx, ctx->args->batch * ctx->args->kv_heads) : pack_and_attend(ctx);

@@ -108,8 +108,8 @@ void fc_attention_end_row(const struct attention *ctx, const struct where *w, pt
 ptrdiff_t fc_attention_page_bytes(const struct attention *ctx);
 size_t fc_attention_store_bytes(const struct attention *ctx);
 
-/* Pages for `pairs` heads' keys and values, for free(); NULL without memory. */
-void **fc_attention_new_pages(struct attention *ctx, ptrdiff_t pairs);
+/* Pages for `pairs` heads' keys and values. Nonzero: no memory. */
+int fc_attention_new_pages(struct attention *ctx, fc_scratch *pages, ptrdiff_t pairs);
 
 /* The chunks that some query sees of the pairs at hand into their pages, on threads */
 fc_status fc_attention_pack_pages(struct attention *ctx);

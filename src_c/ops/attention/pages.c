@@ -1,7 +1,6 @@
 /* Keys and values into pages as attention multiplies them: those of plain arrays, or of a cache whose pages are others;
  * a cache's own are read where they lie. */
 #include <stdint.h>
-#include <stdlib.h>
 
 #include "../rows.h"
 #include "attention.h"
@@ -21,19 +20,16 @@ size_t fc_attention_store_bytes(const struct attention *ctx) {
     return (size_t)fc_plus(decoded_bytes(ctx), (ptrdiff_t)bytes);
 }
 
-/* Pages for `pairs` heads' keys and values; NULL without memory. */
-void **fc_attention_new_pages(struct attention *ctx, ptrdiff_t pairs) {
+/* Not from a workspace, which would hold them until it goes. */
+int fc_attention_new_pages(struct attention *ctx, fc_scratch *pages, ptrdiff_t pairs) {
     const size_t count = (size_t)fc_times(pairs, ctx->kv.pages_a_row), bytes = (size_t)fc_attention_page_bytes(ctx);
-    if (count > SIZE_MAX / 2 / (bytes + sizeof(void *))) return NULL;
-    const size_t total = count * (bytes + sizeof(void *)) + 64;
-    char *block = malloc(total);
-    if (!block) return NULL;
-    fc_use_huge_pages(block, total);
-    void **table = (void **)(void *)block;
+    if (count > SIZE_MAX / 2 / (bytes + sizeof(void *))) return -1;
+    if (fc_scratch_alloc_huge(NULL, pages, 1, count * (bytes + sizeof(void *)) + 64)) return -1;
+    void **table = (void **)(void *)pages->base;
     char *first = (char *)(((uintptr_t)(table + count) + 63) / 64 * 64);
     for (size_t i = 0; i < count; i++) table[i] = first + i * bytes;
     ctx->kv.pages = table;
-    return table;
+    return 0;
 }
 
 /* n tokens of a head from key0 on: where they lie, or out of a cache's page in `decoded` */
