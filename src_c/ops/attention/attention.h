@@ -119,6 +119,8 @@ void fc_attention_store_chunk(const struct attention *ctx, ptrdiff_t pair, ptrdi
 
 /* ---- chunk.c ---- */
 
+/* Rows of a block that scratch has room for: strips read, and write, whole ones. */
+ptrdiff_t fc_attention_rows_in_strips(const struct attention *ctx);
 size_t fc_attention_scratch_bytes(const struct attention *ctx);
 struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank);
 

@@ -147,13 +147,10 @@ void fc_byte_store(const struct attention *ctx, void *page, ptrdiff_t n, const s
 
 static ptrdiff_t ld_query(const struct attention *ctx) { return fc_round_up(ctx->d_padded, 64) + 64; }
 
-/* Strips read whole ones. */
-static ptrdiff_t rows_of(const struct attention *ctx) { return fc_round_up(ctx->rows, FC_STRIP_ROWS); }
-
 /* Of a block's rows: bytes of queries, of weights, their scales, shifts of panels; and one query */
 ptrdiff_t fc_byte_scratch_floats(const struct attention *ctx) {
     const ptrdiff_t row = fc_plus(ld_query(ctx) / 4, LD_WEIGHTS / 4 + BLOCKS + PANELS);
-    return fc_plus(fc_times(rows_of(ctx), row), widest(ctx) + 16);
+    return fc_plus(fc_times(fc_attention_rows_in_strips(ctx), row), widest(ctx) + 16);
 }
 
 struct byte_scratch {
@@ -163,10 +160,10 @@ struct byte_scratch {
 
 static struct byte_scratch scratch_of(const struct attention *ctx, const struct scratch *r) {
     struct byte_scratch b = {.w_scale = r->bytes};
-    b.shifts = b.w_scale + rows_of(ctx) * BLOCKS;
-    b.query = b.shifts + rows_of(ctx) * PANELS;
+    b.shifts = b.w_scale + fc_attention_rows_in_strips(ctx) * BLOCKS;
+    b.query = b.shifts + fc_attention_rows_in_strips(ctx) * PANELS;
     b.q = (uint8_t *)(b.query + widest(ctx));
-    b.w = b.q + rows_of(ctx) * ld_query(ctx);
+    b.w = b.q + fc_attention_rows_in_strips(ctx) * ld_query(ctx);
     return b;
 }
 
@@ -270,6 +267,19 @@ static void attend_strips(const struct attention *ctx, const struct where *w, co
         .ldp = ctx->e_padded * 4, .k_lines = ctx->d_padded / 4, .panels = ctx->e_padded / FC_PANEL});
 }
 
+static void attend_rows(const struct attention *ctx, const struct where *w, const struct scratch *r,
+                        const struct byte_scratch *b, const byte_head *h, ptrdiff_t row, ptrdiff_t rows,
+                        struct chunk c) {
+    const struct shared see = seen_by(ctx, w, row, rows, c);
+    if (see.hi <= see.lo) {
+        for (ptrdiff_t i = row; i < row + rows; i++) r->part_max[i] = -INFINITY, r->part_sum[i] = 0.0f;
+        return;
+    }
+    score(ctx, r, b, h, row, rows, see.lo, see.hi);
+    weights_of_rows(ctx, w, r, b, h, row, rows, c);
+    weigh(ctx, r, b, h, row, rows, see.lo, see.hi);
+}
+
 void fc_byte_chunk(const struct attention *ctx, const struct where *w, const struct scratch *r, void *page,
                    struct chunk c) {
     const ptrdiff_t all = w->queries * ctx->group, ldq = ctx->d_padded * 4;
@@ -280,19 +290,7 @@ void fc_byte_chunk(const struct attention *ctx, const struct where *w, const str
                                            .panel_stride = ldq * PANELS, .m = all, .panels = 1,
                                            .lines = ctx->args->head_dim});
     const int strips = in_strips(ctx, all);
-    for (ptrdiff_t row = 0, rows; strips && row < all; row += rows) {
-        rows = fc_smaller(STRIP_ROWS, all - row);
-        attend_strips(ctx, w, r, &b, &h, row, rows, c);
-    }
-    for (ptrdiff_t row = 0, rows; !strips && row < all; row += rows) {
-        rows = fc_smaller(FC_BYTE_ROWS, all - row);
-        const struct shared see = seen_by(ctx, w, row, rows, c);
-        if (see.hi <= see.lo) {
-            for (ptrdiff_t i = row; i < row + rows; i++) r->part_max[i] = -INFINITY, r->part_sum[i] = 0.0f;
-            continue;
-        }
-        score(ctx, r, &b, &h, row, rows, see.lo, see.hi);
-        weights_of_rows(ctx, w, r, &b, &h, row, rows, c);
-        weigh(ctx, r, &b, &h, row, rows, see.lo, see.hi);
-    }
+    const ptrdiff_t at_once = strips ? STRIP_ROWS : FC_BYTE_ROWS;
+    for (ptrdiff_t row = 0; row < all; row += at_once)
+        (strips ? attend_strips : attend_rows)(ctx, w, r, &b, &h, row, fc_smaller(at_once, all - row), c);
 }

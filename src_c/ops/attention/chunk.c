@@ -17,11 +17,10 @@ enum {
 static ptrdiff_t byte_floats(const struct attention *ctx) {
     return ctx->bytes ? fc_round_up(fc_byte_scratch_floats(ctx), 16) : 0;
 }
-/* Strips read, and write, whole ones. */
-static ptrdiff_t rows_in_strips(const struct attention *ctx) { return fc_round_up(ctx->rows, FC_STRIP_ROWS); }
+ptrdiff_t fc_attention_rows_in_strips(const struct attention *ctx) { return fc_round_up(ctx->rows, FC_STRIP_ROWS); }
 static ptrdiff_t scratch_floats(const struct attention *ctx) {
     const ptrdiff_t row = fc_plus(fc_plus(ctx->d_padded, LD_SCORES + 8), fc_times(2, ctx->e_padded));
-    return fc_plus(fc_plus(fc_times(rows_in_strips(ctx), row), FC_KV_CHUNK + 128), byte_floats(ctx));
+    return fc_plus(fc_plus(fc_times(fc_attention_rows_in_strips(ctx), row), FC_KV_CHUNK + 128), byte_floats(ctx));
 }
 static ptrdiff_t store_bytes(const struct attention *ctx) {
     return ctx->in_place ? 0 : fc_round_up((ptrdiff_t)fc_attention_store_bytes(ctx), 64);
@@ -36,7 +35,7 @@ struct scratch fc_attention_scratch_of(const struct attention *ctx, int rank) {
     char *base = fc_scratch_of(&ctx->scratch, rank);
     r.store = base;
     r.page = base + store_bytes(ctx);
-    const ptrdiff_t rows = rows_in_strips(ctx);
+    const ptrdiff_t rows = fc_attention_rows_in_strips(ctx);
     float *p = (float *)(void *)((char *)r.page + (ctx->own_page ? fc_attention_page_bytes(ctx) : 0));
     r.scores = p, p += rows * LD_SCORES;
     r.part = p, p += rows * ctx->e_padded;
