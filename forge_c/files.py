@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from forge_c.pages import empty
+
 _MAX_JSON = 16 << 20
 _MAX_VALUES = 1 << 20  # a parsed value takes up to 100 bytes, however short its text
 _PIECE = 1 << 20
@@ -60,7 +62,7 @@ def read_rows(path: PathLike, name: str, start: int, row_bytes: int, rows: NDArr
     first, stop, _ = among.indices(row_bytes)
     wanted, places = np.unique(rows, return_inverse=True)
     ends = np.flatnonzero(np.diff(wanted) != 1) + 1 if stop - first == row_bytes else np.arange(1, len(wanted))
-    raw = np.empty((len(wanted), stop - first), np.uint8)
+    raw = empty((len(wanted), stop - first), np.uint8)
     with open_regular(path) as file:
         for begin, end in pairwise([0, *ends.tolist(), len(wanted)]):
             into = memoryview(raw[begin:end].reshape(-1).data)

@@ -18,6 +18,7 @@ from forge_c.formats.layout import FORMATS, LINE, PACKED, PANEL, ROWS_OF, Activa
 from forge_c.formats.quantize import Bytes, Floats, fill, take
 from forge_c.formats.rounding import Importance
 from forge_c.functional import PackedWeight
+from forge_c.pages import empty
 
 __all__ = ["FORMATS", "Format", "from_q4_0", "pack", "pack_blocks", "pack_gated", "pack_gated_blocks", "unpack"]
 
@@ -32,14 +33,6 @@ def _matrix(name: str, arg: str, weight: ArrayLike) -> NDArray:
     if w.ndim != 2:
         raise ValueError(f"{name}: {arg} has shape {w.shape}, expected (in_features, out_features)")
     return w
-
-
-def _aligned(panels: int, panel_bytes: int) -> Bytes:
-    """(panels, panel_bytes), uninitialised, on a 64-byte boundary: a line of a panel is then a cache line."""
-    nbytes = panels * panel_bytes
-    raw = np.empty(nbytes + LINE, np.uint8)
-    start = -raw.ctypes.data % LINE
-    return raw[start:start + nbytes].reshape(panels, panel_bytes)
 
 
 def pack(weight: ArrayLike, dtype: PackDtype | NumPyDtype = "float32", *, group_size: int | None = None,
@@ -76,7 +69,7 @@ def pack(weight: ArrayLike, dtype: PackDtype | NumPyDtype = "float32", *, group_
     rounded = f.checked_activations("pack", activations)
     w = _matrix("pack", "weight", weight)
     weighed = Importance.checked("pack", importance, len(w))
-    panels = _aligned(-(-w.shape[1] // PANEL), f.panel_bytes(w.shape[0]))
+    panels = empty((-(-w.shape[1] // PANEL), f.panel_bytes(w.shape[0])), np.uint8)
     fill("pack", f, panels, w, weighed)
     return PackedWeight(panels, w.shape, f.dtype, False, f.group, rounded)
 
@@ -98,7 +91,7 @@ def pack_gated(gate: ArrayLike, up: ArrayLike, dtype: PackDtype | NumPyDtype = "
     if a.shape != b.shape:
         raise ValueError(f"pack_gated: up has shape {b.shape}, expected {a.shape}")
     weighed = Importance.checked("pack_gated", importance, len(a))
-    panels = _aligned(-(-a.shape[1] // PANEL) * 2, f.panel_bytes(a.shape[0]))
+    panels = empty((-(-a.shape[1] // PANEL) * 2, f.panel_bytes(a.shape[0])), np.uint8)
     fill("pack_gated", f, panels[0::2], a, weighed)
     fill("pack_gated", f, panels[1::2], b, weighed)
     return PackedWeight(panels, (a.shape[0], 2 * a.shape[1]), f.dtype, True, f.group, rounded)
@@ -189,11 +182,11 @@ def _from_blocks(name: str, type_name: str, sides: Sequence[Bytes], activations:
     rounded = f.checked_activations(name, activations)
     k, n = sides[0].shape[1] * t.weights, sum(len(side) for side in sides)
     if gated:
-        panels = _aligned(-(-len(sides[0]) // PANEL) * 2, f.panel_bytes(k))
+        panels = empty((-(-len(sides[0]) // PANEL) * 2, f.panel_bytes(k)), np.uint8)
         for i, side in enumerate(sides):
             fill_blocks(name, f, panels[i::2], side)
         return PackedWeight(panels, (k, n), f.dtype, True, f.group, rounded)
-    panels = _aligned(-(-n // PANEL), f.panel_bytes(k))
+    panels = empty((-(-n // PANEL), f.panel_bytes(k)), np.uint8)
     if any(len(side) % PANEL for side in sides[:-1]):
         sides = [np.concatenate(list(sides))]
     first = 0
@@ -212,7 +205,7 @@ def rows_of(packed: PackedWeight, rows: range) -> PackedWeight:
     if f.dtype == "int8":
         f, panels = _finer_groups(f, panels, gcd(f.group or 1, rows.start, 0 if rows.stop == k else rows.stop))
     some = panels[:, rows.start // f.block_k : f.blocks(rows.stop)]
-    out = _aligned(len(some), f.panel_bytes(len(rows)))
+    out = empty((len(some), f.panel_bytes(len(rows))), np.uint8)
     out[...] = some.reshape(len(some), -1)
     return PackedWeight(out, (len(rows), n), f.dtype, packed.gated, f.group, packed.activations)
 

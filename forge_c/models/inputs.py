@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import singledispatch
+from functools import cache, singledispatch
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,8 @@ class Inputs:
     def layer(self, i: int) -> None:
         """The texts through layer i, which comes after those before."""
         layer, prefix = self.spec.layers[i], f"model.layers.{i}."
-        source = _Floats(folded(self.checkpoint, prefix, layer), prefix, self.spec.hidden_size, self._tables)
+        source = _Floats(folded(self.checkpoint, prefix, layer), prefix, self.spec.hidden_size, self._tables,
+                         len(self._x))
         sums: dict[str, Any] = {}
         rows = sum(x.shape[1] for x in self._x)
 
@@ -115,13 +116,22 @@ class Inputs:
 class _Floats:
     """Tensors of a layer as they come, (out, in)."""
 
-    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, tables: RopeTables) -> None:
-        self.checkpoint, self.prefix, self.hidden, self.tables = checkpoint, prefix, hidden, tables
+    def __init__(self, checkpoint: Tensors, prefix: str, hidden: int, tables: RopeTables, uses: int) -> None:
+        """uses: how often each matrix is multiplied."""
+        self.checkpoint, self.prefix, self.hidden, self.tables, self.uses = checkpoint, prefix, hidden, tables, uses
         self.positions: NDArray[np.int64] | None = None  # of the tokens that go through, behind a router
 
     def matrix(self, name: str, rows: int, columns: int) -> NDArray[Any]:
         """(in, out) for linear."""
         return self.checkpoint.take(f"{self.prefix}{name}.weight", (rows, columns)).T
+
+    def product(self, name: str, rows: int, columns: int) -> Callable[..., Floats]:
+        """linear by that matrix, with a bias or without. It is read when it is needed, and held for a second use."""
+        def read() -> NDArray[Any]:
+            return self.matrix(name, rows, columns)
+
+        weight = read if self.uses == 1 else cache(read)
+        return lambda x, bias=None: linear(x, weight(), bias)
 
     def bias(self, wanted: bool, name: str, n: int) -> Floats | None:
         return self.checkpoint.take(f"{self.prefix}{name}.bias", (n,)).astype(np.float32) if wanted else None
@@ -165,16 +175,16 @@ def _(kind: Attention, source: _Floats) -> Callable[[Floats, See], Floats]:
     sizes = [heads * d, keys * d, keys * d]
     names = ["self_attn.qkv_proj"] if kind.fused else [f"self_attn.{p}_proj" for p in "qkv"]
     rows = [sum(sizes)] if kind.fused else sizes
-    weights = [source.matrix(name, n, source.hidden * kind.streams) for name, n in zip(names, rows, strict=True)]
+    products = [source.product(name, n, source.hidden * kind.streams) for name, n in zip(names, rows, strict=True)]
     biases = [source.bias(kind.qkv_bias, f"self_attn.{p}_proj", n) for p, n in zip("qkv", sizes, strict=True)]
-    out = source.matrix("self_attn.o_proj", source.hidden, heads * d)
+    out = source.product("self_attn.o_proj", source.hidden, heads * d)
     out_bias = source.bias(kind.o_bias, "self_attn.o_proj", source.hidden)
     norms = [None if kind.qk_norm is None else source.norm(kind.qk_norm, f"self_attn.{p}_norm", d) for p in "qk"]
     table = None if kind.rope is None else TableOf(source.tables, kind.rope)
 
     def compute(x: Floats, see: See) -> Floats:
         see(names[0], x)
-        joined = np.concatenate([linear(x, w) for w in weights], axis=-1)
+        joined = np.concatenate([product(x) for product in products], axis=-1)
         parts = np.split(joined, np.cumsum(sizes)[:2], axis=-1)
         q, k, v = (part if b is None else part + b for part, b in zip(parts, biases, strict=True))
         n = x.shape[1]
@@ -188,7 +198,7 @@ def _(kind: Attention, source: _Floats) -> Callable[[Floats, See], Floats]:
                           q_positions=at, kv_positions=at)
         flat = found.reshape(1, n, heads * d)
         see("self_attn.o_proj", flat)
-        return linear(flat, out, out_bias)
+        return out(flat, out_bias)
 
     return compute
 
@@ -202,11 +212,11 @@ def _convolved(kind: Mamba | Mamba2, source: _Floats, channels: int) -> Callable
 @_observed.register
 def _(kind: Mamba, source: _Floats) -> Callable[[Floats, See], Floats]:
     inner, n, rank, conv = kind.inner, kind.state, kind.dt_rank, _convolved(kind, source, kind.inner)
-    first, first_bias = (source.matrix("mixer.in_proj", 2 * inner, source.hidden),
+    first, first_bias = (source.product("mixer.in_proj", 2 * inner, source.hidden),
                          source.bias(kind.bias, "mixer.in_proj", 2 * inner))
-    of_x, of_dt = source.matrix("mixer.x_proj", rank + 2 * n, inner), source.matrix("mixer.dt_proj", inner, rank)
+    of_x, of_dt = source.product("mixer.x_proj", rank + 2 * n, inner), source.product("mixer.dt_proj", inner, rank)
     dt_bias, a = source.tensor("mixer.dt_proj.bias", inner), source.decay("mixer.A_log", inner, n)
-    d, out = source.tensor("mixer.D", inner), source.matrix("mixer.out_proj", source.hidden, inner)
+    d, out = source.tensor("mixer.D", inner), source.product("mixer.out_proj", source.hidden, inner)
     out_bias = source.bias(kind.bias, "mixer.out_proj", source.hidden)
     norms: list[Callable[[Floats], Floats]] = [np.ascontiguousarray] * 3
     if kind.norm is not None:
@@ -216,14 +226,14 @@ def _(kind: Mamba, source: _Floats) -> Callable[[Floats, See], Floats]:
 
     def compute(x: Floats, see: See) -> Floats:
         see("mixer.in_proj", x)
-        u, z = np.split(linear(x, first, first_bias), 2, axis=-1)
+        u, z = np.split(first(x, first_bias), 2, axis=-1)
         u = conv(u)
         see("mixer.x_proj", u)
-        parts = np.split(linear(u, of_x), [rank, rank + n], axis=-1)
+        parts = np.split(of_x(u), [rank, rank + n], axis=-1)
         dt, b, c = (norm(np.ascontiguousarray(part)) for norm, part in zip(norms, parts, strict=True))
-        y, _ = selective_scan(u, linear(dt, of_dt), a, b, c, d, z=z, delta_bias=dt_bias, delta_softplus=True)
+        y, _ = selective_scan(u, of_dt(dt), a, b, c, d, z=z, delta_bias=dt_bias, delta_softplus=True)
         see("mixer.out_proj", y)
-        return linear(y, out, out_bias)
+        return out(y, out_bias)
 
     return compute
 
@@ -232,11 +242,11 @@ def _(kind: Mamba, source: _Floats) -> Callable[[Floats, See], Floats]:
 def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
     inner, channels, heads = kind.inner, kind.channels, kind.heads
     conv, rows = _convolved(kind, source, channels), inner + channels + heads
-    first, first_bias = (source.matrix("mixer.in_proj", rows, source.hidden),
+    first, first_bias = (source.product("mixer.in_proj", rows, source.hidden),
                          source.bias(kind.bias, "mixer.in_proj", rows))
     d, dt_bias = (source.tensor(f"mixer.{name}", heads) for name in ("D", "dt_bias"))
     a = source.decay("mixer.A_log", heads)
-    out, out_bias = (source.matrix("mixer.out_proj", source.hidden, inner),
+    out, out_bias = (source.product("mixer.out_proj", source.hidden, inner),
                      source.bias(kind.has_out_bias, "mixer.out_proj", source.hidden))
     weight = None if kind.norm is None else source.tensor("mixer.norm.weight", inner)
     limit = (kind.dt_min, math.inf if kind.dt_max is None else kind.dt_max)
@@ -252,14 +262,14 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
     def compute(x: Floats, see: See) -> Floats:
         see("mixer.in_proj", x)
         n = x.shape[1]
-        z, xbc, dt = np.split(linear(x, first, first_bias), [inner, inner + channels], axis=-1)
+        z, xbc, dt = np.split(first(x, first_bias), [inner, inner + channels], axis=-1)
         u, b, c = np.split(conv(xbc), [inner, (inner + channels) // 2], axis=-1)
         b, c = (np.ascontiguousarray(part).reshape(1, n, kind.groups, kind.state) for part in (b, c))
         y, _ = ssd_scan(np.ascontiguousarray(u).reshape(1, n, heads, kind.head_dim), dt, a, b, c, d,
                         dt_bias=dt_bias, dt_softplus=True, dt_limit=limit)
         y = gated(y.reshape(1, n, inner), z)
         see("mixer.out_proj", y)
-        return linear(y, out, out_bias)
+        return out(y, out_bias)
 
     return compute
 
@@ -268,16 +278,16 @@ def _(kind: Mamba2, source: _Floats) -> Callable[[Floats, See], Floats]:
 def _(kind: ShortConv, source: _Floats) -> Callable[[Floats, See], Floats]:
     n = source.hidden
     weight = source.tensor("mixer.conv1d.weight", n, 1, kind.width).reshape(n, kind.width)
-    first, out = source.matrix("mixer.in_proj", 3 * n, n), source.matrix("mixer.out_proj", n, n)
+    first, out = source.product("mixer.in_proj", 3 * n, n), source.product("mixer.out_proj", n, n)
     first_bias, bias, out_bias = (source.bias(kind.bias, f"mixer.{name}", size)
                                   for name, size in (("in_proj", 3 * n), ("conv1d", n), ("out_proj", n)))
 
     def compute(x: Floats, see: See) -> Floats:
         see("mixer.in_proj", x)
-        b, c, u = np.split(linear(x, first, first_bias), 3, axis=-1)
+        b, c, u = np.split(first(x, first_bias), 3, axis=-1)
         y = c * causal_conv1d(b * u, weight, bias)[0]
         see("mixer.out_proj", y)
-        return linear(y, out, out_bias)
+        return out(y, out_bias)
 
     return compute
 
@@ -287,21 +297,21 @@ def _(kind: RGLRU, source: _Floats) -> Callable[[Floats, See], Floats]:
     n, hidden, block = kind.width, source.hidden, kind.width // kind.heads
     conv, conv_bias = (source.tensor("mixer.conv1d.weight", n, 1, kind.conv).reshape(n, kind.conv),
                        source.tensor("mixer.conv1d.bias", n))
-    (y_w, x_w), (y_bias, x_bias) = ([source.matrix(f"mixer.linear_{side}", n, hidden) for side in "yx"],
+    (y_product, x_product), (y_bias, x_bias) = ([source.product(f"mixer.linear_{side}", n, hidden) for side in "yx"],
                                     [source.tensor(f"mixer.linear_{side}.bias", n) for side in "yx"])
-    out, out_bias = source.matrix("mixer.linear_out", hidden, n), source.tensor("mixer.linear_out.bias", hidden)
+    out, out_bias = source.product("mixer.linear_out", hidden, n), source.tensor("mixer.linear_out.bias", hidden)
     gates = [(source.tensor(f"mixer.{gate}_gate_weight", kind.heads, block, block),
               source.tensor(f"mixer.{gate}_gate_bias", kind.heads, block)) for gate in ("input", "recurrent")]
     param, f = source.tensor("mixer.recurrent_param", n), _ACTIVATIONS[kind.activation]
 
     def compute(x: Floats, see: See) -> Floats:
         see("mixer.linear_y", x)
-        u, _ = causal_conv1d(linear(x, x_w, x_bias), conv, conv_bias)
+        u, _ = causal_conv1d(x_product(x, x_bias), conv, conv_bias)
         heads, begins = u.reshape(-1, kind.heads, 1, block), np.arange(x.shape[1])[None] == 0
         i, r = ((heads @ w + b[:, None]).reshape(u.shape) for w, b in gates)
-        y = f(linear(x, y_w, y_bias)) * rg_lru(u, i, r, param, reset=begins)[0]
+        y = f(y_product(x, y_bias)) * rg_lru(u, i, r, param, reset=begins)[0]
         see("mixer.linear_out", y)
-        return linear(y, out, out_bias)
+        return out(y, out_bias)
 
     return compute
 
@@ -313,20 +323,20 @@ _ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
 
 def _mlp(kind: GatedMLP | MLP, source: _Floats, names: Sequence[str], gated: bool) -> Callable[[Floats, See], Floats]:
     rows = 2 * kind.width if gated and len(names) == 1 else kind.width
-    weights = [source.matrix(name, rows, source.hidden) for name in names]
+    products = [source.product(name, rows, source.hidden) for name in names]
     biases = [source.bias(kind.bias, f"mlp.{p}_proj", kind.width) for p in (("gate", "up") if gated else ("up",))]
-    down = source.matrix("mlp.down_proj", source.hidden, kind.width)
+    down = source.product("mlp.down_proj", source.hidden, kind.width)
     down_bias = source.bias(kind.bias, "mlp.down_proj", source.hidden)
     f = _ACTIVATIONS[kind.activation]
 
     def compute(x: Floats, see: See) -> Floats:
         see(names[0], x)
-        joined = np.concatenate([linear(x, w) for w in weights], axis=-1)
+        joined = np.concatenate([product(x) for product in products], axis=-1)
         sides = np.split(joined, 2 if gated else 1, axis=-1)
         sides = [np.ascontiguousarray(s if b is None else s + b) for s, b in zip(sides, biases, strict=True)]
         hidden = f(sides[0]) * sides[1] if gated else f(sides[0])
         see("mlp.down_proj", hidden)
-        return linear(hidden, down, down_bias)
+        return down(hidden, down_bias)
 
     return compute
 
@@ -397,6 +407,6 @@ def _routed(router: Router, source: _Floats, x: Floats) -> tuple[Floats, NDArray
     if router.predictor is None:
         return logits, np.flatnonzero(logits > np.float32(router.threshold))
     up, down = "router.predictor.up", "router.predictor.down"
-    inner = silu(linear(x, source.matrix(up, router.predictor, source.hidden), source.bias(True, up, router.predictor)))
+    inner = silu(source.product(up, router.predictor, source.hidden)(x, source.bias(True, up, router.predictor)))
     scores = inner @ source.matrix(down, 1, router.predictor).astype(np.float32)[:, 0]
     return logits, np.flatnonzero(scores + source.checkpoint.take(f"{source.prefix}{down}.bias", (1,)) > 0)

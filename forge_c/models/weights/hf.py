@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from forge_c.checks import short, warn
 from forge_c.files import open_regular, parse_json, read_json, read_rows
 from forge_c.models.weights.foreign import check_tensors, weights_instead
+from forge_c.pages import empty
 
 _MAX_HEADER = 100 << 20
 _MAX_HEADER_VALUES = 1 << 19  # of 65 000 tensors in one file
@@ -102,7 +103,7 @@ class Checkpoint:
         """
         entry = self._entry(name, shape)
         # Read, not mapped: a file that stays mapped counts, page by page, as this process's memory.
-        tensor = np.empty(shape, _DTYPES[entry.dtype])
+        tensor = empty(shape, _DTYPES[entry.dtype])
         with open_regular(entry.path) as file:
             file.seek(entry.start)
             if file.readinto(tensor.reshape(-1).view(np.uint8).data) != tensor.nbytes:  # type: ignore[attr-defined]
