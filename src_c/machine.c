@@ -1,5 +1,5 @@
-/* See machine.h. Cache sizes are asked of the C library, which knows them on x86, else of Linux; where neither does, or
- * the answer is absurd, a usual size stands. */
+/* See machine.h. Cache sizes are asked of Linux, else of the C library, which on AMD's CPUs calls the last caches of all
+ * cores together one; where neither knows, or the answer is absurd, a usual size stands. */
 #include "machine.h"
 
 #include <fcntl.h>
@@ -27,19 +27,25 @@ static ptrdiff_t linux_says(char index, const char *name) {
     return *c == 'K' ? n << 10 : *c == 'M' ? n << 20 : n;
 }
 
-static ptrdiff_t ask_system(int level) {
-    long bytes = 0;
+static ptrdiff_t ask_linux(int level) {
+    for (char index = '0'; index <= '9'; index++)
+        if (linux_says(index, "level") == level) return linux_says(index, "size");
+    return 0;
+}
+
+static ptrdiff_t ask_library(int level) {
 #ifdef _SC_LEVEL3_CACHE_SIZE
-    bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+    return (ptrdiff_t)sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+#else
+    (void)level;
+    return 0;
 #endif
-    for (char index = '0'; bytes <= 0 && index <= '9'; index++)
-        if (linux_says(index, "level") == level) bytes = (long)linux_says(index, "size");
-    return bytes;
 }
 
 __attribute__((constructor)) static void ask_for_caches(void) {
     for (int i = 0; i < FC_CACHES; i++) {
-        const ptrdiff_t bytes = ask_system(level_of[i]);
+        ptrdiff_t bytes = ask_linux(level_of[i]);
+        if (bytes < least[i]) bytes = ask_library(level_of[i]);
         in_use[i] = found[i] = bytes >= least[i] ? bytes : usual[i];
     }
 }

@@ -30,12 +30,13 @@ def cache_of_linux(level: int) -> int:
     return 0
 
 
-@pytest.mark.parametrize(("which", "level"), [("l2", 2), ("last", 3)])
-def test_caches_are_those_of_the_machine(which, level):
+@pytest.mark.parametrize(("which", "level", "least"), [("l2", 2, 64 * KB), ("last", 3, MB)])
+def test_caches_are_those_of_the_machine(which, level, least):
+    """Of an EPYC of which a virtual machine has two cores, sysconf says 384 MB where these share 32."""
     size = functional._cache_bytes(which)
-    assert 64 * KB <= size <= 16 << 30
+    assert least <= size <= 16 << 30
     told = cache_of_linux(level)
-    assert size == told or told < 64 * KB
+    assert size == told or told < least
 
 
 @pytest.mark.parametrize("which", ["l2", "last"])
