@@ -156,8 +156,9 @@ before = fc.isa(), asked()
 fc.available_isas()
 print(*before, asked())
 """
-amx = pytest.mark.skipif("avx512_amx" not in fc.available_isas() or not Path("/proc/self").exists(),
-                         reason="this CPU has no AMX, or the system refuses it")
+CPU = Path("/proc/cpuinfo")
+amx = pytest.mark.skipif("avx512_amx" not in fc.available_isas() or not CPU.exists() or
+                         "amx_tile" not in CPU.read_text(), reason="this CPU has no AMX, or the system refuses it")
 
 
 @amx
