@@ -87,8 +87,8 @@ loops: $(VENV)/built  ## Cycles of the product kernels' loops on Zen 4 and Sapph
 asan: $(VENV)/built  ## Tests under AddressSanitizer and UBSan (TESTS="test_linear.py ...")
 	tools/check_sanitizers.sh address $(TESTS)
 
-tsan:  ## C kernels under ThreadSanitizer (clang, libomp)
-	tools/check_sanitizers.sh thread
+tsan: $(VENV)/built  ## C kernels, or TESTS="test_rg_lru.py ...", under ThreadSanitizer (clang, libomp)
+	tools/check_sanitizers.sh thread $(filter-out .,$(TESTS))
 
 avx512: $(VENV)/built  ## Tests on the AVX-512 kernels as AVX2 code, for CPUs without AVX-512 (TESTS=...)
 	tools/check_avx512.sh $(TESTS)
