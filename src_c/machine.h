@@ -66,8 +66,9 @@ static const struct {
 /* Inputs of more bytes come from beyond the second cache: then the next row is prefetched. */
 ptrdiff_t fc_beyond_l2(void);
 
-/* A larger result is kept by no cache until it is read: then it is written past them, and its lines need not be read
- * first. Half of the last cache, where what it was made from lies too; 16 MB at most: a larger cache is shared. */
+/* A result of so many bytes or more is kept by no cache until it is read: then it is written past them, and its lines
+ * need not be read first. Half of the last cache, the other half being full of what it was made from; 16 MB at most: a
+ * larger cache is shared. */
 ptrdiff_t fc_stream_from(void);
 
 #endif

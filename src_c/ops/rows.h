@@ -85,7 +85,7 @@ static inline int fc_reads_beyond_l2(double bytes) { return bytes > (double)fc_b
 
 /* Whether a result is so large that no cache keeps it until it is read: then it is written past them, and its lines
  * need not be read first. In place they are there anyway. */
-static inline int fc_should_stream(double bytes, int in_place) { return bytes > (double)fc_stream_from() && !in_place; }
+static inline int fc_should_stream(double bytes, int in_place) { return bytes >= (double)fc_stream_from() && !in_place; }
 
 /* to[n] = from[n] * scale, from any storage type to any */
 void fc_convert_row(const struct fc_kernels *k, fc_dtype to_type, void *to, fc_dtype from_type, const void *from,

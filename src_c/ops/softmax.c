@@ -1,7 +1,10 @@
 /* Softmax over rows. */
 #include "rows.h"
 
-enum { EXPS = 32 }; /* a multiple of two vectors' floats on every ISA */
+enum {
+    EXPS = 32,    /* a multiple of two vectors' floats on every ISA */
+    AHEAD = 2048, /* bytes: a row that is asked for while the one before is made comes too late with its last ones */
+};
 
 struct softmax {
     const struct fc_kernels *k;
@@ -35,7 +38,7 @@ static void softmax_rows_streamed(void *context, ptrdiff_t begin, ptrdiff_t end,
     fc_cursor c;
     fc_cursor_at(&c, ctx->rows, begin);
     for (ptrdiff_t i = begin; i < end; i++, fc_cursor_next(&c)) {
-        const char *x = ctx->x + c.at[1], *next = i + 1 < end ? x + bytes : NULL;
+        const char *x = ctx->x + c.at[1], *next = i + 1 < end ? x + bytes + AHEAD : NULL;
         float *turn = e + (i - begin) % 2 * ctx->row;
         ctx->k->softmax_streamed[ctx->type](&stream, &row, ctx->out + c.at[0], x, turn, ctx->n, next);
     }
