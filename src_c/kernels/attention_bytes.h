@@ -169,32 +169,57 @@ FC_INLINE vu max_of_quarters(vu a, vu b) {
 }
 #endif
 
-/* a + partner in lower lanes, partner - a in upper ones */
+/* partner + a in lower lanes, partner - a in upper ones */
 FC_INLINE vf butterfly(vf a, const int step) {
     vf sign = vf_zero();
 #pragma GCC unroll 16
     for (int i = 0; i < FC_N; i++) sign[i] = i & step ? -1.0f : 1.0f;
-    return a * sign + partner_of(a, step);
+    return vf_fma(a, sign, partner_of(a, step));
+}
+
+enum { FC_HELD = 8 }; /* vectors that pass through several stages in registers */
+
+/* The stages of b up to those that are `count` vectors wide, for so many: x <- x norm, then a +- its partner at a distance
+ * of 1, 2, 4, ...: in this order, which every ISA keeps */
+FC_INLINE void first_stages(float *x, const int count, ptrdiff_t b, vf norm) {
+    vf a[FC_HELD];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+        a[i] = vf_load(x + i * FC_N) * norm;
+        if (b > 1) a[i] = butterfly(a[i], 1);
+        if (b > 2) a[i] = butterfly(a[i], 2);
+#if FC_N > 4
+        if (b > 4) a[i] = butterfly(a[i], 4);
+#endif
+#if FC_N > 8
+        if (b > 8) a[i] = butterfly(a[i], 8);
+#endif
+    }
+#pragma GCC unroll 4
+    for (int step = 1; step < count; step *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) {
+            const vf low = a[i];
+            if (i & step) continue;
+            a[i] = low + a[i + step];
+            a[i + step] = low - a[i + step];
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) vf_store(x + i * FC_N, a[i]);
 }
 
 /* x[n] <- H x / sqrt(b) for blocks of b, H Hadamard's matrix, b the largest power of 2 that divides n: its own inverse.
  * x: zeros from n on, to whole vectors. */
 static void hadamard(float *x, ptrdiff_t n) {
-    const ptrdiff_t b = n & -n;
+    const ptrdiff_t b = n & -n, held = b < FC_HELD * FC_N ? b : FC_HELD * FC_N;
     const vf norm = vf_set1(1.0f / __builtin_sqrtf((float)b));
-    for (ptrdiff_t i = 0; i < n; i += FC_N) {
-        vf a = vf_load(x + i) * norm;
-        if (b > 1) a = butterfly(a, 1);
-        if (b > 2) a = butterfly(a, 2);
-#if FC_N > 4
-        if (b > 4) a = butterfly(a, 4);
-#endif
-#if FC_N > 8
-        if (b > 8) a = butterfly(a, 8);
-#endif
-        vf_store(x + i, a);
+    for (ptrdiff_t i = 0; i < n; i += held < FC_N ? FC_N : held) {
+        if (held == 8 * FC_N) first_stages(x + i, 8, 8 * FC_N, norm);
+        else if (held == 4 * FC_N) first_stages(x + i, 4, 4 * FC_N, norm);
+        else if (held == 2 * FC_N) first_stages(x + i, 2, 2 * FC_N, norm);
+        else first_stages(x + i, 1, b, norm);
     }
-    for (ptrdiff_t step = FC_N; step < b; step *= 2)
+    for (ptrdiff_t step = held; step < b; step *= 2)
         for (ptrdiff_t i = 0; i < n; i += 2 * step)
             for (ptrdiff_t j = i; j < i + step; j += FC_N) {
                 const vf low = vf_load(x + j), high = vf_load(x + j + step);
