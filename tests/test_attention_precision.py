@@ -108,7 +108,8 @@ def byte_roundings(q: Array, k: Array, v: Array, query: int, weight: int, **opti
     p = reference.attention(q, k, each, **options)[0]
     v_scale = np.moveaxis(np.abs(v).max(axis=-1) / 127, 1, -1)[:, None]
     size = np.einsum("bihj,bjhe->bihe", p, np.abs(v)).max(axis=-1)
-    integers = (np.abs(v) * 127 / np.abs(v).max(axis=-1, keepdims=True)).sum(axis=1).max(axis=-1)[:, None]
+    most = np.abs(v).max(axis=-1, keepdims=True)
+    integers = (np.abs(v) * 127 / np.where(most == 0, 1, most)).sum(axis=1).max(axis=-1)[:, None]
     errors = 2 * score * size + (p * v_scale).sum(axis=-1) / 2 + (p * v_scale).max(axis=-1) / weight / 2 * integers
     return score, errors * (v.shape[-1] & -v.shape[-1]) ** 0.5
 
