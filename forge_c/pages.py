@@ -37,7 +37,11 @@ def _mapped(nbytes: int) -> tuple[NDArray[np.uint8], int]:
         raise MemoryError(f"{nbytes} bytes are not to be had") from None
     room = np.frombuffer(pages, np.uint8)
     start = -room.ctypes.data % _HUGE
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= _HUGE:
-        with suppress(OSError):  # small pages do
-            pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
+    end = start + nbytes // _HUGE * _HUGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # refused, they are as the system likes them
+            # The rest is in small ones also where huge ones are the rule: each array would fill up its last.
+            pages.madvise(mmap.MADV_NOHUGEPAGE, end)
+            if end > start:
+                pages.madvise(mmap.MADV_HUGEPAGE, start, end - start)
     return room, start
