@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from child import run_script
@@ -36,6 +39,24 @@ def test_what_an_array_took_goes_back_to_the_system_though_a_later_one_stays():
         print(before, full, resident())
     """).split())
     assert full - before >= 60 * MIB and after - before <= 4 * MIB
+
+
+def flags_at(address: int) -> set[str]:
+    """What Linux says of the mapping at an address: hg, huge pages are asked for, nh, they are refused."""
+    for mapping in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text()):
+        begin, end = (int(number, 16) for number in mapping.split(None, 1)[0].split("-"))
+        if begin <= address < end:
+            return set(re.search(r"VmFlags: (.*)", mapping)[1].split())
+    raise LookupError(hex(address))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this Linux has no huge pages")
+def test_whole_huge_pages_are_asked_for_and_none_for_the_rest():
+    """An array's last part would else fill up a huge page where these are the rule: a megabyte each."""
+    small, large = empty((MIB + 4096,), np.uint8), empty((5 * MIB,), np.uint8)
+    assert "nh" in flags_at(small.ctypes.data)
+    assert "hg" in flags_at(large.ctypes.data) and "hg" in flags_at(large.ctypes.data + 4 * MIB - 1)
+    assert "nh" in flags_at(large.ctypes.data + 4 * MIB) and "nh" in flags_at(large.ctypes.data + 5 * MIB - 1)
 
 
 def test_memory_that_is_not_there_is_a_memory_error():

@@ -297,8 +297,8 @@ def _(kind: RGLRU, source: _Floats) -> Callable[[Floats, See], Floats]:
     n, hidden, block = kind.width, source.hidden, kind.width // kind.heads
     conv, conv_bias = (source.tensor("mixer.conv1d.weight", n, 1, kind.conv).reshape(n, kind.conv),
                        source.tensor("mixer.conv1d.bias", n))
-    (y_product, x_product), (y_bias, x_bias) = ([source.product(f"mixer.linear_{side}", n, hidden) for side in "yx"],
-                                    [source.tensor(f"mixer.linear_{side}.bias", n) for side in "yx"])
+    y_product, x_product = (source.product(f"mixer.linear_{side}", n, hidden) for side in "yx")
+    y_bias, x_bias = (source.tensor(f"mixer.linear_{side}.bias", n) for side in "yx")
     out, out_bias = source.product("mixer.linear_out", hidden, n), source.tensor("mixer.linear_out.bias", hidden)
     gates = [(source.tensor(f"mixer.{gate}_gate_weight", kind.heads, block, block),
               source.tensor(f"mixer.{gate}_gate_bias", kind.heads, block)) for gate in ("input", "recurrent")]

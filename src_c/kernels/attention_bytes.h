@@ -179,8 +179,8 @@ FC_INLINE vf butterfly(vf a, const int step) {
 
 enum { FC_HELD = 8 }; /* vectors that pass through several stages in registers */
 
-/* The stages of b up to those that are `count` vectors wide, for so many: x <- x norm, then a +- its partner at a distance
- * of 1, 2, 4, ...: in this order, which every ISA keeps */
+/* `count` vectors: x <- x norm, then a +- its partner at a distance of 1, 2, 4, .. up to half of b, or of what is held:
+ * in this order, which every ISA keeps */
 FC_INLINE void first_stages(float *x, const int count, ptrdiff_t b, vf norm) {
     vf a[FC_HELD];
 #pragma GCC unroll 8
@@ -199,8 +199,8 @@ FC_INLINE void first_stages(float *x, const int count, ptrdiff_t b, vf norm) {
     for (int step = 1; step < count; step *= 2)
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++) {
-            const vf low = a[i];
             if (i & step) continue;
+            const vf low = a[i];
             a[i] = low + a[i + step];
             a[i + step] = low - a[i + step];
         }
@@ -214,7 +214,7 @@ static void hadamard(float *x, ptrdiff_t n) {
     const ptrdiff_t b = n & -n, held = b < FC_HELD * FC_N ? b : FC_HELD * FC_N;
     const vf norm = vf_set1(1.0f / __builtin_sqrtf((float)b));
     for (ptrdiff_t i = 0; i < n; i += held < FC_N ? FC_N : held) {
-        if (held == 8 * FC_N) first_stages(x + i, 8, 8 * FC_N, norm);
+        if (held == FC_HELD * FC_N) first_stages(x + i, FC_HELD, FC_HELD * FC_N, norm);
         else if (held == 4 * FC_N) first_stages(x + i, 4, 4 * FC_N, norm);
         else if (held == 2 * FC_N) first_stages(x + i, 2, 2 * FC_N, norm);
         else first_stages(x + i, 1, b, norm);

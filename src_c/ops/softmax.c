@@ -3,7 +3,7 @@
 
 enum {
     EXPS = 32,    /* a multiple of two vectors' floats on every ISA */
-    AHEAD = 2048, /* bytes: a row that is asked for while the one before is made comes too late with its last ones */
+    AHEAD = 2048, /* bytes beyond the next row: its last ones, asked for while this one is made, would come too late */
 };
 
 struct softmax {
