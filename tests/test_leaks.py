@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,11 @@ def resident() -> int:
 
 
 def growth(call: Callable[[], Any], calls: int = CALLS) -> int:
-    """Bytes by which the process grows over `calls` calls, after some to warm up; the least of three times, for a leak
+    """Bytes by which the process grows over `calls` calls, after some to warm up; the median of three times, for a leak
     grows every time and the allocator's own needs do not."""
     for _ in range(200):
         call()
-    return min(grown_once(call, calls) for _ in range(3))
+    return median(grown_once(call, calls) for _ in range(3))
 
 
 def grown_once(call: Callable[[], Any], calls: int) -> int:
@@ -76,19 +77,20 @@ def held() -> tuple[int, int]:
 
 
 def piled_up(call: Callable[[], Any], calls: int) -> tuple[int, int]:
-    """By how much held() grows over `calls` calls, after some to warm up: the least of three times, since a leak leaks
-    each time, while the interpreter's own tables grow at some time or other."""
+    """By how much held() grows over `calls` calls, after some to warm up: the median of five times. A leak leaks each
+    time; now and then pytest-xdist's thread meanwhile hears which tests come to this process or are taken from it, and
+    makes or frees hundreds of objects."""
     for _ in range(calls // 4):
         call()
     grown = []
-    for _ in range(3):
+    for _ in range(5):
         gc.collect()
         before = held()
         for _ in range(calls):
             call()
         gc.collect()
         grown.append([after - then for after, then in zip(held(), before, strict=True)])
-    nbytes, objects = map(min, zip(*grown, strict=True))
+    nbytes, objects = map(median, zip(*grown, strict=True))
     return nbytes, objects
 
 
