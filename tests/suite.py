@@ -241,7 +241,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # thousands of tests live to the end, and test_leaks collects garbage a thousand times
+    gc.freeze()  # thousands of tests live to the end
 
 
 @pytest.hookimpl(wrapper=True)
