@@ -102,24 +102,16 @@ FC_INLINE const char *line_of(gemm_format f, const char *w, ptrdiff_t panel_stri
     return w + j / FC_PER_PANEL * panel_stride + j % FC_PER_PANEL * vector_bytes(f);
 }
 
-/* Prefetches a share of the block of W that comes after this one: each row tile for another part, line by line, into
- * L2. A tile that is alone reads as fast as memory gives, and fetches what it needs next: against s8 further away,
- * since between its products and the next ones a row of weights takes longer than the bytes it is for. */
-FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f->a_type == FC_A_I16 ? 8192 : 2048; }
+/* Lines of W to come, into L2. */
 typedef struct {
     const char *at;
     ptrdiff_t step;
     int one; /* panel */
 } gemm_prefetch;
 
-FC_INLINE gemm_prefetch prefetch_from(gemm_format f, const char *w, ptrdiff_t bytes, int tile, int tiles) {
-    const ptrdiff_t ahead = tiles == 1 ? next_bytes(f) : bytes + bytes / tiles * tile;
-    return (gemm_prefetch){w + ahead, fc_line_bytes(f) / tiles, 0};
-}
-
 FC_INLINE void prefetch_line(gemm_prefetch *a, const int nv, ptrdiff_t panel_stride) {
     if (!a) return;
-    if (a->one) {
+    if (nv > FC_PER_PANEL && a->one) {
         __builtin_prefetch(a->at, 0, 2);
     } else {
 #pragma GCC unroll 4
@@ -137,17 +129,23 @@ FC_INLINE const char *first_line(gemm_format f, const struct fc_gemm *g, ptrdiff
     return (const char *)g->w + vector / FC_PER_PANEL * g->panel_stride + vector % FC_PER_PANEL * vector_bytes(f);
 }
 
-/* The same for so many lines, of what the rows pass over next: further ahead, much of it would have left L2 before its
- * turn. Where there are tiles enough, each has a part of one panel, and asks for hardly a line twice. */
-FC_INLINE gemm_prefetch prefetch_lines_from(gemm_format f, const int nv, const struct fc_gemm *g, ptrdiff_t vector,
-                                            int tile, int tiles) {
-    const int panels = (nv + FC_PER_PANEL - 1) / FC_PER_PANEL, one = tiles >= LINES_AT_ONCE * panels;
+/* A tile that is alone reads as fast as memory gives, and fetches what it needs next: against s8 further away, since
+ * between its products and the next ones a row of weights takes longer than the bytes it is for. */
+FC_INLINE ptrdiff_t next_bytes(gemm_format f) { return f->a_type == FC_A_I16 ? 8192 : 2048; }
+
+/* For so many lines at once of a tile among `tiles` under the same columns: its share of what these pass over next, of
+ * which a panel has so many bytes. Further ahead, much would have left L2 before its turn. Where there are tiles
+ * enough, each has a part of one panel, and asks for hardly a line twice. */
+FC_INLINE gemm_prefetch prefetch_next(gemm_format f, const int nv, const struct fc_gemm *g, ptrdiff_t vector,
+                                      ptrdiff_t bytes, int at_once, int tile, int tiles) {
+    if (tiles == 1) return (gemm_prefetch){first_line(f, g, vector) + next_bytes(f), fc_line_bytes(f), 0};
+    const int panels = (nv + FC_PER_PANEL - 1) / FC_PER_PANEL, one = panels > 1 && tiles >= at_once * panels;
     const int parts = one ? tiles / panels : tiles, part = one ? tile / panels : tile;
-    const int last = vector + 2 * nv > g->panels * FC_PER_PANEL;
-    const char *next = last && g->next_w ? g->next_w : first_line(f, g, vector + nv);
+    const ptrdiff_t panel = vector / FC_PER_PANEL + panels;
+    const int last = panel + panels > g->panels;
+    const char *next = last && g->next_w ? g->next_w : (const char *)g->w + panel * g->panel_stride;
     if (one) next += tile % panels * g->panel_stride;
-    const ptrdiff_t line_bytes = fc_line_bytes(f);
-    return (gemm_prefetch){next + g->lines * line_bytes / parts * part, LINES_AT_ONCE * line_bytes / parts, one};
+    return (gemm_prefetch){next + bytes / parts * part, at_once * fc_line_bytes(f) / parts, one};
 }
 
 /* ---- float formats ---- */
@@ -202,7 +200,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
         for (int j = 0; j < nv; j++) acc[i][j] = g->accumulate ? vf_load(c + i * ldc + j * FC_BYTES) : vf_zero();
     ptrdiff_t lines = g->lines;
     if (tiles >= LINES_AT_ONCE) {
-        gemm_prefetch prefetch = prefetch_lines_from(f, nv, g, vector, tile, tiles);
+        gemm_prefetch prefetch = prefetch_next(f, nv, g, vector, bytes, LINES_AT_ONCE, tile, tiles);
         for (; lines >= LINES_AT_ONCE; lines -= LINES_AT_ONCE) {
             prefetch_line(&prefetch, nv, panel_stride);
 #pragma GCC unroll 4
@@ -212,7 +210,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
             w += line_bytes * LINES_AT_ONCE;
         }
     }
-    gemm_prefetch prefetch = prefetch_from(f, w, bytes, tile, tiles);
+    gemm_prefetch prefetch = prefetch_next(f, nv, g, vector, bytes, 1, tile, tiles);
     for (; lines > 0; lines--, x += 4 * parts, w += line_bytes) {
         prefetch_line(&prefetch, nv, panel_stride);
         float_line(f, mr, nv, acc, x, ldx, w, panel_stride);
@@ -255,6 +253,18 @@ FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g,
  * under one row: half a line is too little work for a loop.) */
 enum { SHORT_PANEL = 16384 };
 
+/* Whether tiles of two panels multiply faster than those of four, which use each x for twice as many columns: of bytes
+ * under several tiles of rows, since sums in float32 are in memory, and half of them stay near.
+ * int8 M 192, int4 the same, 512 bits of a Zen 5: 1.10 times as fast; with two planes of x 1.02. */
+FC_INLINE int two_panels_are_faster(gemm_format f, const struct fc_gemm *g) {
+#ifdef FC_HAS_I8_DOT
+    return FC_BYTES == 64 && f->a_type == FC_A_I8 && g->m > FC_MR;
+#else
+    (void)f, (void)g;
+    return 0;
+#endif
+}
+
 /* one row: more columns at a time; all: whole tiles, then (with wide vectors) two panels, then one */
 FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[],
                         gemm_tile *const one[], const struct fc_gemm *g) {
@@ -266,7 +276,8 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
         for (; v + step <= vectors; v += step) gemm_columns(one, g, v);
     if (FC_NV_FEW > FC_NV && g->m == 1)
         for (; v + FC_NV_FEW <= vectors; v += FC_NV_FEW) few(g, 0, v, 0, 1);
-    for (; v + FC_NV <= vectors; v += FC_NV) gemm_columns(all, g, v);
+    if (!two_panels_are_faster(f, g))
+        for (; v + FC_NV <= vectors; v += FC_NV) gemm_columns(all, g, v);
     for (; v + 2 <= vectors; v += 2) gemm_columns(two, g, v);
     if (v < vectors) gemm_columns(one, g, v);
 }

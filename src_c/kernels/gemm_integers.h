@@ -64,6 +64,12 @@ FC_INLINE void byte_line(gemm_format f, const int mr, const int nv, vi acc[][FC_
     }
 }
 
+#if defined(FC_HAS_I8_DOT) && FC_BYTES == 64
+#define PIN(v) __asm__("" : "+v"(v))
+#else
+#define PIN(v) (void)(v)
+#endif
+
 /* acc += `lines` lines of every row */
 FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_NV_FEW], const char *x, ptrdiff_t ldx,
                          const char *w, ptrdiff_t panel_stride, ptrdiff_t lines, gemm_prefetch *prefetch) {
@@ -79,12 +85,17 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
             const char *line = parts > 1 ? opaque(w) : w;
             vi wv[FC_NV_FEW];
 #pragma GCC unroll 8
-            for (int j = 0; j < nv; j++) wv[j] = int_part(f, part, line_of(f, line, panel_stride, j));
+            for (int j = 0; j < nv; j++) {
+                wv[j] = int_part(f, part, line_of(f, line, panel_stride, j));
+                PIN(wv[j]);
+            }
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
-                for (int j = 0; j < nv; j++)
+                for (int j = 0; j < nv; j++) {
                     acc[i][j] = int_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part);
+                    PIN(acc[i][j]); /* else gcc copies it */
+                }
         }
     }
 }
@@ -176,6 +187,12 @@ FC_INLINE void move_tile(const int mr, const int nv, vf y[][FC_NV_FEW], char *c,
         }
 }
 
+#ifdef FC_HAS_I8_DOT
+enum { MOST_IN_REGISTERS = FC_BYTES == 64 ? 12 : FC_NV_FEW };
+#else
+enum { MOST_IN_REGISTERS = FC_NV_FEW };
+#endif
+
 FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int nv, const struct fc_gemm *g,
                            ptrdiff_t row, ptrdiff_t vector, int tile, int tiles) {
     const int nibbles = f->bits == 4, minima = nibbles ? f->minimum_bytes > 0 : g->minima;
@@ -187,8 +204,9 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
     const ptrdiff_t in_line = vector % FC_PER_PANEL * FC_BYTES;
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
-    gemm_prefetch prefetch = prefetch_from(f, w, g->blocks * block, tile, tiles);
-    const int in_memory = mr > 1 || (two && FC_BYTES < 64); /* the registers are for acc */
+    gemm_prefetch prefetch = prefetch_next(f, nv, g, vector, g->blocks * block, 1, tile, tiles);
+    /* the registers are for acc, or for both: with dot products 12 of each, 2 of W, 1 of x */
+    const int in_memory = mr * nv > MOST_IN_REGISTERS || (two && (mr > 1 || FC_BYTES < 64));
     vf local[FC_PASS_ROWS][FC_NV_FEW], (*y)[FC_NV_FEW] = local;
     move_tile(mr, nv, y, g->accumulate ? c : NULL, g->ldc, 0);
     for (ptrdiff_t blocks = g->blocks; blocks > 0; blocks--, w += block)
@@ -227,7 +245,7 @@ FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct
                          ptrdiff_t vector, int tile, int tiles) {
     const char *w = first_line(f, g, vector);
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
-    gemm_prefetch prefetch = prefetch_from(f, w, g->lines * fc_line_bytes(f), tile, tiles);
+    gemm_prefetch prefetch = prefetch_next(f, nv, g, vector, g->lines * fc_line_bytes(f), 1, tile, tiles);
     vi acc[FC_MR][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
