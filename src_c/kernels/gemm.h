@@ -32,24 +32,23 @@ enum { FC_MR = 6, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers: 12 accumulators, 
 #else
 enum { FC_MR = 4, FC_NV = 2, FC_NV_FEW = 4 }; /* 16 registers, and SSE multiplies need a copy */
 #endif
-enum { FC_PASS_ROWS = FC_BYTES > 16 ? 8 : FC_MR }; /* of integers that pass over W at once, in tiles of fewer columns */
+enum { FC_PASS_ROWS = FC_BYTES > 16 ? 8 : FC_MR }; /* that pass over W at once, in tiles of fewer columns */
 /* Of each panel of W under all rows at once. 16 registers hold one panel's columns, which then stay in L1; with 32 the
  * four panels of a tile stay in L2, and x in L1. */
 #define FC_PANEL_BYTES (FC_BYTES == 64 ? 32768 : 16384)
 
-#define FC_COMMON_BLOCKS(passing)                                                                                      \
-    {.tile_rows = FC_MR, .pass_rows = passing, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .l2_quarters = 2,           \
+#define FC_COMMON_BLOCKS                                                                                               \
+    {.tile_rows = FC_MR, .pass_rows = FC_PASS_ROWS, .panel_bytes = FC_PANEL_BYTES, .rows = 192, .l2_quarters = 2,      \
      .rows_in_place = 24, .many_rows = 48, .few_panels = 4, .many_panels = 16}
 #ifdef FC_HAS_TILES
 #define FC_BLOCKS                                                                                                      \
-    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS(FC_MR),                                                                 \
+    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS,                                                                        \
      [FC_A_BF16] = {.tile_rows = 32, .pass_rows = 32, .panel_bytes = 16384, .rows = 512, .l2_quarters = 3,             \
                     .rows_in_place = 2, .many_rows = 48, .few_panels = 4, .many_panels = 32},                          \
      [FC_A_I8] = {.tile_rows = 16, .pass_rows = FC_PASS_ROWS, .panel_bytes = 8192, .rows = 256, .l2_quarters = 2,      \
                   .rows_in_place = 2, .many_rows = 48, .few_panels = 4, .many_panels = 32}}
 #else
-#define FC_BLOCKS                                                                                                      \
-    {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS(FC_MR), [FC_A_I8] = FC_COMMON_BLOCKS(FC_PASS_ROWS)}
+#define FC_BLOCKS {[0 ... FC_A_TYPES - 1] = FC_COMMON_BLOCKS}
 #endif
 /* W that is not packed is 512 KiB at a time, streamed 256 KiB. */
 #define FC_UNPACKED                                                                                                    \
@@ -193,7 +192,7 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
     char *c = (char *)g->c + row * ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     const ptrdiff_t line_bytes = fc_line_bytes(f), bytes = g->lines * line_bytes;
-    vf acc[FC_MR][FC_NV_FEW];
+    vf acc[FC_PASS_ROWS][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -225,19 +224,27 @@ FC_INLINE void float_tile(gemm_format f, const int mr, const int nv, const struc
 
 /* Each tile is a function of its own: gcc 12 finds registers for one loop, not for sixty in one function. */
 typedef void gemm_tile(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector, int tile, int tiles);
-#define FC_TILE(name, kind, format, mr, nv)                                                                            \
+#define FC_TILE(name, kind, format, mr, most, nv)                                                                      \
     static __attribute__((noinline)) void name(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector, int tile,     \
                                                int tiles) {                                                            \
-        kind##_tile(format, (mr) < FC_MR ? (mr) : FC_MR, nv, g, row, vector, tile, tiles);                             \
+        kind##_tile(format, (mr) < (most) ? (mr) : (most), nv, g, row, vector, tile, tiles);                           \
     }
 #define FC_TILES(name, kind, format, nv)                                                                               \
-    FC_TILE(name##_1, kind, format, 1, nv)                                                                             \
-    FC_TILE(name##_2, kind, format, 2, nv)                                                                             \
-    FC_TILE(name##_3, kind, format, 3, nv)                                                                             \
-    FC_TILE(name##_4, kind, format, 4, nv)                                                                             \
-    FC_TILE(name##_5, kind, format, 5, nv)                                                                             \
-    FC_TILE(name##_6, kind, format, 6, nv)                                                                             \
+    FC_TILE(name##_1, kind, format, 1, FC_MR, nv)                                                                      \
+    FC_TILE(name##_2, kind, format, 2, FC_MR, nv)                                                                      \
+    FC_TILE(name##_3, kind, format, 3, FC_MR, nv)                                                                      \
+    FC_TILE(name##_4, kind, format, 4, FC_MR, nv)                                                                      \
+    FC_TILE(name##_5, kind, format, 5, FC_MR, nv)                                                                      \
+    FC_TILE(name##_6, kind, format, 6, FC_MR, nv)                                                                      \
     static gemm_tile *const name[] = {NULL, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
+
+/* Rows that are a few too many for a tile are one all the same, of fewer columns: else each line of W would be taken
+ * apart twice, and memory would rest under the second tile. With two halves of a panel, each asks for half of the next. */
+enum { FC_NV_TALL = FC_BYTES == 64 ? 2 : 1 };
+#define FC_TALL_TILES(name, kind, format)                                                                              \
+    FC_TILE(name##_7, kind, format, 7, FC_PASS_ROWS, FC_NV_TALL)                                                       \
+    FC_TILE(name##_8, kind, format, 8, FC_PASS_ROWS, FC_NV_TALL)                                                       \
+    static gemm_tile *const name[] = {[7] = name##_7, [8] = name##_8};
 
 /* As few tiles as the rows fit in, all of nearly the same height: a low one would wait for its own sums. */
 FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g, ptrdiff_t vector) {
@@ -253,9 +260,8 @@ FC_INLINE void gemm_columns(gemm_tile *const by_rows[], const struct fc_gemm *g,
  * under one row: half a line is too little work for a loop.) */
 enum { SHORT_PANEL = 16384 };
 
-/* Whether tiles of two panels multiply faster than those of four, which use each x for twice as many columns: of bytes
- * under several tiles of rows, since sums in float32 are in memory, and half of them stay near.
- * int8 M 192, int4 the same, 512 bits of a Zen 5: 1.10 times as fast; with two planes of x 1.02. */
+/* Whether tiles of two panels multiply bytes faster than those of four, which use each x for twice as many columns: with
+ * one plane of x their sums in float32 find registers. 512 bits of a Zen 5: 1.12 times as fast, with two planes 1.02. */
 FC_INLINE int two_panels_are_faster(gemm_format f, const struct fc_gemm *g) {
 #ifdef FC_HAS_I8_DOT
     return FC_BYTES == 64 && f->a_type == FC_A_I8 && g->m > FC_MR;
@@ -266,16 +272,21 @@ FC_INLINE int two_panels_are_faster(gemm_format f, const struct fc_gemm *g) {
 }
 
 /* one row: more columns at a time; all: whole tiles, then (with wide vectors) two panels, then one */
-FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], gemm_tile *const two[],
-                        gemm_tile *const one[], const struct fc_gemm *g) {
+FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const tall[], gemm_tile *const all[],
+                        gemm_tile *const two[], gemm_tile *const one[], const struct fc_gemm *g) {
     ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
     const int in_order =
         g->m <= FC_MR && g->panel_stride <= SHORT_PANEL && !g->in_cache && !(f->a_type == FC_A_I16 && g->m == 1);
     const int step = FC_NV < FC_PER_PANEL ? FC_NV : FC_PER_PANEL;
+    const int parts = FC_NV_TALL < FC_PER_PANEL ? FC_PER_PANEL / FC_NV_TALL : 1; /* tall tiles of a panel */
     if (in_order)
         for (; v + step <= vectors; v += step) gemm_columns(one, g, v);
     if (FC_NV_FEW > FC_NV && g->m == 1)
         for (; v + FC_NV_FEW <= vectors; v += FC_NV_FEW) few(g, 0, v, 0, 1);
+    /* halves of a short panel of floats take longer than two tiles of a whole one */
+    const int tall_too = parts == 1 || f->a_type == FC_A_I8 || g->panel_stride > SHORT_PANEL;
+    if (g->m > FC_MR && g->m <= FC_PASS_ROWS && tall_too)
+        for (; v + FC_NV_TALL <= vectors; v += FC_NV_TALL) tall[g->m](g, 0, v, (int)(v / FC_NV_TALL % parts), parts);
     if (!two_panels_are_faster(f, g))
         for (; v + FC_NV <= vectors; v += FC_NV) gemm_columns(all, g, v);
     for (; v + 2 <= vectors; v += 2) gemm_columns(two, g, v);
@@ -287,13 +298,17 @@ FC_INLINE void gemm_all(gemm_format f, gemm_tile *few, gemm_tile *const all[], g
     FC_TILES(name##_tile, kind, format, FC_NV)                                                                         \
     FC_TILES(name##_pair, kind, format, 2)                                                                             \
     FC_TILES(name##_single, kind, format, 1)                                                                           \
-    static void name(const struct fc_gemm *g) { gemm_all(format, NULL, name##_tile, name##_pair, name##_single, g); }
+    FC_TALL_TILES(name##_tall, kind, format)                                                                           \
+    static void name(const struct fc_gemm *g) {                                                                        \
+        gemm_all(format, NULL, name##_tall, name##_tile, name##_pair, name##_single, g);                               \
+    }
 #else /* a tile's columns are whole panels, or parts of one: nothing is left over */
 #define FC_GEMM(name, kind, format)                                                                                    \
     FC_TILES(name##_tile, kind, format, FC_NV)                                                                         \
-    FC_TILE(name##_few, kind, format, 1, FC_NV_FEW)                                                                    \
+    FC_TILE(name##_few, kind, format, 1, FC_MR, FC_NV_FEW)                                                             \
+    FC_TALL_TILES(name##_tall, kind, format)                                                                           \
     static void name(const struct fc_gemm *g) {                                                                        \
-        gemm_all(format, name##_few, name##_tile, name##_tile, name##_tile, g);                                        \
+        gemm_all(format, name##_few, name##_tall, name##_tile, name##_tile, name##_tile, g);                           \
     }
 #endif
 

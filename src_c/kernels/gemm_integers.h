@@ -246,7 +246,7 @@ FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct
     const char *w = first_line(f, g, vector);
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
     gemm_prefetch prefetch = prefetch_next(f, nv, g, vector, g->lines * fc_line_bytes(f), 1, tile, tiles);
-    vi acc[FC_MR][FC_NV_FEW];
+    vi acc[FC_PASS_ROWS][FC_NV_FEW];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -260,51 +260,14 @@ FC_INLINE void pair_tile(gemm_format f, const int mr, const int nv, const struct
 
 FC_GEMM(gemm_s8, pair, &fc_page_i8)
 
-/* Rows of integers that are a few too many for a tile are one all the same, of fewer columns: else each line of W would
- * be taken apart twice, and memory would rest under the second tile. With two halves of a panel, each asks for half of
- * the next one; a panel that is left over is for two tiles. */
-#if FC_BYTES > 16
-enum { FC_NV_TALL = FC_BYTES == 64 ? 2 : 1 };
-FC_INLINE void gemm_tall(gemm_tile *tall, void (*low)(const struct fc_gemm *), const struct fc_gemm *g) {
-    const int parts = FC_NV_TALL < FC_PER_PANEL ? FC_PER_PANEL / FC_NV_TALL : 1;
-    ptrdiff_t v = 0, vectors = g->panels * FC_PER_PANEL;
-    for (; v + FC_NV_TALL <= vectors; v += FC_NV_TALL) tall(g, 0, v, (int)(v / FC_NV_TALL % parts), parts);
-    if (v == vectors) return;
-    struct fc_gemm rest = *g;
-    rest.panels = 1;
-    rest.c += (g->panels - 1) * FC_PANEL;
-    rest.w = (const char *)g->w + (g->panels - 1) * g->panel_stride;
-    low(&rest);
-}
-#define FC_TALL_TILE(name, kind, format, mr)                                                                           \
-    static __attribute__((noinline)) void name##_##mr(const struct fc_gemm *g, ptrdiff_t row, ptrdiff_t vector,        \
-                                                      int tile, int tiles) {                                           \
-        kind##_tile(format, mr, FC_NV_TALL, g, row, vector, tile, tiles);                                              \
-    }
-#define FC_TALL(name, kind, format)                                                                                    \
-    FC_TALL_TILE(name##_tall, kind, format, 7)                                                                         \
-    FC_TALL_TILE(name##_tall, kind, format, 8)                                                                         \
-    static void name##_rows(const struct fc_gemm *g) {                                                                 \
-        if (g->m == 8) gemm_tall(name##_tall_8, name, g);                                                              \
-        else if (g->m == 7) gemm_tall(name##_tall_7, name, g);                                                         \
-        else name(g);                                                                                                  \
-    }
-#else
-#define FC_TALL(name, kind, format)                                                                                    \
-    static void name##_rows(const struct fc_gemm *g) { name(g); }
-#endif
-
 /* Integer formats: one plane of x, or two. */
-#define FC_PLANES_GEMM(name, kind, format)                                                                             \
-    FC_GEMM(name##_##kind, kind, format)                                                                               \
-    FC_TALL(name##_##kind, kind, format)
 #define FC_INT_GEMM(name, format)                                                                                      \
-    FC_PLANES_GEMM(name, int, format)                                                                                  \
-    FC_PLANES_GEMM(name, planes, format)                                                                               \
-    static void name(const struct fc_gemm *g) { (g->planes == 2 ? name##_planes_rows : name##_int_rows)(g); }
+    FC_GEMM(name##_int, int, format)                                                                                   \
+    FC_GEMM(name##_planes, planes, format)                                                                             \
+    static void name(const struct fc_gemm *g) { (g->planes == 2 ? name##_planes : name##_int)(g); }
 #define FC_ONE_GEMM(name, format)                                                                                      \
-    FC_PLANES_GEMM(name, int, format)                                                                                  \
-    static void name(const struct fc_gemm *g) { name##_int_rows(g); }
+    FC_GEMM(name##_int, int, format)                                                                                   \
+    static void name(const struct fc_gemm *g) { name##_int(g); }
 #ifdef FC_HAS_I8_DOT
 FC_INT_GEMM(gemm_u8, &fc_formats[FC_PACKED_I8])
 #else

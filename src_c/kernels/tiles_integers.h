@@ -354,10 +354,10 @@ FC_INLINE void tile_integers(gemm_format f, const int two, const struct fc_gemm 
 
 #define FC_TILE_GEMM(name, format)                                                                                     \
     static __attribute__((noinline)) void name##_tiles_int(const struct fc_gemm *g) {                                  \
-        tile_integers(format, 0, g, name##_int_rows);                                                                  \
+        tile_integers(format, 0, g, name##_int);                                                                       \
     }                                                                                                                  \
     static __attribute__((noinline)) void name##_tiles_planes(const struct fc_gemm *g) {                               \
-        tile_integers(format, 1, g, name##_planes_rows);                                                               \
+        tile_integers(format, 1, g, name##_planes);                                                                    \
     }                                                                                                                  \
     static void name##_tiles(const struct fc_gemm *g) {                                                                \
         if (g->m < LEAST_ROWS_ALONE) name(g);                                                                          \
