@@ -30,7 +30,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "loops.md"
 ITERATIONS = 200
 FEWEST = 8  # products of a loop that is shown
 EMPTY = Loop("", [])
-SHOWN = re.compile(r"gemm_\w+_tile")
+SHOWN = re.compile(r"gemm_\w+_tile|gemm_(u8|i4_\w+)_(int|planes)_pair")
 PRODUCTS = re.compile(r"vfn?madd|vdpbf16ps|vpdp|vpmaddwd|vpmaddubsw")
 NOPS = re.compile(r"(cs |data16 )*nop|xchg\s+%ax,%ax")
 
