@@ -64,7 +64,8 @@ FC_INLINE void byte_line(gemm_format f, const int mr, const int nv, vi acc[][FC_
     }
 }
 
-#if defined(FC_HAS_I8_DOT) && FC_BYTES == 64
+/* v stays in its register: gcc copies sums there, and keeps lines of W on the stack. In software it has no such one. */
+#if defined(FC_HAS_I8_DOT) && FC_BYTES == 64 && !defined(FC_SOFTWARE_AVX512)
 #define PIN(v) __asm__("" : "+v"(v))
 #else
 #define PIN(v) (void)(v)
@@ -94,7 +95,7 @@ FC_INLINE void int_lines(gemm_format f, const int mr, const int nv, vi acc[][FC_
 #pragma GCC unroll 8
                 for (int j = 0; j < nv; j++) {
                     acc[i][j] = int_step(f, acc[i][j], wv[j], x + i * ldx + 4 * part);
-                    PIN(acc[i][j]); /* else gcc copies it */
+                    PIN(acc[i][j]);
                 }
         }
     }
