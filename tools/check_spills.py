@@ -45,8 +45,8 @@ class Loop(NamedTuple):
 
     @property
     def over_lines(self) -> bool:
-        """Whether this is a wide tile's walk over the lines of W: it asks for later ones. A walk over chunks of integers,
-        which makes float32 of their sums, asks for scales: innermost only where gcc put the lines' loop elsewhere."""
+        """Whether this is a wide tile's walk over the lines of W: it asks for later ones. A walk over chunks of
+        integers asks for scales, and makes float32 of sums: innermost only where gcc put the lines' loop elsewhere."""
         chunks = self.function.startswith("gemm_") and any("cvtdq2ps" in i.text for i in self.body)
         asks = any(i.text.startswith("prefetch") for i in self.body)
         return asks and not chunks and any("%ymm" in i.text or "%zmm" in i.text for i in self.body)
