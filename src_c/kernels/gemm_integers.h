@@ -188,6 +188,7 @@ FC_INLINE void move_tile(const int mr, const int nv, vf y[][FC_NV_FEW], char *c,
         }
 }
 
+/* Sums in float32 that find registers beside as many of integers */
 #ifdef FC_HAS_I8_DOT
 enum { MOST_IN_REGISTERS = FC_BYTES == 64 ? 12 : FC_NV_FEW };
 #else
@@ -206,7 +207,7 @@ FC_INLINE void chunks_tile(gemm_format f, const int two, const int mr, const int
     char *c = (char *)g->c + row * g->ldc + vector * FC_BYTES;
     const char *x = (const char *)g->x + row * ldx, *w = first_line(f, g, vector);
     gemm_prefetch prefetch = prefetch_next(f, nv, g, vector, g->blocks * block, 1, tile, tiles);
-    /* the registers are for acc, or for both: with dot products 12 of each, 2 of W, 1 of x */
+    /* more than so many, and the registers are for acc: 12 of each leave 2 or 4 for W, 1 for x, with dot products */
     const int in_memory = mr * nv > MOST_IN_REGISTERS || (two && (mr > 1 || FC_BYTES < 64));
     vf local[FC_PASS_ROWS][FC_NV_FEW], (*y)[FC_NV_FEW] = local;
     move_tile(mr, nv, y, g->accumulate ? c : NULL, g->ldc, 0);
